@@ -39,7 +39,6 @@ TASK_SCENES = {
     "chart_max": "chart",
     "chart_min": "chart",
 }
-TASKS = tuple(TASK_SCENES)
 CHOICES = {
     "exist": YES_NO,
     "exist_attr": YES_NO,
