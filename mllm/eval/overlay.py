@@ -316,16 +316,16 @@ def _legend(kinds: Sequence[Fate], width: int) -> Image.Image | None:
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Break a paragraph into lines no wider than `width`; words that are longer are cut."""
+    """Break a paragraph into lines no wider than `width`, inside words where it must be."""
     lines = [""]
     for word in text.split():
-        while font.getlength(word) > width:
-            fits = max(n for n in range(1, len(word)) if n == 1 or font.getlength(word[:n]) <= width)
-            lines[-1:] = [line for line in (lines[-1],) if line] + [word[:fits], ""]
-            word = word[fits:]
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width:
             lines[-1] = joined
-        else:
-            lines.append(word)
-    return lines
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]
