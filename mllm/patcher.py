@@ -58,6 +58,7 @@ class _Forward:
     cache: Any = None
     ran: set[int] = field(default_factory=set)
     replaced: dict[str, Any] = field(default_factory=dict)  # layer arguments of this stage
+    replay: dict[int, tuple[Tensor | None, dict]] = field(default_factory=dict)  # by first layer
     taps: Any = None
     notes: list[str] = field(default_factory=list)
     outer: Any = None
@@ -559,11 +560,26 @@ class Patched:
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         forward = _FORWARD.get()
-        if forward is None or forward.table is None:
+        mark = kwargs["position_embeddings"][0]
+        if forward is None:
+            # transformers 5.17 recomputes a checkpointed layer with its hooks, in the backward.
+            past = getattr(mark, "mllm_forward", None)
+            return None if past is None else self._replay(past, layer, args, kwargs)
+        if forward.table is None:
             return None
+        if module.training:
+            mark.mllm_forward = forward  # lives as long as the arguments of the recompute
         if layer in self._cuts:
             args = (self._cut(forward, layer, args[0], kwargs), *args[1:])
         return args, {**kwargs, **forward.replaced}
+
+    def _replay(self, forward: _Forward, layer: int, args: tuple, kwargs: dict) -> Any:
+        """Give a recomputed layer what it had in the forward pass; nothing is selected again."""
+        first = max(c for c in self._cuts if c <= layer)
+        rows, replaced = forward.replay[first]
+        if layer == first and rows is not None:
+            args = (gather_rows(args[0], rows), *args[1:])
+        return args, {**kwargs, **replaced}
 
     def _cut(self, forward: _Forward, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Run the stages of this layer and prepare what the layers from here on are given."""
@@ -578,6 +594,7 @@ class Patched:
             position = position.expand(hidden.shape[0], -1) if position.dim() == 2 else position
             if shift is not None:
                 position = position - shift
+        rows = None
         if forward.visual is not None:
             table = forward.table
             keep = table.valid.clone()
@@ -615,6 +632,7 @@ class Patched:
             "position_embeddings": rotary,
             "position_ids": position,
         }
+        forward.replay[layer] = rows, forward.replaced
         return hidden
 
     def _select(self, forward: _Forward, number: int, stage: LayerPruner, keep: Tensor) -> Tensor:
