@@ -237,8 +237,7 @@ class Patched:
             post(family.projector, self._projector_post)
         if any(isinstance(s, Features) and s.cls for _, r in self.reducers
                for s in r.reads().values()):
-            for block in family.feature_blocks():
-                post(family.blocks[block], functools.partial(self._block_post, block))
+            post(family.tower, self._tower_post)
 
         features = family.base.get_image_features
         generate = family.model.generate
@@ -382,10 +381,9 @@ class Patched:
         if (run := _VISION.get()) is not None:
             return run.after_projector(output)
 
-    def _block_post(self, block: int, module: nn.Module, args: tuple, output: Any) -> None:
-        if (run := _VISION.get()) is not None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            run.cls[block] = hidden[:, :1]
+    def _tower_post(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if (run := _VISION.get()) is not None and self.family.prefix:
+            run.cls = self.family.cls_feature(output)
 
     # The decoder
 
@@ -743,7 +741,7 @@ class _VisionRun:
         full = self.family.vision_flops(grids[0], self.tokens)
         self.reduction.baseline_vision_flops = self.reduction.vision_flops = full
         self.signals: dict[Any, Tensor] = {}
-        self.cls: dict[int, Tensor] = {}
+        self.cls: Tensor | None = None
         self.resized: tuple[int, int] | None = None
         self.rows: Tensor | None = None
 
@@ -794,9 +792,8 @@ class _VisionRun:
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
                 signals[name] = features
-                if signal.cls and self.cls:
-                    blocks = self.family.feature_blocks()
-                    signals["cls"] = torch.cat([self.cls[b] for b in blocks], -1)
+                if signal.cls and self.cls is not None:
+                    signals["cls"] = self.cls
             else:
                 signals[name] = self.signals[signal]
         ctx = Context(
