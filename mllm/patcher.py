@@ -33,7 +33,7 @@ from mllm.compressors.base import (
     VisionKeys,
     Write,
 )
-from mllm.errors import DataError, NoEffectError, PlanError
+from mllm.errors import CacheMismatchError, DataError, NoEffectError, PlanError
 from mllm.ledger import Ledger, Record, Reduction
 from mllm.models import resolve as resolve_family
 from mllm.plan import Plan
@@ -342,7 +342,23 @@ class Patched:
                 given=type(encoded).__name__,
                 expected="get_image_features of the patched model, or pixel_values",
             )
+        if visual is not None:
+            self._check_counts(visual, pixels, encoded)
         _FORWARD.set(_Forward(visual, reduction, outer=_FORWARD.get()))
+
+    def _check_counts(self, visual: Tensor, pixels: Tensor | None, encoded: Any) -> None:
+        """Every sample's placeholders are whole images, and there are as many as were given."""
+        grids = self.family.grid(pixels) if encoded is None else [encoded.mllm_reduction.grid]
+        images = len(grids) if encoded is None else len(encoded.pooler_output)
+        tokens, counts = grids[0][0] * grids[0][1], visual.sum(1).tolist()
+        if any(n % tokens for n in counts) or sum(counts) != images * tokens:
+            raise DataError(
+                f"the samples have {counts} image placeholders for {images} images of {tokens} "
+                "visual tokens",
+                argument="input_ids",
+                given=counts,
+                expected=f"{tokens} placeholders per image, {images * tokens} in the batch",
+            )
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         if (forward := _FORWARD.get()) is not None:
@@ -404,6 +420,7 @@ class Patched:
         if cache is not None:
             adopt(cache, len(self._layers), None if mask is None else mask[:, :-rows])
             forward.past = [layer.slots for layer in cache.layers]
+            self._check_cache(forward.past)
             forward.past_logical = cache.get_seq_length()
         else:
             forward.past = [0] * len(self._layers)
@@ -419,6 +436,17 @@ class Patched:
             self._check_training(module)
             forward.taps = attention.open_taps(self._decoder_taps(forward))
         return (), kwargs
+
+    def _check_cache(self, slots: list[int]) -> None:
+        """Layers that this plan gives the same rows must hold equally many slots."""
+        bounds = [0, *self._cuts, len(slots)]
+        if any(len(set(slots[a:b])) > 1 for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise CacheMismatchError(
+                f"the cache holds {slots} tokens per layer, which {self.plan.spec!r} did not make",
+                argument="past_key_values",
+                given=slots,
+                expected="a cache of a plan with the same cuts, or a new cache",
+            )
 
     def _make_table(self, forward: _Forward, valid: Tensor) -> None:
         start = forward.past_logical
@@ -680,11 +708,14 @@ class Patched:
         return output
 
     def _book_text(self, forward: _Forward) -> None:
-        """A decode step, or a text-only prefill."""
-        if forward.past_logical and self._records and forward.full.valid.shape[1] == 1:
-            self._records[-1].decode_steps += 1
-        elif not forward.past_logical:
+        """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
+        past, rows, length = forward.past_logical, forward.full.valid.shape[1], _PROMPT.get()
+        # Within generate(), several rows behind the prompt are candidates to verify.
+        new_turn = rows > 1 if length is None else past < length
+        if not past or new_turn:
             self._book(forward, ["no visual tokens: the plan had nothing to do"], 2)
+        elif self._records:
+            self._records[-1].decode_steps += 1
 
     def _book(self, forward: _Forward, notes: list[str], itemsize: int) -> None:
         cache = forward.cache
