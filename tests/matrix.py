@@ -147,6 +147,34 @@ def fresh(attn: str = "sdpa", **options):
     return tiny.llava(attn, layers=LAYERS, side=SIDE, **options)
 
 
+def anatomy(model) -> dict:
+    """Everything about a model that a patch could leave behind."""
+    found = {"keys": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[name] = {
+            "class": type(module),
+            "attributes": sorted(module.__dict__),
+            "forward": getattr(module.forward, "__func__", module.forward),
+            "config": id(getattr(module, "config", None)),
+            "attention": getattr(getattr(module, "config", None), "_attn_implementation", None),
+            "hooks": [
+                len(getattr(module, kind))
+                for kind in (
+                    "_forward_hooks",
+                    "_forward_pre_hooks",
+                    "_forward_hooks_with_kwargs",
+                    "_forward_pre_hooks_with_kwargs",
+                    "_forward_hooks_always_called",
+                    "_backward_hooks",
+                    "_backward_pre_hooks",
+                )
+            ],
+        }
+    found["config"] = model.config.to_dict()
+    found["generation"] = model.generation_config.to_dict()
+    return found
+
+
 def equal(mine: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
     """Assert closeness in fp32; an assertion that mutations can count on."""
     assert mine.shape == theirs.shape, f"{what}: {tuple(mine.shape)} != {tuple(theirs.shape)}"
