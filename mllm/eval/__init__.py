@@ -1,0 +1,1 @@
+"""Evaluation: the lmms-eval model and tasks, sweeps, statistics, bench and report."""

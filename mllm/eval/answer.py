@@ -1,0 +1,164 @@
+"""Batched answers with their cost: the one generation loop of the lmms-eval model and of sweeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+if TYPE_CHECKING:
+    from mllm.ledger import Ledger
+
+GENERATE_KEYS = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer.
+
+    Attributes:
+        text: the answer, cut at the first stop string, without surrounding white space.
+        input_tokens: prompt tokens, visual ones included at full length.
+        output_tokens: generated tokens, the end token included.
+        efficiency: the per-sample `mllm` object of the evaluation results.
+    """
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    efficiency: dict[str, Any]
+
+
+class _Watch(StoppingCriteria):
+    """Ends a row at a stop string, and notes when the first token was there."""
+
+    def __init__(self, tokenizer: Any, prompt_length: int, stops: Sequence[str]) -> None:
+        self.tokenizer, self.prompt_length, self.stops = tokenizer, prompt_length, stops
+        self.first_token_at: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        tails = input_ids[:, self.prompt_length :].tolist()  # also waits for the device
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        done = [False] * len(tails)
+        if self.stops:
+            texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+            done = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    ledger: Ledger,
+    *,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    **options: Any,
+) -> list[Answer]:
+    """Answer one batch.
+
+    Args:
+        model: a patched model (an empty plan counts).
+        processor: its processor.
+        inputs: left-padded batch of `mllm.build_inputs`: ids `[B, P]`.
+        ledger: the ledger of the patch; read after the generation.
+        max_new_tokens: most tokens of an answer.
+        stops: strings that end an answer; they are cut off.
+        **options: further arguments of `generate` (see `GENERATE_KEYS`); greedy without any.
+
+    Returns:
+        One answer per row, in order.
+    """
+    inputs = inputs.to(model.device)
+    rows, prompt_length = inputs["input_ids"].shape
+    watch = _Watch(processor.tokenizer, prompt_length, stops)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            **_generate_options(options),
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList([watch]),
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+    tails = output[:, prompt_length:].tolist()
+    seconds = time.perf_counter() - started
+    ttft = watch.first_token_at - started if watch.first_token_at else seconds
+    costs = efficiency(ledger, rows)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    ends = _end_ids(model)
+    answers = []
+    for ids, length, cost in zip(tails, lengths, costs, strict=True):
+        ids = _until_end(ids, ends)
+        text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        cost |= {
+            "ttft_s": ttft if rows == 1 else None,
+            "decode_s": seconds - ttft,
+            "batch": rows,
+        }
+        answers.append(Answer(_cut(text, stops).strip(), length, len(ids), cost))
+    return answers
+
+
+def efficiency(ledger: Ledger, rows: int) -> list[dict[str, Any]]:
+    """Per-sample cost of the newest prefill, without times: contracts, Evaluation results.
+
+    `kv_bytes` is the sample's share: the cache of the batch by tokens and layers.
+
+    Args:
+        ledger: ledger of the patch after a prefill.
+        rows: samples of the batch (beams repeat them).
+    """
+    record = ledger.as_dict()
+    repeats = max(1, record["batch"] // rows)
+    stored = [sum(layer["tokens"][i] for layer in record["layers"]) for i in range(record["batch"])]
+    per_slot = record["kv_bytes"] / max(1, sum(stored))
+    return [
+        {
+            "kept_llm": record["kept_llm"][i],
+            "visual_in": record["visual_tokens"][i],
+            "visual_avg": record["visual_avg"][i],
+            "prefill_flops": record["prefill_flops"][i],
+            "kv_bytes": round(per_slot * stored[i]),
+        }
+        for i in range(0, rows * repeats, repeats)
+    ]
+
+
+def _generate_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `generate`: greedy unless sampling or a temperature was asked for."""
+    chosen = {k: v for k, v in options.items() if k in GENERATE_KEYS and v is not None}
+    sample = chosen.pop("do_sample", None) or bool(chosen.get("temperature"))
+    if sample and chosen.get("temperature") == 0:
+        sample = False
+    if not sample:
+        # A model's own defaults for sampling would only draw warnings under greedy decoding.
+        for key in ("temperature", "top_p", "top_k"):
+            chosen[key] = None
+    return {"do_sample": sample, **chosen}
+
+
+def _end_ids(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends)
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """`ids` up to and with the first end token: what follows is padding of a batch."""
+    for index, token in enumerate(ids):
+        if token in ends:
+            return ids[: index + 1]
+    return ids
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """`text` before the earliest stop string."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

@@ -1,0 +1,89 @@
+"""Result files: checked before the work starts, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mllm.errors import DataError
+
+
+def ensure_writable(folder: str | os.PathLike) -> Path:
+    """Make `folder` if missing and see that files can be made in it.
+
+    Raises:
+        DataError: it cannot be made or written to.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {path}: {error.strerror}",
+            argument="output",
+            given=path,
+            expected="a folder that this user can write to",
+        ) from error
+    return path
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Write `text` to `path` through a temporary file beside it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def write_json(path: str | os.PathLike, data: Any) -> Path:
+    """Write `data` as indented JSON; what JSON does not know is written as text."""
+    return write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike, rows: list[Any]) -> Path:
+    """Write one JSON object per line."""
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return write_text(path, "".join(lines))
+
+
+def append_jsonl(path: str | os.PathLike, row: Any) -> None:
+    """Add one line to a JSON Lines file, and see it on disk before returning."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file; [] if there is none.
+
+    A last line without its end is what a killed run leaves: it is cut off the file.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_text(path, whole)
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON",
+                argument="output",
+                given=path,
+                expected="a file written by `mllm sweep`, or a new name",
+            ) from error
+        rows.append(row)
+    return rows

@@ -1,0 +1,76 @@
+"""What produced a number: versions, commit, weights, device and threads."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PACKAGES = ("torch", "transformers", "lmms-eval", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a result, where installed."""
+    import mllm
+
+    found = {"python": platform.python_version(), "mllm": mllm.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout this package runs from, `+dirty` if it was edited; else None."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+dirty" if dirty else "")
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of every weight by name, shape, dtype and bytes, as loaded (so dtype matters)."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def describe_run(model: nn.Module) -> dict[str, Any]:
+    """The part of a run record that holds for every plan: model, device, software."""
+    import torch
+
+    parameter = next(model.parameters())
+    return {
+        "weights_sha256": weights_sha256(model),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "backend": model.config._attn_implementation,
+        "device": str(parameter.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

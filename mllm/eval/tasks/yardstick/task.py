@@ -1,0 +1,74 @@
+"""The yardstick as lmms-eval tasks: samples drawn on the spot instead of a downloaded data set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from lmms_eval.api.task import ConfigurableMessagesTask
+from PIL import Image
+
+from mllm.eval.scoring import is_correct
+from mllm.yardstick import samples
+
+PREFIX = "yardstick_"
+DROPPED = ("objects", "answer_boxes")  # boxes are no input of the model
+
+
+class Docs(list):
+    """Samples of one split, as the little of `datasets.Dataset` that lmms-eval asks for.
+
+    Images are kept as PNG bytes (500 bare pictures are 170 MB) and decoded on access.
+    """
+
+    @property
+    def features(self) -> dict[str, None]:
+        """Column names; the types are not used."""
+        return dict.fromkeys(super().__getitem__(0))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _decoded(super().__getitem__(index))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(_decoded, super().__iter__())
+
+
+class YardstickTask(ConfigurableMessagesTask):
+    """One yardstick task; `dataset_kwargs` of its YAML are `n` and `style` of `samples()`."""
+
+    def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        config = {key: value for key, value in (config or {}).items() if key != "class"}
+        super().__init__(config=config, **kwargs)
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
+        """Draw the samples: what a data set's download is for other tasks."""
+        split = self.config.test_split
+        drawn = samples(self.config.task.removeprefix(PREFIX), split=split, **dataset_kwargs)
+        docs = [{k: v for k, v in sample.items() if k not in DROPPED} for sample in drawn]
+        self.dataset = {split: Docs({**doc, "image": _png(doc["image"])} for doc in docs)}
+        for doc in docs:
+            del doc["image"]
+        self.dataset_no_image = {split: Docs(docs)}
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
+    """The image that comes before the question."""
+    return [doc["image"]]
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Score of one answer, under the name of the metric."""
+    return {"exact_match": float(is_correct(results[0], doc["answer"], doc["metric"]))}
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _decoded(doc: dict[str, Any]) -> dict[str, Any]:
+    if "image" not in doc:
+        return doc
+    return {**doc, "image": Image.open(io.BytesIO(doc["image"])).convert("RGB")}
