@@ -113,8 +113,7 @@ class Patched:
         self._cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
-        self._record: Record | None = None
-        self._history: list[Record] = []
+        self._records: list[Record] = []
         self._handles: list[Any] = []
         self._served: list[tuple[nn.Module, Any]] = []
         self._install()
@@ -122,8 +121,6 @@ class Patched:
     # What can be refused before anything runs
 
     def _validate(self, unvalidated: bool) -> None:
-        if not self.plan.stages:
-            raise PlanError("the plan is empty", argument="plan", given="", expected="a stage")
         if "mllm_get_image_features" in self.family.base.__dict__:
             raise PlanError(
                 "the model is already patched",
@@ -237,8 +234,7 @@ class Patched:
             post(family.projector, self._projector_post)
         if any(isinstance(s, Features) and s.cls for _, r in self.reducers
                for s in r.reads().values()):
-            for block in family.feature_blocks():
-                post(family.blocks[block], functools.partial(self._block_post, block))
+            post(family.tower, self._tower_post)
 
         features = family.base.get_image_features
         generate = family.model.generate
@@ -280,7 +276,7 @@ class Patched:
     @property
     def ledger(self) -> Ledger:
         """The account of the newest prefill."""
-        return Ledger(self._record, self._history)
+        return Ledger(self._records)
 
     # The call, from the outside in
 
@@ -382,10 +378,9 @@ class Patched:
         if (run := _VISION.get()) is not None:
             return run.after_projector(output)
 
-    def _block_post(self, block: int, module: nn.Module, args: tuple, output: Any) -> None:
-        if (run := _VISION.get()) is not None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            run.cls[block] = hidden[:, :1]
+    def _tower_post(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if (run := _VISION.get()) is not None and self.family.prefix:
+            run.cls = self.family.cls_feature(output)
 
     # The decoder
 
@@ -686,17 +681,15 @@ class Patched:
 
     def _book_text(self, forward: _Forward) -> None:
         """A decode step, or a text-only prefill."""
-        if forward.past_logical and self._record is not None and forward.full.valid.shape[1] == 1:
-            self._record.decode_steps += 1
+        if forward.past_logical and self._records and forward.full.valid.shape[1] == 1:
+            self._records[-1].decode_steps += 1
         elif not forward.past_logical:
             self._book(forward, ["no visual tokens: the plan had nothing to do"], 2)
 
     def _book(self, forward: _Forward, notes: list[str], itemsize: int) -> None:
         cache = forward.cache
         if not forward.past_logical:
-            self._history = []
-        elif self._record is not None:
-            self._history = [*self._history, self._record]
+            self._records.clear()  # a new conversation
         tensors = [] if cache is None else [t for x in cache.layers for t in (x.keys, x.values)]
         tensors = [t for t in tensors if t is not None]
         meta = {} if cache is None else {id(t): t for x in cache.layers
@@ -705,7 +698,7 @@ class Patched:
         rows = forward.full.valid.shape[1]
         asked = call.logits_to_keep if call is not None else 0
         asked = asked.numel() if isinstance(asked, Tensor) else asked
-        self._record = Record(
+        record = Record(
             config=self.family.text_config,
             full=forward.full,
             tables=forward.tables,
@@ -721,6 +714,7 @@ class Patched:
             selection_flops=forward.selection_flops,
             notes=notes,
         )
+        self._records.append(record)
 
 
 class _VisionRun:
@@ -743,7 +737,7 @@ class _VisionRun:
         full = self.family.vision_flops(grids[0], self.tokens)
         self.reduction.baseline_vision_flops = self.reduction.vision_flops = full
         self.signals: dict[Any, Tensor] = {}
-        self.cls: dict[int, Tensor] = {}
+        self.cls: Tensor | None = None
         self.resized: tuple[int, int] | None = None
         self.rows: Tensor | None = None
 
@@ -794,9 +788,8 @@ class _VisionRun:
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
                 signals[name] = features
-                if signal.cls and self.cls:
-                    blocks = self.family.feature_blocks()
-                    signals["cls"] = torch.cat([self.cls[b] for b in blocks], -1)
+                if signal.cls and self.cls is not None:
+                    signals["cls"] = self.cls
             else:
                 signals[name] = self.signals[signal]
         ctx = Context(

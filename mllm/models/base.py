@@ -50,6 +50,10 @@ class Family:
         """Tower blocks whose outputs feed the projector, 0-based."""
         raise NotImplementedError
 
+    def cls_feature(self, tower_output: Any) -> Tensor:
+        """The [CLS] feature beside the patch features that are projected: `[images, 1, width]`."""
+        raise NotImplementedError
+
     def grid(self, pixel_values: Tensor) -> list[tuple[int, int]]:
         """(rows, cols) of visual tokens of every image."""
         raise NotImplementedError
