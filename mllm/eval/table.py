@@ -40,7 +40,7 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
         if len(by_task) == len(tasks)
     }
     rows = [
-        _row(name, by_task, outcomes) for name, by_task in grouped.items() if name in outcomes
+        _row(name, {task: grouped[name][task] for task in tasks}, outcomes) for name in outcomes
     ]
     first = next(iter(next(iter(grouped.values())).values()))
     about = {k: first[k] for k in ("about", "split", "n", "seed")}
