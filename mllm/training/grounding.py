@@ -1,0 +1,313 @@
+"""Pretraining objective of the embedded model: grounded losses on drawn scenes.
+
+Tower: what each patch shows, where it is, and what the whole picture holds ([CLS], by presence and by
+contrast with its caption's words). Language model: packed questions behind one image prefix.
+The heads live only during training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from mllm.yardstick.questions import Question, ask, caption
+from mllm.yardstick.scenes import (
+    CHARACTERS,
+    COLOUR_NAMES,
+    FULL,
+    GRID,
+    LABEL_SIZES,
+    MINI,
+    OBJECTS,
+    draw,
+    soup,
+)
+
+# CLIP's normalisation, as in the processor.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+IGNORED = -100
+# How often a task is asked, relative to the others, where the scene allows it. Colour questions
+# need a shape whose name is unique in the scene, so they are rare and asked whenever possible.
+QUESTION_WEIGHTS = {
+    "exist": 2.0,
+    "exist_attr": 4.0,
+    "color": 8.0,
+    "needle": 4.0,
+    "needle_color": 4.0,
+    "ocr": 2.0,
+    "where": 1.5,
+    "chart_max": 2.0,
+    "chart_min": 1.0,
+    "list": 2.0,
+}
+CHARACTER_ERROR_WEIGHT = 1.0
+HEAD_LOSSES = (1.0, 0.5, CHARACTER_ERROR_WEIGHT, 0.3)
+
+
+class GroundingData(Dataset):
+    """Item `i` is one scene with its questions, a function of `seed` and `i` alone.
+
+    Args:
+        scenes: "soup" (no questions), "mini" or "full".
+        questions: packed questions per scene.
+        size: number of items.
+        seed: two data sets with different seeds share no scene.
+        tokenizer: turns questions into ids; needed unless `scenes` is "soup".
+    """
+
+    def __init__(
+        self,
+        scenes: str,
+        questions: int,
+        size: int,
+        seed: int,
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> None:
+        self.scenes, self.questions, self.size, self.seed = scenes, questions, size, seed
+        self.tokenizer = tokenizer
+        self._ids: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def encode(self, text: str) -> list[int]:
+        if text not in self._ids:
+            self._ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._ids[text]
+
+    def __getitem__(self, index: int) -> dict:
+        rng = Random(f"train-{self.seed}-{self.scenes}-{index}")
+        if self.scenes == "soup":
+            scene = soup(rng)
+        else:
+            scene = draw(rng, size=MINI if self.scenes == "mini" else FULL)
+        free = GRID - scene.labels.shape[1]
+        offset = (rng.randint(0, free), rng.randint(0, free))
+        item = {"pixels": np.asarray(scene.image), "patches": scene.labels, "offset": offset}
+        if self.scenes != "soup":
+            asked = {q.text: q for q in ask(rng, scene, offset) + ask(rng, scene, offset)}
+            if scene.things or scene.bars:
+                asked["list"] = caption(scene)
+            item |= self._pack(_weighted(rng, list(asked.values()), self.questions))
+        return item
+
+    def _pack(self, questions: list[Question]) -> dict[str, list[int]]:
+        """Questions and answers one after another; `segment` tells them apart."""
+        ids: list[int] = []
+        targets: list[int] = []
+        segment: list[int] = []
+        for number, question in enumerate(questions):
+            asked = self.encode(f" {question.text}")
+            answer = [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
+            ids += asked + answer
+            targets += [IGNORED] * len(asked) + answer
+            segment += [number] * (len(asked) + len(answer))
+        return {"input_ids": ids, "targets": targets, "segment": segment}
+
+
+def _weighted(rng: Random, questions: list[Question], count: int) -> list[Question]:
+    """Draw without replacement, by the weight of the task (Efraimidis and Spirakis)."""
+    keys = [rng.random() ** (1 / QUESTION_WEIGHTS.get(q.task, 1.0)) for q in questions]
+    order = sorted(range(len(questions)), key=lambda i: -keys[i])[:count]
+    return [questions[i] for i in order]
+
+
+def collate(items: list[dict]) -> dict[str, Tensor]:
+    """Stack scenes and right-pad their packed questions to a multiple of 16."""
+    batch = {
+        "pixels": torch.from_numpy(np.stack([item["pixels"] for item in items])),
+        "patches": torch.from_numpy(np.stack([item["patches"] for item in items])).long(),
+        "offset": torch.tensor([item["offset"] for item in items]),
+    }
+    if "input_ids" in items[0]:
+        length = (max(len(item["input_ids"]) for item in items) + 15) // 16 * 16
+        for key, filler in (("input_ids", 0), ("targets", IGNORED), ("segment", -1)):
+            rows = [item[key] + [filler] * (length - len(item[key])) for item in items]
+            batch[key] = torch.tensor(rows)
+    return batch
+
+
+class Heads(nn.Module):
+    """Training-only heads on the tower ([CLS] and patches) and on the projected tokens."""
+
+    def __init__(self, vision: int, text: int, width: int = 128) -> None:
+        super().__init__()
+        self.patch_norm, self.patch = nn.LayerNorm(vision), nn.Linear(vision, sum(LABEL_SIZES))
+        self.place = nn.Linear(vision, 2 * GRID)
+        self.token_norm, self.token_place = nn.LayerNorm(text), nn.Linear(text, 2 * GRID)
+        words = len(OBJECTS) + len(COLOUR_NAMES) + len(CHARACTERS)
+        self.cls_norm, self.presence = nn.LayerNorm(vision), nn.Linear(vision, words)
+        self.cls_project = nn.Linear(vision, width, bias=False)
+        self.caption = nn.Linear(words, width, bias=False)
+
+
+class GroundedLlava(nn.Module):
+    """A LLaVA with its training heads; `forward` returns the weighted loss and its parts.
+
+    Args:
+        llava: the model; it is trained in place.
+        tokenizer: names the words that visual tokens are aligned with.
+        weights: loss weights: `answers`, `patches`, `places`, `words`, `cls`.
+    """
+
+    def __init__(
+        self,
+        llava: LlavaForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        weights: Mapping[str, float],
+    ) -> None:
+        super().__init__()
+        self.llava, self.weights = llava, dict(weights)
+        self.heads = Heads(
+            llava.config.vision_config.hidden_size, llava.config.text_config.hidden_size
+        )
+        self.bos = tokenizer.bos_token_id
+        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        names = ([f" {n}" for n in OBJECTS], [f" {n}" for n in COLOUR_NAMES], list(CHARACTERS))
+        for name, words in zip(("objects", "colours", "characters"), names, strict=True):
+            ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+            assert all(len(i) == 1 for i in ids), f"{name} must be single tokens"
+            self.register_buffer(f"{name}_ids", torch.tensor(ids)[:, 0], persistent=False)
+
+    def see(self, pixels: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Tower output `[B, 1 + N, width]` and the frame index `[B, N]` (0..575) of each patch.
+
+        A crop keeps the position embeddings of its window in the 24 x 24 frame.
+        """
+        tower = self.llava.model.vision_tower
+        scaled = (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        patches = tower.embeddings.patch_embedding(scaled)
+        side = torch.arange(patches.shape[-1], device=pixels.device)
+        rows, cols = offset[:, :1] + side, offset[:, 1:] + side
+        index = (rows[:, :, None] * GRID + cols[:, None, :]).flatten(1)
+        start = tower.embeddings.class_embedding.expand(len(pixels), 1, -1)
+        hidden = torch.cat([start, patches.flatten(2).transpose(1, 2)], 1)
+        positions = F.pad(index + 1, (1, 0))
+        hidden = hidden + tower.embeddings.position_embedding(positions)
+        return tower.encoder(inputs_embeds=tower.pre_layrnorm(hidden)).last_hidden_state, index
+
+    def forward(
+        self,
+        pixels: Tensor,
+        patches: Tensor,
+        offset: Tensor,
+        input_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        segment: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of one batch.
+
+        Args:
+            pixels: uint8 `[B, H, W, 3]`.
+            patches: labels `[B, 4, rows, cols]` of each patch.
+            offset: `[B, 2]` first row and column of the scene in the frame.
+            input_ids, targets, segment: packed questions `[B, T]`; None trains the tower alone.
+        """
+        hidden, index = self.see(pixels, offset)
+        labels = patches.flatten(2)
+        features = self.heads.patch_norm(hidden[:, 1:])
+        parts = {
+            "patches": self._patch_loss(features, labels),
+            "places": _place_loss(self.heads.place(features), index),
+            "cls": self._cls_loss(hidden[:, 0], labels),
+        }
+        if input_ids is not None:
+            tokens = self.llava.model.multi_modal_projector(hidden[:, 1:])
+            parts["places"] = parts["places"] + _place_loss(
+                self.heads.token_place(self.heads.token_norm(tokens)), index
+            )
+            parts["words"] = self._word_loss(tokens, labels)
+            parts["answers"] = self._answer_loss(tokens, index, input_ids, targets, segment)
+        loss = sum(self.weights.get(name, 0.0) * part for name, part in parts.items())
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def _patch_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of object, colour, character and bar value; empty patches count less."""
+        scores = self.heads.patch(features).float().split(LABEL_SIZES, -1)
+        total = features.new_zeros((), dtype=torch.float32)
+        for weight, score, label in zip(HEAD_LOSSES, scores, labels.unbind(1), strict=True):
+            each = F.cross_entropy(score.transpose(1, 2), label, reduction="none")
+            share = torch.where(label > 0, 1.0, 0.15)
+            total = total + weight * (each * share).sum() / share.sum()
+        return total
+
+    def _cls_loss(self, cls: Tensor, labels: Tensor) -> Tensor:
+        """What CLIP gives [CLS]: it must know the whole picture.
+
+        Multi-label presence of every object, colour and character, plus the contrast between the
+        picture and the bag of words of its caption within the batch (temperature 0.1).
+        """
+        sizes = (len(OBJECTS), len(COLOUR_NAMES), len(CHARACTERS))
+        bags = []
+        for label, size in zip(labels[:, :3].unbind(1), sizes, strict=True):
+            hot = F.one_hot(label.clamp(max=LABEL_SIZES[0] - 1), max(LABEL_SIZES)).amax(1)
+            bags.append(hot[:, 1 : size + 1])
+        bag = torch.cat(bags, 1).float()
+        cls = self.heads.cls_norm(cls)
+        presence = F.binary_cross_entropy_with_logits(self.heads.presence(cls).float(), bag)
+        picture = F.normalize(self.heads.cls_project(cls).float(), dim=-1)
+        words = F.normalize(self.heads.caption(bag).float() + 1e-6, dim=-1)
+        similarity = 10 * picture @ words.T
+        own = torch.arange(len(bag), device=bag.device)
+        contrast = F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)
+        return 8 * presence + 0.25 * contrast
+
+    def _word_loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """A visual token should look (cosine) like the word embeddings of what it shows."""
+        table = self.llava.model.language_model.embed_tokens.weight
+        total = tokens.new_zeros((), dtype=torch.float32)
+        groups = (self.objects_ids, self.colours_ids, self.characters_ids)
+        for ids, label in zip(groups, labels[:, :3].unbind(1), strict=True):
+            shown = (label > 0) & (label <= len(ids))
+            if shown.any():
+                words = F.normalize(table[ids].float(), dim=-1)
+                similarity = 12 * F.normalize(tokens[shown].float(), dim=-1) @ words.T
+                total = total + F.cross_entropy(similarity, label[shown] - 1)
+        return total
+
+    def _answer_loss(
+        self, tokens: Tensor, index: Tensor, input_ids: Tensor, targets: Tensor, segment: Tensor
+    ) -> Tensor:
+        """Next-token loss on the answers.
+
+        Each question sees BOS, the image and itself, at the positions it would have alone behind
+        a full picture: BOS 0, image 1..576, question from 577.
+        """
+        language = self.llava.model.language_model
+        batch, seen = tokens.shape[0], 1 + tokens.shape[1]
+        words = language.embed_tokens(input_ids).to(tokens.dtype)
+        bos = language.embed_tokens(input_ids.new_full((batch, 1), self.bos)).to(tokens.dtype)
+        ramp = torch.arange(input_ids.shape[1], device=tokens.device)
+        begins = F.pad(segment[:, 1:] != segment[:, :-1], (1, 0), value=True)
+        first = torch.where(begins, ramp, 0).cummax(1).values
+        positions = torch.cat(
+            [index.new_zeros(batch, 1), index + 1, 1 + GRID * GRID + ramp - first], 1
+        )
+        length = positions.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        mask = mask.repeat(batch, 1, 1)
+        mask[:, seen:, seen:] &= segment[:, :, None] == segment[:, None, :]
+        hidden = language(
+            inputs_embeds=torch.cat([bos, tokens, words], 1),
+            attention_mask=mask[:, None],
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state[:, seen:-1]
+        wanted = targets[:, 1:]
+        asked = wanted != IGNORED
+        return F.cross_entropy(self.llava.lm_head(hidden[asked]).float(), wanted[asked])
+
+
+def _place_loss(scores: Tensor, index: Tensor) -> Tensor:
+    """Row and column of each patch in the frame, from scores `[B, N, 2 * GRID]`."""
+    rows, cols = scores.float().transpose(1, 2).split(GRID, 1)
+    return F.cross_entropy(rows, index // GRID) + F.cross_entropy(cols, index % GRID)
