@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from mllm.cli._common import DeviceOption, DtypeOption, JsonOption, ModelOption, run_command
 from rich.console import Console
 from rich.table import Table
-
-from mllm.cli._common import DeviceOption, DtypeOption, JsonOption, ModelOption, run_command
 
 
 def command(

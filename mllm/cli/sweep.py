@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-
 from mllm.cli._common import (
     DeviceOption,
     DtypeOption,
@@ -17,6 +14,9 @@ from mllm.cli._common import (
     err_console,
     run_command,
 )
+from rich.console import Console
+from rich.table import Table
+
 from mllm.errors import MllmError
 
 
@@ -96,9 +96,7 @@ def _with_progress(start: Any, total: int) -> Any:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, console=err_console()) as progress:
         bar = progress.add_task("sweep", total=total)
-        for cell in start(
-            lambda task, name: progress.update(bar, description=f"{task}: {name}")
-        ):
+        for cell in start(lambda task, name: progress.update(bar, description=f"{task}: {name}")):
             progress.advance(bar)
             yield cell
 

@@ -219,9 +219,7 @@ class MllmModel(lmms):
                         expected="text and images",
                     )
             plain.append({"role": message["role"], "content": parts})
-        text = self.processor.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=True
-        )
+        text = self.processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
         return _Request(text, images, options)
 
     def _encode(self, asked: list[_Request]) -> Any:

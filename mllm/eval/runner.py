@@ -198,15 +198,19 @@ def _row(name: str, samples: list[dict], results: dict[str, Any]) -> dict[str, A
 def _score(samples: list[dict], scores: dict[str, Any]) -> dict[str, Any]:
     """Wilson interval for 0/1 metrics; for others, lmms-eval's own standard error."""
     metric = next(
-        key for key, value in scores.items()
+        key
+        for key, value in scores.items()
         if "," in key and "_stderr" not in key and isinstance(value, int | float)
     )
     name, score = metric.split(",")[0], scores[metric]
     values = [sample.get(name) for sample in samples]
     if all(value in (0, 1) for value in values):
         correct = int(sum(values))
-        return {"metric": name, "score": correct / len(values),
-                "ci": list(stats.wilson(correct, len(values)))}
+        return {
+            "metric": name,
+            "score": correct / len(values),
+            "ci": list(stats.wilson(correct, len(values))),
+        }
     error = scores.get(metric.replace(name, f"{name}_stderr", 1))
     interval = None
     if isinstance(error, int | float):

@@ -231,12 +231,8 @@ def run(
                     on_start(task, entry.name)
                 if questions is None:
                     drawn = samples(task, split=split, n=n)
-                    questions = Questions(
-                        processor, drawn, batch_size, model.dtype, model.device
-                    )
-                cell = {"key": name} | _cell(
-                    model, processor, questions, entry, shared, timings
-                )
+                    questions = Questions(processor, drawn, batch_size, model.dtype, model.device)
+                cell = {"key": name} | _cell(model, processor, questions, entry, shared, timings)
                 cell |= {"task": task, "split": split, "about": about}
                 cell |= _comparisons(cell, entry, outcomes)
                 files.append_jsonl(output, cell)
@@ -306,9 +302,7 @@ def _comparisons(
     for baseline in BASELINES:
         theirs = outcomes.get((baseline, entry.budget))
         compared = theirs is not None and entry.method != baseline
-        found[f"vs_{baseline}"] = (
-            stats.paired(_bits(cell), theirs).as_dict() if compared else None
-        )
+        found[f"vs_{baseline}"] = stats.paired(_bits(cell), theirs).as_dict() if compared else None
     return found
 
 

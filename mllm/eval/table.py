@@ -49,9 +49,7 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
         **about,
         "tasks": list(tasks),
         "rows": rows,
-        "skipped": [
-            {"method": s.method, "budget": s.budget, "reason": s.reason} for s in skipped
-        ],
+        "skipped": [{"method": s.method, "budget": s.budget, "reason": s.reason} for s in skipped],
         "words": words(rows, list(tasks), first["n"]),
     }
 
@@ -82,7 +80,8 @@ def words(rows: list[dict[str, Any]], tasks: list[str], n: int) -> list[str]:
                 many = len(names) > 1
                 parts.append(
                     pattern.format(
-                        names=_listed(names), beat="beat" if many else "beats",
+                        names=_listed(names),
+                        beat="beat" if many else "beats",
                         be="are" if many else "is",
                     )
                 )
@@ -121,8 +120,17 @@ def markdown(table: dict[str, Any]) -> str:
         "",
     ]
     head = [
-        "method", "budget", "into LLM", "layer average", "GFLOPs", "KV KiB", "prefill ms",
-        "score % (95 %)", "vs random", "vs downsample", "flipped vs unpatched",
+        "method",
+        "budget",
+        "into LLM",
+        "layer average",
+        "GFLOPs",
+        "KV KiB",
+        "prefill ms",
+        "score % (95 %)",
+        "vs random",
+        "vs downsample",
+        "flipped vs unpatched",
     ]
     body = [
         [
@@ -149,9 +157,7 @@ def markdown(table: dict[str, Any]) -> str:
                 _or_dash(row["budget"]),
                 _score(row["tasks"][task]),
                 *(
-                    _or_dash(
-                        row["tasks"][task][versus] and _difference(row["tasks"][task][versus])
-                    )
+                    _or_dash(row["tasks"][task][versus] and _difference(row["tasks"][task][versus]))
                     for versus in ("vs_random", "vs_downsample")
                 ),
             ]
@@ -179,9 +185,25 @@ def markdown(table: dict[str, Any]) -> str:
 def comma_separated(table: dict[str, Any]) -> str:
     """One line per method, budget and task; task `all` is the pooled row."""
     fields = [
-        "method", "budget", "plan", "task", "n", "score", "low", "high", "visual_avg", "kept_llm",
-        "flops", "kv_bytes", "prefill_s", "vs_random", "vs_random_low", "vs_random_high",
-        "vs_downsample", "vs_downsample_low", "vs_downsample_high",
+        "method",
+        "budget",
+        "plan",
+        "task",
+        "n",
+        "score",
+        "low",
+        "high",
+        "visual_avg",
+        "kept_llm",
+        "flops",
+        "kv_bytes",
+        "prefill_s",
+        "vs_random",
+        "vs_random_low",
+        "vs_random_high",
+        "vs_downsample",
+        "vs_downsample_low",
+        "vs_downsample_high",
     ]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fields, lineterminator="\n")
@@ -227,10 +249,7 @@ def _row(
         "flops": _mean(cells, "flops"),
         "kv_bytes": _mean(cells, "kv_bytes"),
         "prefill_s": _median_time(cells),
-        **{
-            label: theirs and _compared(outcomes[name], theirs)
-            for label, theirs in versus.items()
-        },
+        **{label: theirs and _compared(outcomes[name], theirs) for label, theirs in versus.items()},
         "tasks": {
             task: {
                 **{k: cell[k] for k in ("n", "score", "ci", "visual_avg", "kept_llm", "flops")},
