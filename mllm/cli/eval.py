@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from mllm.cli._common import DeviceOption, DtypeOption, JsonOption, ModelOption, run_command
 from rich.console import Console
 from rich.table import Table
+
+from mllm.cli._common import DeviceOption, DtypeOption, JsonOption, ModelOption, run_command
 
 
 def command(
@@ -66,6 +67,12 @@ def command(
     run_command("eval", work, json, _show)
 
 
+def results_console() -> Console:
+    """Console on stdout; wide enough for a table where nothing says how wide it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
 def _quiet() -> None:
     """Keep lmms-eval's messages below warnings away, and all of them off stdout."""
     import importlib.util
@@ -83,16 +90,17 @@ def _quiet() -> None:
 def _show(records: list[dict[str, Any]]) -> None:
     table = Table(title="Scores with 95 % intervals; costs per sample", title_justify="left")
     for column in ("plan", "task", "n", "score %", "tokens in", "layer avg", "GFLOPs", "KV KiB"):
-        table.add_column(column, justify="left" if column in ("plan", "task") else "right")
+        justify = "left" if column in ("plan", "task") else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     timed = all(row["seconds"] is not None for record in records for row in record["rows"])
-    table.add_column("ms" if timed else "s in all", justify="right")
+    table.add_column("ms" if timed else "s in all", justify="right", no_wrap=True)
     for record in records:
         for index, row in enumerate(record["rows"]):
             last = index == len(record["rows"]) - 1
             seconds = f"{record['mllm']['totals']['seconds']:.1f}" if last else ""
             table.add_row(
                 record["plan"] if index == 0 else "",
-                row["task"],
+                row["task"].removeprefix("yardstick_"),
                 str(row["n"]),
                 _percent(row),
                 _number(row["kept_llm"], 1, ".0f"),
@@ -102,7 +110,7 @@ def _show(records: list[dict[str, Any]]) -> None:
                 _number(row["seconds"], 1e3, ".0f") if timed else seconds,
                 end_section=last,
             )
-    console = Console()
+    console = results_console()
     console.print(table)
     for record in records:
         if record["files"]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+
 from mllm.cli._common import (
     DeviceOption,
     DtypeOption,
@@ -14,9 +16,7 @@ from mllm.cli._common import (
     err_console,
     run_command,
 )
-from rich.console import Console
-from rich.table import Table
-
+from mllm.cli.eval import results_console
 from mllm.errors import MllmError
 
 
@@ -106,7 +106,7 @@ def _show(built: dict[str, Any]) -> None:
         title=f"{', '.join(built['tasks'])}; {built['n']} questions each", title_justify="left"
     )
     for column in ("method", "budget", "layer avg", "GFLOPs", "score %", "vs random"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in built["rows"]:
         low, high = (100 * bound for bound in row["ci"])
         versus = row["vs_random"]
@@ -118,7 +118,7 @@ def _show(built: dict[str, Any]) -> None:
             f"{100 * row['score']:.1f} ({low:.1f}–{high:.1f})",
             "–" if versus is None else f"{100 * versus['diff']:+.1f}, {versus['verdict']}",
         )
-    console = Console()
+    console = results_console()
     console.print(table)
     for paragraph in built["words"]:
         console.print(paragraph, end="\n\n")

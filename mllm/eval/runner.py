@@ -79,7 +79,7 @@ def evaluate(
     about = describe_run(loaded[0])
     records = []
     for plan in made:
-        wanted = [_with_split(name, split) for name in task_names]
+        wanted = [_configured(name, split, limit) for name in task_names]
         model = MllmModel(pretrained, plan, batch_size=batch_size, loaded=loaded)
         results = simple_evaluate(
             model=model,
@@ -132,17 +132,21 @@ def _need_lmms_eval() -> None:
         )
 
 
-def _with_split(name: str, split: str | None) -> str | dict[str, str]:
-    if split is None:
-        return name
+def _configured(name: str, split: str | None, limit: int | None) -> str | dict[str, Any]:
+    """A task for lmms-eval; a yardstick task draws no more samples than are asked for."""
     if not name.startswith("yardstick"):
+        if split is None:
+            return name
         raise MllmError(
             f"{name} has no choice of split",
             argument="split",
             given=split,
             expected="no --split, or yardstick tasks only",
         )
-    return {"task": name, "test_split": split}
+    changes: dict[str, Any] = {} if split is None else {"test_split": split}
+    if limit is not None:
+        changes["dataset_kwargs"] = {"n": limit, "style": "plain"}
+    return {"task": name, **changes} if changes else name
 
 
 def _record(

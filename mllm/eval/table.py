@@ -16,6 +16,7 @@ _VERDICTS = {
     "not better": "{names} {be} not better than random",
     "worse": "{names} {be} worse than random",
 }
+_MARKS = {"better": "▲", "worse": "▼"}
 
 
 def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[str, Any]:
@@ -42,6 +43,8 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
     rows = [
         _row(name, {task: grouped[name][task] for task in tasks}, outcomes) for name in outcomes
     ]
+    # Equal budgets stand together: they are what is compared.
+    rows.sort(key=lambda row: -(row["budget"] or float("inf")))
     first = next(iter(next(iter(grouped.values())).values()))
     about = {k: first[k] for k in ("about", "split", "n", "seed")}
     return {
@@ -149,22 +152,23 @@ def markdown(table: dict[str, Any]) -> str:
         for row in table["rows"]
     ]
     lines += _grid(head, body)
-    for task in tasks:
-        lines += ["", f"## {task}", ""]
-        body = [
-            [
-                row["method"],
-                _or_dash(row["budget"]),
-                _score(row["tasks"][task]),
-                *(
-                    _or_dash(row["tasks"][task][versus] and _difference(row["tasks"][task][versus]))
-                    for versus in ("vs_random", "vs_downsample")
-                ),
-            ]
-            for row in table["rows"]
+    lines += [
+        "",
+        "## By task",
+        "",
+        "Scores in percent; ▲ better than random at the same budget, ▼ worse, nothing: not "
+        "resolved. Intervals are in the CSV and JSON files.",
+        "",
+    ]
+    body = [
+        [
+            row["method"],
+            _or_dash(row["budget"]),
+            *(_marked(row["tasks"][task]) for task in tasks),
         ]
-        head = ["method", "budget", "score % (95 %)", "vs random", "vs downsample"]
-        lines += _grid(head, body)
+        for row in table["rows"]
+    ]
+    lines += _grid(["method", "budget", *tasks], body)
     if table["skipped"]:
         lines += ["", "## Not reachable", ""]
         lines += [f"- `{s['method']}` at {s['budget']}: {s['reason']}" for s in table["skipped"]]
@@ -298,6 +302,11 @@ def _difference(versus: dict[str, Any]) -> str:
 def _score(scores: dict[str, Any]) -> str:
     low, high = scores["ci"]
     return f"{100 * scores['score']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _marked(scores: dict[str, Any]) -> str:
+    verdict = scores["vs_random"]["verdict"] if scores["vs_random"] else ""
+    return f"{100 * scores['score']:.1f} {_MARKS.get(verdict, '')}".strip()
 
 
 def _listed(names: list[str]) -> str:
