@@ -1,0 +1,55 @@
+# make demo, make test: all that a newcomer needs. Each makes .venv and installs into it first.
+#
+#   make test PYTHON=/path/to/python           that interpreter as it is; nothing is installed
+#   make test VENV=none                        the same with python3
+#   make test PYTHON=python3.12 VENV=.venv312  an environment of its own from that interpreter
+
+SHELL := /bin/bash
+ifeq ($(origin PYTHON),undefined)
+VENV ?= .venv
+else
+VENV ?= none
+endif
+PYTHON ?= python3
+EXTRAS ?= train,eval,dev
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+else
+PY := $(VENV)/bin/python
+endif
+
+# Third-party switches for child processes; mllm itself reads no environment variable.
+export TOKENIZERS_PARALLELISM := false
+# What `make` runs is offline; nothing here may wait for a hub.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+
+.PHONY: help demo test test-all lint install clean
+
+help:
+	@echo "make demo      the whole job on the embedded model; leaves demo/report.html"
+	@echo "make test      the fast tests"
+	@echo "make test-all  every test, the slow ones too"
+	@echo "make lint      ruff"
+
+install:
+ifneq ($(VENV),none)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@scripts/install.sh $(PY) $(EXTRAS)
+endif
+
+demo: install
+	$(PY) -m mllm.cli demo --output demo $(ARGS)
+
+test: install
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: install
+	$(PY) -m pytest -q $(ARGS)
+
+lint: install
+	$(PY) -m ruff check mllm tests scripts
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache

@@ -1,0 +1,97 @@
+"""The only file that touches unstable names of transformers (tested: 5.17 and 5.23)."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = [
+    "Cache",
+    "DynamicCache",
+    "DynamicLayer",
+    "SERVED",
+    "attention_name",
+    "base_attention",
+    "causal_mask",
+    "dynamic_cache",
+    "register_attention",
+    "serve",
+    "uses_cache",
+]
+
+SERVED = ("sdpa", "eager", "flash_attention_2")
+
+
+def attention_name(module: nn.Module) -> str:
+    """The attention implementation that a module dispatches to."""
+    return module.config._attn_implementation or "eager"
+
+
+def base_attention(module: nn.Module, name: str) -> Callable:
+    """transformers' own attention function `name` for this module."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def register_attention(name: str, function: Callable, mask_like: str) -> None:
+    """Register an attention function and give it the mask format of `mask_like`."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[mask_like])
+
+
+def serve(module: nn.Module, name: str) -> Any:
+    """Point one attention module at another implementation; returns the config it had.
+
+    Models built from one config object share it, so the module gets its own shallow copy.
+    """
+    original = module.config
+    module.config = copy.copy(original)
+    module.config._attn_implementation_internal = name
+    return original
+
+
+def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:
+    """Whether a forward of the decoder without a cache would make one."""
+    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+        return False
+    return bool(decoder.config.use_cache if asked is None else asked)
+
+
+def dynamic_cache(decoder: nn.Module) -> DynamicCache:
+    """An empty cache for the decoder."""
+    return DynamicCache(config=decoder.config)
+
+
+def causal_mask(
+    config: Any, hidden: Tensor, valid: Tensor | None, cache: Cache | None, layer: int
+) -> Tensor | None:
+    """The mask of one decoder layer over its own KV slots, in the backend's format.
+
+    Args:
+        config: the decoder's config.
+        hidden: `[batch, rows, width]`, the layer's input.
+        valid: bool `[batch, slots + rows]`, or None if nothing is padded (keeps the fast path).
+        cache: the cache before the layer's update.
+        layer: index of the layer.
+    """
+    if valid is not None and cache is not None:
+        # transformers indexes a 2-D mask by logical position: slots lie at the end of it.
+        offset = cache.get_mask_sizes(hidden.shape[1], layer)[1]
+        if offset:
+            valid = torch.nn.functional.pad(valid, (offset, 0))
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=valid,
+        past_key_values=cache,
+        layer_idx=layer,
+    )

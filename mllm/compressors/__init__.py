@@ -1,0 +1,22 @@
+"""Visual-token reduction, one method a file; imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "VisionZip": "visionzip",
+    "DivPrune": "divprune",
+    "FastV": "fastv",
+    "Random": "sanity",
+    "Stride": "sanity",
+    "AvgPool": "sanity",
+    "Downsample": "sanity",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"mllm.compressors.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'mllm.compressors' has no attribute {name!r}")

@@ -1,0 +1,57 @@
+"""Analytic FLOPs: 2 x multiply-adds of matrix products, attention over the full rectangle.
+
+One set of formulas for the ledger, the bench's ideal and estimates. They equal torch's
+`FlopCounterMode` under eager attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def decoder_layer(config: Any, queries: float, keys: float) -> float:
+    """One LLaMA-type decoder layer on `queries` new tokens that attend to `keys` slots.
+
+    Args:
+        config: the text config.
+        queries: rows that enter the layer.
+        keys: KV slots they attend to, themselves included.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    projections = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    mlp = 3 * hidden * config.intermediate_size
+    return 2 * queries * (projections + mlp) + 4 * queries * keys * heads * head_dim
+
+
+def lm_head(config: Any, rows: float) -> float:
+    """The output projection on the rows whose logits are computed."""
+    return 2 * rows * config.hidden_size * config.vocab_size
+
+
+def vision_tower(config: Any, patches: int, prefix: int = 1) -> float:
+    """A CLIP- or SigLIP-type tower on one image.
+
+    Args:
+        config: the vision config.
+        patches: patch tokens.
+        prefix: extra tokens ([CLS]).
+    """
+    width, tokens = config.hidden_size, patches + prefix
+    embed = 2 * patches * config.num_channels * config.patch_size**2 * width
+    block = 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size)
+    return embed + config.num_hidden_layers * (block + 4 * tokens**2 * width)
+
+
+def projector(in_width: int, out_width: int, tokens: int) -> float:
+    """LLaVA's two-layer projector on `tokens` tokens."""
+    return 2 * tokens * (in_width * out_width + out_width**2)
+
+
+def kv_bytes(config: Any, slots: float, itemsize: int) -> float:
+    """Bytes of keys and values that one layer stores for `slots` tokens."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * slots * kv_heads * head_dim * itemsize

@@ -1,0 +1,227 @@
+"""What a plan did: tokens per stage and layer, FLOPs and KV bytes, against the unpatched model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm import flops
+from mllm.tokens import TokenTable
+
+
+@dataclass
+class Reduction:
+    """Result of the pre-LLM stages for the images of one call, all with the same grid.
+
+    Attributes:
+        grid: (rows, cols) of every image, before any stage.
+        keep: bool `[images, tokens]`.
+        into: int64 `[images, tokens]`: itself if kept, the token it was merged into, or -1.
+        order: int64 `[images, tokens]`, sequence order of kept tokens within their image.
+        vision_flops, baseline_vision_flops, selection_flops: FLOPs per image.
+        ran: indices of the plan's stages that ran.
+    """
+
+    grid: tuple[int, int]
+    keep: Tensor
+    into: Tensor
+    order: Tensor | None = None
+    vision_flops: float = 0.0
+    baseline_vision_flops: float = 0.0
+    selection_flops: float = 0.0
+    ran: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Record:
+    """Raw facts of one prefill, kept until somebody asks."""
+
+    config: Any
+    full: TokenTable
+    tables: list[tuple[int, TokenTable]]  # (first layer, rows from there on)
+    past: list[int]  # stored slots per layer before this prefill
+    past_logical: int
+    images: list[list[int]]  # per sample, rows of `reduction`
+    reduction: Reduction | None
+    logit_rows: int
+    kv_bytes: int
+    kv_meta_bytes: int
+    itemsize: int
+    cached: bool
+    selection_flops: float
+    notes: list[str]
+    decode_steps: int = 0
+
+
+class Ledger:
+    """The account of the newest prefill, and of the decode steps since.
+
+    `kept(layer)`, `merged_into` and `grid` are for Python; `as_dict()` is the promised format.
+    FLOPs include the vision tower, the selection itself and the LM head on the rows computed.
+
+    Attributes:
+        history: ledgers of earlier turns of the same conversation.
+        notes: facts worth knowing, in words.
+    """
+
+    def __init__(self, record: Record | None, history: list[Record] | None = None) -> None:
+        self._record = record
+        self.history = [Ledger(r) for r in history or []]
+        self.notes = list(record.notes) if record else ["no forward pass yet"]
+
+    @cached_property
+    def _tables(self) -> list[TokenTable]:
+        """The rows that enter each decoder layer."""
+        tables, cuts = [], dict(self._record.tables)
+        for layer in range(self._record.config.num_hidden_layers):
+            tables.append(cuts.get(layer, tables[-1] if tables else None))
+        return tables
+
+    def kept(self, layer: int | str) -> list[Tensor]:
+        """Per sample, the visual tokens that enter decoder layer `layer`: sorted int64 indices.
+
+        Args:
+            layer: 0-based decoder layer, or `"llm"` for the language model's input.
+
+        Returns:
+            Indices among the sample's visual tokens, in prompt order, on the CPU.
+        """
+        if self._record is None:
+            return []
+        table = self._tables[0 if layer == "llm" else layer]
+        ordinal = (self._record.full.visual.long().cumsum(1) - 1).gather(1, table.index)
+        there = table.valid & table.visual
+        return [o[t].sort().values.cpu() for o, t in zip(ordinal, there, strict=True)]
+
+    @property
+    def merged_into(self) -> list[Tensor]:
+        """Per sample, what the pre-LLM stages did to each visual token: int64 `[visual]`.
+
+        Its own index if it was kept, another index if it was merged into that token, -1 if it
+        was dropped. A token whose row carries [CLS] counts as kept.
+        """
+        record = self._record
+        if record is None or record.reduction is None:
+            return [torch.empty(0, dtype=torch.long) for _ in self.kept("llm")]
+        out = []
+        for sample in record.images:
+            into = record.reduction.into[sample].cpu()
+            offset = torch.arange(len(sample))[:, None] * into.shape[1]
+            out.append(torch.where(into < 0, into, into + offset).flatten())
+        return out
+
+    @property
+    def grid(self) -> list[list[tuple[int, int]]]:
+        """Per sample, (rows, cols) of each of its images."""
+        if self._record is None:
+            return []
+        return [[self._record.reduction.grid] * len(sample) for sample in self._record.images]
+
+    def tokens(self, layer: int) -> list[int]:
+        """Per sample, rows (text and visual, no padding) that enter decoder layer `layer`."""
+        return [] if self._record is None else self._tables[layer].valid.sum(1).tolist()
+
+    def _visual(self, layer: int) -> list[int]:
+        table = self._tables[layer]
+        return (table.valid & table.visual).sum(1).tolist()
+
+    @cached_property
+    def visual_avg(self) -> list[float]:
+        """Per sample, visual tokens per decoder layer on average ("input to layer")."""
+        if self._record is None:
+            return []
+        layers = [self._visual(i) for i in range(len(self._tables))]
+        return [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+
+    def _decoder_flops(self, tokens: list[list[int]], past: list[int]) -> list[float]:
+        record = self._record
+        head = flops.lm_head(record.config, record.logit_rows)
+        return [
+            head
+            + sum(
+                flops.decoder_layer(record.config, row[b], past[i] + row[b])
+                for i, row in enumerate(tokens)
+            )
+            for b in range(len(tokens[0]))
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The promised fields (schema 1), plain Python values only."""
+        record = self._record
+        if record is None:
+            empty = (
+                "prompt_tokens visual_tokens images kept_llm layers visual_avg prefill_flops "
+                "baseline_prefill_flops vision_flops selection_flops"
+            )
+            return {
+                "schema": 1, "phase": "prefill", "decode_steps": 0, "batch": 0,
+                **{name: [] for name in empty.split()},
+                "kv_bytes": 0, "kv_meta_bytes": 0, "baseline_kv_bytes": 0, "notes": self.notes,
+            }
+        config, full, reduction = record.config, record.full, record.reduction
+        layers = len(self._tables)
+        prompt = full.valid.sum(1).tolist()
+        counts = [len(sample) for sample in record.images]
+        per_image = (0.0, 0.0, 0.0)
+        if reduction is not None:
+            per_image = (
+                reduction.vision_flops,
+                reduction.baseline_vision_flops,
+                reduction.selection_flops,
+            )
+        vision, base_vision, select = ([n * f for n in counts] for f in per_image)
+        selection = [
+            per_sample + record.selection_flops * (images > 0)
+            for per_sample, images in zip(select, counts, strict=True)
+        ]
+        llm = self._decoder_flops([self.tokens(i) for i in range(layers)], record.past)
+        base = self._decoder_flops([prompt] * layers, [record.past_logical] * layers)
+        slots = full.valid.numel() + record.past_logical * len(prompt)
+        return {
+            "schema": 1,
+            "phase": "decode" if record.decode_steps else "prefill",
+            "decode_steps": record.decode_steps,
+            "batch": len(prompt),
+            "prompt_tokens": prompt,
+            "visual_tokens": (full.visual & full.valid).sum(1).tolist(),
+            "images": counts,
+            "kept_llm": self._visual(0),
+            "layers": [
+                {"layer": i, "tokens": self.tokens(i), "visual": self._visual(i)}
+                for i in range(layers)
+            ],
+            "visual_avg": self.visual_avg,
+            "prefill_flops": [sum(x) for x in zip(llm, vision, selection, strict=True)],
+            "baseline_prefill_flops": [sum(x) for x in zip(base, base_vision, strict=True)],
+            "vision_flops": vision,
+            "selection_flops": selection,
+            "kv_bytes": record.kv_bytes,
+            "kv_meta_bytes": record.kv_meta_bytes,
+            "baseline_kv_bytes": int(layers * flops.kv_bytes(config, slots, record.itemsize))
+            * record.cached,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        data = self.as_dict()
+        if not data["batch"]:
+            return "Ledger(no forward pass yet)"
+        visual, kept = sum(data["visual_tokens"]), sum(data["kept_llm"])
+        ratio = sum(data["prefill_flops"]) / sum(data["baseline_prefill_flops"])
+        lines = [
+            f"visual tokens {visual} -> {kept} into the language model, "
+            f"{sum(data['visual_avg']):.1f} per layer on average (batch {data['batch']})",
+            f"prefill {sum(data['prefill_flops']) / 1e9:.2f} GFLOPs, {ratio:.1%} of unpatched",
+        ]
+        if data["baseline_kv_bytes"]:
+            share = data["kv_bytes"] / data["baseline_kv_bytes"]
+            lines.append(f"KV cache {data['kv_bytes'] / 2**20:.2f} MiB, {share:.1%} of unpatched")
+        return "\n".join([*lines, *data["notes"]])
+
+    def __repr__(self) -> str:
+        return f"<Ledger {str(self).splitlines()[0]}>"
+

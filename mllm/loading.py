@@ -1,0 +1,117 @@
+"""Load a model with its processor, and turn pictures and questions into a batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EMBEDDED = "tiny-llava"
+
+
+def model_path(path: str | os.PathLike) -> str:
+    """`path`, or the folder of the model that ships with mllm for ``"tiny-llava"``."""
+    if str(path) == EMBEDDED:
+        return str(Path(__file__).parent / "assets" / "tiny_llava")
+    return str(path)
+
+
+def load_model(
+    path: str | os.PathLike = EMBEDDED,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    attn_implementation: str = "sdpa",
+) -> tuple[Any, Any]:
+    """A vision-language model in eval mode, and its processor with left padding.
+
+    Args:
+        path: a folder, a hub name, or ``"tiny-llava"`` (the embedded model).
+        dtype: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: torch device; None is CUDA where there is one.
+        attn_implementation: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``.
+
+    Raises:
+        DataError: the model cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise DataError(
+            f"dtype={dtype!r} is not known", argument="dtype", given=dtype,
+            expected="auto, float32, bfloat16, float16",
+        )
+    where = model_path(path)
+    try:
+        processor = AutoProcessor.from_pretrained(where)
+        model = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot load a vision-language model from {path}: {str(error).splitlines()[0]}",
+            argument="model",
+            given=path,
+            expected="a folder written by save_pretrained, a hub name, or 'tiny-llava'",
+        ) from error
+    processor.tokenizer.padding_side = "left"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), processor
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """An RGB picture; DataError that names the file if it is missing or broken."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:  # PIL's UnidentifiedImageError is one
+        raise DataError(
+            f"cannot read the image {path}: {error}", argument="image", given=path,
+            expected="a readable image file",
+        ) from error
+
+
+def build_inputs(processor: Any, samples: list[tuple[list[Image.Image], str]]) -> Any:
+    """A left-padded batch for `model.generate`, from pictures and questions.
+
+    Args:
+        processor: with a chat template.
+        samples: per sample its images, in the order of the prompt, and the text. Text that has
+            as many image placeholders as there are images keeps them where they are; otherwise
+            the images come first.
+    """
+    token = processor.image_token
+    prompts = []
+    for images, text in samples:
+        found = text.count(token)
+        if found not in (0, len(images)):
+            raise DataError(
+                f"the question has {found} image placeholders for {len(images)} images",
+                argument="question",
+                given=text,
+                expected=f"no {token}, or one for each image",
+            )
+        parts = text.split(token) if found else [*[""] * len(images), text]
+        content: list[dict[str, str]] = []
+        for i, part in enumerate(parts):
+            if i:
+                content.append({"type": "image"})
+            if part:
+                content.append({"type": "text", "text": part})
+        prompts.append(
+            processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        )
+    pictures = [image for images, _ in samples for image in images]
+    return processor(
+        text=prompts, images=pictures or None, padding=True, return_tensors="pt"
+    )

@@ -1,0 +1,37 @@
+"""Family adapters: where a model's towers, projector, decoder and grids are.
+
+One short file per family. An adapter says where things are; it never computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm.errors import PlanError
+from mllm.models.base import Family
+
+
+def families() -> dict[str, type[Family]]:
+    """Supported families by `config.model_type`."""
+    from mllm.models.llava import Llava
+
+    return {"llava": Llava}
+
+
+def resolve(model: Any) -> Family:
+    """The adapter of a model (PEFT wrappers are looked through).
+
+    Raises:
+        PlanError: the model's family is not supported.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = getattr(getattr(inner, "config", None), "model_type", None)
+    known = families()
+    if kind not in known or not hasattr(inner, "get_decoder"):
+        raise PlanError(
+            f"{type(inner).__name__} is not a supported vision-language model",
+            argument="model",
+            given=type(inner).__name__,
+            expected="a conditional-generation model of type " + ", ".join(known),
+        )
+    return known[kind](inner)

@@ -1,0 +1,441 @@
+"""Plans: which methods run, in which order, with which hyper-parameters.
+
+A plan is a list of stages, each an instance of a registered method (a dataclass). It can be
+written as text (``visionzip:keep=64+fastv:layer=2:keep=0.5``), as stages, or as a folder with
+``mllm_plan.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from mllm.errors import PlanError
+
+PLAN_FILE = "mllm_plan.json"
+Budget = int | float
+"""Visual tokens kept per image: an int counts tokens, a float in (0, 1] is a fraction."""
+
+_REGISTRY: dict[str, type] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodInfo:
+    """What is known about a method without building it (class attribute ``info``)."""
+
+    name: str
+    stage: str
+    paper: str | None = None
+    licence_note: str | None = None
+    trained: bool = False
+    reference_layers: int | None = None
+    version: int = 1
+
+
+def register(name: str, *, stage: str, **info: Any):
+    """Class decorator: add a method dataclass to the registry under its spec name.
+
+    Args:
+        name: the paper's name in lower case without punctuation.
+        stage: ``"pre_llm"`` or ``"llm"``.
+        **info: the other fields of :class:`MethodInfo`.
+    """
+
+    def add(cls: type) -> type:
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise PlanError(f"two methods are called {name!r}", argument="name", given=name)
+        cls.info = MethodInfo(name=name, stage=stage, **info)
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def _load_methods() -> dict[str, type]:
+    package = importlib.import_module("mllm.compressors")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"mllm.compressors.{module.name}")
+    return _REGISTRY
+
+
+def near(word: str, options: Iterable[str]) -> str:
+    """`'fastv'` for `'fasv'`: the nearest names, or all of them, for an error message."""
+    options = sorted(options)
+    return ", ".join(difflib.get_close_matches(word, options, 3, 0.5) or options)
+
+
+def get_method(name: str) -> type:
+    """The method class registered as `name`; PlanError with the nearest names otherwise."""
+    known = _load_methods()
+    if name not in known:
+        expected = near(name, known)
+        raise PlanError(
+            f"unknown method {name!r}; did you mean: {expected}?",
+            argument="method",
+            given=name,
+            expected=expected,
+        )
+    return known[name]
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every method: name, stage, what it reads, paper, parameters and defaults (contracts)."""
+    return [_describe(cls) for _, cls in sorted(_load_methods().items())]
+
+
+def _describe(cls: type) -> dict[str, Any]:
+    info: MethodInfo = cls.info
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    return {
+        "name": info.name,
+        "stage": info.stage,
+        "site": cls.site,
+        "reads": [type(s).__name__ for s in cls().reads().values()],
+        "actions": list(cls.actions),
+        "trained": info.trained,
+        "paper": info.paper,
+        "licence_note": info.licence_note,
+        "params": [
+            {"name": n, "type": _type_name(hints[n]), "default": f.default}
+            for n, f in fields.items()
+        ],
+        "positions": getattr(cls, "positions", None),
+        "identity": cls.identity,
+        "oracle": cls.oracle,
+        "backends": ["sdpa", "eager"],
+        "summary": (cls.__doc__ or "").strip().splitlines()[0],
+    }
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+
+
+def check_fields(stage: Any) -> None:
+    """Validate what every method shares: `keep`, `layer`, `positions`. Called by the bases."""
+    name = stage.info.name
+    keep = getattr(stage, "keep", None)
+    if keep is not None:
+        _check_keep(name, keep)
+    layer = getattr(stage, "layer", None)
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+        raise PlanError(
+            f"{name}: layer must be a whole number from 0, not {layer!r}",
+            argument="layer",
+            given=layer,
+            expected="0 <= layer < number of decoder layers",
+        )
+    positions = getattr(stage, "positions", "original")
+    if positions not in ("original", "compact"):
+        raise PlanError(
+            f"{name}: positions must be 'original' or 'compact', not {positions!r}",
+            argument="positions",
+            given=positions,
+            expected="original, compact",
+        )
+
+
+def _check_keep(name: str, keep: Any) -> None:
+    expected = "a whole number of tokens from 1, or a fraction in (0, 1]"
+    number = isinstance(keep, int | float) and not isinstance(keep, bool)
+    if not number or (isinstance(keep, int) and keep < 1) or not (keep > 0):
+        raise PlanError(
+            f"{name}: keep={keep!r} is not {expected}", argument="keep", given=keep,
+            expected=expected,
+        )
+    if isinstance(keep, float) and keep > 1:
+        raise PlanError(
+            f"{name}: keep={keep!r} is a fraction above 1; write keep={int(keep)} for a number "
+            "of tokens",
+            argument="keep",
+            given=keep,
+            expected=expected,
+        )
+
+
+def resolve(keep: Budget, tokens: int, images: int = 1) -> int:
+    """Tokens that a budget leaves of `tokens`, which belong to `images` images (>= 1 if any)."""
+    wanted = keep * images if isinstance(keep, int) else round(keep * tokens)
+    return min(tokens, max(1, wanted)) if tokens else 0
+
+
+def keep_for_average(average: float, tokens: int, layer: int, num_layers: int) -> int:
+    """Tokens to keep from decoder layer `layer` on, so that layers see `average` on average.
+
+    The convention is "input to layer": layers before `layer` see all `tokens`.
+
+    Args:
+        average: visual tokens per layer and image, averaged over all decoder layers.
+        tokens: visual tokens of an image before the cut.
+        layer: 0-based layer before which rows leave.
+        num_layers: decoder layers of the model.
+
+    Raises:
+        PlanError: the average cannot be reached at this layer.
+    """
+    kept = round((average * num_layers - layer * tokens) / (num_layers - layer))
+    if not 1 <= kept <= tokens:
+        floor = (layer * tokens + num_layers - layer) / num_layers
+        raise PlanError(
+            f"a layer average of {average:g} visual tokens cannot be reached by a cut before "
+            f"layer {layer} of {num_layers}: the least is {floor:.1f}",
+            argument="tokens_avg",
+            given=average,
+            expected=f"{floor:.1f} <= average <= {tokens}",
+        )
+    return kept
+
+
+class Plan:
+    """An ordered list of stages and one seed.
+
+    Args:
+        stages: method instances, in the order in which they run.
+        seed: seed of all random choices.
+    """
+
+    def __init__(self, stages: Iterable[Any], seed: int = 0) -> None:
+        self.stages = list(stages)
+        self.seed = seed
+        for stage in self.stages:
+            if not hasattr(stage, "info"):
+                raise PlanError(
+                    f"a plan is made of method instances, not {type(stage).__name__}",
+                    argument="plan",
+                    given=stage,
+                    expected="for example VisionZip(keep=64) or 'visionzip:keep=64'",
+                )
+
+    @classmethod
+    def of(cls, plan: Any) -> Plan:
+        """A Plan from a Plan, a stage, several stages, a spec, or an existing plan folder."""
+        if isinstance(plan, Plan):
+            return plan
+        if isinstance(plan, str | os.PathLike):
+            if (Path(plan) / PLAN_FILE).is_file():
+                return cls.from_pretrained(plan)
+            return cls.from_spec(str(plan))
+        return cls(plan if isinstance(plan, list | tuple) else [plan])
+
+    @classmethod
+    def from_spec(cls, text: str, seed: int = 0) -> Plan:
+        """Parse ``name:key=value:key=value`` stages joined by ``+`` (see the contracts)."""
+        if not text.strip():
+            raise PlanError(
+                "the plan is empty", argument="plan", given=text, expected="visionzip:keep=64"
+            )
+        return cls([_parse_stage(part, text) for part in text.strip().split("+")], seed)
+
+    @property
+    def spec(self) -> str:
+        """The plan as spec text; only values that differ from the defaults are written."""
+        return "+".join(_format_stage(stage) for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``mllm_plan.json``."""
+        import mllm
+
+        return {
+            "type": "mllm.plan",
+            "version": 1,
+            "mllm_version": mllm.__version__,
+            "seed": self.seed,
+            "stages": [
+                {
+                    "name": stage.info.name,
+                    "version": stage.info.version,
+                    "params": {
+                        f.name: _to_json(getattr(stage, f.name), _hint(stage, f.name))
+                        for f in dataclasses.fields(stage)
+                    },
+                }
+                for stage in self.stages
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Inverse of :meth:`to_dict`; unknown keys and newer versions are PlanErrors."""
+        if not isinstance(data, dict):
+            raise PlanError("a plan file holds one JSON object", argument="plan", given=data)
+        _no_unknown(data, {"type", "version", "mllm_version", "seed", "stages"}, "plan file")
+        if data.get("type") != "mllm.plan" or data.get("version") != 1:
+            raise PlanError(
+                f"not a plan of version 1: type={data.get('type')!r}, "
+                f"version={data.get('version')!r}",
+                argument="version",
+                given=data.get("version"),
+                expected="type 'mllm.plan', version 1",
+            )
+        stages = []
+        for row in data.get("stages", []):
+            _no_unknown(row, {"name", "version", "params"}, "stage")
+            method = get_method(row.get("name", ""))
+            if row.get("version", 1) > method.info.version:
+                raise PlanError(
+                    f"{row['name']} version {row['version']} is newer than this mllm knows",
+                    argument="version",
+                    given=row["version"],
+                    expected=f"<= {method.info.version}",
+                )
+            params = row.get("params", {})
+            _check_keys(method, params)
+            stages.append(method(**{k: _from_json(v) for k, v in params.items()}))
+        return cls(stages, data.get("seed", 0))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the plan does (the version of mllm is left out)."""
+        data = {k: v for k, v in self.to_dict().items() if k != "mllm_version"}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> Path:
+        """Write ``mllm_plan.json`` into `folder` (made if missing); returns its path."""
+        path = Path(folder) / PLAN_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Plan:
+        """Read a folder written by :meth:`save_pretrained`."""
+        path = Path(folder) / PLAN_FILE
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise PlanError(
+                f"cannot read {path}: {error}", argument="plan", given=path,
+                expected=f"a folder with {PLAN_FILE}",
+            ) from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        return f"Plan({self.spec!r}, seed={self.seed})"
+
+
+def _no_unknown(data: dict, known: set[str], what: str) -> None:
+    for key in data.keys() - known:
+        raise PlanError(
+            f"unknown key {key!r} in {what}", argument=key, given=key, expected=near(key, known)
+        )
+
+
+def _check_keys(method: type, params: Iterable[str]) -> None:
+    names = [f.name for f in dataclasses.fields(method)]
+    for key in params:
+        if key not in names:
+            expected = near(key, names)
+            raise PlanError(
+                f"{method.info.name} has no parameter {key!r}; did you mean: {expected}?",
+                argument=key,
+                given=key,
+                expected=expected,
+            )
+
+
+def _parse_stage(part: str, text: str) -> Any:
+    name, *pairs = part.split(":")
+    broken = [p for p in pairs if "=" not in p or p.startswith("=")]
+    if not name or broken:
+        raise PlanError(
+            f"cannot read {(broken or [part])[0]!r} in the plan {text!r}",
+            argument="plan",
+            given=text,
+            expected="name:key=value:key=value, stages joined by '+'",
+        )
+    method = get_method(name)
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, value = pair.split("=", 1)
+        if key in values:
+            raise PlanError(
+                f"{name}: {key} is given twice", argument=key, given=part, expected="once"
+            )
+        values[key] = unquote(value)
+    _check_keys(method, values)
+    hints = typing.get_type_hints(method)
+    return method(**{k: _parse_value(name, k, v, hints[k]) for k, v in values.items()})
+
+
+def _options(hint: Any) -> tuple:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _parse_value(name: str, key: str, text: str, hint: Any) -> Any:
+    words = {"none": None, "true": True, "false": False}
+    options = _options(hint)
+    if text.lower() in words and type(words[text.lower()]) in options:
+        return words[text.lower()]
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            item = typing.get_args(option)[0]
+            return tuple(_parse_value(name, key, v, item) for v in text.split("/"))
+        if typing.get_origin(option) is typing.Literal:
+            return text
+    for kind in (int, float, str):
+        if kind in options:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise PlanError(
+        f"{name}: {key}={text!r} is not {expected}", argument=key, given=text, expected=expected
+    )
+
+
+def _format_value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return "/".join(_format_value(v) for v in value)
+    return quote(repr(value) if isinstance(value, float) else str(value), safe="/-_.~")
+
+
+def _format_stage(stage: Any) -> str:
+    parts = [stage.info.name]
+    for field in dataclasses.fields(stage):
+        value = getattr(stage, field.name)
+        if value != field.default or type(value) is not type(field.default):
+            parts.append(f"{field.name}={_format_value(value)}")
+    return ":".join(parts)
+
+
+def _hint(stage: Any, name: str) -> Any:
+    return typing.get_type_hints(type(stage))[name]
+
+
+def _to_json(value: Any, hint: Any) -> Any:
+    if {int, float} <= set(_options(hint)) and value is not None:
+        return {"tokens" if isinstance(value, int) else "fraction": value}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"tokens"}:
+            return int(value["tokens"])
+        if set(value) == {"fraction"}:
+            return float(value["fraction"])
+        raise PlanError(
+            f"a budget is {{'tokens': n}} or {{'fraction': x}}, not {value}",
+            argument="keep", given=value,
+        )
+    return tuple(value) if isinstance(value, list) else value
