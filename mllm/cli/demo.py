@@ -177,7 +177,7 @@ class Run:
 
     def answer_everything(self) -> None:
         """Ask every question under every plan, in batches of a task."""
-        import mllm
+        from mllm.eval.plans import patched_with
         from mllm.eval.scoring import is_correct
         from mllm.eval.sweep import SharedTower, answer_all
 
@@ -188,7 +188,7 @@ class Run:
                 for outcome in self.done:
                     bar.update(job, description=f"{task}: {outcome.entry.name}")
                     plan = outcome.entry.plan
-                    with mllm.patch(self.model, plan) as patched, shared.used_by(plan):
+                    with patched_with(self.model, plan) as patched, shared.used_by(plan):
                         answers = answer_all(self.model, self.processor, questions, patched)
                     outcome.texts[task] = [given.text for given in answers]
                     outcome.right[task] = [
@@ -202,15 +202,15 @@ class Run:
 
     def time_everything(self) -> None:
         """Time to the first token of one picture: rounds over all plans, so drift hits all."""
-        import mllm
         from mllm.eval.answer import answer
+        from mllm.eval.plans import patched_with
 
         inputs, _ = self._one(*next(iter(self.questions.items())), 0)
         with _progress() as bar:
             job = bar.add_task("timing", total=TIMED_ROUNDS * len(self.done))
             for _ in range(TIMED_ROUNDS):
                 for outcome in self.done:
-                    with mllm.patch(self.model, outcome.entry.plan) as patched:
+                    with patched_with(self.model, outcome.entry.plan) as patched:
                         answer(self.model, self.processor, inputs, patched, max_new_tokens=1)
                         (result,) = answer(
                             self.model, self.processor, inputs, patched, max_new_tokens=1
@@ -288,7 +288,7 @@ class Run:
         """One question of each of three tasks, drawn under a few plans."""
         import mllm
         from mllm.eval.answer import answer
-        from mllm.eval.overlay import stages
+        from mllm.eval.overlay import panels
         from mllm.eval.report import Overlay
 
         plans = {(o.entry.method, o.entry.budget): o.entry.plan for o in self.done}
@@ -300,9 +300,9 @@ class Run:
             for plan in shown:
                 with mllm.patch(self.model, plan) as patched:
                     answer(self.model, self.processor, inputs, patched, max_new_tokens=1)
-                    panels = stages(seen, *tokens_of(patched.ledger), width=336)
-                pictures += [(panels[0].title, panels[0].image)] * (not pictures)
-                pictures += [(f"{plan.spec}: {p.title}", p.image) for p in panels[1:]]
+                    first, *later = panels(seen, patched.ledger, width=336)
+                pictures += [(first.title, first.image)] * (not pictures)
+                pictures += [(f"{plan.spec}: {p.title}", p.image) for p in later]
             sample = questions.samples[0]
             result.append(Overlay(sample["question"], sample["answer"], pictures))
         return result
@@ -319,20 +319,12 @@ class Run:
         return inputs.to(self.model.device, self.model.dtype), seen
 
 
-def tokens_of(ledger: Any) -> tuple[Any, ...]:
-    """Arguments of `overlay.stages` after the picture, from a ledger of one picture."""
-    layers = ledger.as_dict()["layers"]
-    kept = [ledger.kept(row["layer"])[0] for row in layers]
-    return ledger.grid[0][0], ledger.kept("llm")[0], kept
-
-
 def _patch_ask_remove(console: Console, run: Run) -> None:
     """The product in five lines, run for real on one picture."""
     import torch
 
     import mllm
     from mllm.eval.answer import answer
-    from mllm.plan import Plan
 
     task, questions = next(iter(run.questions.items()))
     sample, spec = questions.samples[0], "visionzip:keep=64"
@@ -340,12 +332,10 @@ def _patch_ask_remove(console: Console, run: Run) -> None:
     model = run.model
     with torch.inference_mode():
         before = model(**inputs).logits
-    said = {}
-    for plan in (Plan([]), Plan.of(spec)):
-        with mllm.patch(model, plan) as patched:
-            (result,) = answer(model, run.processor, inputs, patched, max_new_tokens=12)
-            said[plan.spec] = result.text
-            ledger = patched.ledger
+    (plain,) = answer(model, run.processor, inputs, None, max_new_tokens=12)
+    with mllm.patch(model, spec) as patched:
+        (pruned,) = answer(model, run.processor, inputs, patched, max_new_tokens=12)
+        ledger = patched.ledger
     with torch.inference_mode():
         same = torch.equal(before, model(**inputs).logits)
     data, grid = ledger.as_dict(), ledger.grid[0][0]
@@ -355,8 +345,8 @@ def _patch_ask_remove(console: Console, run: Run) -> None:
     console.print("    model.generate(**inputs)", style="cyan", markup=False)
     lines = [
         f"question   {sample['question']}   (truth: {sample['answer']})",
-        f"unpatched  {data['visual_tokens'][0]:>3} visual tokens: {said['']}",
-        f"patched    {data['kept_llm'][0]:>3} visual tokens: {said[spec]}",
+        f"unpatched  {data['visual_tokens'][0]:>3} visual tokens: {plain.text}",
+        f"patched    {data['kept_llm'][0]:>3} visual tokens: {pruned.text}",
         f"           {share:.0%} of the prefill FLOPs, vision tower included",
         f"removed    logits equal to those before, bit for bit: {'yes' if same else 'NO'}",
         "kept tokens:",
@@ -430,8 +420,12 @@ def _lead(per_task: int, quick: bool) -> list[str]:
         "enter a decoder layer, averaged over the layers.",
         f"With {per_task} questions a task nothing here ranks methods, and this page draws no "
         "verdicts. benchmarks/results holds the full test split with paired intervals."
-        + (" This was a quick run." if quick else " Times are medians of "
-           f"{TIMED_ROUNDS} single-picture prefills on the machine that ran the demo."),
+        + (
+            " This was a quick run."
+            if quick
+            else " Times are medians of "
+            f"{TIMED_ROUNDS} single-picture prefills on the machine that ran the demo."
+        ),
     ]
 
 

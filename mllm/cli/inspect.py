@@ -64,9 +64,9 @@ def inspect(
     """
     check_writable(output)
     with err_console().status("loading"):
-        import mllm
+        from mllm.eval import overlay
         from mllm.eval.answer import answer
-        from mllm.eval.overlay import as_seen, figure, stages
+        from mllm.eval.plans import patched_with
         from mllm.loading import build_inputs, load_image, load_model
         from mllm.plan import Plan
 
@@ -76,22 +76,17 @@ def inspect(
 
     with err_console().status("answering"):
         answers = []
-        for stages_of in (Plan([]), parsed):
-            with mllm.patch(loaded, stages_of) as patched:
+        for stages in (Plan([]), parsed):
+            with patched_with(loaded, stages) as patched:
                 (result,) = answer(
-                    loaded, processor, inputs, patched.ledger, max_new_tokens=max_new_tokens
+                    loaded, processor, inputs, patched, max_new_tokens=max_new_tokens
                 )
                 answers.append(result.text)
-                ledger = patched.ledger
-                record = ledger.as_dict()
-        kept = [ledger.kept(row["layer"])[0] for row in record["layers"]]
-        panels = stages(
-            _seen(inputs, processor, as_seen),
-            ledger.grid[0][0],
-            ledger.kept("llm")[0],
-            kept,
-            merged_into=ledger.merged_into[0],
-        )
+        ledger = patched.ledger
+        record = ledger.as_dict()
+        shape = processor.image_processor
+        seen = overlay.as_seen(inputs["pixel_values"][0], shape.image_mean, shape.image_std)
+        panels = overlay.panels(seen, ledger)
 
     share = record["prefill_flops"][0] / record["baseline_prefill_flops"][0]
     data = {
@@ -114,14 +109,8 @@ def inspect(
         f"{data['visual_tokens']} visual tokens, {data['kept_llm']} into the LLM, "
         f"{data['visual_avg']:.1f} per decoder layer on average; {share:.0%} of the prefill FLOPs",
     ]
-    _save(figure(panels, caption), output)
+    _save(overlay.figure(panels, caption), output)
     return data
-
-
-def _seen(inputs: Any, processor: Any, as_seen: Any) -> Any:
-    """The picture as the model saw it: resized and cropped by the processor."""
-    shape = processor.image_processor
-    return as_seen(inputs["pixel_values"][0], shape.image_mean, shape.image_std)
 
 
 def _save(picture: Any, path: Path) -> None:

@@ -31,7 +31,7 @@ class Row:
         spec: the plan's spec text; empty for the unpatched model.
         budget: layer-average visual tokens aimed at; None for the unpatched model.
         visual_avg: layer-average visual tokens reached (input to layer, mean over the samples).
-        flops: prefill FLOPs of a sample, mean; LLM only.
+        flops: prefill FLOPs of a sample, mean; vision tower and selection included.
         prefill_s: seconds to the first token per sample, or None where it was not measured.
         tasks: task name -> (answers right, questions).
         sanity: a row any method has to beat (random, downsample, avgpool ...).
@@ -98,7 +98,7 @@ class Flip:
 
     Attributes:
         image: as the model saw it.
-        answers: (plan's spec text, its answer) of the plans that changed it.
+        answers: (answer, spec texts of the plans that gave it) of the plans that changed it.
     """
 
     image: Image.Image
@@ -106,7 +106,7 @@ class Flip:
     question: str
     truth: str
     unpatched: str
-    answers: list[tuple[str, str]]
+    answers: list[tuple[str, list[str]]]
 
 
 @dataclass
