@@ -64,12 +64,15 @@ def inspect(
     """
     check_writable(output)
     with err_console().status("loading"):
+        import transformers
+
         from mllm.eval import overlay
         from mllm.eval.answer import answer
         from mllm.eval.plans import patched_with
         from mllm.loading import build_inputs, load_image, load_model
         from mllm.plan import Plan
 
+        transformers.utils.logging.disable_progress_bar()
         parsed, picture = Plan.of(plan), load_image(image)
         loaded, processor = load_model(model, device=device, dtype=dtype)
         inputs = build_inputs(processor, [([picture], question)]).to(loaded.device, loaded.dtype)
@@ -105,7 +108,7 @@ def inspect(
     caption = [
         f"Question: {question}",
         f"Unpatched answer: {answers[0]}",
-        f"With {parsed.spec}: {answers[1]}",
+        f"With {plan}: {answers[1]}",
         f"{data['visual_tokens']} visual tokens, {data['kept_llm']} into the LLM, "
         f"{data['visual_avg']:.1f} per decoder layer on average; {share:.0%} of the prefill FLOPs",
     ]
