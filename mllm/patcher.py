@@ -113,8 +113,7 @@ class Patched:
         self._cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
-        self._record: Record | None = None
-        self._history: list[Record] = []
+        self._records: list[Record] = []
         self._handles: list[Any] = []
         self._served: list[tuple[nn.Module, Any]] = []
         self._install()
@@ -122,8 +121,6 @@ class Patched:
     # What can be refused before anything runs
 
     def _validate(self, unvalidated: bool) -> None:
-        if not self.plan.stages:
-            raise PlanError("the plan is empty", argument="plan", given="", expected="a stage")
         if "mllm_get_image_features" in self.family.base.__dict__:
             raise PlanError(
                 "the model is already patched",
@@ -279,7 +276,7 @@ class Patched:
     @property
     def ledger(self) -> Ledger:
         """The account of the newest prefill."""
-        return Ledger(self._record, self._history)
+        return Ledger(self._records)
 
     # The call, from the outside in
 
@@ -684,17 +681,15 @@ class Patched:
 
     def _book_text(self, forward: _Forward) -> None:
         """A decode step, or a text-only prefill."""
-        if forward.past_logical and self._record is not None and forward.full.valid.shape[1] == 1:
-            self._record.decode_steps += 1
+        if forward.past_logical and self._records and forward.full.valid.shape[1] == 1:
+            self._records[-1].decode_steps += 1
         elif not forward.past_logical:
             self._book(forward, ["no visual tokens: the plan had nothing to do"], 2)
 
     def _book(self, forward: _Forward, notes: list[str], itemsize: int) -> None:
         cache = forward.cache
         if not forward.past_logical:
-            self._history = []
-        elif self._record is not None:
-            self._history = [*self._history, self._record]
+            self._records.clear()  # a new conversation
         tensors = [] if cache is None else [t for x in cache.layers for t in (x.keys, x.values)]
         tensors = [t for t in tensors if t is not None]
         meta = {} if cache is None else {id(t): t for x in cache.layers
@@ -703,7 +698,7 @@ class Patched:
         rows = forward.full.valid.shape[1]
         asked = call.logits_to_keep if call is not None else 0
         asked = asked.numel() if isinstance(asked, Tensor) else asked
-        self._record = Record(
+        record = Record(
             config=self.family.text_config,
             full=forward.full,
             tables=forward.tables,
@@ -719,6 +714,7 @@ class Patched:
             selection_flops=forward.selection_flops,
             notes=notes,
         )
+        self._records.append(record)
 
 
 class _VisionRun:
