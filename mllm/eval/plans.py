@@ -66,11 +66,12 @@ def plan_for_budget(
     stages = Plan.from_spec(template).stages
     kinds = [stage.info.stage for stage in stages]
     if kinds not in (["pre_llm"], ["llm"], ["pre_llm", "llm"]):
+        expected = "one pre-LLM stage, one in-LLM stage, or a pre-LLM stage + an in-LLM stage"
         raise PlanError(
-            f"cannot fit {template!r} to a budget",
+            f"cannot fit {template!r} to a budget; a sweep takes {expected}",
             argument="plans",
             given=template,
-            expected="one pre-LLM stage, one in-LLM stage, or a pre-LLM stage + an in-LLM stage",
+            expected=expected,
         )
     if not 1 <= budget <= tokens:
         raise PlanError(

@@ -107,19 +107,26 @@ def find_tasks(names: Sequence[str]) -> Any:
 
     manager = TaskManager(include_path=tasks.PATH, include_defaults=False)
     ours = manager.all_tasks
+    for name in names:
+        near = difflib.get_close_matches(name, ours, 3, 0.8)
+        if near and name not in ours:  # a slip of ours: no need to read two thousand files
+            raise _no_task(name, near)
     if set(names) <= set(ours):
         return manager
     manager = TaskManager(include_path=tasks.PATH, model_name="mllm")
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5) or ours
-            raise MllmError(
-                f"there is no task {name!r}; did you mean: {', '.join(near)}?",
-                argument="tasks",
-                given=name,
-                expected=", ".join(near),
-            )
+            raise _no_task(name, difflib.get_close_matches(name, manager.all_tasks, 3, 0.5) or ours)
     return manager
+
+
+def _no_task(name: str, near: list[str]) -> MllmError:
+    return MllmError(
+        f"there is no task {name!r}; did you mean: {', '.join(near)}?",
+        argument="tasks",
+        given=name,
+        expected=", ".join(near),
+    )
 
 
 def _need_lmms_eval() -> None:
