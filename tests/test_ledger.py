@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny
 import torch
-from matrix import CASES, FEW, LAYERS, SIDE, fresh
+from matrix import CASES, FEW, LAYERS, SIDE, fresh, watch
 
 import mllm
 
@@ -21,17 +21,6 @@ PER_SAMPLE = {
     "baseline_prefill_flops", "vision_flops", "selection_flops",
 }
 few = pytest.mark.parametrize("spec", FEW)
-
-
-def watch(model):
-    """Rows that really enter every decoder layer, by hooks of our own."""
-    rows = {}
-    for i, layer in enumerate(model.model.language_model.layers):
-        # On the norm inside the layer: whatever an engine does around a layer, this is after it.
-        layer.input_layernorm.register_forward_pre_hook(
-            lambda _, args, i=i: rows.setdefault(i, []).append(args[0].shape[1])
-        )
-    return rows
 
 
 def stored(cache) -> int:
