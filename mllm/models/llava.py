@@ -53,6 +53,11 @@ class Llava(Family):
         hidden = tower_output.hidden_states
         return torch.cat([hidden[i][:, :1] for i in self._feature_layers()], dim=-1)
 
+    def native_grid(self) -> tuple[int, int]:
+        vision = self.model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
     def grid(self, pixel_values: Tensor) -> list[tuple[int, int]]:
         patch = self.model.config.vision_config.patch_size
         side = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
