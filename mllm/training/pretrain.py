@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from transformers import TrainingArguments
 
+from mllm.eval.files import write_json
 from mllm.training.grounding import GroundedLlava, GroundingData, collate
 from mllm.training.optim import MuonAdamW
 from mllm.training.recipe import Recipe
@@ -16,15 +16,16 @@ from mllm.training.tiny import new_model, new_processor
 from mllm.training.trainer import (
     GroundingTrainer,
     MetricsFile,
+    Progress,
     StopOnSigterm,
-    last_complete,
-    write_atomically,
+    newest_checkpoint,
+    training_arguments,
 )
 
 DONE = "stage.json"
 
 
-def run_stages(recipe: Recipe, folder: Path, resume: bool) -> bool:
+def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | None:
     """Train every stage in order; finished ones are read back when resuming.
 
     Args:
@@ -33,12 +34,11 @@ def run_stages(recipe: Recipe, folder: Path, resume: bool) -> bool:
         resume: continue from the newest whole checkpoint of the unfinished stage.
 
     Returns:
-        True when all stages are done and `folder/model` holds the result in bf16; False when
-        SIGTERM stopped the run (a checkpoint was saved).
+        The trained model in bf16 and its processor; None when SIGTERM stopped the run (a
+        checkpoint was saved).
     """
     processor = new_processor()
-    seed = recipe.stages[0].train.get("seed", 0)
-    llava = new_model(processor.tokenizer, seed=seed)
+    llava = new_model(processor.tokenizer, seed=recipe.stages[0].train.get("seed", 0))
     model = GroundedLlava(llava, processor.tokenizer, {})
     for number, stage in enumerate(recipe.stages, 1):
         home = folder / f"stage-{number}-{stage.name}"
@@ -46,15 +46,14 @@ def run_stages(recipe: Recipe, folder: Path, resume: bool) -> bool:
         if resume and (home / DONE).is_file():
             load_model(model, str(weights))
             continue
-        model.weights = dict(stage.losses)
-        arguments = TrainingArguments(
-            output_dir=str(home),
-            remove_unused_columns=False,
-            report_to="none",
-            **{"use_cpu": not torch.cuda.is_available()} | stage.train,
-        )
+        model.weights = stage.losses.model_dump()
+        arguments = training_arguments(stage.train, home)
         optimizer = MuonAdamW(model, arguments.learning_rate, **stage.optimizer.model_dump())
-        items = arguments.max_steps * arguments.train_batch_size
+        items = (
+            arguments.max_steps
+            * arguments.train_batch_size
+            * arguments.gradient_accumulation_steps
+        )
         stop = StopOnSigterm()
         trainer = GroundingTrainer(
             model=model,
@@ -64,16 +63,12 @@ def run_stages(recipe: Recipe, folder: Path, resume: bool) -> bool:
                 stage.scenes, stage.questions, items, arguments.seed, processor.tokenizer
             ),
             optimizers=(optimizer, None),
-            callbacks=[MetricsFile(folder / "metrics.jsonl", stage.name), stop],
+            callbacks=[MetricsFile(folder / "metrics.jsonl", stage.name), Progress(stage.name), stop],
         )
-        checkpoint, remarks = last_complete(home) if resume else (None, [])
-        for remark in remarks:
-            print(remark)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        checkpoint = newest_checkpoint(home) if resume else None
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if stop.stopped:
-            return False
+            return None
         save_model(model, str(weights))
-        write_atomically(home / DONE, json.dumps({"steps": trainer.state.global_step}))
-    llava.to(torch.bfloat16).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    return True
+        write_json(home / DONE, {"steps": trainer.state.global_step})
+    return llava.to(torch.bfloat16).eval(), processor

@@ -5,18 +5,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+import re
+import typing
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from mllm.errors import RecipeError
 
-RECIPES = files("mllm") / "training" / "recipes"
+SUFFIX = ".yaml"
 
 
 class Strict(BaseModel):
@@ -26,7 +27,11 @@ class Strict(BaseModel):
 
 
 class ModelPart(Strict):
-    """Which model, in which type, and what stays frozen."""
+    """Which model, in which type, and what stays frozen.
+
+    `path` is a folder, a hub name, `tiny-llava` (the embedded model), or, with `stages`,
+    `new:tiny-llava`: the same architecture with random weights.
+    """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -36,7 +41,11 @@ class ModelPart(Strict):
 
 
 class DataPart(Strict):
-    """One data source: a LLaVA JSON file, or the generated yardstick (`path: yardstick`)."""
+    """One data source: a JSON file, or the generated yardstick (`path: yardstick`).
+
+    `limit` samples are taken (generated: per task); `weight` 0.5 shows every second one, 2.0 each
+    one twice. `tasks`, `style` and `split` belong to the generated source.
+    """
 
     path: str
     format: Literal["llava", "messages"] = "llava"
@@ -47,13 +56,9 @@ class DataPart(Strict):
     tasks: list[str] | None = None
     style: str = "plain"
 
-    @property
-    def generated(self) -> bool:
-        return self.path == "yardstick"
-
 
 class MethodPart(BaseModel):
-    """What is trained. Further keys of `lora` are PEFT's own names (r, lora_alpha, ...)."""
+    """What is trained. The other keys of `lora` are those of PEFT's LoraConfig."""
 
     model_config = ConfigDict(extra="allow")
     type: Literal["full", "lora", "router", "moe"] = "full"
@@ -67,37 +72,46 @@ class OptimizerPart(Strict):
     weight_decay: float = Field(default=0.02, ge=0)
 
 
+class LossPart(Strict):
+    """Weights of the grounding losses."""
+
+    answers: float = 0.0
+    patches: float = 0.0
+    cls: float = 0.0
+    places: float = 0.0
+    words: float = 0.0
+
+
 class StagePart(Strict):
     """One pretraining stage on drawn scenes, with the grounding objective."""
 
-    name: str
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
     scenes: Literal["soup", "mini", "full"]
     questions: int = Field(default=0, ge=0)
-    losses: dict[Literal["answers", "patches", "cls", "places", "words"], float]
+    losses: LossPart
     optimizer: OptimizerPart = OptimizerPart()
     train: dict[str, Any]
-
-    @model_validator(mode="after")
-    def _questions_need_a_scene(self) -> StagePart:
-        if (self.scenes == "soup") != (self.questions == 0):
-            raise ValueError("`questions` must be 0 for soup scenes and at least 1 for others")
-        return self
 
 
 class ParallelPart(Strict):
     """How the run is spread over devices."""
 
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: int = Field(default=0, ge=0, le=3)
     ep_size: int = Field(default=1, ge=1)
     sp_size: int = Field(default=1, ge=1)
 
 
 class EvalPart(Strict):
-    """What is evaluated at the end, under which plans (null: unpatched)."""
+    """What is evaluated at the end, under which plans (null: unpatched).
 
-    tasks: list[str] = ["yardstick"]
+    `tasks` are yardstick tasks; `yardstick` means all of them, `admitted` those the embedded model
+    learnt. `limit` samples a task.
+    """
+
+    tasks: list[str] = ["admitted"]
     plans: list[str | None] = [None]
     limit: int = Field(default=500, ge=1)
+    split: Literal["dev", "test"] = "test"
     style: str = "plain"
 
 
@@ -109,7 +123,7 @@ class OutputPart(Strict):
 
 
 class Recipe(Strict):
-    """A whole recipe; see `mllm recipes list` for shipped ones."""
+    """A whole recipe. `summary` is one line for `mllm recipes list`."""
 
     version: Literal[1]
     summary: str = ""
@@ -122,35 +136,372 @@ class Recipe(Strict):
     eval: EvalPart | None = None
     output: OutputPart
     stages: list[StagePart] = []
-
-    @field_validator("train")
-    @classmethod
-    def _plain_train(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _check_train(value)
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
     def sha256(self) -> str:
-        """Hash of what is trained: everything but where it is written."""
-        content = self.model_dump(mode="json", exclude={"output", "eval"})
+        """Hash of what is trained: what was written, less `summary`, `eval` and `output`."""
+        content = {k: v for k, v in self._written.items() if k not in ("summary", "eval", "output")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def to_yaml(self) -> str:
+        """The recipe as run: overrides applied, defaults left out."""
+        return yaml.safe_dump(self._written, sort_keys=False)
 
-def _check_train(value: dict[str, Any]) -> dict[str, Any]:
-    return value
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 2e-3 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> path of every recipe in the package."""
+    folder = Path(str(files("mllm") / "training" / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+def resolve(source: str | Path) -> Path:
+    """Path of a recipe: an existing file, or a shipped one by its name.
+
+    `tiny-llava`, `tiny-llava.yaml` and `recipes/tiny-llava.yaml` all mean the shipped recipe where
+    no such file exists.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    names = shipped()
+    if path.parent in (Path("."), Path("recipes")) and path.suffix in ("", SUFFIX):
+        if path.stem in names:
+            return names[path.stem]
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(names)}"
+    raise RecipeError(
+        f"no recipe {str(source)!r}; {hint}",
+        argument="recipe",
+        given=source,
+        expected=f"a YAML file, or one of {', '.join(names)}",
+    )
+
+
+def parse(text: str, name: str = "recipe") -> Any:
+    """YAML to plain objects.
+
+    Raises:
+        RecipeError: broken YAML; the message gives the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown line"
+        raise RecipeError(
+            f"{name} is not valid YAML: {where}: {error.problem}",
+            argument="recipe",
+            given=name,
+            expected="YAML as in the shipped recipes (mllm recipes show tiny-llava)",
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{name} is not valid YAML: {str(error).splitlines()[0]}",
+            argument="recipe",
+            given=name,
+            expected="a text file in UTF-8",
+        ) from error
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    path = Path(str(source))
-    if not path.is_file():
-        path = Path(str(RECIPES / path.name))
-        if path.suffix != ".yaml":
-            path = path.with_suffix(".yaml")
-    data = yaml.safe_load(path.read_text())
+    """Read, override and validate a recipe.
+
+    Args:
+        source: a path, or the name of a shipped recipe.
+        overrides: `key=value` with dotted keys (`train.max_steps=10`, `stages.0.train.seed=1`,
+            `plan=null`); values are YAML.
+
+    Raises:
+        RecipeError: no such recipe, broken YAML, an unknown key (the nearest known one is named),
+            a value of the wrong kind, or parts that cannot go together.
+        PlanError: a plan that does not parse.
+    """
+    path = resolve(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"cannot read {path}: {error}",
+            argument="recipe",
+            given=path,
+            expected="a readable text file",
+        ) from error
+    written = parse(text, str(path))
+    if not isinstance(written, dict):
+        raise RecipeError(
+            f"{path} holds no recipe: its top level is not a mapping",
+            argument="recipe",
+            given=path,
+            expected="keys such as version, model, train, output",
+        )
     for override in overrides:
-        key, _, text = override.partition("=")
-        *parents, last = key.split(".")
-        node = data
-        for parent in parents:
-            node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
-        node[last] = yaml.safe_load(text)
-    return Recipe.model_validate(data)
+        _apply(written, override)
+    return validate(written)
+
+
+def validate(written: dict[str, Any]) -> Recipe:
+    """Check a parsed recipe; see `load` for the errors."""
+    try:
+        recipe = Recipe.model_validate(written)
+    except ValidationError as error:
+        raise _readable(error.errors()[0]) from error
+    recipe._written = written
+    _check_train_keys(recipe)
+    _check_together(recipe)
+    return recipe
+
+
+def _apply(written: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(
+            f"{override!r} is no override",
+            argument="override",
+            given=override,
+            expected="key=value, such as train.max_steps=10",
+        )
+    node: Any = written
+    *parents, last = key.split(".")
+    for depth, name in enumerate(parents):
+        if isinstance(node, dict):
+            # A part that the recipe leaves out starts empty; a wrong name fails validation.
+            node[name] = {} if node.get(name) is None else node[name]
+        node = node[_index(node, name, key) if isinstance(node, list) else name]
+        if not isinstance(node, (dict, list)):
+            raise RecipeError(
+                f"{'.'.join(parents[: depth + 1])} has no parts, so {key!r} cannot be set",
+                argument=key,
+                given=override,
+                expected=f"{'.'.join(parents[: depth + 1])}=value",
+            )
+    node[_index(node, last, key) if isinstance(node, list) else last] = parse(text, override)
+
+
+def _index(node: list, name: str, key: str) -> int:
+    if not name.isdecimal() or int(name) >= len(node):
+        raise RecipeError(
+            f"{key!r}: {name!r} is no place in a list of {len(node)}",
+            argument=key,
+            given=name,
+            expected=f"a number from 0 to {len(node) - 1}",
+        )
+    return int(name)
+
+
+def _readable(fault: dict[str, Any]) -> RecipeError:
+    """One pydantic fault as a RecipeError."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return _unknown_key(where, list(_part_at(fault["loc"][:-1]).model_fields))
+    if fault["type"] == "missing":
+        return RecipeError(f"{where} is missing", argument=where, expected=f"a value for {where}")
+    given = fault.get("input")
+    return RecipeError(
+        f"{where}={given!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}",
+        argument=where,
+        given=given,
+        expected=fault["msg"],
+    )
+
+
+def _unknown_key(where: str, known: Sequence[str]) -> RecipeError:
+    key = where.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return RecipeError(
+        f"unknown key {where!r}; {hint}",
+        argument=where,
+        given=key,
+        expected=near[0] if near else ", ".join(known),
+    )
+
+
+def _part_at(location: Sequence[str | int]) -> type[BaseModel]:
+    """The model class that a validation location points into."""
+    part: type[BaseModel] = Recipe
+    for name in location:
+        if isinstance(name, str):
+            kind = part.model_fields[name].annotation
+            options = [a for a in typing.get_args(kind) or (kind,) if isinstance(a, type)]
+            part = next(option for option in options if issubclass(option, BaseModel))
+    return part
+
+
+def _check_train_keys(recipe: Recipe) -> None:
+    """`train` keys are those of TrainingArguments; the folder is `output.dir`."""
+    from transformers import TrainingArguments
+
+    known = [name for name in TrainingArguments.__dataclass_fields__ if not name.startswith("_")]
+    parts = [("train", recipe.train)]
+    parts += [(f"stages.{i}.train", stage.train) for i, stage in enumerate(recipe.stages)]
+    for where, part in parts:
+        for key in part:
+            if key == "output_dir":
+                raise RecipeError(
+                    f"{where}.output_dir is not used: the folder is output.dir",
+                    argument=f"{where}.output_dir",
+                    given=part[key],
+                    expected="output.dir",
+                )
+            if key not in known:
+                raise _unknown_key(f"{where}.{key}", known)
+
+
+def _refuse(message: str, argument: str, given: Any, expected: str) -> typing.NoReturn:
+    raise RecipeError(message, argument=argument, given=given, expected=expected)
+
+
+def _check_together(recipe: Recipe) -> None:
+    """Parts that cannot go together."""
+    from mllm.plan import Plan
+    from mllm.yardstick import TASKS
+    from mllm.yardstick.scenes import STYLES
+
+    parallel = recipe.parallel.model_dump()
+    for key, value in parallel.items():
+        if value != ParallelPart.model_fields[key].default:
+            _refuse(
+                f"parallel.{key}={value} is not available yet: training runs on one device",
+                f"parallel.{key}",
+                value,
+                f"{ParallelPart.model_fields[key].default}",
+            )
+    method = recipe.method.type
+    if method in ("router", "moe"):
+        _refuse(
+            f"method.type={method!r} is not available yet",
+            "method.type",
+            method,
+            "full or lora",
+        )
+    extra = recipe.method.model_extra or {}
+    if extra:
+        _check_method_keys(method, extra)
+    new = recipe.model.path.startswith("new:")
+    if recipe.stages:
+        for key in ("data", "train", "plan"):
+            if getattr(recipe, key):
+                _refuse(
+                    f"a recipe with stages cannot have {key!r}: stages bring their own",
+                    key,
+                    getattr(recipe, key),
+                    f"either stages or {key}",
+                )
+        if method != "full":
+            _refuse("stages train the whole model", "method.type", method, "full")
+        if recipe.model.path != "new:tiny-llava":
+            _refuse(
+                "stages train the embedded architecture from random weights",
+                "model.path",
+                recipe.model.path,
+                "new:tiny-llava",
+            )
+        for number, stage in enumerate(recipe.stages):
+            if (stage.scenes == "soup") != (stage.questions == 0):
+                _refuse(
+                    f"stages.{number}: soup scenes have no questions, others need some",
+                    f"stages.{number}.questions",
+                    stage.questions,
+                    "0 with scenes: soup, else at least 1",
+                )
+            if not stage.train.get("max_steps", 0) > 0:
+                _refuse(
+                    f"stages.{number}.train.max_steps must be given: scenes are endless",
+                    f"stages.{number}.train.max_steps",
+                    stage.train.get("max_steps"),
+                    "a number of steps",
+                )
+        names = [stage.name for stage in recipe.stages]
+        if len(set(names)) < len(names):
+            _refuse("two stages have the same name", "stages", names, "different names")
+    elif new:
+        _refuse("a new model needs stages", "model.path", recipe.model.path, "stages, or a model")
+    elif not recipe.data:
+        _refuse("there is nothing to train on", "data", None, "data, or stages")
+    model = recipe.model
+    if method == "lora" and model.freeze_language_model and "target_modules" not in extra:
+        _refuse(
+            "LoRA goes into the language model by default, which is frozen",
+            "model.freeze_language_model",
+            True,
+            "false, or method.target_modules",
+        )
+    frozen = model.freeze_vision_tower, model.freeze_multi_modal_projector
+    if method == "full" and all(frozen) and model.freeze_language_model:
+        _refuse("everything is frozen: nothing to train", "model", "all frozen", "one part free")
+    for number, source in enumerate(recipe.data):
+        if source.path == "yardstick":
+            _check_names(f"data.{number}.tasks", source.tasks or [], TASKS)
+            _check_names(f"data.{number}.style", [source.style], tuple(STYLES))
+            if source.limit is None:
+                _refuse(
+                    f"data.{number}.limit must be given: the yardstick is endless",
+                    f"data.{number}.limit",
+                    None,
+                    "samples per task",
+                )
+        elif source.tasks is not None or source.style != "plain":
+            _refuse(
+                f"data.{number}: tasks and style belong to path: yardstick",
+                f"data.{number}.tasks",
+                source.tasks,
+                "path: yardstick, or no tasks and style",
+            )
+    plans = [recipe.plan]
+    if recipe.eval:
+        _check_names("eval.tasks", recipe.eval.tasks, ("yardstick", "admitted", *TASKS))
+        _check_names("eval.style", [recipe.eval.style], tuple(STYLES))
+        plans += recipe.eval.plans
+    for plan in plans:
+        # A folder with a saved plan is read when it is used.
+        if plan is not None and not Path(plan).is_dir():
+            Plan.from_spec(plan)
+
+
+def _check_names(where: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            _refuse(f"{where}: {name!r} does not exist; {hint}", where, name, ", ".join(known))
+
+
+def _check_method_keys(method: str, extra: dict[str, Any]) -> None:
+    if method != "lora":
+        _refuse(
+            f"method.{next(iter(extra))} belongs to lora",
+            f"method.{next(iter(extra))}",
+            method,
+            "method.type=lora",
+        )
+    from peft import LoraConfig
+
+    for key in extra:
+        if key not in LoraConfig.__dataclass_fields__:
+            raise _unknown_key(f"method.{key}", list(LoraConfig.__dataclass_fields__))

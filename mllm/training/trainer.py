@@ -7,30 +7,32 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from transformers import Trainer, TrainerCallback
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mllm.errors import DataError
+from mllm.errors import RecipeError
+from mllm.eval.files import write_json
 
 COMPLETE = "COMPLETE"
+WEIGHTS = "model.safetensors"
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def seal(folder: Path) -> None:
@@ -40,14 +42,14 @@ def seal(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != COMPLETE
     }
-    write_atomically(folder / COMPLETE, json.dumps(sums, indent=1))
+    write_json(folder / COMPLETE, sums)
 
 
 def check_sealed(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     marker = folder / COMPLETE
     if not marker.is_file():
-        return "has no COMPLETE marker"
+        return "has no COMPLETE marker: it was half-written"
     for name, digest in json.loads(marker.read_text()).items():
         if not (folder / name).is_file():
             return f"lacks {name}"
@@ -62,15 +64,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
-def last_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a remark on each newer one that is not whole."""
-    remarks = []
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; a warning names each newer one that is not whole."""
     for path in reversed(checkpoints(folder)):
         fault = check_sealed(path)
         if fault is None:
-            return path, remarks
-        remarks.append(f"checkpoint {path} {fault}: skipped")
-    return None, remarks
+            return path
+        warnings.warn(f"{path} {fault}; an older checkpoint is used", stacklevel=2)
+    return None
 
 
 class StopOnSigterm(TrainerCallback):
@@ -105,10 +106,59 @@ class MetricsFile(TrainerCallback):
             handle.write(json.dumps(row | (logs or {})) + "\n")
 
 
+class Progress(TrainerCallback):
+    """One bar on stderr with the newest loss: stdout belongs to results."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.label, file=sys.stderr
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+
+
+def training_arguments(train: dict[str, Any], folder: Path) -> TrainingArguments:
+    """TrainingArguments of a recipe's `train` part.
+
+    Raises:
+        RecipeError: a value that TrainingArguments refuses.
+    """
+    defaults = {
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    try:
+        return TrainingArguments(output_dir=str(folder), **defaults | train)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"train: {error}",
+            argument="train",
+            given=train,
+            expected="values that transformers.TrainingArguments takes",
+        ) from error
+
+
 class CheckpointTrainer(Trainer):
     """`Trainer` whose checkpoints appear by rename, sealed with checksums."""
 
     _staging: str | None = None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
 
     def _get_output_dir(self, trial) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -133,30 +183,46 @@ class CheckpointTrainer(Trainer):
                 shutil.rmtree(old)
 
 
+    # Trainer's own pair saves a model under its hub names and loads them without converting back
+    # (LLaVA, transformers 5.23: every weight "missing", training goes on from the wrong weights).
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if is_peft(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / WEIGHTS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if is_peft(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_model(model or self.model, str(Path(resume_from_checkpoint) / WEIGHTS))
+
+
+def is_peft(model: torch.nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT, which saves adapters under its own names."""
+    return hasattr(model, "peft_config")
+
+
 class GroundingTrainer(CheckpointTrainer):
     """Trains a `GroundedLlava`; logs the mean of each part of the loss."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._parts: dict[str, float] = {}
+        self._count = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         parts = model(**inputs)
         loss = parts.pop("loss")
-        if not hasattr(self, "_parts"):
-            self._parts, self._count = {}, 0
         self._count += 1
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + float(part)
         return (loss, parts) if return_outputs else loss
 
     def log(self, logs, start_time=None) -> None:
-        if getattr(self, "_count", 0):
+        if self._count:
             logs |= {f"loss_{k}": round(v / self._count, 4) for k, v in self._parts.items()}
             self._parts, self._count = {}, 0
         super().log(logs, start_time)
-
-    # The module ties two weights and is no PreTrainedModel, which Trainer's own pair cannot handle.
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / "model.safetensors"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))

@@ -1,0 +1,1 @@
+"""Training from recipes. Nothing here is imported by `import mllm`."""

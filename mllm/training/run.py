@@ -1,0 +1,257 @@
+"""One run of a recipe: its folder, its record, training, evaluation, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import mllm
+from mllm.errors import DataError, RecipeError
+from mllm.eval.files import write_json, write_text
+from mllm.eval.provenance import commit, versions
+from mllm.eval.stats import wilson
+from mllm.plan import Plan
+from mllm.training.card import write_card, write_loss_plot
+from mllm.training.recipe import EvalPart, Recipe, load
+from mllm.yardstick import TASKS, admitted, samples
+
+RECORD = "run.json"
+# What a run writes, and so what `output.overwrite` may delete.
+OWN = (RECORD, "recipe.yaml", "metrics.jsonl", "loss.png", "eval.json", "README.md")
+OWN_FOLDERS = ("model", "adapter", "checkpoint-*", "stage-*", ".saving")
+
+
+def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
+    """Train, evaluate and describe; the content of `run.json` at the end.
+
+    Args:
+        recipe: validated.
+        resume: False starts anew; True continues the run in `output.dir`; a path is a run folder,
+            or one checkpoint in it.
+
+    Returns:
+        The record, with `folder` and `eval` (the scores); `status` is "complete", or "stopped" after SIGTERM (a checkpoint was saved).
+
+    Raises:
+        RecipeError: the output folder cannot be used, or the run there is of another recipe.
+        DataError: data, model or checkpoint cannot be read.
+    """
+    folder, checkpoint = _place(recipe, resume)
+    record = _open(recipe, folder, bool(resume))
+    if record["status"] == "complete":
+        return _report(folder, record)
+    started = time.monotonic()
+    try:
+        status = _work(recipe, folder, record, checkpoint or bool(resume))
+    except BaseException as error:
+        status = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+        raise
+    finally:
+        record["status"] = status
+        record["seconds"] += round(time.monotonic() - started, 1)
+        write_json(folder / RECORD, record)
+    if status == "complete":
+        write_card(folder, recipe, record)
+    return _report(folder, record)
+
+
+def _report(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its folder and scores."""
+    scores = folder / "eval.json"
+    rows = json.loads(scores.read_text())["rows"] if scores.is_file() else []
+    shown = [{k: v for k, v in row.items() if k != "outcomes"} for row in rows]
+    return {**record, "folder": str(folder), "eval": shown}
+
+
+def _work(recipe: Recipe, folder: Path, record: dict[str, Any], resume: Path | bool) -> str:
+    """Train unless that is done, then evaluate; the new status."""
+    if not (folder / "model").is_dir():
+        if recipe.stages:
+            from mllm.training.pretrain import pretrain
+
+            trained = pretrain(recipe, folder, bool(resume))
+        else:
+            from mllm.training.data import load_data
+            from mllm.training.finetune import finetune
+
+            data, record["data_sha256"] = load_data(recipe.data)
+            record["samples"] = len(data)
+            write_json(folder / RECORD, record)
+            trained = finetune(recipe, data, folder, resume)
+        write_loss_plot(folder)
+        if trained is None:
+            return "stopped"
+        _save_model(recipe, folder, *trained)
+    if recipe.eval:
+        write_json(folder / "eval.json", evaluate(folder / "model", recipe.eval))
+    return "complete"
+
+
+def _save_model(recipe: Recipe, folder: Path, model: Any, processor: Any) -> None:
+    """Write `model/` by rename: weights, processor and the plan it was trained with."""
+    fresh = folder / ".saving"
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    processor.save_pretrained(fresh)
+    for path in fresh.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    if recipe.plan:
+        _plan(recipe.plan).save_pretrained(fresh)
+    fresh.rename(folder / "model")
+
+
+def _plan(text: str) -> Plan:
+    return Plan.from_pretrained(text) if Path(text).is_dir() else Plan.from_spec(text)
+
+
+def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
+    """Score a model on yardstick tasks under each plan, greedily.
+
+    Returns:
+        `{schema, split, style, rows: [{task, plan, n, correct, score, ci, visual_avg, outcomes}]}`;
+        `plan` None is the unpatched model, `outcomes` one character a sample ("1" right).
+    """
+    from contextlib import nullcontext
+
+    from mllm.loading import load_model
+    from mllm.yardstick.score import score
+
+    names = [name for group in part.tasks for name in _tasks(group)]
+    rows = []
+    model, processor = load_model(path)
+    with tqdm(
+        total=len(names) * len(part.plans) * part.limit, desc="evaluate", file=sys.stderr
+    ) as bar:
+        for task in dict.fromkeys(names):
+            drawn = samples(task, part.split, part.limit, part.style)
+            for plan in part.plans:
+                with mllm.patch(model, _plan(plan)) if plan else nullcontext() as patched:
+                    right = score(model, processor, drawn, on_batch=bar.update)
+                    tokens = patched.ledger.visual_avg if plan else None
+                rows.append(
+                    {
+                        "task": task,
+                        "plan": plan,
+                        "n": len(right),
+                        "correct": sum(right),
+                        "score": sum(right) / len(right),
+                        "ci": list(wilson(sum(right), len(right))),
+                        "visual_avg": sum(tokens) / len(tokens) if tokens else None,
+                        "outcomes": "".join("01"[r] for r in right),
+                    }
+                )
+    return {"schema": 1, "split": part.split, "style": part.style, "rows": rows}
+
+
+def _tasks(name: str) -> tuple[str, ...]:
+    if name == "yardstick":
+        return TASKS
+    return admitted() if name == "admitted" else (name,)
+
+
+def _place(recipe: Recipe, resume: bool | str) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to resume from if one was named."""
+    folder = Path(recipe.output.dir)
+    if not isinstance(resume, str):
+        return folder, None
+    path = Path(resume)
+    if not path.is_dir():
+        raise DataError(
+            f"cannot resume from {path}: no such folder",
+            argument="resume",
+            given=path,
+            expected="a run folder or a checkpoint in it",
+        )
+    if (path / RECORD).is_file():
+        return path, None
+    if recipe.stages:
+        raise DataError(
+            f"{path} is no run folder; a staged run resumes as a whole",
+            argument="resume",
+            given=path,
+            expected=f"a folder with {RECORD}",
+        )
+    return path.parent, path
+
+
+def _open(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
+    """Make or reopen the run folder; its record."""
+    found = folder / RECORD
+    if resume:
+        if not found.is_file():
+            raise RecipeError(
+                f"nothing to resume: {folder} holds no run",
+                argument="resume",
+                given=folder,
+                expected="the folder of a run that was stopped",
+            )
+        record = json.loads(found.read_text())
+        if record["recipe_sha256"] != recipe.sha256:
+            raise RecipeError(
+                f"the run in {folder} was started from another recipe or other overrides",
+                argument="resume",
+                given=recipe.sha256[:12],
+                expected=f"the recipe kept in {folder / 'recipe.yaml'}",
+            )
+        return record
+    if found.is_file() and not recipe.output.overwrite:
+        raise RecipeError(
+            f"{folder} already holds a run; continue it with --resume, replace it with "
+            "output.overwrite=true, or choose another output.dir",
+            argument="output.dir",
+            given=folder,
+            expected="a new folder, --resume, or output.overwrite=true",
+        )
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not found.is_file():
+            raise RecipeError(
+                f"{folder} is not empty and holds no run, so nothing is written there",
+                argument="output.dir",
+                given=folder,
+                expected="a new or empty folder",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        record = {
+            "status": "running",
+            "mllm_run": 1,
+            "recipe_sha256": recipe.sha256,
+            "versions": versions(),
+            "commit": commit(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
+            "data_sha256": [],
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": 0.0,
+        }
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        write_json(folder / RECORD, record)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot write the run folder {folder}: {error.strerror}",
+            argument="output.dir",
+            given=folder,
+            expected="a folder that can be written",
+        ) from error
+    return record
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an earlier run wrote, and nothing else."""
+    for name in OWN:
+        (folder / name).unlink(missing_ok=True)
+    for pattern in OWN_FOLDERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def train(source: str | Path, overrides: list[str], resume: bool | str = False) -> dict[str, Any]:
+    """`load` and `run`: what `mllm train` does."""
+    return run(load(source, overrides), resume)

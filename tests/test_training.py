@@ -1,0 +1,350 @@
+"""Training: recipes, data, collator, checkpoints, resuming, the command."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mllm.errors import DataError, MllmError, PlanError, RecipeError
+from mllm.training import recipe as recipes
+from mllm.training.data import IGNORED, Collator, load_data
+from mllm.training.recipe import DataPart, load
+from mllm.training.run import run
+from mllm.training.tiny import new_model, new_processor
+from mllm.training.trainer import check_sealed, checkpoints, newest_checkpoint
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return new_processor()
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory, processor):
+    """A folder with a random model of two narrow layers and 4 visual tokens."""
+    from transformers import LlavaForConditionalGeneration
+
+    config = new_model(processor.tokenizer).config
+    config.vision_config.update({"num_hidden_layers": 2, "image_size": 28})
+    config.text_config.update(
+        {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    )
+    config.image_seq_length = 4
+    small = new_processor()
+    small.image_processor.size = {"shortest_edge": 28}
+    small.image_processor.crop_size = {"height": 28, "width": 28}
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    small.save_pretrained(folder)
+    return folder
+
+
+def recipe_for(model, folder, **changes):
+    written = {
+        "version": 1,
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": [{"path": "yardstick", "tasks": ["exist", "ocr"], "limit": 6}],
+        "method": {"type": "lora", "r": 4},
+        "train": {
+            "seed": 3,
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 2,
+            "logging_steps": 1,
+        },
+        "output": {"dir": str(folder)},
+    }
+    return recipes.validate(written | changes)
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", recipes.shipped())
+def test_every_shipped_recipe_is_valid(name):
+    assert load(name).summary
+    assert load(f"recipes/{name}.yaml").sha256 == load(name).sha256
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("modle.path=x", "did you mean 'model'"),
+        ("model.pth=x", "did you mean 'path'"),
+        ("train.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("method.lora_alfa=1", "did you mean 'lora_alpha'"),
+        ("data.0.styl=dark", "did you mean 'style'"),
+        ("data.0.tasks=[exst]", "did you mean 'exist'"),
+        ("data.7.limit=1", "from 0 to 0"),
+        ("data.0.limit=null", "data.0.limit must be given"),
+        ("train.output_dir=x", "output.dir"),
+        ("parallel.zero=2", "not available"),
+        ("method.type=router", "not available"),
+        ("method.type=full", "belongs to lora"),
+        ("model.freeze_language_model=true", "frozen"),
+        ("model.path=new:tiny-llava", "needs stages"),
+        ("version=2", "version=2"),
+        ("train.learning_rate=[", "not valid YAML"),
+        ("train", "no override"),
+        ("output.dir.x=1", "has no parts"),
+    ],
+)
+def test_a_wrong_override_is_named(override, words):
+    with pytest.raises(RecipeError) as caught:
+        load("lora-visionzip", [override])
+    message = f"{caught.value} {caught.value.expected}"
+    assert words in message
+
+
+def test_a_wrong_plan_is_a_plan_error():
+    with pytest.raises(PlanError):
+        load("lora-visionzip", ["plan=visionzip:kep=4"])
+
+
+def test_overrides_are_applied_and_hashed():
+    changed = load("lora-visionzip", ["train.learning_rate=2e-3", "plan=null"])
+    assert changed.train["learning_rate"] == 2e-3
+    assert changed.plan is None
+    assert changed.sha256 != load("lora-visionzip").sha256
+    assert load("lora-visionzip", ["output.dir=/x"]).sha256 == load("lora-visionzip").sha256
+
+
+def test_broken_yaml_names_the_line(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("version: 1\nmodel: {path: [\n")
+    with pytest.raises(RecipeError, match="line 3"):
+        load(path)
+    path.write_text("version: 1\nversion: 1\n")
+    with pytest.raises(RecipeError, match="line 2.*twice"):
+        load(path)
+    with pytest.raises(RecipeError, match="did you mean 'tiny-llava'"):
+        load("tiny-lava")
+
+
+# --- data
+
+
+def test_labels_stand_on_the_answers_only(tmp_path, processor):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    talk = [
+        {"from": "human", "value": "<image>\nis there a cat?"},
+        {"from": "gpt", "value": "yes"},
+        {"from": "human", "value": "what is written?"},
+        {"from": "gpt", "value": "X7"},
+    ]
+    entries = [
+        {"id": "one", "image": "a.png", "conversations": talk},
+        {"id": "two", "conversations": talk[2:]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    data, digests = load_data([DataPart(path=str(tmp_path / "data.json"))])
+    batch = Collator(processor)([data[0], data[1]])
+    decode = processor.tokenizer.decode
+    learnt = [decode(row[row != IGNORED]) for row in batch["labels"]]
+    assert learnt == [" yes</s> X7</s>", " X7</s>"]
+    assert batch["pixel_values"].shape == (1, 3, 336, 336)
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+    assert len(digests[0]) == 64
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"id": 7, "image": "no.png", "conversations": []}, "0 image placeholders for 1"),
+        ({"id": 7, "conversations": [{"from": "human", "value": "a"}]}, "no answer"),
+        ({"id": 7, "conversations": [{"from": "alien", "value": "a"}]}, "valid conversations"),
+        (
+            {
+                "id": 7,
+                "image": "no.png",
+                "conversations": [
+                    {"from": "human", "value": "<image> a"},
+                    {"from": "gpt", "value": "b"},
+                ],
+            },
+            "no.png, which does not exist",
+        ),
+        ([], "not an object"),
+    ],
+)
+def test_bad_entries_are_named(tmp_path, entry, words):
+    (tmp_path / "data.json").write_text(json.dumps([entry]))
+    with pytest.raises(DataError, match=words) as caught:
+        load_data([DataPart(path=str(tmp_path / "data.json"))])
+    assert "entry 0" in str(caught.value)
+
+
+def test_weights_thin_out_and_repeat():
+    part = {"path": "yardstick", "tasks": ["exist"], "limit": 8}
+    assert len(load_data([DataPart(**part, weight=0.5)])[0]) == 4
+    assert len(load_data([DataPart(**part, weight=2.0)])[0]) == 16
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    record = run(recipe_for(small_model, folder))
+    assert record["status"] == "complete"
+    return folder
+
+
+def test_the_run_folder_is_as_promised(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert names >= {
+        "recipe.yaml", "run.json", "metrics.jsonl", "loss.png", "README.md", "model",
+        "checkpoint-2", "checkpoint-4",
+    }  # fmt: skip
+    assert all(check_sealed(path) is None for path in checkpoints(whole_run))
+    assert load(whole_run / "recipe.yaml").sha256 == json.loads(
+        (whole_run / "run.json").read_text()
+    )["recipe_sha256"]
+    losses = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_the_saved_model_loads_and_differs_from_the_base(whole_run, small_model):
+    new, old = (load_file(f / "model.safetensors") for f in (whole_run / "model", small_model))
+    assert new.keys() == old.keys()
+    changed = {key for key in new if not torch.equal(new[key], old[key])}
+    assert changed and all("language_model" in key and "_proj" in key for key in changed)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_resuming_gives_the_run_that_was_never_interrupted(small_model, tmp_path, method):
+    changes = {} if method == "lora" else {"method": {"type": "full"}}
+    first = recipe_for(small_model, tmp_path / "first", **changes)
+    run(first)
+    second = recipe_for(small_model, tmp_path / "second", **changes)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for name in ("checkpoint-4", "model"):
+        shutil.rmtree(tmp_path / "second" / name)
+    record = json.loads((tmp_path / "second" / "run.json").read_text())
+    (tmp_path / "second" / "run.json").write_text(json.dumps(record | {"status": "stopped"}))
+    assert run(second, resume=True)["status"] == "complete"
+    weights = [load_file(tmp_path / n / "model/model.safetensors") for n in ("first", "second")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_half_written_checkpoint_is_named_and_passed_over(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    damaged = folder / "checkpoint-4"
+    next(damaged.glob("*.safetensors")).write_bytes(b"half")
+    assert "damaged adapter_model.safetensors" in check_sealed(damaged)
+    with pytest.warns(UserWarning, match="checkpoint-4 has a damaged"):
+        assert newest_checkpoint(folder) == folder / "checkpoint-2"
+    (damaged / "COMPLETE").unlink()
+    assert "half-written" in check_sealed(damaged)
+
+
+def test_resuming_from_a_damaged_checkpoint_is_refused(whole_run, small_model, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    shutil.rmtree(folder / "model")
+    record = json.loads((folder / "run.json").read_text()) | {"status": "stopped"}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "checkpoint-4" / "COMPLETE").unlink()
+    with pytest.raises(DataError, match="checkpoint-4 has no COMPLETE") as caught:
+        run(recipe_for(small_model, folder), resume=str(folder / "checkpoint-4"))
+    assert "checkpoint-2" in caught.value.expected
+
+
+def test_an_existing_run_is_not_overwritten(whole_run, small_model, tmp_path):
+    before = (whole_run / "run.json").read_bytes()
+    with pytest.raises(RecipeError, match="already holds a run"):
+        run(recipe_for(small_model, whole_run))
+    assert (whole_run / "run.json").read_bytes() == before
+    (tmp_path / "letter.txt").write_text("mine")
+    for overwrite in (False, True):
+        output = {"dir": str(tmp_path), "overwrite": overwrite}
+        with pytest.raises(RecipeError, match="not empty"):
+            run(recipe_for(small_model, tmp_path, output=output))
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_bad_places_to_resume_from(whole_run, small_model, tmp_path):
+    with pytest.raises(RecipeError, match="nothing to resume"):
+        run(recipe_for(small_model, tmp_path / "none"), resume=True)
+    with pytest.raises(DataError, match="no such folder"):
+        run(recipe_for(small_model, tmp_path), resume=str(tmp_path / "none"))
+    other = recipe_for(small_model, whole_run, method={"type": "lora", "r": 2})
+    with pytest.raises(RecipeError, match="another recipe"):
+        run(other, resume=True)
+
+
+def test_an_unwritable_output_is_one_error(small_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot write the run folder"):
+        run(recipe_for(small_model, tmp_path / "file" / "run"))
+
+
+def test_training_with_a_plan_sees_fewer_tokens(small_model, tmp_path):
+    """The plan acts during training: other losses than without, and the folder keeps the plan."""
+    losses = {}
+    for name, plan in (("with", "random:keep=1"), ("without", None)):
+        run(recipe_for(small_model, tmp_path / name, plan=plan))
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(row).get("loss") for row in rows]
+    assert losses["with"] != losses["without"]
+    assert (tmp_path / "with/model/mllm_plan.json").is_file()
+    assert not (tmp_path / "without/model/mllm_plan.json").exists()
+
+
+def test_the_final_evaluation(small_model, tmp_path):
+    part = {"tasks": ["exist"], "plans": [None, "random:keep=2"], "limit": 3}
+    record = run(recipe_for(small_model, tmp_path / "run", eval=part))
+    assert [(row["task"], row["plan"], row["n"]) for row in record["eval"]] == [
+        ("exist", None, 3),
+        ("exist", "random:keep=2", 3),
+    ]
+    rows = json.loads((tmp_path / "run/eval.json").read_text())["rows"]
+    assert len(rows[0]["outcomes"]) == 3 and rows[1]["visual_avg"] == 2
+    assert "| exist | random:keep=2 | 2 | 3 |" in (tmp_path / "run/README.md").read_text()
+
+
+def test_sigterm_saves_and_exits_143_then_resumes(small_model, tmp_path):
+    recipe = recipe_for(small_model, tmp_path / "run")
+    recipe._written["train"]["max_steps"] = 100_000
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "mllm.cli", "train", str(path), "--json"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not metrics.is_file():
+            signal.sigtimedwait([], 0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert json.loads(out)["data"]["status"] == "stopped"
+    assert newest_checkpoint(tmp_path / "run") is not None
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_command_reports_errors_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "mllm.cli", "train", "tiny-llava", "trian.seed=1"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "trian" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_all_errors_are_ours():
+    assert issubclass(RecipeError, MllmError) and issubclass(DataError, MllmError)
