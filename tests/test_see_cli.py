@@ -110,6 +110,63 @@ def test_demo_refuses_a_folder_it_cannot_write(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["error"]["argument"] == "output"
 
 
+def cell(method, budget, outcomes):
+    right = outcomes.count("1")
+    return {
+        "method": method,
+        "budget": budget,
+        "plan": f"{method}:keep={budget}" if budget else "unpatched",
+        "task": "exist",
+        "split": "test",
+        "seed": 0,
+        "n": len(outcomes),
+        "correct": right,
+        "score": right / len(outcomes),
+        "ci": [0.0, 1.0],
+        "visual_avg": float(budget or 576),
+        "kept_llm": float(budget or 576),
+        "flops": 1e9,
+        "kv_bytes": 1,
+        "prefill_s": {"median": 0.05, "ci": [0.04, 0.06]},
+        "outcomes": outcomes,
+        "about": {
+            "weights_sha256": "0" * 64,
+            "dtype": "bfloat16",
+            "backend": "sdpa",
+            "device": "cpu",
+            "threads": 1,
+            "versions": {"torch": "2"},
+            "commit": None,
+        },
+    }
+
+
+def test_report_shows_the_cells_of_a_sweep(tmp_path, capsys):
+    cells = [
+        cell("unpatched", None, "1111"),
+        cell("random", 64, "1000"),
+        cell("visionzip", 64, "1110"),
+    ]
+    results = tmp_path / "cells.jsonl"
+    results.write_text("".join(json.dumps(c) + "\n" for c in cells))
+    words = ("report", results, "-o", tmp_path / "page.html", "--svg", tmp_path / "plot.svg")
+    assert run(*words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"]["rows"] == 3
+    page = (tmp_path / "page.html").read_text()
+    assert "visionzip:keep=64" in page
+    assert (tmp_path / "plot.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"a": 1}\n', "nonsense\n"])
+def test_report_refuses_what_is_no_sweep(tmp_path, capsys, content):
+    results = tmp_path / "cells.jsonl"
+    if content is not None:
+        results.write_text(content)
+    assert run("report", results, "-o", tmp_path / "page.html", "--json") == 2
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "DataError"
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_token_map_draws_two_rows_a_line():
     from mllm.cli.demo import token_map
 
