@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import pytest
 from eval_tiny import TOKENS, save_tiny
@@ -51,6 +52,7 @@ def test_inspect_writes_the_figure_and_tells_what_it_shows(model, picture, tmp_p
     [
         ({"image": "nowhere.png"}, "image"),
         ({"image": "broken.png"}, "image"),
+        ({"image": "absurd.png"}, "image"),
         ({"output": "no/such/folder/out.png"}, "output"),
         ({"plan": "visionzip:keep=0"}, "keep"),
         ({"plan": "fastv:layer=99"}, "layer"),
@@ -59,7 +61,11 @@ def test_inspect_writes_the_figure_and_tells_what_it_shows(model, picture, tmp_p
     ],
 )
 def test_inspect_refuses_bad_input(model, picture, tmp_path, capsys, change, argument):
-    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:60])
+    content = picture.read_bytes()
+    (tmp_path / "broken.png").write_bytes(content[:60])
+    header = b"IHDR" + (90_000).to_bytes(4, "big") * 2 + content[24:29]
+    absurd = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    (tmp_path / "absurd.png").write_bytes(absurd)
     given = {"image": picture.name, "output": "out.png", "plan": "visionzip:keep=16"} | change
     before = sorted(path.name for path in tmp_path.iterdir())
     code = run(
