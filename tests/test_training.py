@@ -348,3 +348,67 @@ def test_the_command_reports_errors_in_one_line():
 
 def test_all_errors_are_ours():
     assert issubclass(RecipeError, MllmError) and issubclass(DataError, MllmError)
+
+
+# --- stages
+
+
+def test_packed_questions_cost_what_each_costs_alone(processor):
+    """Packing behind one image gives exactly the loss of the processor's own prompts."""
+    from torch.nn import functional as F
+
+    from mllm.training.grounding import GroundedLlava, GroundingData
+    from mllm.yardstick.questions import Question
+
+    model = new_model(processor.tokenizer).eval()
+    grounded = GroundedLlava(model, processor.tokenizer, {})
+    data = GroundingData("full", 4, 1, 0, processor.tokenizer)
+    item = data[0]
+    image = Image.fromarray(item["pixels"])
+    asked = [Question("exist", "is there a cat?", "yes"), Question("ocr", "what is written?", "X7")]
+    packed = data._pack(asked)
+    alone = []
+    with torch.no_grad():
+        hidden, index = grounded.see(torch.tensor(item["pixels"])[None], torch.zeros(1, 2).long())
+        tokens = model.model.multi_modal_projector(hidden[:, 1:])
+        together = grounded._answer_loss(
+            tokens, index, *(torch.tensor([packed[k]]) for k in ("input_ids", "targets", "segment"))
+        )
+        for question in asked:
+            talk = [
+                {"role": "user", "content": [{"type": "image"}, _text(question.text)]},
+                {"role": "assistant", "content": [_text(question.answer)]},
+            ]
+            batch = Collator(processor)([{"messages": talk, "images": [image]}])
+            labels = batch.pop("labels")[0, 1:]
+            logits = model(**batch).logits[0, :-1]
+            known = labels != IGNORED
+            alone.append(F.cross_entropy(logits[known], labels[known], reduction="none"))
+    assert torch.allclose(together, torch.cat(alone).mean(), atol=1e-4)
+
+
+def _text(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.slow
+def test_a_staged_run_resumes_to_the_same_weights(tmp_path):
+    def staged(folder):
+        short = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "bf16": False}
+        changes = [f"stages.{i}.train.{k}={v}" for i in range(3) for k, v in short.items()]
+        changes += ["eval=null", f"output.dir={folder}"]
+        changes += [f"stages.{i}.train.lr_scheduler_kwargs.num_decay_steps=1" for i in (0, 1)]
+        return load("tiny-llava", changes)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(staged(first))["status"] == "complete"
+    shutil.copytree(first, second)
+    # As if killed in the second stage, after its first step.
+    for name in ("model", "stage-3-full", "stage-2-mini/checkpoint-2"):
+        shutil.rmtree(second / name)
+    (second / "stage-2-mini/stage.json").unlink()
+    record = json.loads((second / "run.json").read_text()) | {"status": "running"}
+    (second / "run.json").write_text(json.dumps(record))
+    assert run(staged(second), resume=True)["status"] == "complete"
+    one, other = (load_file(f / "model/model.safetensors") for f in (first, second))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -217,12 +217,12 @@ class PlainStyle:
 @lru_cache(maxsize=4096)
 def _dark_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.Image:
     """A turned sprite with a white rim; shapes are thick outlines, not filled."""
-    big = side * 4
+    big = side * 2
     if name in EMOJI:
         image = _emoji(name).resize((big, big), Image.Resampling.LANCZOS)
     else:
         image = Image.new("RGBA", (big, big))
-        edge = {"outline": (*COLOURS[colour], 255), "width": max(8, big // 6)}
+        edge = {"outline": (*COLOURS[colour], 255), "width": max(4, big // 6)}
         _draw_shape(ImageDraw.Draw(image), name, big, **edge)
     inner = round(big * 0.78)
     image = image.resize((inner, inner), Image.Resampling.LANCZOS)
@@ -230,7 +230,7 @@ def _dark_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.
     sheet.paste(image, ((big - inner) // 2, (big - inner) // 2))
     sheet = sheet.rotate(angle, Image.Resampling.BICUBIC)
     rim = Image.new("RGBA", (big, big), (255, 255, 255, 0))
-    rim.putalpha(sheet.getchannel("A").filter(ImageFilter.MaxFilter(9)))
+    rim.putalpha(sheet.getchannel("A").filter(ImageFilter.MaxFilter(5)))
     return Image.alpha_composite(rim, sheet).resize((side, side), Image.Resampling.LANCZOS)
 
 
@@ -252,8 +252,8 @@ class DarkStyle(PlainStyle):
         return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
     def sprite(self, rng: Random, name: str, colour: str | None, side: int) -> Image.Image:
-        # At most 25 degrees: a square must not become a diamond.
-        return _dark_sprite(name, colour, side, rng.randrange(-25, 26, 5))
+        # At most 20 degrees: a square must not become a diamond.
+        return _dark_sprite(name, colour, side, rng.randrange(-20, 21, 10))
 
     def ink(self, rng: Random) -> tuple[int, int, int]:
         return tuple(rng.randint(190, 255) for _ in range(3))
