@@ -1,7 +1,7 @@
 """Pretraining objective of the embedded model: grounded losses on drawn scenes.
 
-Tower: what each patch shows, where it is, and what the whole picture holds ([CLS], by presence and by
-contrast with its caption's words). Language model: packed questions behind one image prefix.
+Tower: what each patch shows, where it is, and what the whole picture holds ([CLS], by presence and
+by contrast with its caption's words). Language model: packed questions behind one image prefix.
 The heads live only during training.
 """
 
@@ -48,8 +48,8 @@ QUESTION_WEIGHTS = {
     "chart_min": 1.0,
     "list": 2.0,
 }
-CHARACTER_ERROR_WEIGHT = 1.0
-HEAD_LOSSES = (1.0, 0.5, CHARACTER_ERROR_WEIGHT, 0.3)
+# Weights of object, colour, character and bar value within the patch loss.
+HEAD_LOSSES = (1.0, 0.5, 1.0, 0.3)
 
 
 class GroundingData(Dataset):

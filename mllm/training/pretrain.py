@@ -63,7 +63,11 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | No
                 stage.scenes, stage.questions, items, arguments.seed, processor.tokenizer
             ),
             optimizers=(optimizer, None),
-            callbacks=[MetricsFile(folder / "metrics.jsonl", stage.name), Progress(stage.name), stop],
+            callbacks=[
+                MetricsFile(folder / "metrics.jsonl", stage.name),
+                Progress(stage.name),
+                stop,
+            ],
         )
         checkpoint = newest_checkpoint(home) if resume else None
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
