@@ -81,7 +81,7 @@ def page(data: dict[str, Any]) -> str:
     lines = [
         "# LoRA with the plan active, against its control",
         "",
-        f"Both runs: LoRA on the embedded model, the same held-back scenes ({data['style']} style), "
+        f"Both runs: LoRA on the embedded model, the same held-back scenes ({data['style']}), "
         f"steps and seed; both evaluated under `{data['plan']}` on the {data['split']} split. The "
         "first was trained with the plan active, the control on all 576 visual tokens.",
         "",
@@ -114,7 +114,7 @@ def page(data: dict[str, Any]) -> str:
         "",
         f"Training and evaluation took {runs['plan active']['seconds'] / 60:.1f} and "
         f"{runs['control']['seconds'] / 60:.1f} minutes on {runs['control']['device']} "
-        f"({runs['control']['threads']} threads, a machine shared with other work: no speed claim).",
+        f"({runs['control']['threads']} threads, a shared machine: no speed claim).",
     ]
     return "\n".join(lines) + "\n"
 
