@@ -31,14 +31,14 @@ def taps(by_module: dict[nn.Module, list[Callable]]) -> Iterator[None]:
         _TAPS.reset(token)
 
 
-def open_taps(by_module: dict[nn.Module, list[Callable]]):
-    """:func:`taps` for hooks, which cannot hold a `with` block open; see :func:`close_taps`."""
-    return _TAPS.set(by_module)
+def open_taps(by_module: dict[nn.Module, list[Callable]]) -> None:
+    """:func:`taps` for hooks, which cannot hold a `with` block open."""
+    _TAPS.set(by_module)
 
 
-def close_taps(token) -> None:
+def close_taps() -> None:
     """Undo :func:`open_taps`."""
-    _TAPS.reset(token)
+    _TAPS.set(None)
 
 
 def _served(base: str) -> Callable:

@@ -60,6 +60,11 @@ class SlotLayer(DynamicLayer):
         advance = key_states.shape[-2] if self._noted is None else self._noted
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self.seen += advance
+        if self._noted is None and self.valid is not None:  # an unpatched model appended
+            batch, new = key_states.shape[0], key_states.shape[-2]
+            logical = torch.arange(self.seen - new, self.seen, device=keys.device)
+            self.valid = torch.cat([self.valid, self.valid.new_ones(batch, new)], 1)
+            self.logical = torch.cat([self.logical, logical.expand(batch, new)], 1)
         self._noted = None
         return keys, values
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class Record:
 
 
 class Ledger:
-    """The account of the newest prefill, and of the decode steps since.
+    """The account of the newest prefill, and of the decode steps since. It stays up to date.
 
     `kept(layer)`, `merged_into` and `grid` are for Python; `as_dict()` is the promised format.
     FLOPs include the vision tower, the selection itself and the LM head on the rows computed.
@@ -68,12 +67,22 @@ class Ledger:
         notes: facts worth knowing, in words.
     """
 
-    def __init__(self, record: Record | None, history: list[Record] | None = None) -> None:
-        self._record = record
-        self.history = [Ledger(r) for r in history or []]
-        self.notes = list(record.notes) if record else ["no forward pass yet"]
+    def __init__(self, records: list[Record]) -> None:
+        self._records = records  # owned by the patched model, newest last
 
-    @cached_property
+    @property
+    def _record(self) -> Record | None:
+        return self._records[-1] if self._records else None
+
+    @property
+    def history(self) -> list[Ledger]:
+        return [Ledger([record]) for record in self._records[:-1]]
+
+    @property
+    def notes(self) -> list[str]:
+        return list(self._record.notes) if self._records else ["no forward pass yet"]
+
+    @property
     def _tables(self) -> list[TokenTable]:
         """The rows that enter each decoder layer."""
         tables, cuts = [], dict(self._record.tables)
@@ -125,16 +134,19 @@ class Ledger:
         """Per sample, rows (text and visual, no padding) that enter decoder layer `layer`."""
         return [] if self._record is None else self._tables[layer].valid.sum(1).tolist()
 
-    def _visual(self, layer: int) -> list[int]:
-        table = self._tables[layer]
-        return (table.valid & table.visual).sum(1).tolist()
+    def _visual(self) -> list[list[int]]:
+        """Visual rows that enter each layer, per sample."""
+        counts = {
+            id(t): (t.valid & t.visual).sum(1).tolist() for _, t in self._record.tables
+        }
+        return [counts[id(table)] for table in self._tables]
 
-    @cached_property
+    @property
     def visual_avg(self) -> list[float]:
         """Per sample, visual tokens per decoder layer on average ("input to layer")."""
         if self._record is None:
             return []
-        layers = [self._visual(i) for i in range(len(self._tables))]
+        layers = self._visual()
         return [sum(column) / len(layers) for column in zip(*layers, strict=True)]
 
     def _decoder_flops(self, tokens: list[list[int]], past: list[int]) -> list[float]:
@@ -178,7 +190,8 @@ class Ledger:
             per_sample + record.selection_flops * (images > 0)
             for per_sample, images in zip(select, counts, strict=True)
         ]
-        llm = self._decoder_flops([self.tokens(i) for i in range(layers)], record.past)
+        tokens, visual = [self.tokens(i) for i in range(layers)], self._visual()
+        llm = self._decoder_flops(tokens, record.past)
         base = self._decoder_flops([prompt] * layers, [record.past_logical] * layers)
         slots = full.valid.numel() + record.past_logical * len(prompt)
         return {
@@ -189,9 +202,9 @@ class Ledger:
             "prompt_tokens": prompt,
             "visual_tokens": (full.visual & full.valid).sum(1).tolist(),
             "images": counts,
-            "kept_llm": self._visual(0),
+            "kept_llm": visual[0],
             "layers": [
-                {"layer": i, "tokens": self.tokens(i), "visual": self._visual(i)}
+                {"layer": i, "tokens": tokens[i], "visual": visual[i]}
                 for i in range(layers)
             ],
             "visual_avg": self.visual_avg,
@@ -203,7 +216,7 @@ class Ledger:
             "kv_meta_bytes": record.kv_meta_bytes,
             "baseline_kv_bytes": int(layers * flops.kv_bytes(config, slots, record.itemsize))
             * record.cached,
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
 
     def __str__(self) -> str:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from mllm import flops
+from mllm.models import resolve
+
 if TYPE_CHECKING:
-    from mllm.ledger import Ledger
+    from mllm.patcher import Patched
 
 GENERATE_KEYS = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 
@@ -55,7 +58,7 @@ def answer(
     model: Any,
     processor: Any,
     inputs: Any,
-    ledger: Ledger,
+    patched: Patched | None,
     *,
     max_new_tokens: int,
     stops: Sequence[str] = (),
@@ -64,10 +67,10 @@ def answer(
     """Answer one batch.
 
     Args:
-        model: a patched model (an empty plan counts).
+        model: the model, with its plan inside if it has one.
         processor: its processor.
         inputs: left-padded batch of `mllm.build_inputs`: ids `[B, P]`.
-        ledger: the ledger of the patch; read after the generation.
+        patched: what `mllm.patch` returned; None for the model as it is.
         max_new_tokens: most tokens of an answer.
         stops: strings that end an answer; they are cut off.
         **options: further arguments of `generate` (see `GENERATE_KEYS`); greedy without any.
@@ -90,7 +93,7 @@ def answer(
     tails = output[:, prompt_length:].tolist()
     seconds = time.perf_counter() - started
     ttft = watch.first_token_at - started if watch.first_token_at else seconds
-    costs = efficiency(ledger, rows)
+    costs = unpatched_costs(model, inputs) if patched is None else costs_of(patched, rows)
     lengths = inputs["attention_mask"].sum(1).tolist()
     ends = _end_ids(model)
     answers = []
@@ -106,29 +109,57 @@ def answer(
     return answers
 
 
-def efficiency(ledger: Ledger, rows: int) -> list[dict[str, Any]]:
+def costs_of(patched: Patched, rows: int) -> list[dict[str, Any]]:
     """Per-sample cost of the newest prefill, without times: contracts, Evaluation results.
 
-    `kv_bytes` is the sample's share: the cache of the batch by tokens and layers.
+    `kv_bytes` counts the sample's own tokens, not the padding of its batch.
 
     Args:
-        ledger: ledger of the patch after a prefill.
+        patched: after a prefill.
         rows: samples of the batch (beams repeat them).
     """
-    record = ledger.as_dict()
+    record = patched.ledger.as_dict()
     repeats = max(1, record["batch"] // rows)
-    stored = [sum(layer["tokens"][i] for layer in record["layers"]) for i in range(record["batch"])]
-    per_slot = record["kv_bytes"] / max(1, sum(stored))
     return [
         {
             "kept_llm": record["kept_llm"][i],
             "visual_in": record["visual_tokens"][i],
             "visual_avg": record["visual_avg"][i],
             "prefill_flops": record["prefill_flops"][i],
-            "kv_bytes": round(per_slot * stored[i]),
+            "kv_bytes": _kv_bytes(patched.model, [row["tokens"][i] for row in record["layers"]]),
         }
         for i in range(0, rows * repeats, repeats)
     ]
+
+
+def unpatched_costs(model: Any, inputs: Any) -> list[dict[str, Any]]:
+    """The same numbers for a model without a plan, from its config and the inputs."""
+    family, config = resolve(model), model.config.get_text_config()
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    tokens = inputs["attention_mask"].sum(1).tolist()
+    per_image, vision_flops = 1, 0.0
+    if inputs.get("pixel_values") is not None:
+        grid = family.grid(inputs["pixel_values"])[0]
+        per_image = grid[0] * grid[1]
+        vision_flops = family.vision_flops(grid, per_image)
+    layers = config.num_hidden_layers
+    return [
+        {
+            "kept_llm": seen,
+            "visual_in": seen,
+            "visual_avg": float(seen),
+            "prefill_flops": layers * flops.decoder_layer(config, length, length)
+            + flops.lm_head(config, 1)
+            + seen // per_image * vision_flops,
+            "kv_bytes": _kv_bytes(model, [length] * layers),
+        }
+        for seen, length in zip(visual, tokens, strict=True)
+    ]
+
+
+def _kv_bytes(model: Any, tokens: list[int]) -> int:
+    config = model.config.get_text_config()
+    return int(sum(flops.kv_bytes(config, count, model.dtype.itemsize) for count in tokens))
 
 
 def _generate_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -41,13 +41,13 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike, data: Any) -> Path:
-    """Write `data` as indented JSON; what JSON does not know is written as text."""
-    return write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    """Write `data` as indented JSON; numpy scalars count as numbers."""
+    return write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike, rows: list[Any]) -> Path:
     """Write one JSON object per line."""
-    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    lines = (json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows)
     return write_text(path, "".join(lines))
 
 
@@ -87,3 +87,8 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
             ) from error
         rows.append(row)
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """Numpy scalars as numbers; functions and the like, which configs hold, as text."""
+    return value.item() if hasattr(value, "item") else str(value)

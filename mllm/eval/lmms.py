@@ -91,7 +91,7 @@ class MllmModel(lmms):
             str(pretrained), dtype=dtype, device=device, attn_implementation=attn_implementation
         )
         self.plan = make_plan(plan, seed)
-        self.patched = mllm.patch(self.model, self.plan)
+        self.patched = mllm.patch(self.model, self.plan) if self.plan.stages else None
         self.seconds = 0.0
 
     @property
@@ -101,8 +101,9 @@ class MllmModel(lmms):
 
     def clean(self) -> None:
         """Take the plan out of the model and let go of it (lmms-eval calls this at the end)."""
-        if hasattr(self, "model"):
+        if self.patched is not None:
             self.patched.remove()
+            self.patched = None
         super().clean()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -114,9 +115,7 @@ class MllmModel(lmms):
             for batch in batches(asked, self.batch_size):
                 options = dict(asked[batch[0]].options)
                 inputs = self._encode([asked[i] for i in batch])
-                answers = answer(
-                    self.model, self.processor, inputs, self.patched.ledger, **options
-                )
+                answers = answer(self.model, self.processor, inputs, self.patched, **options)
                 for index, result in zip(batch, answers, strict=True):
                     results[index] = result
                 bar.update(len(batch))
@@ -220,9 +219,7 @@ class MllmModel(lmms):
                         expected="text and images",
                     )
             plain.append({"role": message["role"], "content": parts})
-        text = self.processor.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=True
-        )
+        text = self.processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
         return _Request(text, images, options)
 
     def _encode(self, asked: list[_Request]) -> Any:

@@ -202,45 +202,36 @@ def figure(panels: Sequence[Panel], caption: Sequence[str], *, columns: int = 3)
     return sheet
 
 
-def stages(
-    image: Image.Image,
-    grid: tuple[int, int],
-    kept_llm: Iterable[int],
-    kept_layers: Sequence[Iterable[int]],
-    *,
-    merged_into: Iterable[int] | None = None,
-    width: int = 504,
-) -> list[Panel]:
+def panels(image: Image.Image, ledger: Any, *, width: int = 504) -> list[Panel]:
     """The panels of one answer: the picture, after the pre-LLM stage, and after each later cut.
 
     Args:
         image: the picture as the model saw it.
-        grid: (rows, columns) of its visual tokens.
-        kept_llm: `ledger.kept("llm")` of the sample.
-        kept_layers: `ledger.kept(layer)` of the sample, for every decoder layer.
-        merged_into: `ledger.merged_into` of the sample.
+        ledger: of a prefill whose first sample has this picture alone.
         width: of one panel in pixels.
     """
+    grid, before = ledger.grid[0][0], ledger.kept("llm")[0].tolist()
     tokens = grid[0] * grid[1]
     height = round(width * image.height / image.width)
-    panels = [
+    made = [
         Panel(
             f"As the model sees it: {tokens} visual tokens",
             image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS),
         )
     ]
-    before = sorted(int(i) for i in kept_llm)
     if len(before) < tokens:
-        drawing, seen = draw_tokens(image, grid, before, merged_into=merged_into, width=width)
-        panels.append(Panel(f"Entering the LLM: {len(before)} of {tokens}", drawing, seen))
-    for layer, indices in enumerate(kept_layers):
-        now = sorted(int(i) for i in indices)
+        drawing, seen = draw_tokens(
+            image, grid, before, merged_into=ledger.merged_into[0].tolist(), width=width
+        )
+        made.append(Panel(f"Entering the LLM: {len(before)} of {tokens}", drawing, seen))
+    for layer in range(len(ledger.as_dict()["layers"])):
+        now = ledger.kept(layer)[0].tolist()
         if now != before:
             drawing, seen = draw_tokens(image, grid, now, before=before, width=width)
             title = f"Entering decoder layer {layer}: {len(now)} of {len(before)}"
-            panels.append(Panel(title, drawing, seen))
+            made.append(Panel(title, drawing, seen))
             before = now
-    return panels
+    return made
 
 
 def _indices(values: Iterable[int], tokens: int) -> np.ndarray:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import mllm
 from mllm.errors import PlanError
 from mllm.plan import Plan, keep_for_average
+
+if TYPE_CHECKING:
+    from mllm.patcher import Patched
 
 UNPATCHED = "unpatched"
 # A stacked plan hands this multiple of its budget to the language model and cuts the rest there.
@@ -23,6 +31,16 @@ def make_plan(plan: str | Plan | None, seed: int = 0) -> Plan:
         return plan
     made = Plan.of(plan)
     return Plan(made.stages, seed or made.seed)
+
+
+@contextlib.contextmanager
+def patched_with(model: Any, plan: Plan) -> Iterator[Patched | None]:
+    """`model` with `plan` inside; None for a plan without stages, which changes nothing."""
+    if not plan.stages:
+        yield None
+        return
+    with mllm.patch(model, plan) as patched:
+        yield patched
 
 
 def plan_for_budget(
@@ -48,11 +66,12 @@ def plan_for_budget(
     stages = Plan.from_spec(template).stages
     kinds = [stage.info.stage for stage in stages]
     if kinds not in (["pre_llm"], ["llm"], ["pre_llm", "llm"]):
+        expected = "one pre-LLM stage, one in-LLM stage, or a pre-LLM stage + an in-LLM stage"
         raise PlanError(
-            f"cannot fit {template!r} to a budget",
+            f"cannot fit {template!r} to a budget; a sweep takes {expected}",
             argument="plans",
             given=template,
-            expected="one pre-LLM stage, one in-LLM stage, or a pre-LLM stage + an in-LLM stage",
+            expected=expected,
         )
     if not 1 <= budget <= tokens:
         raise PlanError(

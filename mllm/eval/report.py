@@ -31,7 +31,7 @@ class Row:
         spec: the plan's spec text; empty for the unpatched model.
         budget: layer-average visual tokens aimed at; None for the unpatched model.
         visual_avg: layer-average visual tokens reached (input to layer, mean over the samples).
-        flops: prefill FLOPs of a sample, mean; LLM only.
+        flops: prefill FLOPs of a sample, mean; vision tower and selection included.
         prefill_s: seconds to the first token per sample, or None where it was not measured.
         tasks: task name -> (answers right, questions).
         sanity: a row any method has to beat (random, downsample, avgpool ...).
@@ -98,7 +98,7 @@ class Flip:
 
     Attributes:
         image: as the model saw it.
-        answers: (plan's spec text, its answer) of the plans that changed it.
+        answers: (answer, the plans that gave it) of the plans that changed it.
     """
 
     image: Image.Image
@@ -106,7 +106,7 @@ class Flip:
     question: str
     truth: str
     unpatched: str
-    answers: list[tuple[str, str]]
+    answers: list[tuple[str, list[str]]]
 
 
 @dataclass
@@ -144,9 +144,7 @@ def render(report: Report) -> str:
     environment = Environment(
         loader=PackageLoader("mllm.eval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
-        picture=_picture, percent=_percent, interval=_interval, breakable=_breakable
-    )
+    environment.filters.update(picture=_picture, percent=_percent, interval=_interval)
     measured = [row for row in report.rows if row.n]
     tasks = list(dict.fromkeys(task for row in measured for task in row.tasks))
     base = next((row for row in measured if row.budget is None), None)
@@ -363,8 +361,3 @@ def _percent(value: float) -> str:
 def _interval(row: Row) -> str:
     low, high = wilson(row.correct, row.n)
     return f"{100 * low:.0f}–{100 * high:.0f}"
-
-
-def _breakable(spec: str) -> Markup:
-    """A spec text that may be broken after `+` and before `:`."""
-    return Markup(escape(spec).replace("+", "+<wbr>").replace(":", "<wbr>:"))

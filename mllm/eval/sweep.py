@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-import mllm
 from mllm.errors import MllmError, PlanError
 from mllm.eval import files, stats
 from mllm.eval.answer import Answer, answer
-from mllm.eval.plans import UNPATCHED, plan_for_budget
+from mllm.eval.plans import UNPATCHED, patched_with, plan_for_budget
 from mllm.eval.provenance import describe_run
 from mllm.eval.scoring import is_correct
 from mllm.loading import build_inputs
-from mllm.plan import Plan
+from mllm.plan import Plan, near
 
 SANITY = ("random", "downsample", "stride", "avgpool")
 METHODS = (*SANITY, "visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
@@ -143,7 +142,7 @@ class SharedTower:
         if not all(_after_tower(stage) for stage in plan.stages):
             yield
             return
-        forward = self.tower.forward
+        forward, own = self.tower.forward, self.tower.__dict__.get("forward")
 
         def remembered(pixel_values: torch.Tensor, **options: Any) -> Any:
             name = (pixel_values.data_ptr(), tuple(pixel_values.shape), repr(sorted(options)))
@@ -155,7 +154,10 @@ class SharedTower:
         try:
             yield
         finally:
-            del self.tower.forward
+            if own is None:
+                del self.tower.forward
+            else:
+                self.tower.forward = own
 
     def forget(self) -> None:
         """Free the outputs: the next task has other pictures."""
@@ -169,12 +171,12 @@ def _after_tower(stage: Any) -> bool:
     )
 
 
-def answer_all(model: Any, processor: Any, questions: Questions, ledger: Any) -> list[Answer]:
+def answer_all(model: Any, processor: Any, questions: Questions, patched: Any) -> list[Answer]:
     """Answers to all questions, in the order of the samples."""
     answers: list[Answer | None] = [None] * len(questions.samples)
     for indices, inputs in zip(questions.indices, questions.batches, strict=True):
         results = answer(
-            model, processor, inputs, ledger, max_new_tokens=MAX_NEW_TOKENS, stops=STOPS
+            model, processor, inputs, patched, max_new_tokens=MAX_NEW_TOKENS, stops=STOPS
         )
         for index, result in zip(indices, results, strict=True):
             answers[index] = result
@@ -229,12 +231,8 @@ def run(
                     on_start(task, entry.name)
                 if questions is None:
                     drawn = samples(task, split=split, n=n)
-                    questions = Questions(
-                        processor, drawn, batch_size, model.dtype, model.device
-                    )
-                cell = {"key": name} | _cell(
-                    model, processor, questions, entry, shared, timings
-                )
+                    questions = Questions(processor, drawn, batch_size, model.dtype, model.device)
+                cell = {"key": name} | _cell(model, processor, questions, entry, shared, timings)
                 cell |= {"task": task, "split": split, "about": about}
                 cell |= _comparisons(cell, entry, outcomes)
                 files.append_jsonl(output, cell)
@@ -251,10 +249,10 @@ def _cell(
     shared: SharedTower,
     timings: int,
 ) -> dict[str, Any]:
-    with mllm.patch(model, entry.plan) as patched:
+    with patched_with(model, entry.plan) as patched:
         with shared.used_by(entry.plan):
-            answers = answer_all(model, processor, questions, patched.ledger)
-        seconds = _prefill_seconds(model, processor, questions, patched.ledger, timings)
+            answers = answer_all(model, processor, questions, patched)
+        seconds = _prefill_seconds(model, processor, questions, patched, timings)
     samples = questions.samples
     right = [
         is_correct(given.text, sample["answer"], sample["metric"])
@@ -281,7 +279,7 @@ def _cell(
 
 
 def _prefill_seconds(
-    model: Any, processor: Any, questions: Questions, ledger: Any, timings: int
+    model: Any, processor: Any, questions: Questions, patched: Any, timings: int
 ) -> dict[str, Any] | None:
     """Median time to the first token of one picture and question, after one untimed run."""
     if not timings:
@@ -290,7 +288,7 @@ def _prefill_seconds(
     for sample in [questions.samples[0], *questions.samples[:timings]]:
         inputs = build_inputs(processor, [([sample["image"]], sample["question"])])
         inputs = inputs.to(model.device, model.dtype)
-        (result,) = answer(model, processor, inputs, ledger, max_new_tokens=1)
+        (result,) = answer(model, processor, inputs, patched, max_new_tokens=1)
         seconds.append(result.efficiency["ttft_s"])
     median, low, high = stats.median_interval(seconds[1:])
     return {"median": median, "ci": [low, high]}
@@ -304,9 +302,7 @@ def _comparisons(
     for baseline in BASELINES:
         theirs = outcomes.get((baseline, entry.budget))
         compared = theirs is not None and entry.method != baseline
-        found[f"vs_{baseline}"] = (
-            stats.paired(_bits(cell), theirs).as_dict() if compared else None
-        )
+        found[f"vs_{baseline}"] = stats.paired(_bits(cell), theirs).as_dict() if compared else None
     return found
 
 
@@ -320,8 +316,6 @@ def _mean(answers: list[Answer], name: str) -> float:
 
 def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Raise MllmError with near names if one of `tasks` is not a yardstick task."""
-    from mllm.plan import near
-
     for task in tasks:
         if task not in known:
             expected = near(task, known)

@@ -16,6 +16,7 @@ _VERDICTS = {
     "not better": "{names} {be} not better than random",
     "worse": "{names} {be} worse than random",
 }
+_MARKS = {"better": "▲", "worse": "▼"}
 
 
 def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[str, Any]:
@@ -40,8 +41,10 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
         if len(by_task) == len(tasks)
     }
     rows = [
-        _row(name, by_task, outcomes) for name, by_task in grouped.items() if name in outcomes
+        _row(name, {task: grouped[name][task] for task in tasks}, outcomes) for name in outcomes
     ]
+    # Equal budgets stand together: they are what is compared.
+    rows.sort(key=lambda row: -(row["budget"] or float("inf")))
     first = next(iter(next(iter(grouped.values())).values()))
     about = {k: first[k] for k in ("about", "split", "n", "seed")}
     return {
@@ -49,9 +52,7 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
         **about,
         "tasks": list(tasks),
         "rows": rows,
-        "skipped": [
-            {"method": s.method, "budget": s.budget, "reason": s.reason} for s in skipped
-        ],
+        "skipped": [{"method": s.method, "budget": s.budget, "reason": s.reason} for s in skipped],
         "words": words(rows, list(tasks), first["n"]),
     }
 
@@ -82,7 +83,8 @@ def words(rows: list[dict[str, Any]], tasks: list[str], n: int) -> list[str]:
                 many = len(names) > 1
                 parts.append(
                     pattern.format(
-                        names=_listed(names), beat="beat" if many else "beats",
+                        names=_listed(names),
+                        beat="beat" if many else "beats",
                         be="are" if many else "is",
                     )
                 )
@@ -121,8 +123,17 @@ def markdown(table: dict[str, Any]) -> str:
         "",
     ]
     head = [
-        "method", "budget", "into LLM", "layer average", "GFLOPs", "KV KiB", "prefill ms",
-        "score % (95 %)", "vs random", "vs downsample", "flipped vs unpatched",
+        "method",
+        "budget",
+        "into LLM",
+        "layer average",
+        "GFLOPs",
+        "KV KiB",
+        "prefill ms",
+        "score % (95 %)",
+        "vs random",
+        "vs downsample",
+        "flipped vs unpatched",
     ]
     body = [
         [
@@ -141,24 +152,23 @@ def markdown(table: dict[str, Any]) -> str:
         for row in table["rows"]
     ]
     lines += _grid(head, body)
-    for task in tasks:
-        lines += ["", f"## {task}", ""]
-        body = [
-            [
-                row["method"],
-                _or_dash(row["budget"]),
-                _score(row["tasks"][task]),
-                *(
-                    _or_dash(
-                        row["tasks"][task][versus] and _difference(row["tasks"][task][versus])
-                    )
-                    for versus in ("vs_random", "vs_downsample")
-                ),
-            ]
-            for row in table["rows"]
+    lines += [
+        "",
+        "## By task",
+        "",
+        "Scores in percent; ▲ better than random at the same budget, ▼ worse, nothing: not "
+        "resolved. Intervals are in the CSV and JSON files.",
+        "",
+    ]
+    body = [
+        [
+            row["method"],
+            _or_dash(row["budget"]),
+            *(_marked(row["tasks"][task]) for task in tasks),
         ]
-        head = ["method", "budget", "score % (95 %)", "vs random", "vs downsample"]
-        lines += _grid(head, body)
+        for row in table["rows"]
+    ]
+    lines += _grid(["method", "budget", *tasks], body)
     if table["skipped"]:
         lines += ["", "## Not reachable", ""]
         lines += [f"- `{s['method']}` at {s['budget']}: {s['reason']}" for s in table["skipped"]]
@@ -179,9 +189,25 @@ def markdown(table: dict[str, Any]) -> str:
 def comma_separated(table: dict[str, Any]) -> str:
     """One line per method, budget and task; task `all` is the pooled row."""
     fields = [
-        "method", "budget", "plan", "task", "n", "score", "low", "high", "visual_avg", "kept_llm",
-        "flops", "kv_bytes", "prefill_s", "vs_random", "vs_random_low", "vs_random_high",
-        "vs_downsample", "vs_downsample_low", "vs_downsample_high",
+        "method",
+        "budget",
+        "plan",
+        "task",
+        "n",
+        "score",
+        "low",
+        "high",
+        "visual_avg",
+        "kept_llm",
+        "flops",
+        "kv_bytes",
+        "prefill_s",
+        "vs_random",
+        "vs_random_low",
+        "vs_random_high",
+        "vs_downsample",
+        "vs_downsample_low",
+        "vs_downsample_high",
     ]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fields, lineterminator="\n")
@@ -227,10 +253,7 @@ def _row(
         "flops": _mean(cells, "flops"),
         "kv_bytes": _mean(cells, "kv_bytes"),
         "prefill_s": _median_time(cells),
-        **{
-            label: theirs and _compared(outcomes[name], theirs)
-            for label, theirs in versus.items()
-        },
+        **{label: theirs and _compared(outcomes[name], theirs) for label, theirs in versus.items()},
         "tasks": {
             task: {
                 **{k: cell[k] for k in ("n", "score", "ci", "visual_avg", "kept_llm", "flops")},
@@ -279,6 +302,11 @@ def _difference(versus: dict[str, Any]) -> str:
 def _score(scores: dict[str, Any]) -> str:
     low, high = scores["ci"]
     return f"{100 * scores['score']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _marked(scores: dict[str, Any]) -> str:
+    verdict = scores["vs_random"]["verdict"] if scores["vs_random"] else ""
+    return f"{100 * scores['score']:.1f} {_MARKS.get(verdict, '')}".strip()
 
 
 def _listed(names: list[str]) -> str:

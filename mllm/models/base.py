@@ -50,6 +50,18 @@ class Family:
         """Tower blocks whose outputs feed the projector, 0-based."""
         raise NotImplementedError
 
+    def block(self, block: int | None) -> int:
+        """A tower block as a 0-based index; None is the one whose output is projected."""
+        return self.feature_blocks()[-1] if block is None else block % len(self.blocks)
+
+    def native_grid(self) -> tuple[int, int] | None:
+        """(rows, cols) of every image, if the family has one size for all."""
+        return None
+
+    def cls_feature(self, tower_output: Any) -> Tensor:
+        """The [CLS] feature beside the patch features that are projected: `[images, 1, width]`."""
+        raise NotImplementedError
+
     def grid(self, pixel_values: Tensor) -> list[tuple[int, int]]:
         """(rows, cols) of visual tokens of every image."""
         raise NotImplementedError

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,11 +40,23 @@ class Llava(Family):
                 expected="default",
             )
 
-    def feature_blocks(self) -> list[int]:
+    def _feature_layers(self) -> list[int]:
         chosen = self.model.config.vision_feature_layer
-        chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+        return [chosen] if isinstance(chosen, int) else list(chosen)
+
+    def feature_blocks(self) -> list[int]:
         # hidden_states[0] is the embedding, so hidden_states[i] is the output of block i - 1.
-        return [(i if i >= 0 else len(self.blocks) + 1 + i) - 1 for i in chosen]
+        depth = len(self.blocks)
+        return [(i if i >= 0 else depth + 1 + i) - 1 for i in self._feature_layers()]
+
+    def cls_feature(self, tower_output: Any) -> Tensor:
+        hidden = tower_output.hidden_states
+        return torch.cat([hidden[i][:, :1] for i in self._feature_layers()], dim=-1)
+
+    def native_grid(self) -> tuple[int, int]:
+        vision = self.model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
 
     def grid(self, pixel_values: Tensor) -> list[tuple[int, int]]:
         patch = self.model.config.vision_config.patch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -44,12 +45,23 @@ class YardstickTask(ConfigurableMessagesTask):
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
         """Draw the samples: what a data set's download is for other tasks."""
         split = self.config.test_split
-        drawn = samples(self.config.task.removeprefix(PREFIX), split=split, **dataset_kwargs)
-        docs = [{k: v for k, v in sample.items() if k not in DROPPED} for sample in drawn]
-        self.dataset = {split: Docs({**doc, "image": _png(doc["image"])} for doc in docs)}
-        for doc in docs:
-            del doc["image"]
-        self.dataset_no_image = {split: Docs(docs)}
+        name = self.config.task.removeprefix(PREFIX)
+        docs = _draw(name, split, **dataset_kwargs)
+        self.dataset = {split: docs}
+        self.dataset_no_image = {
+            split: Docs(
+                {k: v for k, v in doc.items() if k != "image"} for doc in list.__iter__(docs)
+            )
+        }
+
+
+@functools.lru_cache(maxsize=32)
+def _draw(task: str, split: str, n: int, style: str) -> Docs:
+    """The samples, once per process: several plans are evaluated on the same ones."""
+    return Docs(
+        {k: v for k, v in sample.items() if k not in DROPPED} | {"image": _png(sample["image"])}
+        for sample in samples(task, split=split, n=n, style=style)
+    )
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:

@@ -1,0 +1,5 @@
+"""`python -m mllm.cli`."""
+
+from mllm.cli import main
+
+main()

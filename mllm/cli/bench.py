@@ -1,0 +1,124 @@
+"""`mllm bench`: speed and memory against the unpatched model."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mllm.cli._common import (
+    DeviceOption,
+    JsonOption,
+    check_writable,
+    err_console,
+    run_command,
+    write_text,
+)
+
+
+class Suite(str, Enum):
+    """What can be measured."""
+
+    prefill = "prefill"
+
+
+def command(
+    suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.prefill,
+    model: Annotated[
+        str, typer.Option(help="bench-cpu (random weights), or a model folder or name.")
+    ] = "bench-cpu",
+    plan: Annotated[
+        list[str] | None, typer.Option(help="Plan text; repeatable. Default: the suite's plans.")
+    ] = None,
+    visual: Annotated[
+        list[int] | None,
+        typer.Option(help="Visual tokens per sample, whole images; repeatable. Default: 1, 2 images."),
+    ] = None,
+    text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs; 30 or more for a claim.")] = 30,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice if left out.")] = None,
+    device: DeviceOption = None,
+    output: Annotated[str | None, typer.Option(help="Also write the results to this file.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Time plans against the unpatched model in interleaved pairs, beside the ideal from FLOPs.
+
+    Run it on an otherwise idle machine.
+
+    Example: mllm bench --suite prefill --visual 576 --output bench.json
+    """
+
+    def measure() -> dict[str, Any]:
+        from mllm.eval import bench
+
+        if output is not None:
+            check_writable(output)
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} pairs"),
+            TimeRemainingColumn(),
+            console=err_console(),
+            transient=True,
+        ) as bar:
+            task = bar.add_task("building the model", total=None)
+            results = bench.prefill(
+                model=bench.BENCH_CPU if model == bench.BENCH_CPU.name else model,
+                plans=plan or None,
+                visual=visual or None,
+                text=text,
+                batch=batch or (1,),
+                pairs=pairs,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                progress=lambda label, done, total: bar.update(
+                    task, description=label, completed=done, total=total
+                ),
+            )
+        if output is not None:
+            write_text(output, jsonlib.dumps(results, indent=1) + "\n")
+        return results
+
+    run_command("bench", measure, json, _show)
+
+
+def _show(results: dict[str, Any]) -> None:
+    table = Table(
+        title=f"prefill, {results['model_shape']['name']}, {results['device']}, "
+        f"{results['threads']} threads, load {results['load_before']} before",
+        title_justify="left",
+    )
+    table.add_column("plan")
+    for column in ("batch", "visual", "unpatched", "patched", "speed-up", "95 %", "ideal", "share"):
+        table.add_column(column, justify="right")
+    table.add_column("LLM only", justify="right")
+    table.add_column("peak MiB", justify="right")
+    for row in results["rows"]:
+        start = [row["plan"], str(row["batch"]), str(row["visual"])]
+        if row["status"] == "oom":
+            table.add_row(*start, "out of memory")
+            continue
+        low, high = row["ratio_ci"]
+        table.add_row(
+            *start,
+            f"{row['baseline_s']:.3f} s",
+            f"{row['patched_s']:.3f} s",
+            f"{row['ratio']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['ideal']:.2f}",
+            f"{row['share']:.2f}",
+            f"{row['llm_ratio']:.2f} of {row['llm_ideal']:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f} of {row['baseline_peak_bytes'] / 2**20:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    for row in results["rows"]:
+        console.print(f"{row['plan']}, {row['visual']} visual tokens: {row['words']}.")

@@ -1,0 +1,461 @@
+"""Speed and memory of a plan against the unpatched model, beside the ideal from FLOPs.
+
+Both models run in the same process on the same weights, in interleaved pairs whose order
+alternates; a figure is the median of the per-pair ratios with a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata as metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mllm
+from mllm import flops
+from mllm.errors import DataError
+from mllm.loading import load_model
+
+Inputs = dict[str, Any]
+Progress = Callable[[str, int, int], None]  # what runs, pairs done, pairs in all
+
+CLAIM_PAIRS = 30  # fewer pairs are a look, not a figure to quote
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaVA built from its config with random weights."""
+
+    name: str
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    image: int
+    patch: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    def build(self, dtype: torch.dtype, device: str) -> Any:
+        """The model in eval mode, sdpa, weights drawn with seed 0."""
+        from transformers import (
+            AutoModelForImageTextToText,
+            CLIPVisionConfig,
+            LlamaConfig,
+            LlavaConfig,
+        )
+
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=self.vision_hidden,
+                intermediate_size=4 * self.vision_hidden,
+                num_hidden_layers=self.vision_layers,
+                num_attention_heads=self.vision_heads,
+                image_size=self.image,
+                patch_size=self.patch,
+            ),
+            text_config=LlamaConfig(
+                hidden_size=self.hidden,
+                intermediate_size=self.ffn,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.kv_heads,
+                vocab_size=self.vocab,
+                max_position_embeddings=8192,
+            ),
+            image_token_id=self.vocab - 1,
+        )
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+        return model.to(device).eval()
+
+
+# Every speed figure on CPU is about this shape: large enough that matrix products dominate.
+BENCH_CPU = Shape(
+    name="bench-cpu",
+    vision_hidden=512,
+    vision_layers=6,
+    vision_heads=8,
+    image=336,
+    patch=14,
+    hidden=1024,
+    ffn=2816,
+    layers=16,
+    heads=16,
+    kv_heads=16,
+    vocab=8192,
+)
+
+# Plan and the share of its ideal that we aim at (1 / 1.03: keeping everything costs at most 3 %).
+PREFILL_PLANS = {
+    "fastv:layer=2:keep=1.0": 1 / 1.03,
+    "fastv:layer=2:keep=0.5": 0.95,
+    "fastv:layer=2:keep=0.25": 0.95,
+    "fastv:layer=2:keep=0.11": 0.95,
+    "visionzip:keep=64": 0.9,
+}
+
+
+def prefill(
+    *,
+    model: str | Shape = BENCH_CPU,
+    plans: Sequence[str] | None = None,
+    visual: Sequence[int] | None = None,
+    text: int = 63,
+    batch: Sequence[int] = (1,),
+    pairs: int = CLAIM_PAIRS,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time the prefill: one forward with pictures, vision tower and cache included.
+
+    Args:
+        model: a shape to build with random weights, or a path for `mllm.load_model`.
+        plans: spec texts; None for `PREFILL_PLANS`.
+        visual: visual tokens per sample, whole images; None for one and two images.
+        text: text tokens per sample.
+        batch: batch sizes.
+        pairs: interleaved pairs per row.
+        dtype: of the weights.
+        device: torch device; None for the GPU when there is one.
+        threads: CPU threads; None leaves torch's choice.
+        progress: called after each pair.
+
+    Returns:
+        The bench results object, schema 1. Times in seconds, `peak_bytes` in bytes: the largest
+        sum of live tensors during one forward, weights included. `ratio` is unpatched time /
+        patched time; `share` = ratio / ideal. `llm_*` leave the tower and projector out.
+
+    Raises:
+        DataError: `visual` is no whole number of images, or a count is below one.
+        PlanError: a plan cannot work on this model.
+    """
+    for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
+        if min(values) < 1:
+            raise _bad(name, min(values), "1 or more")
+    if threads is not None:
+        if threads < 1:
+            raise _bad("threads", threads, "1 or more")
+        torch.set_num_threads(threads)
+    load_before = round(os.getloadavg()[0], 2)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(model, Shape):
+        base, shape = model.build(getattr(torch, dtype), device), asdict(model)
+    else:
+        base, shape = load_model(model, dtype=dtype, device=device)[0], {"name": model}
+    shape["parameters"] = sum(p.numel() for p in base.parameters())
+    per_image = tokens_per_image(base.config)
+    visual = visual or (per_image, 2 * per_image)
+    for count in visual:
+        if count < per_image or count % per_image:
+            raise _bad("visual", count, f"a multiple of {per_image}, the tokens of one image")
+
+    targets = PREFILL_PLANS if plans is None else {p: PREFILL_PLANS.get(p) for p in plans}
+    rows = []
+    for size in batch:
+        for count in visual:
+            inputs = random_inputs(base, images=count // per_image, text=text, batch=size)
+            for plan, target in targets.items():
+                label = f"{plan}, {count} visual tokens, batch {size}"
+                try:
+                    row = _row(base, plan, inputs, pairs, target, label, progress)
+                except torch.OutOfMemoryError:
+                    row = {"status": "oom", "words": "out of memory"}
+                rows.append(
+                    {
+                        "plan": plan,
+                        "batch": size,
+                        "visual": count,
+                        "text": text,
+                        "dtype": str(base.dtype).removeprefix("torch."),
+                        "backend": base.config.text_config._attn_implementation,
+                        "pairs": pairs,
+                        **row,
+                    }
+                )
+    return {
+        "schema": 1,
+        "suite": "prefill",
+        "model_shape": shape,
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "load_before": load_before,
+        "rows": rows,
+    }
+
+
+def _row(
+    base: Any,
+    plan: str,
+    inputs: Inputs,
+    pairs: int,
+    target: float | None,
+    label: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    other = twin(base)
+    with mllm.patch(other, plan) as patched:
+        times = time_pairs(
+            base, other, inputs, pairs, lambda done: progress and progress(label, done, pairs)
+        )
+        ledger = patched.ledger.as_dict()
+        peak = peak_bytes(other, inputs)
+    total, llm = times[..., 0], times[..., 1]
+    ratio, ratio_ci = median_interval(total[:, 0] / total[:, 1])
+    llm_ratio, llm_ci = median_interval(llm[:, 0] / llm[:, 1])
+    ideal = sum(ledger["baseline_prefill_flops"]) / sum(ledger["prefill_flops"])
+    status, words = judge(ratio, ratio_ci, ideal, target, pairs)
+    return {
+        "ratio": ratio,
+        "ratio_ci": ratio_ci,
+        "ideal": ideal,
+        "share": ratio / ideal,
+        "peak_bytes": peak,
+        "status": status,
+        "baseline_s": float(np.median(total[:, 0])),
+        "patched_s": float(np.median(total[:, 1])),
+        "baseline_peak_bytes": peak_bytes(base, inputs),
+        "llm_ratio": llm_ratio,
+        "llm_ratio_ci": llm_ci,
+        "llm_ideal": _llm_ideal(base.config.text_config, ledger),
+        "target_share": target,
+        "words": words,
+    }
+
+
+def judge(
+    ratio: float, ci: Sequence[float], ideal: float, target: float | None, pairs: int
+) -> tuple[str, str]:
+    """Status and a sentence for one row.
+
+    A target (share of the ideal) holds if the interval contains or beats it; it is unresolved if
+    the interval is wider than the margin that the target leaves below the ideal.
+    """
+    low, high = ci
+    if low > 1:
+        words = f"{ratio:.2f}x faster"
+    elif high < 1:
+        words = f"no real speed-up: {1 / ratio:.2f}x slower"
+    else:
+        words = "no real speed-up: the interval contains 1"
+    status = "ok"
+    if target is not None:
+        if (high - low) / ideal > 1 - target:
+            status = "unresolved"
+            words += f"; unresolved against the target of {target:.2f} of the ideal"
+        elif high / ideal >= target:
+            words += f"; reaches the target of {target:.2f} of the ideal"
+        else:
+            words += f"; misses the target of {target:.2f} of the ideal"
+    if pairs < CLAIM_PAIRS:
+        status = "unresolved"
+        words += f"; {pairs} pairs are too few for a claim ({CLAIM_PAIRS})"
+    return status, words
+
+
+def twin(model: Any) -> Any:
+    """A copy of the modules that shares every weight and buffer with `model`.
+
+    It can be patched while `model` runs unpatched, at no memory for a second set of weights.
+    """
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def tokens_per_image(config: Any) -> int:
+    """Visual tokens that one image becomes in a LLaVA."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy == "full")
+
+
+def random_inputs(model: Any, *, images: int, text: int, batch: int, seed: int = 0) -> Inputs:
+    """Unpadded inputs of exact length: noise pictures first, then random words.
+
+    Returns:
+        `input_ids` and `attention_mask` int64 `[batch, images * tokens + text]`, `pixel_values`
+        `[batch * images, 3, size, size]` in the model's dtype, on its device.
+    """
+    config, draw = model.config, torch.Generator().manual_seed(seed)
+    size, placeholder = config.vision_config.image_size, config.image_token_id
+    words = torch.randint(3, config.text_config.vocab_size - 1, (batch, text), generator=draw)
+    words[words == placeholder] = 3
+    visual = torch.full((batch, images * tokens_per_image(config)), placeholder)
+    ids = torch.cat([words[:, :1], visual, words[:, 1:]], 1)
+    pixels = torch.randn(batch * images, 3, size, size, generator=draw)
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
+
+
+def time_pairs(
+    base: Any,
+    other: Any,
+    inputs: Inputs,
+    pairs: int,
+    on_pair: Callable[[int], Any] | None = None,
+    warmup: int = 2,
+) -> np.ndarray:
+    """Time two models on the same inputs in interleaved pairs, the order alternating.
+
+    Returns:
+        Seconds, float64 `[pairs, 2, 2]`: pair, (base, other), (whole forward, from the decoder on).
+    """
+    models = (base, other)
+    for _ in range(warmup):
+        for model in models:
+            _timed(model, inputs)
+    times = np.empty((pairs, 2, 2))
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[pair, which] = _timed(models[which], inputs)
+        if on_pair is not None:
+            on_pair(pair + 1)
+    return times
+
+
+@torch.inference_mode()
+def _timed(model: Any, inputs: Inputs) -> tuple[float, float]:
+    """Seconds of one prefill, and of its part from the decoder on (LM head included)."""
+    clock = _CudaClock() if model.device.type == "cuda" else _CpuClock()
+    # Prepended: what the patch does when the decoder is entered belongs to the decoder's time.
+    hook = model.get_decoder().register_forward_pre_hook(lambda *_: clock.mark(), prepend=True)
+    try:
+        clock.mark()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        clock.mark()
+    finally:
+        hook.remove()
+    start, decoder, end = clock.seconds()
+    return end - start, end - decoder
+
+
+class _CpuClock:
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return self.marks
+
+
+class _CudaClock:
+    """CUDA events: the GPU's own time, whatever the queue of launches does."""
+
+    def __init__(self) -> None:
+        self.marks: list[torch.cuda.Event] = []
+        torch.cuda.synchronize()
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def seconds(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [self.marks[0].elapsed_time(event) / 1e3 for event in self.marks]
+
+
+@torch.inference_mode()
+def peak_bytes(model: Any, inputs: Inputs) -> int:
+    """Largest sum of live tensor bytes during one prefill, the model's weights included."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    # The CPU allocator keeps no peak; the profiler's trace has every allocation and release.
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    steps = np.cumsum([size for _, size in sorted(memory, key=lambda item: item[0])])
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return int(weights + max(0, steps.max(initial=0)))
+
+
+def median_interval(values: np.ndarray, seed: int = 0) -> tuple[float, list[float]]:
+    """Median of a sample and its 95 % percentile-bootstrap interval (10,000 resamples)."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (10_000, len(values)))
+    low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
+    return float(np.median(values)), [float(low), float(high)]
+
+
+def _llm_ideal(config: Any, ledger: dict[str, Any]) -> float:
+    """FLOPs ratio of the language model alone, from the tokens that entered each layer."""
+
+    def total(tokens_per_layer: list[list[int]]) -> float:
+        layers = sum(flops.decoder_layer(config, t, t) for row in tokens_per_layer for t in row)
+        return layers + flops.lm_head(config, ledger["batch"])
+
+    patched = [layer["tokens"] for layer in ledger["layers"]]
+    return total([ledger["prompt_tokens"]] * len(patched)) / total(patched)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a measurement depends on."""
+    packages = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"python": platform.python_version(), "mllm": mllm.__version__, **packages}
+
+
+def commit() -> str | None:
+    """Commit of the checkout that runs, `-dirty` with uncommitted changes; None if installed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(mllm.__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} logical cores"
+    return platform.processor() or platform.machine()
+
+
+def _bad(argument: str, given: Any, expected: str) -> DataError:
+    return DataError(
+        f"{argument}={given} cannot be measured; give {expected}",
+        argument=argument,
+        given=given,
+        expected=expected,
+    )

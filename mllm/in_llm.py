@@ -1,0 +1,335 @@
+"""One forward pass of the decoder under a plan: rows leave, masks and positions follow."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mllm import attention, compat
+from mllm.cache import adopt, note_rows
+from mllm.compressors.base import AttentionRows, Context, LayerPruner
+from mllm.errors import PlanError
+from mllm.ledger import Reduction
+from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber
+
+if TYPE_CHECKING:
+    from mllm.patcher import Patched
+
+
+@dataclass
+class DecoderRun:
+    """State of one forward pass, from the base model's hooks to the decoder's last layer.
+
+    Attributes:
+        patched: the patched model (its plan, stages and family).
+        visual: bool `[batch, rows]`, image placeholders of this forward; None without any.
+        reduction: what the pre-LLM stages decided; set before the decoder runs.
+        full: table of the rows as the caller gave them.
+        table: table of the rows of the current stage.
+        tables: (first layer, table) of every stage.
+        prompt: bool `[batch, rows]`, rows that a method may look at.
+        images: per sample, its rows of `reduction`.
+        past, past_logical: stored slots per layer, and tokens seen, before this forward.
+        replaced: arguments that layers of the current stage get instead of the parent's.
+        replay: by first layer of a stage, its row choice and arguments.
+    """
+
+    patched: Patched
+    visual: Tensor | None
+    reduction: Reduction | None
+    outer: DecoderRun | None
+    full: TokenTable | None = None
+    table: TokenTable | None = None
+    tables: list[tuple[int, TokenTable]] = field(default_factory=list)
+    prompt: Tensor | None = None
+    images: list[list[int]] = field(default_factory=list)
+    cache: Any = None
+    past: list[int] = field(default_factory=list)
+    past_logical: int = 0
+    replaced: dict[str, Any] = field(default_factory=dict)
+    replay: dict[int, tuple[Tensor | None, dict]] = field(default_factory=dict)
+    signals: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    selection_flops: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    ran: set[int] = field(default_factory=set)
+
+    def start(
+        self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
+    ) -> None:
+        """Read the decoder's arguments, let pre-LLM rows leave, and change `kwargs` in place.
+
+        Args:
+            kwargs: the decoder's arguments.
+            prompt_length: logical length of the prompt, where generate() told it.
+            labels: `[batch, rows]`, where the caller gave them.
+
+        Raises:
+            PlanError: a mask or cache of a kind that cannot follow a plan.
+        """
+        decoder, layers = self.patched.family.decoder, self.patched.layers
+        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise PlanError(
+                "a prepared attention mask (as static caches make it) cannot follow a plan",
+                argument="attention_mask",
+                given=type(mask).__name__,
+                expected="None or [batch, tokens]",
+            )
+        batch, rows = embeds.shape[:2]
+        cache = kwargs.get("past_key_values")
+        if cache is None and compat.uses_cache(decoder, kwargs.get("use_cache")):
+            cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
+        self.past = [0] * len(layers)
+        if cache is not None:
+            adopt(cache, len(layers), None if mask is None else mask[:, :-rows])
+            self.past = [layer.slots for layer in cache.layers]
+            self.past_logical = cache.get_seq_length()
+        self.cache = cache
+        valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
+        if mask is not None:
+            valid = mask[:, -rows:].to(valid)
+        self._make_table(valid)
+        self.prompt = self._prompt_rows(prompt_length, labels)
+        self._drop_rows(kwargs)
+        self.tables.append((0, self.table))
+        self._note(0)
+
+    def _make_table(self, valid: Tensor) -> None:
+        start = self.past_logical
+        if self.visual is None:
+            self.full = self.table = TokenTable.text(valid, start)
+            self.images = [[] for _ in range(valid.shape[0])]
+            return
+        grid = self.reduction.grid
+        tokens, images = grid[0] * grid[1], self.reduction.keep.shape[0]
+        counts = self.visual.sum(1).tolist()
+        # generate() repeats samples for beams and returned sequences; features keep their order.
+        repeat = max(1, sum(counts) // (images * tokens))
+        ends, at = [], 0
+        for sample in range(0, len(counts), repeat):
+            number = counts[sample] // tokens
+            ends += [list(range(at, at + number))] * repeat
+            at += number
+        self.images = ends
+        grids = [[grid] * len(sample) for sample in self.images]
+        self.full = self.table = TokenTable.prompt(valid, self.visual, start, grids)
+
+    def _prompt_rows(self, length: int | None, labels: Tensor | None) -> Tensor:
+        """Rows of the prompt: no candidate of assisted decoding, nothing that is supervised."""
+        prompt = self.full.valid
+        if length is not None:
+            prompt = prompt & (self.full.logical < length)
+        if labels is not None:
+            supervised = (labels != -100).to(prompt.device)
+            prompt = prompt & (supervised.long().cumsum(1) == 0)
+        return prompt
+
+    def _drop_rows(self, kwargs: dict) -> None:
+        """Let the rows leave that the pre-LLM stages dropped; move positions and mask along."""
+        table, cache = self.table, self.cache
+        first = None if cache is None else cache.layers[0]
+        shift = None if first is None else first.shifts.get("llm")
+        drops = self.patched.reducers and self.visual is not None
+        if not drops and shift is None and (first is None or first.seen == first.slots):
+            return
+        position = kwargs.get("position_ids")
+        if position is None:
+            position = table.index[:1] + self.past_logical
+        position = position.expand(*position.shape[:-2], *table.valid.shape)
+        if shift is not None:
+            position = position - shift
+        if drops:
+            keep, order = self._kept_rows()
+            compact = self.patched.reducers[0][1].positions == "compact"
+            if compact:
+                moved = renumber(position, keep, table.valid, order)
+                if first is not None:
+                    last = table.valid.long().cumsum(1).argmax(1, keepdim=True)
+                    delta = (position - moved).gather(1, last)
+                    first.shifts["llm"] = delta if shift is None else shift + delta
+                position = moved
+            rows = choose_rows(keep, table.valid, order if compact else None)
+            self.table = table.take(rows, keep.gather(1, rows))
+            kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
+            position = gather_rows(position, rows, dim=position.dim() - 1)
+        kwargs["position_ids"] = position
+        mask = self._slot_valid(0)
+        if mask is not None and first is not None:
+            # The decoder looks a 2-D mask up by logical position.
+            mask = F.pad(mask, (first.seen - first.slots, 0), value=True)
+        kwargs["attention_mask"] = mask
+
+    def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Rows that stay, and their order if it is not the grid's: `[batch, rows]` each."""
+        table, reduction = self.table, self.reduction
+        which = torch.tensor(
+            [i for sample in self.images for i in sample], device=reduction.keep.device
+        )
+        keep = ~table.visual
+        keep[table.visual] = reduction.keep[which].flatten()
+        order = None
+        if reduction.order is not None:
+            order, tokens = table.index.clone(), reduction.order.shape[1]
+            starts = order[table.visual].view(-1, tokens)[:, :1]
+            order[table.visual] = (starts + reduction.order[which]).flatten()
+        return keep & table.valid, order
+
+    def _slot_valid(self, layer: int) -> Tensor | None:
+        """Validity of a layer's slots with this forward's rows; None if nothing is padded."""
+        valid = self.table.valid
+        padded = not bool(valid.all())
+        old = None if self.cache is None else self.cache.layers[layer]
+        if old is not None and old.slots:
+            return torch.cat([old.valid, valid], 1) if padded or old.padded else None
+        return valid if padded else None
+
+    def _note(self, layer: int) -> None:
+        """Tell the caches of the layers up to the next cut which rows come."""
+        if self.cache is None:
+            return
+        later = [cut for cut in self.patched.cuts if cut > layer]
+        stop = later[0] if later else len(self.patched.layers)
+        padded = not bool(self.table.valid.all())
+        advance = self.full.valid.shape[1]
+        note_rows(self.cache.layers[layer:stop], self.table, padded, advance)
+
+    def taps(self) -> dict[nn.Module, list[Any]]:
+        """Taps for the signals that in-LLM stages declared."""
+        found: dict[nn.Module, list[Any]] = {}
+        for number, stage in self.patched.pruners:
+            for name, signal in stage.reads().items():
+                module = self.patched.family.attention(signal.layer)
+                tap = functools.partial(self._tap, (number, name), signal)
+                found.setdefault(module, []).append(tap)
+        return found
+
+    def _tap(
+        self, slot: tuple[int, str], signal: AttentionRows,
+        query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None,
+    ) -> None:
+        table = self.table
+        prompt = self.prompt.gather(1, table.index) & table.valid
+        last = prompt.long().cumsum(1).argmax(1, keepdim=True)
+        rows = attention.row_attention(query, key, last, mask, scaling)
+        reduce = {"mean": rows.mean, "sum": rows.sum, "max": rows.amax}[signal.heads]
+        scores = reduce(1)[..., -table.valid.shape[1] :]
+        # Kept by the caller's rows: a cut may lie between this layer and the one that asks.
+        full = scores.new_zeros(*scores.shape[:2], self.full.valid.shape[1])
+        self.signals[slot] = full.scatter(2, table.index[:, None].expand_as(scores), scores)
+        self.selection_flops += 2 * query.shape[1] * key.shape[2] * query.shape[3]
+
+    def layer(self, layer: int, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """What decoder layer `layer` is given instead of its parent's arguments."""
+        if training:
+            # Lives as long as the arguments of a recompute; see `replayed`.
+            kwargs["position_embeddings"][0].mllm_run = self
+        if layer in self.patched.cuts:
+            args = (self._cut(layer, args[0], kwargs), *args[1:])
+        return args, {**kwargs, **self.replaced}
+
+    @staticmethod
+    def replayed(
+        cuts: list[int], layer: int, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """What a layer had in the forward pass, when it is recomputed in the backward.
+
+        transformers 5.17 recomputes a checkpointed layer with its hooks, newer versions without.
+        Nothing is selected again.
+        """
+        run = getattr(kwargs["position_embeddings"][0], "mllm_run", None)
+        if run is None:
+            return None
+        first = max(cut for cut in cuts if cut <= layer)
+        rows, replaced = run.replay[first]
+        if layer == first and rows is not None:
+            args = (gather_rows(args[0], rows), *args[1:])
+        return args, {**kwargs, **replaced}
+
+    def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
+        """Run the stages of this layer and prepare what the layers from here on are given."""
+        stages = [(n, s) for n, s in self.patched.pruners if s.layer == layer]
+        given = {**kwargs, **self.replaced}
+        position, rotary = given.get("position_ids"), given["position_embeddings"]
+        kind = f"layer {layer}"
+        compact = any(s.positions == "compact" for _, s in stages)
+        cached = None if self.cache is None else self.cache.layers[layer]
+        shift = None if cached is None else cached.shifts.get(kind)
+        if position is not None:
+            position = position.expand(hidden.shape[0], -1) if position.dim() == 2 else position
+            if shift is not None:
+                position = position - shift
+        rows = None
+        if self.visual is not None:
+            table = self.table
+            keep = table.valid.clone()
+            for number, stage in stages:
+                keep &= ~table.visual | self._select(number, stage, keep)
+            rows = choose_rows(keep, table.valid)
+            if compact:
+                moved = renumber(position, keep, table.valid)
+                last = keep.long().cumsum(1).argmax(1, keepdim=True)
+                if cached is not None:
+                    delta = (position - moved).gather(1, last)
+                    cached.shifts[kind] = delta if shift is None else shift + delta
+                position = moved
+            hidden = gather_rows(hidden, rows)
+            self.table = table.take(rows, keep.gather(1, rows))
+            if position is not None:
+                position = gather_rows(position, rows, dim=position.dim() - 1)
+            if not compact:
+                rotary = tuple(gather_rows(t, rows, dim=t.dim() - 2) for t in rotary)
+        if compact:
+            rotary = self.patched.family.decoder.rotary_emb(hidden, position)
+        mask = compat.causal_mask(
+            self.patched.family.decoder.config,
+            hidden,
+            self._slot_valid(layer),
+            self.cache,
+            layer,
+        )
+        self._note(layer)
+        self.tables.append((layer, self.table))
+        self.replaced = {
+            "attention_mask": mask,
+            "position_embeddings": rotary,
+            "position_ids": position,
+        }
+        self.replay[layer] = rows, self.replaced
+        return hidden
+
+    def _select(self, number: int, stage: LayerPruner, keep: Tensor) -> Tensor:
+        table = self.table
+        signals = {}
+        for name in stage.reads():
+            scores = self.signals[number, name]
+            at = table.index[:, None].expand(-1, scores.shape[1], -1)
+            signals[name] = scores.gather(2, at)
+        images = torch.tensor([len(s) for s in self.images], device=keep.device)
+        ctx = Context(stage, signals, visual=table.visual & keep, images=images)
+        if isinstance(stage.keep, int) and bool((ctx.visual.sum(1) < stage.keep * images).any()):
+            self.notes.append(
+                f"{stage.info.name}: fewer than keep={stage.keep} tokens per image arrive at "
+                f"layer {stage.layer}"
+            )
+        self.ran.add(number)
+        with torch.no_grad():
+            action = stage.select(ctx)
+        self.selection_flops += ctx.flops
+        return action.mask
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """The decoder's output at the length the caller knows.
+
+        Dropped rows are zero. Padding rows keep what they had, so that keeping everything
+        changes nothing.
+        """
+        table, full = self.table, self.full
+        written = table.valid | ~full.valid.gather(1, table.index)
+        hidden = hidden.masked_fill(~written[..., None], 0)
+        out = hidden.new_zeros(hidden.shape[0], full.valid.shape[1], hidden.shape[2])
+        return out.scatter(1, table.index[..., None].expand_as(hidden), hidden)

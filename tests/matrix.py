@@ -1,0 +1,239 @@
+"""The one matrix of plans, and the checks that every plan must pass.
+
+The checks are plain functions, so that the mutation tests can run them on a broken engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import oracles
+import tiny
+import torch
+from oracles import Cut, Rows
+from tiny import Sample
+from torch import Tensor
+
+import mllm
+
+LAYERS, SIDE = 4, 4
+TOLERANCE = 1e-4
+CLOSE_CALL = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan and what it must equal.
+
+    Attributes:
+        spec: the plan.
+        rows: builds the rows that enter the decoder from (model, sample, kept), where `kept` is
+            what the engine says it kept; only choices that no formula fixes may use it.
+        cuts: drops inside the decoder.
+        placed: every row is where its source was, so rows of visual tokens compare too.
+    """
+
+    spec: str
+    rows: Callable[[object, Sample, Tensor], Rows]
+    cuts: Sequence[Cut] = ()
+    placed: bool = True
+
+
+def _plain(model, sample, kept):
+    return oracles.plain(model, sample)
+
+
+def _chosen(positions):
+    return lambda model, sample, kept: oracles.dropped(model, sample, kept, positions)
+
+
+def _divprune(keep, positions):
+    def rows(model, sample, kept):
+        chosen, at = [], 0
+        for picture in sample.pixels:
+            features = oracles.project(model, oracles.tower(model, picture).patches)
+            chosen += [at + i for i in oracles.divprune(features, keep)]
+            at += len(features)
+        return oracles.dropped(model, sample, torch.tensor(chosen, dtype=torch.long), positions)
+
+    return rows
+
+
+def _visionzip(keep, positions="compact", **options):
+    def rows(model, sample, kept):
+        blocks = [
+            oracles.visionzip(model, p, keep, positions=positions, **options)
+            for p in sample.pixels
+        ]
+        return oracles.rebuilt(model, sample, blocks, positions)
+
+    return rows
+
+
+def _pooled(reference, small, positions):
+    def rows(model, sample, kept):
+        n = SIDE * SIDE
+        blocks = []
+        for i, p in enumerate(sample.pixels):
+            seats = (kept[(kept >= i * n) & (kept < (i + 1) * n)] - i * n).tolist()
+            blocks.append(reference(model, p, small, seats))
+        return oracles.rebuilt(model, sample, blocks, positions)
+
+    return rows
+
+
+_CASES = [
+    Case("random:keep=0.5", _chosen("compact")),
+    Case("random:keep=3:positions=original", _chosen("original")),
+    Case("stride:keep=5", _chosen("compact")),
+    Case("stride:keep=0.25:positions=original", _chosen("original")),
+    Case("avgpool:keep=4", _pooled(oracles.avgpool, 2, "compact"), placed=False),
+    Case(
+        "avgpool:keep=9:positions=original",
+        _pooled(oracles.avgpool, 3, "original"),
+        placed=False,
+    ),
+    Case("downsample:keep=0.25", _pooled(oracles.downsample, 2, "compact"), placed=False),
+    Case(
+        "downsample:keep=9:positions=original",
+        _pooled(oracles.downsample, 3, "original"),
+        placed=False,
+    ),
+    Case("visionzip:keep=10", _visionzip(10), placed=False),
+    Case("visionzip:keep=8:positions=original", _visionzip(8, "original"), placed=False),
+    Case(
+        "visionzip:keep=0.5:dominant=0.5:cls=false:merge=mean",
+        _visionzip(0.5, dominant=0.5, cls=False, merge="mean"),
+        placed=False,
+    ),
+    Case("divprune:keep=6", _divprune(6, "compact")),
+    Case("divprune:keep=6:positions=original", _divprune(6, "original")),
+    Case("fastv:layer=2:keep=0.5", _plain, [Cut(2, 0.5)]),
+    Case("fastv:layer=1:keep=3:positions=compact", _plain, [Cut(1, 3, "compact")]),
+    Case(
+        "fastv:layer=1:keep=0.5+fastv:layer=3:keep=2",
+        _plain,
+        [Cut(1, 0.5), Cut(3, 2)],
+    ),
+    Case(
+        "visionzip:keep=10+fastv:layer=2:keep=0.5", _visionzip(10), [Cut(2, 0.5)], placed=False
+    ),
+    Case(
+        "divprune:keep=9:positions=original+fastv:layer=2:keep=2:positions=compact",
+        _divprune(9, "original"),
+        [Cut(2, 2, "compact")],
+    ),
+]
+CASES = {case.spec: case for case in _CASES}
+#: One case of every kind of stage, for tests of what happens around a forward.
+FEW = [
+    "visionzip:keep=10",
+    "divprune:keep=6:positions=original",
+    "fastv:layer=2:keep=0.5",
+    "visionzip:keep=10+fastv:layer=2:keep=0.5",
+]
+
+
+@cache
+def reference():
+    """The model that the oracles run on; nothing ever patches it."""
+    return tiny.llava("eager", layers=LAYERS, side=SIDE)
+
+
+def fresh(attn: str = "sdpa", **options):
+    """A new model with the weights of :func:`reference`, to be patched."""
+    return tiny.llava(attn, layers=LAYERS, side=SIDE, **options)
+
+
+def equal(mine: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    """Assert closeness in fp32; an assertion that mutations can count on."""
+    assert mine.shape == theirs.shape, f"{what}: {tuple(mine.shape)} != {tuple(theirs.shape)}"
+    worst = float((mine - theirs).abs().max()) if mine.numel() else 0.0
+    assert worst <= tolerance, f"{what}: off by {worst:.2e}"
+
+
+def expected(case: Case, sample: Sample, kept: Tensor, more: Tensor | None = None):
+    """The oracle's run of one sample: (rows, dense result)."""
+    rows = case.rows(reference(), sample, kept)
+    return rows, oracles.dense(reference(), rows, more, case.cuts)
+
+
+@torch.no_grad()
+def check_logits(case: Case, attn: str, kind: str, side: str = "left", model=None) -> None:
+    """One forward over a batch equals the oracle, sample by sample; so do the kept sets."""
+    batch = tiny.samples(kind, side=SIDE)
+    inputs = tiny.collate(batch, side)
+    model = model or fresh(attn)
+    with mllm.patch(model, case.spec) as patched:
+        logits = model(**inputs).logits
+        ledger = patched.ledger
+    assert logits.shape[:2] == inputs["input_ids"].shape
+    theirs = tiny.per_sample(logits, inputs["attention_mask"])
+    for b, sample in enumerate(batch):
+        rows, want = expected(case, sample, ledger.kept("llm")[b])
+        for layer in range(LAYERS):
+            mine = ledger.kept(layer)[b]
+            assert mine.tolist() == sorted(want.entering[layer].tolist()), (
+                f"sample {b}, layer {layer}: kept {mine.tolist()}, "
+                f"oracle {sorted(want.entering[layer].tolist())}"
+            )
+        equal(theirs[b][~sample.visual], want.logits[rows.source < 0], f"sample {b}, text rows")
+        if case.placed:
+            visual = rows.source[want.alive & rows.visual]
+            where = sample.visual.nonzero()[:, 0]
+            equal(
+                theirs[b][where[visual]],
+                want.logits[want.alive & rows.visual],
+                f"sample {b}, visual rows",
+            )
+            gone = torch.ones(sample.n_visual, dtype=torch.bool)
+            gone[visual] = False
+            assert not theirs[b][where[gone]].any(), "dropped rows come back as zeros"
+
+
+def follow(case: Case, batch: Sequence[Sample], kept, sequences, logits, prompt, greedy) -> None:
+    """Every step's logits equal the oracle's along the tokens that were generated."""
+    copies = len(sequences) // len(batch)
+    for row, sequence in enumerate(sequences):
+        sample = batch[row // copies]
+        rows, want = expected(case, sample, kept[row // copies], sequence[prompt:])
+        steps = want.logits[len(rows.source) - 1 : -1]
+        equal(logits[row], steps, f"sequence {row}")
+        if greedy:
+            choice, margin = oracles.next_tokens(steps)
+            wrong = (choice != sequence[prompt:]) & (margin >= CLOSE_CALL)
+            assert not wrong.any(), f"sequence {row}: not the oracle's greedy answer"
+
+
+@torch.no_grad()
+def check_generate(
+    case: Case, attn: str, kind: str, steps: int = 20, model=None, **options
+) -> Tensor:
+    """Generation equals the oracle's cache-free run at every step; returns the sequences."""
+    batch = tiny.samples(kind, side=SIDE)
+    inputs = tiny.collate(batch)
+    model = model or fresh(attn)
+    options = {"do_sample": False, **options}
+    with mllm.patch(model, case.spec) as patched:
+        torch.manual_seed(0)
+        out = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+        kept = patched.ledger.kept("llm")
+    prompt = inputs["input_ids"].shape[1]
+    copies = len(out.sequences) // len(batch)
+    assert out.sequences.shape[1] == prompt + steps
+    assert torch.equal(
+        out.sequences[:, :prompt], inputs["input_ids"].repeat_interleave(copies, 0)
+    ), "the returned ids keep the prompt as it was"
+    logits = torch.stack(out.logits, 1)
+    per_sample = len(kept) // len(batch)
+    greedy = not options["do_sample"]
+    follow(case, batch, kept[::per_sample], out.sequences, logits, prompt, greedy)
+    return out.sequences

@@ -1,0 +1,383 @@
+"""What patched models must equal, written slowly and plainly.
+
+Nothing here is shared with the engine: the decoder and the tower are looped over by hand with
+attention written out, every sample is alone and unpadded, there is no cache, and a row that a
+method drops stays in the sequence and is masked out of every later attention. The choice of
+tokens is written from the methods' published descriptions, with loops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tiny import Sample
+from torch import Tensor
+from torch.nn import functional as F
+
+# --------------------------------------------------------------------------------------------
+# The model, by hand
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None):
+    """Softmax attention in fp32: `[heads, rows, dim]` each; also returns the weights."""
+    logits = q @ k.transpose(-1, -2) * scale
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    weights = logits.softmax(-1)
+    return weights @ v, weights
+
+
+def heads(x: Tensor, n: int) -> Tensor:
+    return x.view(x.shape[0], n, -1).transpose(0, 1)
+
+
+@dataclass
+class Tower:
+    """One image through the tower: features, the [CLS] row of attention, keys.
+
+    Attributes:
+        patches: `[n, width]`, what LLaVA gives its projector.
+        cls: `[width]`.
+        cls_attention: `[heads, n]` of the block that produced the features.
+        keys: `[heads, n, dim]` of that block, bias included, unscaled.
+    """
+
+    patches: Tensor
+    cls: Tensor
+    cls_attention: Tensor
+    keys: Tensor
+
+
+def tower(model, pixels: Tensor) -> Tower:
+    """The CLIP tower on one picture `[3, H, W]`, up to hidden state -2."""
+    net = model.model.vision_tower
+    net = getattr(net, "vision_model", net)
+    n_heads = model.config.vision_config.num_attention_heads
+    trained = model.config.vision_config.image_size
+    resized = pixels.shape[-1] != trained or pixels.shape[-2] != trained
+    x = net.embeddings(pixels[None], interpolate_pos_encoding=resized)[0]
+    x = net.pre_layrnorm(x)
+    last = None
+    for block in net.encoder.layers[:-1]:
+        h = block.layer_norm1(x)
+        attention = block.self_attn
+        q, k, v = (
+            heads(p(h), n_heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        out, weights = attend(q, k, v, q.shape[-1] ** -0.5)
+        x = x + attention.out_proj(out.transpose(0, 1).flatten(1))
+        x = x + block.mlp(block.layer_norm2(x))
+        last = (weights, k)
+    weights, k = last
+    return Tower(x[1:], x[0], weights[:, 0, 1:], k[:, 1:])
+
+
+def project(model, features: Tensor) -> Tensor:
+    p = model.model.multi_modal_projector
+    return p.linear_2(F.gelu(p.linear_1(features)))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+@dataclass
+class Cut:
+    """Rows leave before `layer`: `count(visual rows that arrive, images)` of them stay."""
+
+    layer: int
+    keep: int | float
+    positions: str = "original"
+
+    def count(self, arriving: int, images: int) -> int:
+        if isinstance(self.keep, int):
+            return min(arriving, self.keep * images)
+        return max(1, round(self.keep * arriving))
+
+
+@dataclass
+class Rows:
+    """A prompt as rows that enter the decoder.
+
+    Attributes:
+        embeds: `[n, hidden]`.
+        visual: bool `[n]`.
+        source: int64 `[n]`, index among the sample's visual tokens, -1 for text.
+        alive: bool `[n]`, false where a pre-LLM stage dropped the row.
+        position: int64 `[n]`.
+        images: number of images.
+    """
+
+    embeds: Tensor
+    visual: Tensor
+    source: Tensor
+    alive: Tensor
+    position: Tensor
+    images: int
+
+
+@dataclass
+class Dense:
+    """What the dense loop saw.
+
+    Attributes:
+        logits: `[n, vocabulary]`, rows of the *rows* given, text after the prompt included.
+        entering: per layer, int64 indices of the visual tokens that enter it.
+        hidden: rows that are alive in the last layer, bool `[n]`.
+    """
+
+    logits: Tensor
+    entering: list[Tensor]
+    alive: Tensor
+    weights: list[Tensor] = field(default_factory=list)
+
+
+def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = ()) -> Dense:
+    """The decoder over prompt rows and further tokens, in one pass without a cache.
+
+    Args:
+        model: never patched.
+        rows: the prompt.
+        more: int64 `[m]`, tokens after the prompt; all of them stay.
+        cuts: drops inside the decoder, decided by the last row of the prompt.
+    """
+    lm = model.model.language_model
+    cfg = lm.config
+    prompt = rows.embeds.shape[0]
+    h, visual, alive, position = rows.embeds, rows.visual, rows.alive, rows.position
+    if more is not None and len(more):
+        h = torch.cat([h, lm.embed_tokens(more)])
+        new = torch.ones(len(more), dtype=torch.bool)
+        visual, alive = torch.cat([visual, ~new]), torch.cat([alive, new])
+        position = torch.cat([position, rows.position[-1] + 1 + torch.arange(len(more))])
+    alive = alive.clone()
+    n = h.shape[0]
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    itself = torch.eye(n, dtype=torch.bool)
+    entering, all_weights = [], []
+    weights = None
+    for i, layer in enumerate(lm.layers):
+        for cut in cuts:
+            if cut.layer != i:
+                continue
+            arriving = (visual & alive).nonzero()[:, 0].tolist()
+            if arriving:
+                score = weights[:, prompt - 1].mean(0)
+                ranked = sorted(arriving, key=lambda r: -score[r].item())
+                for r in ranked[cut.count(len(arriving), rows.images) :]:
+                    alive[r] = False
+            if cut.positions == "compact":
+                position = alive.long().cumsum(0) - 1
+        entering.append(rows.source[(visual & alive)[:prompt]])
+        allowed = causal & (alive[None] | itself)
+        cos, sin = lm.rotary_emb(h[None], position_ids=position[None])
+        a = layer.self_attn
+        x = layer.input_layernorm(h)
+        q = rotate(heads(a.q_proj(x), cfg.num_attention_heads), cos[0], sin[0])
+        k = rotate(heads(a.k_proj(x), cfg.num_key_value_heads), cos[0], sin[0])
+        v = heads(a.v_proj(x), cfg.num_key_value_heads)
+        group = cfg.num_attention_heads // cfg.num_key_value_heads
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        out, weights = attend(q, k, v, q.shape[-1] ** -0.5, allowed)
+        all_weights.append(weights)
+        h = h + a.o_proj(out.transpose(0, 1).flatten(1))
+        h = h + layer.mlp(layer.post_attention_layernorm(h))
+    return Dense(model.lm_head(lm.norm(h)), entering, alive, all_weights)
+
+
+# --------------------------------------------------------------------------------------------
+# What enters the decoder
+
+
+def budget(keep: int | float, tokens: int) -> int:
+    return min(tokens, keep) if isinstance(keep, int) else max(1, round(keep * tokens))
+
+
+def plain(model, sample: Sample) -> Rows:
+    """The unpatched prompt."""
+    embeds = model.model.language_model.embed_tokens(sample.ids)
+    if len(sample.pixels):
+        features = [project(model, tower(model, p).patches) for p in sample.pixels]
+        embeds = embeds.masked_scatter(sample.visual[:, None], torch.cat(features))
+    n = len(sample.ids)
+    source = torch.where(sample.visual, sample.visual.long().cumsum(0) - 1, -1)
+    return Rows(
+        embeds,
+        sample.visual,
+        source,
+        torch.ones(n, dtype=torch.bool),
+        torch.arange(n),
+        len(sample.pixels),
+    )
+
+
+def dropped(model, sample: Sample, kept: Tensor, positions: str) -> Rows:
+    """The prompt with visual tokens masked out, except those in `kept`."""
+    rows = plain(model, sample)
+    rows.alive = ~sample.visual | torch.isin(rows.source, kept)
+    if positions == "compact":
+        rows.position = rows.alive.long().cumsum(0) - 1
+    return rows
+
+
+@dataclass
+class Block:
+    """What stands for one image: features in sequence order and the token whose seat each has.
+
+    `into[t]` is the token that token t went into, itself where it stays, -1 where it is gone.
+    """
+
+    features: Tensor
+    seat: list[int]
+    into: list[int]
+
+
+def rebuilt(model, sample: Sample, blocks: Sequence[Block], positions: str) -> Rows:
+    """The prompt written anew with `blocks` instead of the images: nothing is masked."""
+    n = sample.n_visual // max(1, len(blocks))
+    embeds, source, position = [], [], []
+    words = model.model.language_model.embed_tokens(sample.ids)
+    seen = 0
+    starts = {}
+    for r in range(len(sample.ids)):
+        if not sample.visual[r]:
+            embeds.append(words[r])
+            source.append(-1)
+            position.append(r)
+            continue
+        image, cell = divmod(seen, n)
+        seen += 1
+        starts.setdefault(image, r)
+        if cell:
+            continue
+        block = blocks[image]
+        for vector, seat in zip(block.features, block.seat, strict=True):
+            embeds.append(vector)
+            source.append(image * n + seat)
+            position.append(starts[image] + seat)
+    length = len(embeds)
+    source = torch.tensor(source)
+    where = torch.arange(length) if positions == "compact" else torch.tensor(position)
+    return Rows(
+        torch.stack(embeds),
+        source >= 0,
+        source,
+        torch.ones(length, dtype=torch.bool),
+        where,
+        len(blocks),
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# The methods, from their descriptions
+
+
+def divprune(features: Tensor, keep: int) -> list[int]:
+    """Greedy max-min diversity under the cosine distance, over projected tokens."""
+    x = [f / f.norm() for f in features.double()]
+    n = len(x)
+
+    def distance(i: int, j: int) -> float:
+        return 1 - float(x[i] @ x[j])
+
+    isolation = [min(distance(i, j) for j in range(n) if j != i) for i in range(n)]
+    chosen = [max(range(n), key=lambda i: isolation[i])]
+    while len(chosen) < keep:
+        left = [i for i in range(n) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(distance(i, j) for j in chosen)))
+    return sorted(chosen)
+
+
+def visionzip(
+    model,
+    pixels: Tensor,
+    keep: int | float,
+    *,
+    dominant: float = 54 / 64,
+    cls: bool = True,
+    merge: str = "sum",
+    positions: str = "compact",
+) -> Block:
+    """Dominant tokens by [CLS] attention summed over heads, the others added to targets.
+
+    The sequence is [CLS], dominant tokens in grid order, contextual tokens; [CLS] has the seat
+    of the first token that has gone. Under original positions the sequence is that of the seats.
+    """
+    t = tower(model, pixels)
+    n = len(t.patches)
+    total = budget(keep, n)
+    n_dominant = max(1, math.floor(dominant * total))
+    n_context = total - n_dominant
+    score = t.cls_attention.sum(0).tolist()
+    picked = sorted(sorted(range(n), key=lambda i: -score[i])[: n_dominant - cls])
+    rest = [i for i in range(n) if i not in picked]
+    step = max(1, len(rest) // max(1, n_context))
+    targets = rest[::step][:n_context]
+    members = [i for i in rest if i not in targets]
+    keys = t.keys.mean(0)
+    keys = keys / keys.norm(dim=1, keepdim=True)
+    into = list(range(n))
+    for i in members:
+        into[i] = max(targets, key=lambda j: float(keys[i] @ keys[j])) if targets else -1
+    contextual = []
+    for j in targets:
+        own = [t.patches[i] for i in members if into[i] == j]
+        if own and merge == "sum":
+            contextual.append(t.patches[j] + torch.stack(own).mean(0))
+        elif own:
+            contextual.append(torch.stack([t.patches[j], *own]).mean(0))
+        else:
+            contextual.append(t.patches[j])
+    features = [t.patches[i] for i in picked] + contextual
+    seats = picked + targets
+    if cls:
+        gone = [i for i in range(n) if i not in seats]
+        features, seats = [t.cls, *features], [gone[0], *seats]
+        into[gone[0]] = gone[0]
+    if positions == "original":
+        order = sorted(range(len(seats)), key=lambda i: seats[i])
+        features, seats = [features[i] for i in order], [seats[i] for i in order]
+    return Block(project(model, torch.stack(features)), seats, into)
+
+
+def grid_for(keep: int | float, side: int) -> int:
+    """Side of the largest square grid with at most `keep` cells."""
+    return max(1, math.isqrt(budget(keep, side * side)))
+
+
+def cells(side: int, small: int) -> list[list[int]]:
+    """For each cell of a `small` x `small` grid the tokens of the `side` x `side` grid in it."""
+    bounds = [
+        (i * side // small, math.ceil((i + 1) * side / small)) for i in range(small)
+    ]
+    return [
+        [r * side + c for r in range(*rows) for c in range(*columns)]
+        for rows in bounds
+        for columns in bounds
+    ]
+
+
+def avgpool(model, pixels: Tensor, small: int, seats: list[int]) -> Block:
+    """Adaptive average pooling of the projected tokens; `seats` as the engine reports them."""
+    features = project(model, tower(model, pixels).patches)
+    side = math.isqrt(len(features))
+    pooled = torch.stack([features[c].mean(0) for c in cells(side, small)])
+    return Block(pooled, seats, [])
+
+
+def downsample(model, pixels: Tensor, small: int, seats: list[int]) -> Block:
+    """The picture itself made smaller, then the tower with interpolated positions."""
+    patch = model.config.vision_config.patch_size
+    size = (small * patch, small * patch)
+    picture = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
+    return Block(project(model, tower(model, picture).patches), seats, [])
+
+
+def next_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy choice and the margin between the two best, per row."""
+    best = logits.topk(2, -1)
+    return best.indices[..., 0], best.values[..., 0] - best.values[..., 1]

@@ -1,0 +1,105 @@
+"""Dropping equals masking, merging equals rebuilding, batched equals alone."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from matrix import CASES, FEW, LAYERS, SIDE, check_generate, check_logits, equal, fresh, reference
+
+import mllm
+
+BACKENDS = ["sdpa", "eager"]
+LAYOUTS = [("alone", "left"), ("padded", "left"), ("padded", "right")]
+
+
+@pytest.mark.parametrize("kind, side", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("attn", BACKENDS)
+@pytest.mark.parametrize("spec", CASES)
+def test_prompt(spec, attn, kind, side):
+    check_logits(CASES[spec], attn, kind, side)
+
+
+@pytest.mark.parametrize("kind", ["alone", "padded"])
+@pytest.mark.parametrize("attn", BACKENDS)
+@pytest.mark.parametrize("spec", CASES)
+def test_twenty_steps(spec, attn, kind):
+    check_generate(CASES[spec], attn, kind)
+
+
+@pytest.mark.parametrize("attn", BACKENDS)
+@pytest.mark.parametrize("spec", CASES)
+@torch.no_grad()
+def test_batched_equals_alone(spec, attn):
+    batch = tiny.samples(side=SIDE)
+    inputs = tiny.collate(batch)
+    model = fresh(attn)
+    with mllm.patch(model, spec) as patched:
+        together = tiny.per_sample(model(**inputs).logits, inputs["attention_mask"])
+        kept = patched.ledger.kept("llm")
+        answers = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, -12:]
+        for b, sample in enumerate(batch):
+            single = tiny.collate([sample])
+            equal(together[b], model(**single).logits[0], f"sample {b}")
+            if sample.n_visual:
+                assert patched.ledger.kept("llm")[0].tolist() == kept[b].tolist()
+            out = model.generate(
+                **single,
+                max_new_tokens=12,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            best = torch.stack(out.logits, 1)[0].topk(2, -1).values
+            clear = (best[:, 0] - best[:, 1] > 1e-3).int().cumprod(0).bool()
+            assert torch.equal(out.sequences[0, -12:][clear], answers[b][clear])
+
+
+@pytest.mark.parametrize("spec", CASES)
+@torch.no_grad()
+def test_order_of_the_batch_does_not_matter(spec):
+    batch = tiny.samples(side=SIDE)
+    model = fresh()
+    with mllm.patch(model, spec) as patched:
+        model(**tiny.collate(batch))
+        forward = [patched.ledger.kept(LAYERS - 1)[b].tolist() for b in (0, 1, 2)]
+        model(**tiny.collate(batch[::-1]))
+        backward = [patched.ledger.kept(LAYERS - 1)[b].tolist() for b in (2, 1, 0)]
+    assert forward == backward
+
+
+@pytest.mark.parametrize("attn", BACKENDS)
+@pytest.mark.parametrize("spec", FEW)
+@torch.no_grad()
+def test_text_only_is_untouched_and_noted(spec, attn):
+    inputs = tiny.collate(tiny.samples("text"))
+    model = fresh(attn)
+    plain = model(**inputs).logits
+    with mllm.patch(model, spec) as patched:
+        assert torch.equal(model(**inputs).logits, plain)
+        assert patched.ledger.as_dict()["visual_tokens"] == [0, 0]
+        assert patched.ledger.as_dict()["notes"]
+
+
+@pytest.mark.parametrize("spec", CASES)
+@torch.no_grad()
+def test_the_choice_shows(spec):
+    """The comparison with the oracles means something: the plan moves the logits."""
+    inputs = tiny.collate(tiny.samples("alone", side=SIDE))
+    model = fresh()
+    plain = model(**inputs).logits[:, -1]
+    with mllm.patch(model, spec):
+        assert (model(**inputs).logits[:, -1] - plain).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_oracle_is_the_model():
+    """Without a plan the hand-written loops are the model itself."""
+    import oracles
+
+    batch = tiny.samples(side=SIDE)
+    inputs = tiny.collate(batch)
+    logits = tiny.per_sample(reference()(**inputs).logits, inputs["attention_mask"])
+    for mine, sample in zip(logits, batch, strict=True):
+        theirs = oracles.dense(reference(), oracles.plain(reference(), sample)).logits
+        equal(mine, theirs, "unpatched", 1e-5)

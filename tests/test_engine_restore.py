@@ -1,0 +1,213 @@
+"""`remove()` gives back the very same model; models, threads and failures do not meet."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import tiny
+import torch
+from matrix import FEW, SIDE, fresh
+
+import mllm
+from mllm.errors import PlanError
+
+few = pytest.mark.parametrize("spec", FEW)
+
+
+def anatomy(model) -> dict:
+    """Everything about a model that a patch could leave behind."""
+    found = {"keys": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[name] = {
+            "class": type(module),
+            "attributes": sorted(module.__dict__),
+            "forward": getattr(module.forward, "__func__", module.forward),
+            "config": id(getattr(module, "config", None)),
+            "attention": getattr(getattr(module, "config", None), "_attn_implementation", None),
+            "hooks": [
+                len(getattr(module, kind))
+                for kind in (
+                    "_forward_hooks",
+                    "_forward_pre_hooks",
+                    "_forward_hooks_with_kwargs",
+                    "_forward_pre_hooks_with_kwargs",
+                    "_forward_hooks_always_called",
+                    "_backward_hooks",
+                    "_backward_pre_hooks",
+                )
+            ],
+        }
+    found["config"] = model.config.to_dict()
+    found["generation"] = model.generation_config.to_dict()
+    return found
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@few
+@torch.no_grad()
+def test_remove_restores_everything(spec, attn):
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    model = fresh(attn)
+    # transformers installs some of its own machinery on first use.
+    plain = model(**inputs).logits
+    answer = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    before = anatomy(model)
+
+    patched = mllm.patch(model, spec)
+    assert list(model.state_dict()) == before["keys"]
+    assert not torch.equal(model(**inputs).logits, plain)
+    model.generate(**inputs, max_new_tokens=5)
+    patched.remove()
+
+    assert anatomy(model) == before
+    assert torch.equal(model(**inputs).logits, plain)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), answer)
+    patched.remove()
+    assert anatomy(model) == before, "a second remove() does nothing"
+
+
+@few
+@torch.no_grad()
+def test_context_manager_removes_on_error(spec):
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    model = fresh()
+    plain, before = model(**inputs).logits, anatomy(model)
+    with pytest.raises(RuntimeError, match="from the body"):
+        with mllm.patch(model, spec):
+            model(**inputs)
+            raise RuntimeError("from the body")
+    assert anatomy(model) == before
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("place", ["tower", "decoder", "after the cut"])
+@few
+@torch.no_grad()
+def test_an_exception_inside_forward_leaves_nothing(spec, place):
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    model = fresh()
+    plain, before = model(**inputs).logits, anatomy(model)
+    broken = {
+        "tower": model.model.multi_modal_projector,
+        "decoder": model.model.language_model.layers[0].mlp,
+        "after the cut": model.model.language_model.layers[3].mlp,
+    }[place]
+
+    def fail(*_):
+        raise RuntimeError("broken on purpose")
+
+    with mllm.patch(model, spec) as patched:
+        good = model(**inputs).logits
+        handle = broken.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            model(**inputs)
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            model.generate(**inputs, max_new_tokens=2)
+        # A text-only call in between must not see what the failed one had begun.
+        handle.remove()
+        text = tiny.collate(tiny.samples("text"))
+        model(**text)
+        assert patched.ledger.as_dict()["visual_tokens"] == [0, 0]
+        assert torch.equal(model(**inputs).logits, good)
+    assert anatomy(model) == before
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+@few
+@torch.no_grad()
+def test_two_models_of_one_config(spec):
+    """They share the config object; a patch on one is invisible to the other."""
+    cfg = tiny.config(side=SIDE)
+    one, two = tiny.llava(cfg=cfg, seed=1), tiny.llava(cfg=cfg, seed=2)
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    plain_one, plain_two, before = one(**inputs).logits, two(**inputs).logits, anatomy(two)
+    with mllm.patch(one, spec):
+        first = one(**inputs).logits
+        assert torch.equal(two(**inputs).logits, plain_two)
+        assert anatomy(two) == before
+        with mllm.patch(two, "fastv:layer=1:keep=2"):
+            second = two(**inputs).logits
+            assert torch.equal(one(**inputs).logits, first)
+        assert torch.equal(two(**inputs).logits, plain_two)
+        assert not torch.equal(second, plain_two)
+        # A model built from the same config while the patch is on is an ordinary model.
+        late = tiny.llava(cfg=cfg, seed=2)
+        assert torch.equal(late(**inputs).logits, plain_two)
+    assert torch.equal(one(**inputs).logits, plain_one)
+
+
+@torch.no_grad()
+def test_removal_in_any_order():
+    cfg = tiny.config(side=SIDE)
+    one, two = tiny.llava(cfg=cfg, seed=1), tiny.llava(cfg=cfg, seed=2)
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    plain = [m(**inputs).logits for m in (one, two)]
+    before = [anatomy(m) for m in (one, two)]
+    first, second = mllm.patch(one, FEW[-1]), mllm.patch(two, FEW[-1])
+    first.remove()
+    assert torch.equal(one(**inputs).logits, plain[0])
+    second.remove()
+    assert [anatomy(m) for m in (one, two)] == before
+    assert torch.equal(two(**inputs).logits, plain[1])
+
+
+@torch.no_grad()
+def test_the_same_tower_and_decoder_may_be_called_alone():
+    """Parts of a patched model that are called without it behave as unpatched."""
+    model = fresh()
+    ids = torch.tensor([[1, 17, 23, 42, 61]])
+    lm, pixels = model.model.language_model, tiny.samples("alone", side=SIDE)[0].pixels
+    plain = lm(input_ids=ids).last_hidden_state
+    seen = model.model.vision_tower(pixels).last_hidden_state
+    with mllm.patch(model, FEW[-1]):
+        assert torch.equal(lm(input_ids=ids).last_hidden_state, plain)
+        assert torch.equal(model.model.vision_tower(pixels).last_hidden_state, seen)
+
+
+@few
+def test_two_threads(spec):
+    """Forwards of one patched model in two threads do not meet."""
+    model = fresh()
+    batches = [tiny.collate(tiny.samples(side=SIDE, seed=s)) for s in (1, 2)]
+    problems = []
+    with mllm.patch(model, spec), torch.no_grad():
+        alone = [model(**b).logits for b in batches]
+        barrier = threading.Barrier(2)
+
+        def work(i):
+            barrier.wait()
+            with torch.no_grad():
+                for _ in range(15):
+                    if not torch.equal(model(**batches[i]).logits, alone[i]):
+                        problems.append(i)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    assert not problems
+
+
+@torch.no_grad()
+def test_a_second_patch_on_one_model_is_refused():
+    model = fresh()
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    with mllm.patch(model, FEW[0]):
+        logits = model(**inputs).logits
+        with pytest.raises(PlanError):
+            mllm.patch(model, FEW[1])
+        assert torch.equal(model(**inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_a_plan_can_follow_another():
+    model = fresh()
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    results = []
+    for spec in [FEW[0], FEW[2], FEW[0]]:
+        with mllm.patch(model, spec):
+            results.append(model(**inputs).logits)
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
