@@ -60,7 +60,13 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | No
             args=arguments,
             data_collator=collate,
             train_dataset=GroundingData(
-                stage.scenes, stage.questions, items, arguments.seed, processor.tokenizer
+                stage.scenes,
+                stage.questions,
+                items,
+                arguments.seed,
+                processor.tokenizer,
+                stage.tasks,
+                stage.kinds,
             ),
             optimizers=(optimizer, None),
             callbacks=[
