@@ -94,7 +94,9 @@ class GroundingData(Dataset):
         if self.scenes == "soup":
             scene = soup(rng)
         else:
-            kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0] if self.kinds else None
+            kind = None
+            if self.kinds:
+                kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
             scene = draw(rng, kind, MINI if self.scenes == "mini" else FULL)
         free = GRID - scene.labels.shape[1]
         offset = (rng.randint(0, free), rng.randint(0, free))

@@ -50,9 +50,7 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | No
         arguments = training_arguments(stage.train, home)
         optimizer = MuonAdamW(model, arguments.learning_rate, **stage.optimizer.model_dump())
         items = (
-            arguments.max_steps
-            * arguments.train_batch_size
-            * arguments.gradient_accumulation_steps
+            arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
         )
         stop = StopOnSigterm()
         trainer = GroundingTrainer(
