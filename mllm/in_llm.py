@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mllm import attention, compat
 from mllm.cache import adopt, note_rows
 from mllm.compressors.base import AttentionRows, Context, LayerPruner
-from mllm.errors import PlanError
+from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
 from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber
 
@@ -88,6 +88,7 @@ class DecoderRun:
         if cache is not None:
             adopt(cache, len(layers), None if mask is None else mask[:, :-rows])
             self.past = [layer.slots for layer in cache.layers]
+            self._check_cache()
             self.past_logical = cache.get_seq_length()
         self.cache = cache
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
@@ -98,6 +99,18 @@ class DecoderRun:
         self._drop_rows(kwargs)
         self.tables.append((0, self.table))
         self._note(0)
+
+    def _check_cache(self) -> None:
+        """Layers that this plan gives the same rows must hold equally many slots."""
+        bounds = [0, *self.patched.cuts, len(self.past)]
+        if any(len(set(self.past[a:b])) > 1 for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise CacheMismatchError(
+                f"the cache holds {self.past} tokens per layer, which "
+                f"{self.patched.plan.spec!r} did not make",
+                argument="past_key_values",
+                given=self.past,
+                expected="a cache of a plan with the same cuts, or a new cache",
+            )
 
     def _make_table(self, valid: Tensor) -> None:
         start = self.past_logical
@@ -126,6 +139,8 @@ class DecoderRun:
             prompt = prompt & (self.full.logical < length)
         if labels is not None:
             supervised = (labels != -100).to(prompt.device)
+            if self.visual is not None:  # a prompt goes on at least to its last image
+                supervised &= self.visual.flip(1).cumsum(1).flip(1) == 0
             prompt = prompt & (supervised.long().cumsum(1) == 0)
         return prompt
 

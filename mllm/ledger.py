@@ -126,9 +126,11 @@ class Ledger:
     @property
     def grid(self) -> list[list[tuple[int, int]]]:
         """Per sample, (rows, cols) of each of its images."""
-        if self._record is None:
+        record = self._record
+        if record is None:
             return []
-        return [[self._record.reduction.grid] * len(sample) for sample in self._record.images]
+        grid = None if record.reduction is None else record.reduction.grid
+        return [[grid] * len(sample) for sample in record.images]
 
     def tokens(self, layer: int) -> list[int]:
         """Per sample, rows (text and visual, no padding) that enter decoder layer `layer`."""

@@ -309,7 +309,23 @@ class Patched:
                 given=type(encoded).__name__,
                 expected="get_image_features of the patched model, or pixel_values",
             )
+        if visual is not None:
+            self._check_counts(visual, pixels, encoded)
         _FORWARD.set(DecoderRun(self, visual, reduction, outer=_FORWARD.get()))
+
+    def _check_counts(self, visual: Tensor, pixels: Tensor | None, encoded: Any) -> None:
+        """Every sample's placeholders are whole images, and there are as many as were given."""
+        grids = self.family.grid(pixels) if encoded is None else [encoded.mllm_reduction.grid]
+        images = len(grids) if encoded is None else len(encoded.pooler_output)
+        tokens, counts = grids[0][0] * grids[0][1], visual.sum(1).tolist()
+        if any(n % tokens for n in counts) or sum(counts) != images * tokens:
+            raise DataError(
+                f"the samples have {counts} image placeholders for {images} images of {tokens} "
+                "visual tokens",
+                argument="input_ids",
+                given=counts,
+                expected=f"{tokens} placeholders per image, {images * tokens} in the batch",
+            )
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         if (run := _FORWARD.get()) is not None:
@@ -397,14 +413,15 @@ class Patched:
         return output
 
     def _book_text(self, run: DecoderRun) -> None:
-        """A decode step (also one that verifies candidates), or a prefill without pictures."""
-        prompt = _PROMPT.get()
-        past_prompt = prompt is not None and run.past_logical >= prompt
-        if self._records and run.past_logical and (past_prompt or run.full.valid.shape[1] == 1):
-            self._records[-1].decode_steps += 1
-        else:
+        """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
+        past, rows, length = run.past_logical, run.full.valid.shape[1], _PROMPT.get()
+        # Within generate(), several rows behind the prompt are candidates to verify.
+        new_turn = rows > 1 if length is None else past < length
+        if not past or new_turn:
             itemsize = next(self.family.decoder.parameters()).element_size()
             self._book(run, ["no visual tokens: the plan had nothing to do"], itemsize)
+        elif self._records:
+            self._records[-1].decode_steps += 1
 
     def _book(self, run: DecoderRun, notes: list[str], itemsize: int) -> None:
         cache = run.cache

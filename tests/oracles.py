@@ -282,7 +282,7 @@ def divprune(features: Tensor, keep: int) -> list[int]:
     n = len(x)
 
     def distance(i: int, j: int) -> float:
-        return 1 - float(x[i] @ x[j])
+        return 1 - (x[i] @ x[j]).item()
 
     isolation = [min(distance(i, j) for j in range(n) if j != i) for i in range(n)]
     chosen = [max(range(n), key=lambda i: isolation[i])]
@@ -322,7 +322,7 @@ def visionzip(
     keys = keys / keys.norm(dim=1, keepdim=True)
     into = list(range(n))
     for i in members:
-        into[i] = max(targets, key=lambda j: float(keys[i] @ keys[j])) if targets else -1
+        into[i] = max(targets, key=lambda j: (keys[i] @ keys[j]).item()) if targets else -1
     contextual = []
     for j in targets:
         own = [t.patches[i] for i in members if into[i] == j]
@@ -344,24 +344,22 @@ def visionzip(
     return Block(project(model, torch.stack(features)), seats, into)
 
 
-def grid_for(keep: int | float, side: int) -> int:
-    """Side of the largest square grid with at most `keep` cells."""
-    return max(1, math.isqrt(budget(keep, side * side)))
+def grid_for(keep: int | float, side: int) -> tuple[int, int]:
+    """The grid closest to a square with at most `keep` cells."""
+    cells = budget(keep, side * side)
+    rows = max(1, math.isqrt(cells))
+    return rows, min(side, cells // rows)
 
 
-def cells(side: int, small: int) -> list[list[int]]:
-    """For each cell of a `small` x `small` grid the tokens of the `side` x `side` grid in it."""
-    bounds = [
-        (i * side // small, math.ceil((i + 1) * side / small)) for i in range(small)
-    ]
-    return [
-        [r * side + c for r in range(*rows) for c in range(*columns)]
-        for rows in bounds
-        for columns in bounds
-    ]
+def cells(side: int, small: tuple[int, int]) -> list[list[int]]:
+    """For each cell of the `small` grid the tokens of the `side` x `side` grid in it."""
+    rows, columns = (
+        [range(i * side // n, math.ceil((i + 1) * side / n)) for i in range(n)] for n in small
+    )
+    return [[r * side + c for r in row for c in column] for row in rows for column in columns]
 
 
-def avgpool(model, pixels: Tensor, small: int, seats: list[int]) -> Block:
+def avgpool(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> Block:
     """Adaptive average pooling of the projected tokens; `seats` as the engine reports them."""
     features = project(model, tower(model, pixels).patches)
     side = math.isqrt(len(features))
@@ -369,10 +367,10 @@ def avgpool(model, pixels: Tensor, small: int, seats: list[int]) -> Block:
     return Block(pooled, seats, [])
 
 
-def downsample(model, pixels: Tensor, small: int, seats: list[int]) -> Block:
+def downsample(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> Block:
     """The picture itself made smaller, then the tower with interpolated positions."""
     patch = model.config.vision_config.patch_size
-    size = (small * patch, small * patch)
+    size = (small[0] * patch, small[1] * patch)
     picture = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
     return Block(project(model, tower(model, picture).patches), seats, [])
 
