@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mllm.errors import DataError, MllmError, PlanError, RecipeError
+from mllm.errors import DataError, PlanError, RecipeError
 from mllm.training import recipe as recipes
 from mllm.training.data import IGNORED, Collator, load_data
 from mllm.training.recipe import DataPart, load
@@ -347,8 +347,19 @@ def test_the_command_reports_errors_in_one_line():
     assert "Traceback" not in done.stderr
 
 
-def test_all_errors_are_ours():
-    assert issubclass(RecipeError, MllmError) and issubclass(DataError, MllmError)
+def test_the_recipes_command_lists_and_copies(tmp_path, capsys):
+    from mllm.cli import recipes as command
+
+    command.list_command(json=True)
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["schema"] == 1 and payload["ok"]
+    rows = {row["name"]: row for row in payload["data"]}
+    assert set(rows) == set(recipes.shipped())
+    assert rows["lora-visionzip"]["methods"] == ["visionzip"]
+    command.copy_command("tiny-llava", tmp_path / "mine.yaml", json=True)
+    assert load(tmp_path / "mine.yaml").sha256 == load("tiny-llava").sha256
+    with pytest.raises(RecipeError, match="nothing is overwritten"):
+        command.copy_command("tiny-llava", tmp_path / "mine.yaml", json=True)
 
 
 # --- stages
