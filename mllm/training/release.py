@@ -97,10 +97,9 @@ def card(data: dict[str, Any]) -> str:
         "about photographs, and its size says nothing about speed.",
         "",
         f"- recipe: `mllm train recipes/tiny-llava.yaml`, sha256 `{data['recipe_sha256']}`",
-        f"- seeds {_words(data['seeds'])}; steps {_words(data['steps'])}, one number a "
-        "stage",
-        f"- {data['device']}, {data['threads']} threads, {data['seconds'] / 60:.0f} minutes with the "
-        "final evaluation, on a machine shared with other work",
+        f"- seeds {_words(data['seeds'])}; steps {_words(data['steps'])}, one number a stage",
+        f"- {data['device']}, {data['threads']} threads, {data['seconds'] / 60:.0f} minutes with "
+        "the final evaluation, on a machine shared with other work",
         f"- torch {data['versions']['torch']}, transformers {data['versions']['transformers']}; "
         f"{data['dtype']} weights, file sha256 `{data['file_sha256']}`",
         "- attention of the [CLS] row finds drawn objects: AUC "
