@@ -81,7 +81,7 @@ def _unsupported():
     yield None
 
 
-@pytest.mark.parametrize("model", _unsupported(), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("model", list(_unsupported()), ids=lambda m: type(m).__name__)
 def test_unsupported_models(model):
     with pytest.raises(PlanError) as caught:
         mllm.patch(model, "fastv:layer=1")
