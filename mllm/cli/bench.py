@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -93,16 +94,15 @@ def command(
 
 
 def _show(results: dict[str, Any]) -> None:
-    table = Table(
-        title=f"prefill, {results['model_shape']['name']}, {results['device']}, "
-        f"{results['threads']} threads, load {results['load_before']} before",
-        title_justify="left",
+    console = Console()
+    console.print(
+        f"prefill, {results['model_shape']['name']}, {results['device']}, "
+        f"{results['threads']} threads, load {results['load_before']} before"
     )
-    table.add_column("plan")
-    for column in ("batch", "visual", "unpatched", "patched", "speed-up", "95 %", "ideal", "share"):
-        table.add_column(column, justify="right")
-    table.add_column("LLM only", justify="right")
-    table.add_column("peak MiB", justify="right")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("plan", no_wrap=True)
+    for column in ("batch", "visual", "ms", "speed-up (95 %)", "ideal", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in results["rows"]:
         start = [row["plan"], str(row["batch"]), str(row["visual"])]
         if row["status"] == "oom":
@@ -111,16 +111,18 @@ def _show(results: dict[str, Any]) -> None:
         low, high = row["ratio_ci"]
         table.add_row(
             *start,
-            f"{row['baseline_s']:.3f} s",
-            f"{row['patched_s']:.3f} s",
-            f"{row['ratio']:.2f}",
-            f"{low:.2f}-{high:.2f}",
+            f"{row['baseline_s'] * 1e3:.0f} > {row['patched_s'] * 1e3:.0f}",
+            f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
             f"{row['ideal']:.2f}",
             f"{row['share']:.2f}",
-            f"{row['llm_ratio']:.2f} of {row['llm_ideal']:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f} of {row['baseline_peak_bytes'] / 2**20:.0f}",
         )
-    console = Console()
     console.print(table)
     for row in results["rows"]:
-        console.print(f"{row['plan']}, {row['visual']} visual tokens: {row['words']}.")
+        line = f"{row['plan']}, {row['visual']} visual tokens: {row['words']}."
+        if row["status"] != "oom":
+            peak, before = row["peak_bytes"] / 2**20, row["baseline_peak_bytes"] / 2**20
+            line += (
+                f" Language model alone {row['llm_ratio']:.2f}x of {row['llm_ideal']:.2f};"
+                f" peak {peak:.0f} of {before:.0f} MiB."
+            )
+        console.print(line)
