@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from enum import Enum
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -99,30 +100,35 @@ def _show(results: dict[str, Any]) -> None:
         f"prefill, {results['model_shape']['name']}, {results['device']}, "
         f"{results['threads']} threads, load {results['load_before']} before"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("plan", no_wrap=True)
-    for column in ("batch", "visual", "ms", "speed-up (95 %)", "ideal", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in results["rows"]:
-        start = [row["plan"], str(row["batch"]), str(row["visual"])]
-        if row["status"] == "oom":
-            table.add_row(*start, "out of memory")
-            continue
-        low, high = row["ratio_ci"]
-        table.add_row(
-            *start,
-            f"{row['baseline_s'] * 1e3:.0f} > {row['patched_s'] * 1e3:.0f}",
-            f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
-            f"{row['ideal']:.2f}",
-            f"{row['share']:.2f}",
+    for (batch, visual), rows in groupby(results["rows"], lambda r: (r["batch"], r["visual"])):
+        table = Table(
+            title=f"{visual} visual tokens, batch {batch}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
         )
-    console.print(table)
-    for row in results["rows"]:
-        line = f"{row['plan']}, {row['visual']} visual tokens: {row['words']}."
-        if row["status"] != "oom":
+        table.add_column("plan", no_wrap=True)
+        for column in ("unpatched", "patched", "speed-up (95 %)", "ideal", "share"):
+            table.add_column(column, justify="right", no_wrap=True)
+        remarks = []
+        for row in rows:
+            remarks.append(f"{row['plan']}: {row['words']}.")
+            if row["status"] == "oom":
+                table.add_row(row["plan"], "out of memory")
+                continue
+            low, high = row["ratio_ci"]
+            table.add_row(
+                row["plan"],
+                f"{row['baseline_s'] * 1e3:.0f} ms",
+                f"{row['patched_s'] * 1e3:.0f} ms",
+                f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
+                f"{row['ideal']:.2f}",
+                f"{row['share']:.2f}",
+            )
             peak, before = row["peak_bytes"] / 2**20, row["baseline_peak_bytes"] / 2**20
-            line += (
+            remarks[-1] += (
                 f" Language model alone {row['llm_ratio']:.2f}x of {row['llm_ideal']:.2f};"
                 f" peak {peak:.0f} of {before:.0f} MiB."
             )
-        console.print(line)
+        console.print(table)
+        for remark in remarks:
+            console.print(remark)

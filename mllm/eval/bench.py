@@ -266,7 +266,10 @@ def judge(
     else:
         words = "no real speed-up: the interval contains 1"
     status = "ok"
-    if target is not None:
+    if pairs < CLAIM_PAIRS:
+        status = "unresolved"
+        words += f"; {pairs} pairs are too few for a claim ({CLAIM_PAIRS})"
+    elif target is not None:
         if (high - low) / ideal > 1 - target:
             status = "unresolved"
             words += f"; unresolved against the target of {target:.2f} of the ideal"
@@ -274,9 +277,6 @@ def judge(
             words += f"; reaches the target of {target:.2f} of the ideal"
         else:
             words += f"; misses the target of {target:.2f} of the ideal"
-    if pairs < CLAIM_PAIRS:
-        status = "unresolved"
-        words += f"; {pairs} pairs are too few for a claim ({CLAIM_PAIRS})"
     return status, words
 
 
