@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -101,13 +100,10 @@ def _show(results: dict[str, Any]) -> None:
         f"{results['threads']} threads, load {results['load_before']} before"
     )
     for (batch, visual), rows in groupby(results["rows"], lambda r: (r["batch"], r["visual"])):
-        table = Table(
-            title=f"{visual} visual tokens, batch {batch}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-        )
+        console.print(f"\n{visual} visual tokens, batch {batch}")
+        table = Table(box=None, pad_edge=False)
         table.add_column("plan", no_wrap=True)
-        for column in ("unpatched", "patched", "speed-up (95 %)", "ideal", "share"):
+        for column in ("before", "after", "speed-up (95 %)", "ideal", "share"):
             table.add_column(column, justify="right", no_wrap=True)
         remarks = []
         for row in rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +25,9 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"{len(rows)} methods", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{len(rows)} methods", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
     for column in ("method", "acts at", "reads", "parameters", "paper"):
         table.add_column(column, overflow="fold")
     for row in rows:
