@@ -139,6 +139,8 @@ class DecoderRun:
             prompt = prompt & (self.full.logical < length)
         if labels is not None:
             supervised = (labels != -100).to(prompt.device)
+            if self.visual is not None:  # a prompt goes on at least to its last image
+                supervised &= self.visual.flip(1).cumsum(1).flip(1) == 0
             prompt = prompt & (supervised.long().cumsum(1) == 0)
         return prompt
 

@@ -118,6 +118,17 @@ _CASES = [
         [Cut(1, 0.5), Cut(3, 2)],
     ),
     Case(
+        "fastv:layer=1:keep=9:positions=compact+fastv:layer=3:keep=0.5:positions=compact",
+        _plain,
+        [Cut(1, 9, "compact"), Cut(3, 0.5, "compact")],
+    ),
+    Case(
+        "visionzip:keep=10+fastv:layer=2:keep=3:positions=compact",
+        _visionzip(10),
+        [Cut(2, 3, "compact")],
+        placed=False,
+    ),
+    Case(
         "visionzip:keep=10+fastv:layer=2:keep=0.5", _visionzip(10), [Cut(2, 0.5)], placed=False
     ),
     Case(
@@ -147,11 +158,50 @@ def fresh(attn: str = "sdpa", **options):
     return tiny.llava(attn, layers=LAYERS, side=SIDE, **options)
 
 
+def anatomy(model) -> dict:
+    """Everything about a model that a patch could leave behind."""
+    found = {"keys": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[name] = {
+            "class": type(module),
+            "attributes": sorted(module.__dict__),
+            "forward": getattr(module.forward, "__func__", module.forward),
+            "config": id(getattr(module, "config", None)),
+            "attention": getattr(getattr(module, "config", None), "_attn_implementation", None),
+            "hooks": [
+                len(getattr(module, kind))
+                for kind in (
+                    "_forward_hooks",
+                    "_forward_pre_hooks",
+                    "_forward_hooks_with_kwargs",
+                    "_forward_pre_hooks_with_kwargs",
+                    "_forward_hooks_always_called",
+                    "_backward_hooks",
+                    "_backward_pre_hooks",
+                )
+            ],
+        }
+    found["config"] = model.config.to_dict()
+    found["generation"] = model.generation_config.to_dict()
+    return found
+
+
 def equal(mine: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
     """Assert closeness in fp32; an assertion that mutations can count on."""
     assert mine.shape == theirs.shape, f"{what}: {tuple(mine.shape)} != {tuple(theirs.shape)}"
     worst = float((mine - theirs).abs().max()) if mine.numel() else 0.0
     assert worst <= tolerance, f"{what}: off by {worst:.2e}"
+
+
+def watch(model):
+    """Rows that really enter every decoder layer, by hooks of our own."""
+    rows = {}
+    for i, layer in enumerate(model.model.language_model.layers):
+        # On the norm inside the layer: whatever an engine does around a layer, this is after it.
+        layer.input_layernorm.register_forward_pre_hook(
+            lambda _, args, i=i: rows.setdefault(i, []).append(args[0].shape[1])
+        )
+    return rows
 
 
 def expected(case: Case, sample: Sample, kept: Tensor, more: Tensor | None = None):
@@ -166,9 +216,11 @@ def check_logits(case: Case, attn: str, kind: str, side: str = "left", model=Non
     batch = tiny.samples(kind, side=SIDE)
     inputs = tiny.collate(batch, side)
     model = model or fresh(attn)
+    seen = watch(model)
     with mllm.patch(model, case.spec) as patched:
         logits = model(**inputs).logits
         ledger = patched.ledger
+    lengths, texts = [0] * LAYERS, [len(s.ids) - s.n_visual for s in batch]
     assert logits.shape[:2] == inputs["input_ids"].shape
     theirs = tiny.per_sample(logits, inputs["attention_mask"])
     for b, sample in enumerate(batch):
@@ -179,6 +231,7 @@ def check_logits(case: Case, attn: str, kind: str, side: str = "left", model=Non
                 f"sample {b}, layer {layer}: kept {mine.tolist()}, "
                 f"oracle {sorted(want.entering[layer].tolist())}"
             )
+            lengths[layer] = max(lengths[layer], len(mine) + texts[b])
         equal(theirs[b][~sample.visual], want.logits[rows.source < 0], f"sample {b}, text rows")
         if case.placed:
             visual = rows.source[want.alive & rows.visual]
@@ -191,6 +244,8 @@ def check_logits(case: Case, attn: str, kind: str, side: str = "left", model=Non
             gone = torch.ones(sample.n_visual, dtype=torch.bool)
             gone[visual] = False
             assert not theirs[b][where[gone]].any(), "dropped rows come back as zeros"
+    # Masked is not dropped: layers must really be given fewer rows.
+    assert [seen[i][0] for i in range(LAYERS)] == lengths
 
 
 def follow(case: Case, batch: Sequence[Sample], kept, sequences, logits, prompt, greedy) -> None:
