@@ -257,6 +257,14 @@ class Patched:
                 given=name,
                 expected="dynamic",
             )
+        chunk = kwargs.get("prefill_chunk_size") or config.prefill_chunk_size
+        if chunk:
+            raise PlanError(
+                "a prompt that is read in chunks has no last row to decide by until the end",
+                argument="prefill_chunk_size",
+                given=chunk,
+                expected="None",
+            )
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         token = _PROMPT.set(None if ids is None else ids.shape[1])
         try:
@@ -336,6 +344,15 @@ class Patched:
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
         kwargs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            configured = getattr(self.family.model.config, name)
+            if kwargs.get(name) not in (None, configured):
+                raise PlanError(
+                    f"a plan reads the tower where the config says: {name}={configured!r}",
+                    argument=name,
+                    given=kwargs[name],
+                    expected="set it in the config before mllm.patch",
+                )
         run = VisionRun(self, kwargs["pixel_values"])
         kwargs["pixel_values"], extra = run.pixels()
         token = _VISION.set(run)

@@ -213,6 +213,22 @@ def test_static_caches_are_refused():
         assert torch.equal(model(**inputs).logits, want)
 
 
+@pytest.mark.parametrize("spec", FEW)
+@torch.no_grad()
+def test_what_changes_the_tower_or_the_prefill_under_a_plan(spec):
+    inputs = _one()
+    model = fresh()
+    with mllm.patch(model, spec):
+        want = model(**inputs).logits
+        assert torch.equal(model(**inputs, vision_feature_layer=-2).logits, want)
+        with pytest.raises(PlanError) as caught:
+            model(**inputs, vision_feature_layer=-1)
+        complete(caught.value, "vision_feature_layer")
+        with pytest.raises(PlanError) as caught:
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+        complete(caught.value, "prefill_chunk_size")
+
+
 @torch.no_grad()
 def test_a_compressed_cache_belongs_to_its_plan():
     inputs = _one()
@@ -279,6 +295,9 @@ def test_errors_are_value_errors_with_fields():
         error = cls("what happened", argument="keep", given=0, expected="1")
         assert isinstance(error, MllmError) and isinstance(error, ValueError)
         assert error.as_dict() == {
-            "type": cls.__name__, "message": "what happened", "argument": "keep", "given": "0",
+            "type": cls.__name__,
+            "message": "what happened",
+            "argument": "keep",
+            "given": "0",
             "expected": "1",
         }

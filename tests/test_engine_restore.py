@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny
 import torch
-from matrix import FEW, SIDE, anatomy, fresh
+from matrix import FEW, SIDE, anatomy, covering, fresh
 
 import mllm
 from mllm.errors import PlanError
@@ -15,8 +15,7 @@ from mllm.errors import PlanError
 few = pytest.mark.parametrize("spec", FEW)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@few
+@covering(spec=FEW)
 @torch.no_grad()
 def test_remove_restores_everything(spec, attn):
     inputs = tiny.collate(tiny.samples(side=SIDE))

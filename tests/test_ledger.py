@@ -7,18 +7,40 @@ import json
 import pytest
 import tiny
 import torch
-from matrix import CASES, FEW, LAYERS, SIDE, fresh, watch
+from matrix import CASES, FEW, LAYERS, SIDE, covering, fresh, watch
 
 import mllm
 
 FIELDS = {
-    "schema", "phase", "decode_steps", "batch", "prompt_tokens", "visual_tokens", "images",
-    "kept_llm", "layers", "visual_avg", "prefill_flops", "baseline_prefill_flops",
-    "vision_flops", "selection_flops", "kv_bytes", "kv_meta_bytes", "baseline_kv_bytes", "notes",
+    "schema",
+    "phase",
+    "decode_steps",
+    "batch",
+    "prompt_tokens",
+    "visual_tokens",
+    "images",
+    "kept_llm",
+    "layers",
+    "visual_avg",
+    "prefill_flops",
+    "baseline_prefill_flops",
+    "vision_flops",
+    "selection_flops",
+    "kv_bytes",
+    "kv_meta_bytes",
+    "baseline_kv_bytes",
+    "notes",
 }
 PER_SAMPLE = {
-    "prompt_tokens", "visual_tokens", "images", "kept_llm", "visual_avg", "prefill_flops",
-    "baseline_prefill_flops", "vision_flops", "selection_flops",
+    "prompt_tokens",
+    "visual_tokens",
+    "images",
+    "kept_llm",
+    "visual_avg",
+    "prefill_flops",
+    "baseline_prefill_flops",
+    "vision_flops",
+    "selection_flops",
 }
 few = pytest.mark.parametrize("spec", FEW)
 
@@ -27,8 +49,7 @@ def stored(cache) -> int:
     return sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("spec", CASES)
+@covering(spec=list(CASES))
 @torch.no_grad()
 def test_counts_are_the_true_lengths(spec, attn):
     """With one sample nothing is padded: every layer sees exactly what the ledger says."""
@@ -74,8 +95,14 @@ def test_batches(spec, side):
     assert data["images"] == [1, 2, 0]
     assert data["visual_tokens"] == [16, 32, 0]
     assert data["prompt_tokens"] == [len(s.ids) for s in batch]
-    for key in ("prompt_tokens", "visual_tokens", "images", "kept_llm", "visual_avg",
-                "vision_flops"):
+    for key in (
+        "prompt_tokens",
+        "visual_tokens",
+        "images",
+        "kept_llm",
+        "visual_avg",
+        "vision_flops",
+    ):
         assert data[key] == [one[key][0] for one in alone], key
     for i in range(LAYERS):
         assert data["layers"][i]["layer"] == i
@@ -205,7 +232,9 @@ def test_assisted_steps_are_no_prefill():
     with mllm.patch(model, FEW[2]) as patched:
         model.generate(
             **tiny.collate([tiny.Sample(ids, sample.pixels)]),
-            max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3,
+            max_new_tokens=8,
+            do_sample=False,
+            prompt_lookup_num_tokens=3,
         )
         assert patched.ledger.as_dict()["visual_tokens"] == [16]
         assert patched.ledger.history == []

@@ -82,6 +82,7 @@ def positions_kept_in_decode_only(mp):
 
 def wrong_last_row(mp):
     """The last column instead of each sample's last prompt row."""
+
     def tap(original, query, key, rows, *a, **k):
         return original(query, key, torch.full_like(rows, query.shape[2] - 1), *a, **k)
 
@@ -97,6 +98,7 @@ def first_row(mp):
 
 def ungrouped_heads(mp):
     """Query heads are matched with the wrong key heads."""
+
     def tap(original, query, key, *a, **k):
         return original(query, key.flip(1), *a, **k)
 
@@ -105,6 +107,7 @@ def ungrouped_heads(mp):
 
 def sum_of_logits(mp):
     """Scores without a softmax per head rank tokens differently."""
+
     def tap(original, query, key, rows, mask, scaling, **k):
         return original(query, key, rows, mask, scaling, **k).log().clamp(min=-1e4)
 
@@ -145,9 +148,7 @@ def wrong_receiver(mp):
     mp.setattr(
         visionzip.VisionZip,
         "_assign",
-        staticmethod(
-            lambda *a, original=visionzip.VisionZip._assign: assign(original, *a)
-        ),
+        staticmethod(lambda *a, original=visionzip.VisionZip._assign: assign(original, *a)),
     )
 
 
@@ -157,6 +158,7 @@ def no_class_token(mp):
 
 def nothing_dropped(mp):
     """The hook that has silently become a no-op."""
+
     def choose(original, keep, valid, *order):
         return original(valid, valid, *order)
 

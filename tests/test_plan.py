@@ -173,8 +173,19 @@ def test_lists_and_paths(texted):
 
 def test_methods_describe_themselves():
     keys = {
-        "name", "stage", "site", "reads", "actions", "trained", "paper", "licence_note",
-        "params", "positions", "identity", "oracle", "backends",
+        "name",
+        "stage",
+        "site",
+        "reads",
+        "actions",
+        "trained",
+        "paper",
+        "licence_note",
+        "params",
+        "positions",
+        "identity",
+        "oracle",
+        "backends",
     }
     rows = mllm.methods()
     assert json.loads(json.dumps(rows)) == rows
@@ -299,5 +310,3 @@ def test_budgets_in_python(keep):
         with pytest.raises(PlanError) as caught:
             get_method(name)(keep=keep)
         assert caught.value.argument == "keep"
-
-

@@ -190,7 +190,8 @@ def picture(rows: Sequence[Row], title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} 0 {width} {height}" '
         f'font-family="system-ui, sans-serif"><style>{style}</style>'
-        f'<rect x="{-margin}" width="{width}" height="{height}" fill="var(--paper)"/>{"".join(parts)}</svg>\n'
+        f'<rect x="{-margin}" width="{width}" height="{height}" fill="var(--paper)"/>'
+        f'{"".join(parts)}</svg>\n'
     )
 
 

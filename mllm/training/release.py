@@ -70,6 +70,7 @@ def release(folder: Path, target: Path | None = None) -> dict[str, Any]:
         "threads": record["threads"],
         "seconds": record["seconds"],
         "versions": record["versions"],
+        "notes": record.get("notes", []),
         "file_sha256": sha256_file(weights),
         "weights_sha256": weights_sha256(model),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -96,9 +97,9 @@ def card(data: dict[str, Any]) -> str:
         "about photographs, and its size says nothing about speed.",
         "",
         f"- recipe: `mllm train recipes/tiny-llava.yaml`, sha256 `{data['recipe_sha256']}`",
-        f"- seeds {_words(data['seeds'])}; steps {_words(data['steps'])} (three stages)",
-        f"- {data['device']}, {data['threads']} threads, {data['seconds'] / 60:.0f} minutes on a "
-        "machine shared with other work",
+        f"- seeds {_words(data['seeds'])}; steps {_words(data['steps'])}, one number a stage",
+        f"- {data['device']}, {data['threads']} threads, {data['seconds'] / 60:.0f} minutes with "
+        "the final evaluation, on a machine shared with other work",
         f"- torch {data['versions']['torch']}, transformers {data['versions']['transformers']}; "
         f"{data['dtype']} weights, file sha256 `{data['file_sha256']}`",
         "- attention of the [CLS] row finds drawn objects: AUC "
@@ -106,6 +107,7 @@ def card(data: dict[str, Any]) -> str:
         "- one training run; the style and the question templates of the test split are those of "
         "training (other seeds). Patches were trained with labels and [CLS] with a presence loss, "
         "which favours methods guided by attention or features.",
+        *(f"- {note}" for note in data["notes"]),
         "",
         "## What it has learnt",
         "",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from random import Random
 
@@ -121,13 +121,13 @@ class Scene:
         return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_font(index: int, size: int) -> ImageFont.FreeTypeFont:
     """One of the three shipped fonts at `size` pixels."""
     return ImageFont.truetype(str(files("mllm") / "assets" / "fonts" / FONTS[index]), size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _emoji(name: str) -> Image.Image:
     """The sprite, cropped to its ink and padded to a square."""
     image = Image.open(files("mllm") / "assets" / "sprites" / f"{name}.png").convert("RGBA")
@@ -235,7 +235,7 @@ def _dark_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.
 
 
 class DarkStyle(PlainStyle):
-    """Held back from training: dark striped or speckled backgrounds, turned and outlined objects."""
+    """Held back from training: dark striped or speckled grounds, turned and outlined objects."""
 
     name = "dark"
 
