@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EMBEDDED = "tiny-llava"
+MAX_PIXELS = 2**28  # more than any camera; a damaged header can claim anything
 
 
 def model_path(path: str | os.PathLike) -> str:
@@ -92,8 +93,11 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
     try:
         with Image.open(path) as image:
+            # PIL's own limit is a global that other packages lift.
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"it claims {image.width} x {image.height} pixels")
             return image.convert("RGB")
-    # UnidentifiedImageError is an OSError; damaged headers can also claim absurd sizes.
+    # UnidentifiedImageError is an OSError.
     except (OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"cannot read the image {path}: {error}", argument="image", given=path,
