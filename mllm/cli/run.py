@@ -87,17 +87,17 @@ def _compare(
             status.update("timing the prefill")
             times = np.median(time_pairs(model, other, inputs, pairs, warmup=1)[..., 0], axis=0)
             prefill_s = {"unpatched": times[0], "patched": times[1], "pairs": pairs}
-    layers = len(ledger["layers"])
     return {
         "model": model_path,
-        "plan": chosen.spec,
+        "plan": plan,
+        "plan_sha256": chosen.sha256,
         "image": image,
         "question": question,
         "answers": answers,
         "visual_tokens": ledger["visual_tokens"][0],
         "kept_llm": ledger["kept_llm"][0],
         "visual_avg": ledger["visual_avg"][0],
-        "layers": layers,
+        "layers": len(ledger["layers"]),
         "prefill_flops": ledger["prefill_flops"][0],
         "baseline_prefill_flops": ledger["baseline_prefill_flops"][0],
         "kv_bytes": ledger["kv_bytes"],
@@ -123,7 +123,7 @@ def _show(data: dict[str, Any]) -> None:
     table.add_row("answer", data["answers"]["unpatched"], data["answers"]["patched"], "")
     visual = data["visual_tokens"]
     row("visual tokens into the LLM", visual, data["kept_llm"], "")
-    row(f"visual tokens per layer, average of {data['layers']}", visual, data["visual_avg"], "")
+    row("visual tokens per layer on average", visual, data["visual_avg"], "")
     row("prefill", data["baseline_prefill_flops"], data["prefill_flops"], "GFLOPs", 1e9)
     row("KV cache", data["baseline_kv_bytes"], data["kv_bytes"], "MiB", 2**20)
     if times := data["prefill_s"]:
