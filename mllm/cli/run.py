@@ -110,10 +110,12 @@ def _compare(
 
 
 def _show(data: dict[str, Any]) -> None:
-    table = Table(title=f"{data['question']}", title_justify="left")
-    table.add_column("")
-    table.add_column("unpatched")
-    table.add_column(data["plan"], overflow="fold")
+    console = Console()
+    console.print(f"{data['question']}\nplan: {data['plan']}\n", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("unpatched", "patched"):
+        table.add_column(column, overflow="fold")
     table.add_column("ratio", justify="right")
 
     def row(label: str, before: float, after: float, unit: str, scale: float = 1) -> None:
@@ -128,7 +130,6 @@ def _show(data: dict[str, Any]) -> None:
     row("KV cache", data["baseline_kv_bytes"], data["kv_bytes"], "MiB", 2**20)
     if times := data["prefill_s"]:
         row("prefill, measured", times["unpatched"], times["patched"], "ms", 1e-3)
-    console = Console()
     console.print(table)
     if times:
         console.print(
