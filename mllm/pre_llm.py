@@ -104,7 +104,7 @@ class VisionRun:
                 if signal.cls and self.cls is not None:
                     signals["cls"] = self.cls
             else:
-                signals[name] = self.signals[signal]
+                signals[name] = attention.captured(self.signals, signal, stage.info.name)
         ctx = Context(
             stage, signals, grid=self.reduction.grid, valid=self.reduction.keep,
             seeds=functools.partial(self._seeds, number),

@@ -274,9 +274,9 @@ class Run:
                 changed = [o for o in self.done if o.right[task][i] != before]
                 if not changed:
                     continue
-                said: dict[str, list[str]] = defaultdict(list)
+                said: dict[str, list[Entry]] = defaultdict(list)
                 for outcome in changed:
-                    said[outcome.texts[task][i]].append(outcome.entry.name)
+                    said[outcome.texts[task][i]].append(outcome.entry)
                 weight = sum(o.entry.method not in SANITY for o in changed)
                 flip = Flip(
                     self._one(task, questions, i)[1],
@@ -284,7 +284,7 @@ class Run:
                     sample["question"],
                     sample["answer"],
                     self.base.texts[task][i],
-                    list(said.items()),
+                    [(text, _at_budgets(entries)) for text, entries in said.items()],
                 )
                 found[before].append((weight, flip))
         best = {
@@ -361,6 +361,14 @@ def _patch_ask_remove(console: Console, run: Run) -> None:
     ]
     console.print("\n".join(lines), markup=False)
     console.print(token_map(grid, ledger.kept("llm")[0].tolist()), markup=False)
+
+
+def _at_budgets(entries: list[Entry]) -> list[str]:
+    """`random at 64, 16` and the like, one text for each method."""
+    budgets: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        budgets[entry.method].append(str(entry.budget))
+    return [f"{method} at {', '.join(at)}" for method, at in budgets.items()]
 
 
 def _spec(plan: Any) -> str:
