@@ -126,7 +126,7 @@ def card(data: dict[str, Any]) -> str:
                 f"| {task} | {row['n']} | {row['accuracy']:.1%} | {_interval(row['ci'])} "
                 f"| {few['accuracy']:.1%} | {_interval(few['ci'])} |"
             )
-    missing = [task for task, row in rows.items() if not row["admitted"]]
+    missing = [task for task in TASKS if task not in rows or not rows[task]["admitted"]]
     lines += ["", f"Not learnt, and not to be quoted: {', '.join(missing) or 'none'}."]
     return "\n".join(lines) + "\n"
 
