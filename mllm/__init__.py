@@ -16,6 +16,7 @@ _EXPORTS = {
     "register": "mllm.plan",
     "Ledger": "mllm.ledger",
     "load_model": "mllm.loading",
+    "load_image": "mllm.loading",
     "build_inputs": "mllm.loading",
     "MllmError": "mllm.errors",
     "PlanError": "mllm.errors",
