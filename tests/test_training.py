@@ -84,7 +84,7 @@ def test_every_shipped_recipe_is_valid(name):
         ("model.pth=x", "did you mean 'path'"),
         ("train.lerning_rate=1", "did you mean 'learning_rate'"),
         ("method.lora_alfa=1", "did you mean 'lora_alpha'"),
-        ("data.0.styl=dark", "did you mean 'style'"),
+        ("data.0.styl=dusk", "did you mean 'style'"),
         ("data.0.tasks=[exst]", "did you mean 'exist'"),
         ("data.7.limit=1", "from 0 to 0"),
         ("data.0.limit=null", "data.0.limit must be given"),
