@@ -471,7 +471,7 @@ def _table(rows: list[Row], tasks: tuple[str, ...]) -> Table:
                 f"{row.visual_avg:.1f}",
                 f"{row.flops / rows[0].flops:.0%}",
                 f"{1000 * row.prefill_s:.0f} ms" if row.prefill_s else "",
-                f"{row.score:.0%} ({100 * low:.0f} to {100 * high:.0f})",
+                f"{row.score:.0%} ({100 * low:.0f}–{100 * high:.0f})",
                 "" if row.flipped is None else str(row.flipped),
             ]
         else:
