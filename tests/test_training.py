@@ -84,7 +84,7 @@ def test_every_shipped_recipe_is_valid(name):
         ("model.pth=x", "did you mean 'path'"),
         ("train.lerning_rate=1", "did you mean 'learning_rate'"),
         ("method.lora_alfa=1", "did you mean 'lora_alpha'"),
-        ("data.0.styl=dark", "did you mean 'style'"),
+        ("data.0.styl=dusk", "did you mean 'style'"),
         ("data.0.tasks=[exst]", "did you mean 'exist'"),
         ("data.7.limit=1", "from 0 to 0"),
         ("data.0.limit=null", "data.0.limit must be given"),
@@ -92,7 +92,6 @@ def test_every_shipped_recipe_is_valid(name):
         ("parallel.zero=2", "not available"),
         ("method.type=router", "not available"),
         ("method.type=full", "belongs to lora"),
-        ("model.freeze_language_model=true", "frozen"),
         ("model.path=new:tiny-llava", "needs stages"),
         ("version=2", "version=2"),
         ("train.learning_rate=[", "not valid YAML"),
@@ -105,6 +104,11 @@ def test_a_wrong_override_is_named(override, words):
         load("lora-visionzip", [override])
     message = f"{caught.value} {caught.value.expected}"
     assert words in message
+
+
+def test_lora_needs_a_part_that_is_not_frozen(tmp_path):
+    with pytest.raises(RecipeError, match="frozen"):
+        recipe_for("m", tmp_path, model={"path": "m", "freeze_language_model": True})
 
 
 def test_a_wrong_plan_is_a_plan_error():

@@ -121,7 +121,7 @@ def test_soup_and_caption():
     [
         ({"task": "exst"}, "exist"),
         ({"task": "exist", "split": "tset"}, "test"),
-        ({"task": "exist", "style": "neon"}, "dark"),
+        ({"task": "exist", "style": "neon"}, "dusk"),
         ({"task": "exist", "n": 0}, "1"),
     ],
 )
@@ -130,10 +130,10 @@ def test_wrong_arguments_are_named(arguments, word):
         samples(**arguments)
 
 
-def test_the_dark_style_is_dark_and_the_plain_one_is_not():
+def test_the_dusk_style_is_darker_than_the_plain_one():
     means = {style: np.mean(np.asarray(sample("exist", "dev", 0, style)["image"]))
              for style in STYLES}  # fmt: skip
-    assert means["dark"] < 80 < 180 < means["plain"]
+    assert means["dusk"] < 170 < 180 < means["plain"]
 
 
 def test_every_sprite_is_shipped_with_its_notice():

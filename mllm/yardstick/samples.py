@@ -79,7 +79,7 @@ def samples(
         task: one of `TASKS`.
         split: "train", "dev" or "test"; no two splits share a scene.
         n: number of samples (any; the test split of a task has at least 500).
-        style: "plain", or "dark", which the embedded model never saw in training.
+        style: "plain", or "dusk", which the embedded model never saw in training.
 
     Returns:
         Dictionaries `{id, task, split, style, seed, image, question, answer, choices, metric,

@@ -13,7 +13,7 @@ from importlib.resources import files
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 PATCH = 14
 FULL, MINI = 336, 168
@@ -211,62 +211,47 @@ class PlainStyle:
 
     grid_line = (205, 205, 205)
     axis_ink = (60, 60, 60)
-    bar_edge: tuple[int, int, int] | None = None
 
 
 @lru_cache(maxsize=4096)
-def _dark_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.Image:
-    """A turned sprite with a white rim; shapes are thick outlines, not filled."""
-    big = side * 2
-    if name in EMOJI:
-        image = _emoji(name).resize((big, big), Image.Resampling.LANCZOS)
-    else:
-        image = Image.new("RGBA", (big, big))
-        edge = {"outline": (*COLOURS[colour], 255), "width": max(4, big // 6)}
-        _draw_shape(ImageDraw.Draw(image), name, big, **edge)
-    inner = round(big * 0.78)
-    image = image.resize((inner, inner), Image.Resampling.LANCZOS)
-    sheet = Image.new("RGBA", (big, big))
-    sheet.paste(image, ((big - inner) // 2, (big - inner) // 2))
-    sheet = sheet.rotate(angle, Image.Resampling.BICUBIC)
-    rim = Image.new("RGBA", (big, big), (255, 255, 255, 0))
-    rim.putalpha(sheet.getchannel("A").filter(ImageFilter.MaxFilter(5)))
-    return Image.alpha_composite(rim, sheet).resize((side, side), Image.Resampling.LANCZOS)
+def _turned_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.Image:
+    """The plain sprite, turned by `angle` degrees."""
+    image = sprite(name, colour, side * 2).rotate(angle, Image.Resampling.BICUBIC)
+    return image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-class DarkStyle(PlainStyle):
-    """Held back from training: dark striped or speckled grounds, turned and outlined objects."""
+class DuskStyle(PlainStyle):
+    """Held back from training: striped or speckled grounds of middle grey, turned objects."""
 
-    name = "dark"
+    name = "dusk"
 
     def background(self, rng: Random, size: int) -> Image.Image:
-        picture = _gradient(rng, size, 195) / 5
+        picture = _gradient(rng, size, 195) * 0.6
         if rng.random() < 0.5:
             period, slope = rng.choice([8, 12, 18]), rng.choice([-1, 0, 1])
             rows, cols = np.mgrid[:size, :size]
             stripes = ((cols + slope * rows) // period) % 2
-            picture = picture + 28 * stripes[..., None].astype(np.float32)
+            picture = picture + 14 * stripes[..., None].astype(np.float32)
         else:
-            noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 16, (size // 4, size // 4))
+            noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 8, (size // 4, size // 4))
             picture = picture + noise.astype(np.float32).repeat(4, 0).repeat(4, 1)[..., None]
         return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
     def sprite(self, rng: Random, name: str, colour: str | None, side: int) -> Image.Image:
         # At most 20 degrees: a square must not become a diamond.
-        return _dark_sprite(name, colour, side, rng.randrange(-20, 21, 10))
+        return _turned_sprite(name, colour, side, rng.randrange(-20, 21, 10))
 
     def ink(self, rng: Random) -> tuple[int, int, int]:
-        return tuple(rng.randint(190, 255) for _ in range(3))
+        return tuple(rng.randint(200, 255) for _ in range(3))
 
     def paper(self, rng: Random) -> tuple[int, int, int]:
-        return tuple(rng.randint(30, 60) for _ in range(3))
+        return tuple(rng.randint(110, 140) for _ in range(3))
 
-    grid_line = (90, 90, 90)
-    axis_ink = (220, 220, 220)
-    bar_edge = (255, 255, 255)
+    grid_line = (160, 160, 160)
+    axis_ink = (255, 255, 255)
 
 
-STYLES = {style.name: style for style in (PlainStyle(), DarkStyle())}
+STYLES = {style.name: style for style in (PlainStyle(), DuskStyle())}
 
 
 def _blank(kind: str, image: Image.Image) -> Scene:
@@ -412,7 +397,7 @@ def chart(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
     for i, (colour, value) in enumerate(zip(colours, values, strict=True)):
         x = x0 + slot * i + (slot - bar_width) / 2
         box = (x, y1 - height * value / 10, x + bar_width, float(y1))
-        draw.rectangle(box, fill=COLOURS[colour], outline=look.bar_edge)
+        draw.rectangle(box, fill=COLOURS[colour])
         scene.mark(box, object=BAR, colour=1 + COLOUR_NAMES.index(colour), value=value)
         scene.bars.append(Thing("bar", colour, box, value))
     return scene
