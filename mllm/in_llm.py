@@ -174,6 +174,9 @@ class DecoderRun:
             position = gather_rows(position, rows, dim=position.dim() - 1)
         kwargs["position_ids"] = position
         mask = self._slot_valid(0)
+        if mask is None and first is None:
+            # Without cache and mask, transformers takes gaps in positions for packed sequences.
+            mask = self.table.valid
         if mask is not None and first is not None:
             # The decoder looks a 2-D mask up by logical position.
             mask = F.pad(mask, (first.seen - first.slots, 0), value=True)

@@ -123,3 +123,13 @@ def test_the_oracle_is_the_model():
     for mine, sample in zip(logits, batch, strict=True):
         theirs = oracles.dense(reference(), oracles.plain(reference(), sample)).logits
         equal(mine, theirs, "unpatched", 1e-5)
+
+
+@pytest.mark.parametrize("method", ["divprune", "random", "visionzip"])
+def test_gaps_in_positions_are_no_packed_sequences(method):
+    model = fresh()
+    inputs = tiny.collate(tiny.samples("alone", side=SIDE), "left")
+    with mllm.patch(model, f"{method}:keep=6:positions=original"), torch.no_grad():
+        cached = model(**inputs, use_cache=True).logits
+        plain = model(**inputs, use_cache=False).logits
+    equal(plain[:, -1], cached[:, -1], "logits without a cache")
