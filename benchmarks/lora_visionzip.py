@@ -49,7 +49,8 @@ def main(active: Path, control: Path) -> None:
     found = {name: json.loads((path / "eval.json").read_text()) for name, path in parts.items()}
     records = {name: json.loads((path / "run.json").read_text()) for name, path in parts.items()}
     marks = {name: outcomes(scores, plan) for name, scores in found.items()}
-    before = evaluate(recipe.model.path, EvalPart(**recipe.eval.model_dump() | {"plans": [plan]}))
+    same = {"plans": [plan], "limit": found["control"]["rows"][0]["n"]}
+    before = evaluate(recipe.model.path, EvalPart(**recipe.eval.model_dump() | same))
     marks["before training"] = outcomes(before, plan)
     data = {
         "schema": 1,
