@@ -89,11 +89,13 @@ def load_model(
 
 def load_image(path: str | os.PathLike) -> Image.Image:
     """An RGB picture; DataError that names the file if it is missing or broken."""
-    from PIL import Image
+    from PIL import Image, ImageFile
 
+    # PIL's limits are globals that other packages lift: half a picture is not a picture.
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(path) as image:
-            # PIL's own limit is a global that other packages lift.
             if image.width * image.height > MAX_PIXELS:
                 raise OSError(f"it claims {image.width} x {image.height} pixels")
             return image.convert("RGB")
@@ -103,6 +105,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
             f"cannot read the image {path}: {error}", argument="image", given=path,
             expected="a readable image file",
         ) from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def build_inputs(processor: Any, samples: list[tuple[list[Image.Image], str]]) -> Any:
