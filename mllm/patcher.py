@@ -27,10 +27,11 @@ from mllm.compressors.base import (
 )
 from mllm.errors import DataError, NoEffectError, PlanError
 from mllm.in_llm import DecoderRun
-from mllm.ledger import Ledger, Record
+from mllm.ledger import Ledger, Record, Reduction
 from mllm.models import resolve as resolve_family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
+from mllm.tokens import split_images
 
 
 @dataclass
@@ -46,6 +47,15 @@ _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=Non
 _CALL: ContextVar[_Call | None] = ContextVar("mllm_call", default=None)
 _VISION: ContextVar[VisionRun | None] = ContextVar("mllm_vision", default=None)
 _PROMPT: ContextVar[int | None] = ContextVar("mllm_prompt", default=None)
+
+
+def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a call by name, further keyword arguments included."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 class Patched:
@@ -64,7 +74,9 @@ class Patched:
         requested = Plan.of(plan)
         self.plan = Plan(
             [
-                s.at_depth(len(self.layers)) if isinstance(s, LayerPruner) else s
+                s.at_depth(len(self.layers), self.family.first_cut)
+                if isinstance(s, LayerPruner)
+                else s
                 for s in requested.stages
             ],
             requested.seed,
@@ -75,12 +87,14 @@ class Patched:
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
             if isinstance(s, LayerPruner) and s.layer is None
         ]
+        self.plan_notes += self._family_notes()
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
         self._validate(unvalidated)
         self.cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
+        self._features_signature = inspect.signature(self.family.base.get_image_features)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
         self._handles: list[Any] = []
@@ -98,8 +112,8 @@ class Patched:
                 given=type(self.model).__name__,
                 expected="one plan with all stages, or remove() first",
             )
-        sites = [("pixels", "pre_projector", "post_projector").index(s.site)
-                 for _, s in self.reducers]
+        order = ("pixels", "pre_projector", "post_projector")
+        sites = [order.index(self.site(s)) for _, s in self.reducers]
         if sites != sorted(sites):
             raise PlanError(
                 "pre-LLM stages must follow the picture's way: pixels, before the projector, "
@@ -116,24 +130,31 @@ class Patched:
                     given=self.plan.spec,
                     expected=f"{stage.info.name} as the first pre-LLM stage",
                 )
-        if len({s.positions for _, s in self.reducers}) > 1:
+        if len({self.positions(s) for _, s in self.reducers}) > 1:
             raise PlanError(
                 "pre-LLM stages disagree about positions",
                 argument="positions",
-                given=", ".join(f"{s.info.name}={s.positions}" for _, s in self.reducers),
+                given=", ".join(f"{s.info.name}={self.positions(s)}" for _, s in self.reducers),
                 expected="one choice for all pre-LLM stages",
             )
         depth = len(self.layers)
         for _, stage in self.pruners:
-            if not stage.first_layer <= stage.layer < depth:
+            first = max(stage.first_layer, self.family.first_cut)
+            if not first <= stage.layer < depth:
                 raise PlanError(
-                    f"{stage.info.name}: layer={stage.layer} is outside of the model",
+                    f"{stage.info.name}: rows cannot leave before layer {stage.layer}"
+                    + (
+                        ", where the model still adds features to them"
+                        if stage.layer < self.family.first_cut
+                        else ": it is outside of the model"
+                    ),
                     argument="layer",
                     given=stage.layer,
-                    expected=f"{stage.first_layer} <= layer < {depth}",
+                    expected=f"{first} <= layer < {depth}",
                 )
         grid = self.family.native_grid()
         for stage in self.plan.stages:
+            self._check_fit(stage)
             keep = getattr(stage, "keep", None)
             if isinstance(keep, int) and grid and keep > grid[0] * grid[1]:
                 raise PlanError(
@@ -154,6 +175,50 @@ class Patched:
                 given=name,
                 expected="sdpa or eager" + ("" if other else ", or patch(..., unvalidated=True)"),
             )
+
+    def _check_fit(self, stage: Any) -> None:
+        """Refuse what this family cannot do."""
+        family, name = self.family, type(self.family.model).__name__
+        if family.mrope and self.positions(stage) == "compact":
+            raise PlanError(
+                f"{name} has rotary positions with rows and columns, which cannot be renumbered",
+                argument="positions",
+                given="compact",
+                expected="original",
+            )
+        needs = set(stage.actions)
+        if (not family.plain and needs & {"Pool", "Resize"}) or (
+            not family.resizable and "Resize" in needs
+        ):
+            raise PlanError(
+                f"{stage.info.name} needs images of one plain grid and of any size, which "
+                f"{name} does not have",
+                argument="plan",
+                given=stage.info.name,
+                expected="a method that chooses tokens",
+            )
+
+    def positions(self, stage: Any) -> str:
+        """`original` or `compact`; where nothing was asked for, what the family can do."""
+        card = "original" if self.family.mrope else stage.paper_positions
+        return stage.positions or card
+
+    def site(self, stage: TokenReducer) -> str:
+        """Where a pre-LLM stage works; behind projectors that join patches."""
+        joined = stage.site == "pre_projector" and not self.family.per_token
+        return "post_projector" if joined else stage.site
+
+    def _family_notes(self) -> list[str]:
+        notes, name = [], type(self.family.model).__name__
+        for stage in self.plan.stages:
+            if self.family.mrope and not stage.positions and stage.paper_positions == "compact":
+                notes.append(f"{stage.info.name}: positions=original, as {name} needs")
+            if isinstance(stage, TokenReducer) and self.site(stage) != stage.site:
+                notes.append(
+                    f"{stage.info.name}: works behind the projector of {name}, without [CLS] as "
+                    "a token"
+                )
+        return notes
 
     def _tapped(self) -> list[nn.Module]:
         """Attention modules that some stage reads from."""
@@ -189,11 +254,9 @@ class Patched:
         post(family.decoder, self._decoder_post)
         for i in range(self.cuts[0] if self.cuts else len(self.layers), len(self.layers)):
             pre(self.layers[i], functools.partial(self._layer_pre, i))
-        if any(stage.site == "pre_projector" for _, stage in self.reducers):
+        if any(self.site(stage) == "pre_projector" for _, stage in self.reducers):
             pre(family.projector, self._projector_pre)
             post(family.projector, self._projector_post)
-        if any(isinstance(s, Features) and s.cls for _, r in self.reducers
-               for s in r.reads().values()):
             post(family.tower, self._tower_post)
 
         features = family.base.get_image_features
@@ -276,7 +339,7 @@ class Patched:
             _CALL.set(call.outer)
 
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = self._base_signature.bind(*args, **kwargs).arguments
+        given = _by_name(self._base_signature, args, kwargs)
         ids, pixels = given.get("input_ids"), given.get("pixel_values")
         encoded = (given.get("mm_encoder_outputs") or {}).get("image")
         has_pixels = pixels is not None or encoded is not None
@@ -310,21 +373,29 @@ class Patched:
                 expected="get_image_features of the patched model, or pixel_values",
             )
         if visual is not None:
-            self._check_counts(visual, pixels, encoded)
+            self._check_counts(visual, given, encoded, reduction)
         _FORWARD.set(DecoderRun(self, visual, reduction, outer=_FORWARD.get()))
 
-    def _check_counts(self, visual: Tensor, pixels: Tensor | None, encoded: Any) -> None:
+    def _check_counts(
+        self, visual: Tensor, given: dict[str, Any], encoded: Any, reduction: Reduction | None
+    ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
-        grids = self.family.grid(pixels) if encoded is None else [encoded.mllm_reduction.grid]
-        images = len(grids) if encoded is None else len(encoded.pooler_output)
-        tokens, counts = grids[0][0] * grids[0][1], visual.sum(1).tolist()
-        if any(n % tokens for n in counts) or sum(counts) != images * tokens:
+        counts = visual.sum(1).tolist()
+        if encoded is None:
+            sizes = [layout.tokens for layout in self.family.layouts(given)]
+            total = sum(sizes)
+        else:
+            sizes, total = reduction.sizes, sum(len(f) for f in encoded.pooler_output)
+            if isinstance(encoded.pooler_output, Tensor):
+                total = encoded.pooler_output.shape[:2].numel()
+        if sum(counts) != total or split_images(counts, sizes) is None:
+            tokens = " or ".join(str(n) for n in dict.fromkeys(sizes))
             raise DataError(
-                f"the samples have {counts} image placeholders for {images} images of {tokens} "
-                "visual tokens",
+                f"the samples have {counts} image placeholders for {len(sizes)} images of "
+                f"{tokens} visual tokens",
                 argument="input_ids",
                 given=counts,
-                expected=f"{tokens} placeholders per image, {images * tokens} in the batch",
+                expected=f"{tokens} placeholders per image, {total} in the batch",
             )
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -335,18 +406,16 @@ class Patched:
     # Pre-LLM stages: around get_image_features
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
-        kwargs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
-        run = VisionRun(self, kwargs["pixel_values"])
-        kwargs["pixel_values"], extra = run.pixels()
+        inputs = _by_name(self._features_signature, args, kwargs)
+        run = VisionRun(self, inputs)
+        inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
             with attention.taps(run.taps()):
-                output = original(*args[1:], **kwargs, **extra)
+                output = original(**inputs)
         finally:
             _VISION.reset(token)
-        features = output.pooler_output
-        stacked = run.after(torch.stack(list(features)))
-        output.pooler_output = stacked if isinstance(features, Tensor) else list(stacked)
+        output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
         if (decoder_run := _FORWARD.get()) is not None:
             decoder_run.reduction = run.reduction
@@ -361,7 +430,8 @@ class Patched:
             return run.after_projector(output)
 
     def _tower_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if (run := _VISION.get()) is not None and self.family.prefix:
+        run = _VISION.get()
+        if run is not None and self.family.prefix:
             run.cls = self.family.cls_feature(output)
 
     # The decoder
