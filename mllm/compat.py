@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,6 +22,7 @@ __all__ = [
     "SERVED",
     "attention_name",
     "base_attention",
+    "best_resolution",
     "causal_mask",
     "dynamic_cache",
     "register_attention",
@@ -57,6 +59,11 @@ def serve(module: nn.Module, name: str) -> Any:
     module.config = copy.copy(original)
     module.config._attn_implementation_internal = name
     return original
+
+
+def best_resolution(size: list[int], pinpoints: list[list[int]]) -> tuple[int, int]:
+    """The (height, width) among `pinpoints` that a picture of `size` pixels is padded to."""
+    return select_best_resolution(size, pinpoints)
 
 
 def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:

@@ -136,6 +136,8 @@ class DecoderRun:
             prompt = prompt & (self.full.logical < length)
         if labels is not None:
             supervised = (labels != -100).to(prompt.device)
+            if self.visual is not None:  # a prompt goes on at least to its last image
+                supervised &= self.visual.flip(1).cumsum(1).flip(1) == 0
             prompt = prompt & (supervised.long().cumsum(1) == 0)
         return prompt
 
@@ -166,9 +168,13 @@ class DecoderRun:
             rows = choose_rows(keep, table.valid, order if compact else None)
             self.table = table.take(rows, keep.gather(1, rows))
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
+            self.patched.family.take_rows(kwargs, rows, self.table.valid)
             position = gather_rows(position, rows, dim=position.dim() - 1)
         kwargs["position_ids"] = position
         mask = self._slot_valid(0)
+        if mask is None and cache is None:
+            # Without a mask or cache, transformers takes gaps in positions for packed sequences.
+            mask = self.table.valid
         if mask is not None and first is not None:
             # The decoder looks a 2-D mask up by logical position.
             mask = F.pad(mask, (first.seen - first.slots, 0), value=True)

@@ -72,7 +72,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:  # PIL's UnidentifiedImageError is one
+    # UnidentifiedImageError is an OSError; damaged headers can also claim absurd sizes.
+    except (OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"cannot read the image {path}: {error}", argument="image", given=path,
             expected="a readable image file",

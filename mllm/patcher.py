@@ -186,17 +186,14 @@ class Patched:
                 given="compact",
                 expected="original",
             )
-        needs = set(stage.actions)
-        if (not family.plain and needs & {"Pool", "Resize"}) or (
-            not family.resizable and "Resize" in needs
-        ):
-            raise PlanError(
-                f"{stage.info.name} needs images of one plain grid and of any size, which "
-                f"{name} does not have",
-                argument="plan",
-                given=stage.info.name,
-                expected="a method that chooses tokens",
-            )
+        for action in stage.actions:
+            if action in family.refuses:
+                raise PlanError(
+                    f"{stage.info.name} cannot work on {name}: {family.refuses[action]}",
+                    argument="plan",
+                    given=stage.info.name,
+                    expected="a method that chooses tokens",
+                )
 
     def positions(self, stage: Any) -> str:
         """`original` or `compact`; where nothing was asked for, what the family can do."""
@@ -320,6 +317,14 @@ class Patched:
                 given=name,
                 expected="dynamic",
             )
+        chunk = kwargs.get("prefill_chunk_size") or config.prefill_chunk_size
+        if chunk:
+            raise PlanError(
+                "a prompt that is read in chunks has no last row to decide by until the end",
+                argument="prefill_chunk_size",
+                given=chunk,
+                expected="None",
+            )
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         token = _PROMPT.set(None if ids is None else ids.shape[1])
         try:
@@ -407,6 +412,15 @@ class Patched:
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
         inputs = _by_name(self._features_signature, args, kwargs)
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            configured = getattr(self.family.model.config, name, None)
+            if inputs.get(name) not in (None, configured):
+                raise PlanError(
+                    f"a plan reads the tower where the config says: {name}={configured!r}",
+                    argument=name,
+                    given=inputs[name],
+                    expected="set it in the config before mllm.patch",
+                )
         run = VisionRun(self, inputs)
         inputs.update(run.pixels())
         token = _VISION.set(run)

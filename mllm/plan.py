@@ -126,25 +126,46 @@ def _type_name(hint: Any) -> str:
 def check_fields(stage: Any) -> None:
     """Validate what every method shares: `keep`, `layer`, `positions`. Called by the bases."""
     name = stage.info.name
-    keep = getattr(stage, "keep", None)
-    if keep is not None:
-        _check_keep(name, keep)
+    hints = typing.get_type_hints(type(stage))
+    if getattr(stage, "keep", None) is not None:
+        _check_keep(name, stage.keep)
+    for field in dataclasses.fields(stage):
+        value = getattr(stage, field.name)
+        if not any(_is_a(value, option) for option in _options(hints[field.name])):
+            expected = " or ".join(map(_option_name, _options(hints[field.name])))
+            raise PlanError(
+                f"{name}: {field.name}={value!r} is not {expected}",
+                argument=field.name,
+                given=value,
+                expected=expected,
+            )
     layer = getattr(stage, "layer", None)
-    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+    if layer is not None and layer < 0:
         raise PlanError(
             f"{name}: layer must be a whole number from 0, not {layer!r}",
             argument="layer",
             given=layer,
             expected="0 <= layer < number of decoder layers",
         )
-    positions = getattr(stage, "positions", None)
-    if positions not in (None, "original", "compact"):
-        raise PlanError(
-            f"{name}: positions must be 'original' or 'compact', not {positions!r}",
-            argument="positions",
-            given=positions,
-            expected="original, compact",
-        )
+
+
+def _is_a(value: Any, option: Any) -> bool:
+    """Whether a value fits one alternative of a field's type; a bool is no number."""
+    origin = typing.get_origin(option)
+    if origin is typing.Literal:
+        return value in typing.get_args(option)
+    if origin is tuple:
+        item = typing.get_args(option)[0]
+        return isinstance(value, tuple) and all(_is_a(v, item) for v in value)
+    if isinstance(value, bool):
+        return option is bool
+    return isinstance(value, (int, float) if option is float else option)
+
+
+def _option_name(option: Any) -> str:
+    if typing.get_origin(option) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(option)))
+    return "None" if option is type(None) else getattr(option, "__name__", str(option))
 
 
 def _check_keep(name: str, keep: Any) -> None:
@@ -157,8 +178,8 @@ def _check_keep(name: str, keep: Any) -> None:
         )
     if isinstance(keep, float) and keep > 1:
         raise PlanError(
-            f"{name}: keep={keep!r} is a fraction above 1; write keep={int(keep)} for a number "
-            "of tokens",
+            f"{name}: keep={keep!r} is a fraction above 1; write a whole number "
+            "for tokens",
             argument="keep",
             given=keep,
             expected=expected,
@@ -236,6 +257,13 @@ class Plan:
             raise PlanError(
                 "the plan is empty", argument="plan", given=text, expected="visionzip:keep=64"
             )
+        if set(" ,\t\n") & set(text.strip()):
+            raise PlanError(
+                f"a plan has no spaces and no commas: {text!r}",
+                argument="plan",
+                given=text,
+                expected="name:key=value:key=value, stages joined by '+'",
+            )
         return cls([_parse_stage(part, text) for part in text.strip().split("+")], seed)
 
     @property
@@ -279,8 +307,18 @@ class Plan:
                 given=data.get("version"),
                 expected="type 'mllm.plan', version 1",
             )
+        rows, seed = data.get("stages", []), data.get("seed", 0)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise PlanError(
+                "stages is a list of objects", argument="stages", given=rows,
+                expected="[{name, version, params}]",
+            )
+        if not _is_a(seed, int):
+            raise PlanError(
+                f"seed={seed!r} is not a whole number", argument="seed", given=seed, expected="int"
+            )
         stages = []
-        for row in data.get("stages", []):
+        for row in rows:
             _no_unknown(row, {"name", "version", "params"}, "stage")
             method = get_method(row.get("name", ""))
             if row.get("version", 1) > method.info.version:
@@ -293,7 +331,7 @@ class Plan:
             params = row.get("params", {})
             _check_keys(method, params)
             stages.append(method(**{k: _from_json(v) for k, v in params.items()}))
-        return cls(stages, data.get("seed", 0))
+        return cls(stages, seed)
 
     @property
     def sha256(self) -> str:
@@ -398,7 +436,7 @@ def _parse_value(name: str, key: str, text: str, hint: Any) -> Any:
                 return kind(text)
             except ValueError:
                 continue
-    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    expected = " or ".join(map(_option_name, options))
     raise PlanError(
         f"{name}: {key}={text!r} is not {expected}", argument=key, given=text, expected=expected
     )
@@ -433,12 +471,13 @@ def _to_json(value: Any, hint: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
-        if set(value) == {"tokens"}:
-            return int(value["tokens"])
-        if set(value) == {"fraction"}:
+        if set(value) == {"tokens"} and _is_a(value["tokens"], int):
+            return value["tokens"]
+        if set(value) == {"fraction"} and _is_a(value["fraction"], float):
             return float(value["fraction"])
+        expected = '{"tokens": n} or {"fraction": x}'
         raise PlanError(
-            f"a budget is {{'tokens': n}} or {{'fraction': x}}, not {value}",
-            argument="keep", given=value,
+            f"a budget is {expected}, not {value}", argument="keep", given=value,
+            expected=expected,
         )
     return tuple(value) if isinstance(value, list) else value

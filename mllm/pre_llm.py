@@ -242,9 +242,10 @@ class VisionRun:
                             f"{type(action).__name__} is not an action on pixels",
                             argument="actions", given=type(action).__name__, expected="Resize",
                         )
-                    small = Layout((action.grid,))
+                    grid = self.family.picture_grid(action.grid)
+                    small = Layout((grid,))
                     for image in group.images.tolist():
-                        self.resized[image] = action.grid
+                        self.resized[image] = grid
                         self.reduction.vision_flops[image] = self.family.vision_flops(
                             small, small.cells
                         )

@@ -13,6 +13,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """A picture cut into tiles for the tower.
+
+    Attributes:
+        rows, cols: tiles.
+        height, width: cells of the tiled view without the padding of the picture.
+    """
+
+    rows: int
+    cols: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """How the visual tokens of one image lie in the sequence: grids, one after another.
 
@@ -20,10 +35,12 @@ class Layout:
         grids: (rows, cols) of every grid; a base view and a tiled view under anyres.
         newline: separators of the last grid: `"rows"` one token behind each of its rows, `"end"`
             one token behind the image.
+        tiling: the tiles that the last grid was put together from.
     """
 
     grids: tuple[tuple[int, int], ...]
     newline: Literal["none", "rows", "end"] = "none"
+    tiling: Tiling | None = None
 
     @property
     def cells(self) -> int:

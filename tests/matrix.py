@@ -5,11 +5,13 @@ The checks are plain functions, so that the mutation tests can run them on a bro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import oracles
+import pytest
 import tiny
 import torch
 from oracles import Cut, Rows
@@ -64,8 +66,7 @@ def _divprune(keep, positions):
 def _visionzip(keep, positions="compact", **options):
     def rows(model, sample, kept):
         blocks = [
-            oracles.visionzip(model, p, keep, positions=positions, **options)
-            for p in sample.pixels
+            oracles.visionzip(model, p, keep, positions=positions, **options) for p in sample.pixels
         ]
         return oracles.rebuilt(model, sample, blocks, positions)
 
@@ -83,6 +84,8 @@ def _pooled(reference, small, positions):
 
     return rows
 
+
+LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 _CASES = [
     Case("random:keep=0.5", _chosen("compact")),
@@ -118,8 +121,17 @@ _CASES = [
         [Cut(1, 0.5), Cut(3, 2)],
     ),
     Case(
-        "visionzip:keep=10+fastv:layer=2:keep=0.5", _visionzip(10), [Cut(2, 0.5)], placed=False
+        "fastv:layer=1:keep=9:positions=compact+fastv:layer=3:keep=0.5:positions=compact",
+        _plain,
+        [Cut(1, 9, "compact"), Cut(3, 0.5, "compact")],
     ),
+    Case(
+        "visionzip:keep=10+fastv:layer=2:keep=3:positions=compact",
+        _visionzip(10),
+        [Cut(2, 3, "compact")],
+        placed=False,
+    ),
+    Case("visionzip:keep=10+fastv:layer=2:keep=0.5", _visionzip(10), [Cut(2, 0.5)], placed=False),
     Case(
         "divprune:keep=9:positions=original+fastv:layer=2:keep=2:positions=compact",
         _divprune(9, "original"),
@@ -137,14 +149,58 @@ FEW = [
 
 
 @cache
-def reference():
+def reference(tower: str = "clip"):
     """The model that the oracles run on; nothing ever patches it."""
-    return tiny.llava("eager", layers=LAYERS, side=SIDE)
+    return tiny.llava("eager", layers=LAYERS, side=SIDE, tower=tower)
 
 
 def fresh(attn: str = "sdpa", **options):
     """A new model with the weights of :func:`reference`, to be patched."""
     return tiny.llava(attn, layers=LAYERS, side=SIDE, **options)
+
+
+def covering(**axes: Sequence) -> pytest.MarkDecorator:
+    """Parametrise over a full product of axes and of the backends, most of it marked slow.
+
+    What stays in the fast suite meets every value of every axis, and with two or more axes every
+    pair of values: the backend alternates with the sum of the other indices.
+    """
+    rows = []
+    for at in itertools.product(*(range(len(values)) for values in axes.values())):
+        values = [options[i] for options, i in zip(axes.values(), at, strict=True)]
+        for b, attn in enumerate(["sdpa", "eager"]):
+            marks = [] if b == sum(at) % 2 else [pytest.mark.slow]
+            name = "-".join(map(str, [*values, attn]))
+            rows.append(pytest.param(*values, attn, marks=marks, id=name))
+    return pytest.mark.parametrize([*axes, "attn"], rows)
+
+
+def anatomy(model) -> dict:
+    """Everything about a model that a patch could leave behind."""
+    found = {"keys": list(model.state_dict())}
+    for name, module in model.named_modules():
+        found[name] = {
+            "class": type(module),
+            "attributes": sorted(module.__dict__),
+            "forward": getattr(module.forward, "__func__", module.forward),
+            "config": id(getattr(module, "config", None)),
+            "attention": getattr(getattr(module, "config", None), "_attn_implementation", None),
+            "hooks": [
+                len(getattr(module, kind))
+                for kind in (
+                    "_forward_hooks",
+                    "_forward_pre_hooks",
+                    "_forward_hooks_with_kwargs",
+                    "_forward_pre_hooks_with_kwargs",
+                    "_forward_hooks_always_called",
+                    "_backward_hooks",
+                    "_backward_pre_hooks",
+                )
+            ],
+        }
+    found["config"] = model.config.to_dict()
+    found["generation"] = model.generation_config.to_dict()
+    return found
 
 
 def equal(mine: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
@@ -154,31 +210,45 @@ def equal(mine: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE)
     assert worst <= tolerance, f"{what}: off by {worst:.2e}"
 
 
-def expected(case: Case, sample: Sample, kept: Tensor, more: Tensor | None = None):
+def watch(model):
+    """Rows that really enter every decoder layer, by hooks of our own."""
+    rows = {}
+    for i, layer in enumerate(model.model.language_model.layers):
+        # On the norm inside the layer: whatever an engine does around a layer, this is after it.
+        layer.input_layernorm.register_forward_pre_hook(
+            lambda _, args, i=i: rows.setdefault(i, []).append(args[0].shape[1])
+        )
+    return rows
+
+
+def expected(case: Case, sample: Sample, kept: Tensor, more: Tensor | None = None, tower="clip"):
     """The oracle's run of one sample: (rows, dense result)."""
-    rows = case.rows(reference(), sample, kept)
-    return rows, oracles.dense(reference(), rows, more, case.cuts)
+    rows = case.rows(reference(tower), sample, kept)
+    return rows, oracles.dense(reference(tower), rows, more, case.cuts)
 
 
 @torch.no_grad()
-def check_logits(case: Case, attn: str, kind: str, side: str = "left", model=None) -> None:
+def check_logits(case: Case, attn: str, kind: str, side: str = "left", tower: str = "clip") -> None:
     """One forward over a batch equals the oracle, sample by sample; so do the kept sets."""
     batch = tiny.samples(kind, side=SIDE)
     inputs = tiny.collate(batch, side)
-    model = model or fresh(attn)
+    model = fresh(attn, tower=tower)
+    seen = watch(model)
     with mllm.patch(model, case.spec) as patched:
         logits = model(**inputs).logits
         ledger = patched.ledger
+    lengths, texts = [0] * LAYERS, [len(s.ids) - s.n_visual for s in batch]
     assert logits.shape[:2] == inputs["input_ids"].shape
     theirs = tiny.per_sample(logits, inputs["attention_mask"])
     for b, sample in enumerate(batch):
-        rows, want = expected(case, sample, ledger.kept("llm")[b])
+        rows, want = expected(case, sample, ledger.kept("llm")[b], tower=tower)
         for layer in range(LAYERS):
             mine = ledger.kept(layer)[b]
             assert mine.tolist() == sorted(want.entering[layer].tolist()), (
                 f"sample {b}, layer {layer}: kept {mine.tolist()}, "
                 f"oracle {sorted(want.entering[layer].tolist())}"
             )
+            lengths[layer] = max(lengths[layer], len(mine) + texts[b])
         equal(theirs[b][~sample.visual], want.logits[rows.source < 0], f"sample {b}, text rows")
         if case.placed:
             visual = rows.source[want.alive & rows.visual]
@@ -191,6 +261,8 @@ def check_logits(case: Case, attn: str, kind: str, side: str = "left", model=Non
             gone = torch.ones(sample.n_visual, dtype=torch.bool)
             gone[visual] = False
             assert not theirs[b][where[gone]].any(), "dropped rows come back as zeros"
+    # Masked is not dropped: layers must really be given fewer rows.
+    assert [seen[i][0] for i in range(LAYERS)] == lengths
 
 
 def follow(case: Case, batch: Sequence[Sample], kept, sequences, logits, prompt, greedy) -> None:
@@ -208,13 +280,11 @@ def follow(case: Case, batch: Sequence[Sample], kept, sequences, logits, prompt,
 
 
 @torch.no_grad()
-def check_generate(
-    case: Case, attn: str, kind: str, steps: int = 20, model=None, **options
-) -> Tensor:
+def check_generate(case: Case, attn: str, kind: str, steps: int = 20, **options) -> Tensor:
     """Generation equals the oracle's cache-free run at every step; returns the sequences."""
     batch = tiny.samples(kind, side=SIDE)
     inputs = tiny.collate(batch)
-    model = model or fresh(attn)
+    model = fresh(attn)
     options = {"do_sample": False, **options}
     with mllm.patch(model, case.spec) as patched:
         torch.manual_seed(0)

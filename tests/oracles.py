@@ -40,26 +40,29 @@ class Tower:
 
     Attributes:
         patches: `[n, width]`, what LLaVA gives its projector.
-        cls: `[width]`.
-        cls_attention: `[heads, n]` of the block that produced the features.
+        cls: `[width]`, None in a tower without one.
+        attention: `[heads, n]` of the block that produced the features: the row of [CLS], or
+            in a tower without one what each patch receives from all.
         keys: `[heads, n, dim]` of that block, bias included, unscaled.
     """
 
     patches: Tensor
-    cls: Tensor
-    cls_attention: Tensor
+    cls: Tensor | None
+    attention: Tensor
     keys: Tensor
 
 
 def tower(model, pixels: Tensor) -> Tower:
-    """The CLIP tower on one picture `[3, H, W]`, up to hidden state -2."""
+    """A CLIP or SigLIP tower on one picture `[3, H, W]`, up to hidden state -2."""
     net = model.model.vision_tower
     net = getattr(net, "vision_model", net)
     n_heads = model.config.vision_config.num_attention_heads
     trained = model.config.vision_config.image_size
     resized = pixels.shape[-1] != trained or pixels.shape[-2] != trained
     x = net.embeddings(pixels[None], interpolate_pos_encoding=resized)[0]
-    x = net.pre_layrnorm(x)
+    prefix = int(hasattr(net, "pre_layrnorm"))  # CLIP, which has [CLS]
+    if prefix:
+        x = net.pre_layrnorm(x)
     last = None
     for block in net.encoder.layers[:-1]:
         h = block.layer_norm1(x)
@@ -72,6 +75,8 @@ def tower(model, pixels: Tensor) -> Tower:
         x = x + block.mlp(block.layer_norm2(x))
         last = (weights, k)
     weights, k = last
+    if not prefix:
+        return Tower(x, None, weights.sum(1), k)
     return Tower(x[1:], x[0], weights[:, 0, 1:], k[:, 1:])
 
 
@@ -308,11 +313,12 @@ def visionzip(
     of the first token that has gone. Under original positions the sequence is that of the seats.
     """
     t = tower(model, pixels)
+    cls = cls and t.cls is not None
     n = len(t.patches)
     total = budget(keep, n)
     n_dominant = max(1, math.floor(dominant * total))
     n_context = total - n_dominant
-    score = t.cls_attention.sum(0).tolist()
+    score = t.attention.sum(0).tolist()
     picked = sorted(sorted(range(n), key=lambda i: -score[i])[: n_dominant - cls])
     rest = [i for i in range(n) if i not in picked]
     step = max(1, len(rest) // max(1, n_context))

@@ -8,17 +8,26 @@ import oracles
 import pytest
 import tiny
 import torch
-from matrix import CASES, FEW, SIDE, check_generate, equal, expected, follow, fresh, reference
+from matrix import (
+    CASES,
+    FEW,
+    SIDE,
+    check_generate,
+    covering,
+    equal,
+    expected,
+    follow,
+    fresh,
+    reference,
+)
 from transformers import DynamicCache, LlamaForCausalLM
 
 import mllm
 
-BOTH = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 few = pytest.mark.parametrize("spec", FEW)
 
 
-@BOTH
-@few
+@covering(spec=FEW)
 def test_sampling(spec, attn):
     one = check_generate(CASES[spec], attn, "padded", do_sample=True)
     two = check_generate(CASES[spec], attn, "padded", do_sample=True)
@@ -36,8 +45,7 @@ def test_without_cache(spec):
     assert torch.equal(check_generate(CASES[spec], "sdpa", "padded", 8, use_cache=False), cached)
 
 
-@BOTH
-@few
+@covering(spec=FEW)
 @torch.no_grad()
 def test_beams(spec, attn):
     """The score of the beam that wins is the oracle's score of that text."""
@@ -46,9 +54,7 @@ def test_beams(spec, attn):
     options = dict(max_new_tokens=8, num_beams=3, do_sample=False, length_penalty=0.0)
     model = fresh(attn)
     with mllm.patch(model, spec) as patched:
-        out = model.generate(
-            **inputs, **options, return_dict_in_generate=True, output_scores=True
-        )
+        out = model.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
         step = len(patched.ledger.kept("llm")) // len(batch)
         kept = patched.ledger.kept("llm")[::step]
         prompt = inputs["input_ids"].shape[1]
@@ -73,9 +79,7 @@ def test_prompt_lookup(spec):
     with mllm.patch(model, spec):
         options = dict(max_new_tokens=16, do_sample=False)
         greedy = model.generate(**inputs, **options)
-        assert torch.equal(
-            model.generate(**inputs, **options, prompt_lookup_num_tokens=3), greedy
-        )
+        assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), greedy)
 
 
 @few
@@ -115,9 +119,7 @@ def _second_ids(batch, out, prompt):
     return grown
 
 
-@BOTH
-@pytest.mark.parametrize("kind", ["alone", "padded"])
-@few
+@covering(spec=FEW, kind=["alone", "padded"])
 @torch.no_grad()
 def test_second_turn(spec, kind, attn):
     """A later turn on the returned cache is the same conversation written out in one go."""
@@ -129,9 +131,7 @@ def test_second_turn(spec, kind, attn):
     with mllm.patch(model, spec) as patched:
         first = _turn(model, inputs)
         kept = patched.ledger.kept("llm")
-        grown = [
-            tiny.Sample(ids, batch[0].pixels[:0]) for ids in _second_ids(batch, first, prompt)
-        ]
+        grown = [tiny.Sample(ids, batch[0].pixels[:0]) for ids in _second_ids(batch, first, prompt)]
         later = tiny.collate(grown)
         second = _turn(model, later, first.past_key_values)
         history = len(patched.ledger.history)
@@ -259,7 +259,10 @@ def test_a_caller_s_empty_cache_is_adopted(spec):
         usual = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         cache = DynamicCache(config=model.config)
         out = model.generate(
-            **inputs, max_new_tokens=6, do_sample=False, past_key_values=cache,
+            **inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            past_key_values=cache,
             return_dict_in_generate=True,
         )
     assert torch.equal(out.sequences, usual)

@@ -5,30 +5,51 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from matrix import CASES, FEW, LAYERS, SIDE, check_generate, check_logits, equal, fresh, reference
+from matrix import (
+    CASES,
+    FEW,
+    LAYERS,
+    LAYOUTS,
+    SIDE,
+    check_generate,
+    check_logits,
+    covering,
+    equal,
+    fresh,
+    reference,
+)
 
 import mllm
 
-BACKENDS = ["sdpa", "eager"]
-LAYOUTS = [("alone", "left"), ("padded", "left"), ("padded", "right")]
+ALL = list(CASES)
 
 
-@pytest.mark.parametrize("kind, side", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("attn", BACKENDS)
-@pytest.mark.parametrize("spec", CASES)
-def test_prompt(spec, attn, kind, side):
-    check_logits(CASES[spec], attn, kind, side)
+@covering(spec=ALL, layout=LAYOUTS)
+def test_prompt(spec, layout, attn):
+    check_logits(CASES[spec], attn, *layout.split("-"))
 
 
-@pytest.mark.parametrize("kind", ["alone", "padded"])
-@pytest.mark.parametrize("attn", BACKENDS)
-@pytest.mark.parametrize("spec", CASES)
-def test_twenty_steps(spec, attn, kind):
+@covering(
+    spec=[
+        "avgpool:keep=4",
+        "downsample:keep=0.25",
+        "visionzip:keep=10",
+        "visionzip:keep=8:positions=original",
+        "divprune:keep=6",
+        "visionzip:keep=10+fastv:layer=2:keep=0.5",
+    ]
+)
+def test_a_tower_without_cls(spec, attn):
+    """SigLIP: tokens are scored by the attention they receive, and no [CLS] is kept."""
+    check_logits(CASES[spec], attn, "padded", tower="siglip")
+
+
+@covering(spec=ALL, kind=["alone", "padded"])
+def test_twenty_steps(spec, kind, attn):
     check_generate(CASES[spec], attn, kind)
 
 
-@pytest.mark.parametrize("attn", BACKENDS)
-@pytest.mark.parametrize("spec", CASES)
+@covering(spec=ALL)
 @torch.no_grad()
 def test_batched_equals_alone(spec, attn):
     batch = tiny.samples(side=SIDE)
@@ -68,8 +89,7 @@ def test_order_of_the_batch_does_not_matter(spec):
     assert forward == backward
 
 
-@pytest.mark.parametrize("attn", BACKENDS)
-@pytest.mark.parametrize("spec", FEW)
+@covering(spec=FEW)
 @torch.no_grad()
 def test_text_only_is_untouched_and_noted(spec, attn):
     inputs = tiny.collate(tiny.samples("text"))

@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny
 import torch
-from matrix import FEW, SIDE, fresh
+from matrix import FEW, SIDE, anatomy, covering, fresh
 
 import mllm
 from mllm.errors import PlanError
@@ -15,36 +15,7 @@ from mllm.errors import PlanError
 few = pytest.mark.parametrize("spec", FEW)
 
 
-def anatomy(model) -> dict:
-    """Everything about a model that a patch could leave behind."""
-    found = {"keys": list(model.state_dict())}
-    for name, module in model.named_modules():
-        found[name] = {
-            "class": type(module),
-            "attributes": sorted(module.__dict__),
-            "forward": getattr(module.forward, "__func__", module.forward),
-            "config": id(getattr(module, "config", None)),
-            "attention": getattr(getattr(module, "config", None), "_attn_implementation", None),
-            "hooks": [
-                len(getattr(module, kind))
-                for kind in (
-                    "_forward_hooks",
-                    "_forward_pre_hooks",
-                    "_forward_hooks_with_kwargs",
-                    "_forward_pre_hooks_with_kwargs",
-                    "_forward_hooks_always_called",
-                    "_backward_hooks",
-                    "_backward_pre_hooks",
-                )
-            ],
-        }
-    found["config"] = model.config.to_dict()
-    found["generation"] = model.generation_config.to_dict()
-    return found
-
-
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@few
+@covering(spec=FEW)
 @torch.no_grad()
 def test_remove_restores_everything(spec, attn):
     inputs = tiny.collate(tiny.samples(side=SIDE))

@@ -6,7 +6,7 @@ import oracles
 import pytest
 import tiny
 import torch
-from matrix import CASES, FEW, LAYERS, SIDE, equal, fresh
+from matrix import CASES, FEW, LAYERS, SIDE, equal, fresh, reference
 from torch.nn import functional as F
 
 import mllm
@@ -82,6 +82,36 @@ def test_a_label_on_a_dropped_row_is_finite(spec):
     loss, grads, _ = gradients(fresh(), inputs, labels, spec, None)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in grads.values())
+
+
+@pytest.mark.parametrize("supervised", ["all", "before", "image"])
+def test_the_prompt_reaches_to_its_last_image(supervised):
+    """Supervised text before an image does not end the prompt: the cut still sees the image."""
+    batch = tiny.samples(side=SIDE)
+    inputs = tiny.collate(batch, "right")
+    ids, labels = inputs["input_ids"], torch.full_like(inputs["input_ids"], -100)
+    ends = []
+    for b, sample in enumerate(batch):
+        n = len(sample.ids)
+        last = int(sample.visual.nonzero().max()) + 1 if sample.n_visual else 0
+        if supervised == "all":
+            labels[b, :n] = ids[b, :n]
+        elif supervised == "before":
+            labels[b, 1:3] = ids[b, 1:3]
+        else:
+            labels[b, last:n] = ids[b, last:n]
+        ends.append(n if supervised == "before" else last)
+    spec = "fastv:layer=2:keep=0.5"
+    model = fresh()
+    with mllm.patch(model, spec) as patched, torch.no_grad():
+        model(**inputs, labels=labels)
+        kept = patched.ledger.kept(2)
+    for b, sample in enumerate(batch[:2]):
+        prompt = tiny.Sample(sample.ids[: ends[b]], sample.pixels)
+        want = oracles.dense(
+            reference(), oracles.plain(reference(), prompt), None, CASES[spec].cuts
+        )
+        assert kept[b].tolist() == want.entering[2].tolist()
 
 
 @pytest.mark.parametrize("first", ["lora", "patch"])

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import tiny
 import torch
-from matrix import CASES, LAYERS, SIDE, fresh, reference
+from matrix import CASES, LAYERS, LAYOUTS, SIDE, covering, fresh, reference
 
 import mllm
 from mllm.plan import Plan, get_method
@@ -42,32 +42,16 @@ def test_declared_identity_is_the_one_tested(name):
     assert all(getattr(stage, k) == v for k, v in declared.items())
 
 
-def observe(model):
-    """Count the calls of every decoder layer's attention and the rows that come in."""
-    seen = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, i=i: seen.append(
-                (i, (args[0] if args else kwargs["hidden_states"]).shape[1])
-            ),
-            with_kwargs=True,
-        )
-        for i, layer in enumerate(model.model.language_model.layers)
-    ]
-    return seen, handles
-
-
-@pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
-                                        ("padded", "right"), ("text", "left")])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("spec", IDENTITY.values())
+@covering(spec=list(IDENTITY.values()), layout=[*LAYOUTS, "text-left"])
 @torch.no_grad()
-def test_identity(spec, attn, kind, side):
+def test_identity(spec, layout, attn):
     """Bit-equal logits and answers, though the stage did run."""
+    kind, side = layout.split("-")
     inputs = tiny.collate(tiny.samples(kind, side=SIDE), side)
     model = fresh(attn)
-    options = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True,
-                   output_logits=True)
+    options = dict(
+        max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     plain, answer = model(**inputs).logits, model.generate(**inputs, **options)
     with mllm.patch(model, spec) as patched:
         real = inputs["attention_mask"].bool()
@@ -82,8 +66,16 @@ def test_identity(spec, attn, kind, side):
         assert max(ledger["selection_flops"]) > 0
 
 
-@pytest.mark.parametrize("spec", ["random:keep={}", "stride:keep={}", "divprune:keep={}",
-                                  "visionzip:keep={}", "fastv:layer=1:keep={}"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "random:keep={}",
+        "stride:keep={}",
+        "divprune:keep={}",
+        "visionzip:keep={}",
+        "fastv:layer=1:keep={}",
+    ],
+)
 @pytest.mark.parametrize("keep", [1, 2, 7, 15, 16, "0.01", "0.3", "0.5", "0.99", "1.0"])
 @torch.no_grad()
 def test_budgets_are_met_per_image(spec, keep):
@@ -158,17 +150,17 @@ def test_random_is_uniform():
     model = fresh()
     inputs = tiny.collate(tiny.samples("alone", side=SIDE))
     counts = torch.zeros(TOKENS)
-    for seed in range(200):
+    for seed in range(100):
         with mllm.patch(model, Plan.from_spec("random:keep=4", seed=seed)) as patched:
-            model.model.get_image_features(pixel_values=inputs["pixel_values"])
-            model(**inputs)
+            model(**inputs, logits_to_keep=1)
             counts[patched.ledger.kept("llm")[0]] += 1
-    # Expected 50 each with a deviation of 6.1: five deviations.
-    assert counts.min() > 19 and counts.max() < 81
+    # Expected 25 each with a deviation of 4.3: five deviations.
+    assert counts.min() > 3 and counts.max() < 47
 
 
-@pytest.mark.parametrize("spec", [s for s in CASES if s.startswith(("visionzip:keep=10",
-                                                                    "visionzip:keep=8"))])
+@pytest.mark.parametrize(
+    "spec", [s for s in CASES if s.startswith(("visionzip:keep=10", "visionzip:keep=8"))]
+)
 @torch.no_grad()
 def test_visionzip_accounts_for_every_token(spec):
     model = fresh()
@@ -177,16 +169,15 @@ def test_visionzip_accounts_for_every_token(spec):
         model(**tiny.collate([sample]))
         into, kept = patched.ledger.merged_into[0], patched.ledger.kept("llm")[0]
     stage = Plan.from_spec(spec).stages[0]
-    block = oracles.visionzip(
-        reference(), sample.pixels[0], stage.keep, positions=stage.positions
-    )
+    block = oracles.visionzip(reference(), sample.pixels[0], stage.keep, positions=stage.positions)
     assert into.tolist() == block.into
     assert kept.tolist() == sorted(block.seat)
     assert all((into[t] == t) == (t in block.seat) for t in range(TOKENS))
 
 
-@pytest.mark.parametrize("total, dominant, contextual", [(192, 162, 30), (128, 108, 20),
-                                                         (64, 54, 10)])
+@pytest.mark.parametrize(
+    "total, dominant, contextual", [(192, 162, 30), (128, 108, 20), (64, 54, 10)]
+)
 @torch.no_grad()
 def test_visionzip_has_the_published_split(total, dominant, contextual):
     """54 + 10, 108 + 20 and 162 + 30 of 576 tokens, [CLS] counted as dominant."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import pytest
 from eval_tiny import TOKENS, save_tiny
@@ -51,6 +52,7 @@ def test_inspect_writes_the_figure_and_tells_what_it_shows(model, picture, tmp_p
     [
         ({"image": "nowhere.png"}, "image"),
         ({"image": "broken.png"}, "image"),
+        ({"image": "absurd.png"}, "image"),
         ({"output": "no/such/folder/out.png"}, "output"),
         ({"plan": "visionzip:keep=0"}, "keep"),
         ({"plan": "fastv:layer=99"}, "layer"),
@@ -59,7 +61,11 @@ def test_inspect_writes_the_figure_and_tells_what_it_shows(model, picture, tmp_p
     ],
 )
 def test_inspect_refuses_bad_input(model, picture, tmp_path, capsys, change, argument):
-    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:60])
+    content = picture.read_bytes()
+    (tmp_path / "broken.png").write_bytes(content[:60])
+    header = b"IHDR" + (90_000).to_bytes(4, "big") * 2 + content[24:29]
+    absurd = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    (tmp_path / "absurd.png").write_bytes(absurd)
     given = {"image": picture.name, "output": "out.png", "plan": "visionzip:keep=16"} | change
     before = sorted(path.name for path in tmp_path.iterdir())
     code = run(
@@ -108,6 +114,63 @@ def test_demo_refuses_a_folder_it_cannot_write(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run("demo", "-o", tmp_path / "file" / "demo", "--json") == 2
     assert json.loads(capsys.readouterr().out)["error"]["argument"] == "output"
+
+
+def cell(method, budget, outcomes):
+    right = outcomes.count("1")
+    return {
+        "method": method,
+        "budget": budget,
+        "plan": f"{method}:keep={budget}" if budget else "unpatched",
+        "task": "exist",
+        "split": "test",
+        "seed": 0,
+        "n": len(outcomes),
+        "correct": right,
+        "score": right / len(outcomes),
+        "ci": [0.0, 1.0],
+        "visual_avg": float(budget or 576),
+        "kept_llm": float(budget or 576),
+        "flops": 1e9,
+        "kv_bytes": 1,
+        "prefill_s": {"median": 0.05, "ci": [0.04, 0.06]},
+        "outcomes": outcomes,
+        "about": {
+            "weights_sha256": "0" * 64,
+            "dtype": "bfloat16",
+            "backend": "sdpa",
+            "device": "cpu",
+            "threads": 1,
+            "versions": {"torch": "2"},
+            "commit": None,
+        },
+    }
+
+
+def test_report_shows_the_cells_of_a_sweep(tmp_path, capsys):
+    cells = [
+        cell("unpatched", None, "1111"),
+        cell("random", 64, "1000"),
+        cell("visionzip", 64, "1110"),
+    ]
+    results = tmp_path / "cells.jsonl"
+    results.write_text("".join(json.dumps(c) + "\n" for c in cells))
+    words = ("report", results, "-o", tmp_path / "page.html", "--svg", tmp_path / "plot.svg")
+    assert run(*words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"]["rows"] == 3
+    page = (tmp_path / "page.html").read_text()
+    assert "visionzip:keep=64" in page
+    assert (tmp_path / "plot.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"a": 1}\n', "nonsense\n"])
+def test_report_refuses_what_is_no_sweep(tmp_path, capsys, content):
+    results = tmp_path / "cells.jsonl"
+    if content is not None:
+        results.write_text(content)
+    assert run("report", results, "-o", tmp_path / "page.html", "--json") == 2
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "DataError"
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_token_map_draws_two_rows_a_line():

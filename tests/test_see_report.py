@@ -128,6 +128,15 @@ def test_write_replaces_the_page_and_leaves_no_other_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_picture_is_one_well_formed_svg_with_a_legend():
+    rows = [row("unpatched", None, 12), row("random", 64, 6, sanity=True), row("fastv", 64, 9)]
+    text = report.picture(rows, NASTY)
+    tree = ElementTree.fromstring(text)
+    said = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert {NASTY, "random (sanity)", "fastv", "unpatched"} <= set(said)
+    assert "prefers-color-scheme: dark" in text
+
+
 @pytest.mark.parametrize(
     ("low", "high", "log", "ticks"),
     [

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mllm.errors import DataError, MllmError, PlanError, RecipeError
+from mllm.errors import DataError, PlanError, RecipeError
 from mllm.training import recipe as recipes
 from mllm.training.data import IGNORED, Collator, load_data
 from mllm.training.recipe import DataPart, load
@@ -209,9 +209,10 @@ def test_the_run_folder_is_as_promised(whole_run):
         "checkpoint-2", "checkpoint-4",
     }  # fmt: skip
     assert all(check_sealed(path) is None for path in checkpoints(whole_run))
-    assert load(whole_run / "recipe.yaml").sha256 == json.loads(
-        (whole_run / "run.json").read_text()
-    )["recipe_sha256"]
+    assert (
+        load(whole_run / "recipe.yaml").sha256
+        == json.loads((whole_run / "run.json").read_text())["recipe_sha256"]
+    )
     losses = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in losses if "loss" in row] == [1, 2, 3, 4]
 
@@ -346,5 +347,94 @@ def test_the_command_reports_errors_in_one_line():
     assert "Traceback" not in done.stderr
 
 
-def test_all_errors_are_ours():
-    assert issubclass(RecipeError, MllmError) and issubclass(DataError, MllmError)
+def test_the_recipes_command_lists_and_copies(tmp_path, capsys):
+    from mllm.cli import recipes as command
+
+    command.list_command(json=True)
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["schema"] == 1 and payload["ok"]
+    rows = {row["name"]: row for row in payload["data"]}
+    assert set(rows) == set(recipes.shipped())
+    assert rows["lora-visionzip"]["methods"] == ["visionzip"]
+    command.copy_command("tiny-llava", tmp_path / "mine.yaml", json=True)
+    assert load(tmp_path / "mine.yaml").sha256 == load("tiny-llava").sha256
+    with pytest.raises(RecipeError, match="nothing is overwritten"):
+        command.copy_command("tiny-llava", tmp_path / "mine.yaml", json=True)
+
+
+# --- stages
+
+
+def test_packed_questions_cost_what_each_costs_alone(processor):
+    """Packing behind one image gives exactly the loss of the processor's own prompts."""
+    from torch.nn import functional as F
+
+    from mllm.training.grounding import GroundedLlava, GroundingData
+    from mllm.yardstick.questions import Question
+
+    model = new_model(processor.tokenizer).eval()
+    grounded = GroundedLlava(model, processor.tokenizer, {})
+    data = GroundingData("full", 4, 1, 0, processor.tokenizer)
+    item = data[0]
+    image = Image.fromarray(item["pixels"])
+    asked = [Question("exist", "is there a cat?", "yes"), Question("ocr", "what is written?", "X7")]
+    packed = data._pack(asked)
+    alone = []
+    with torch.no_grad():
+        hidden, index = grounded.see(torch.tensor(item["pixels"])[None], torch.zeros(1, 2).long())
+        tokens = model.model.multi_modal_projector(hidden[:, 1:])
+        together = grounded._answer_loss(
+            tokens, index, *(torch.tensor([packed[k]]) for k in ("input_ids", "targets", "segment"))
+        )
+        for question in asked:
+            talk = [
+                {"role": "user", "content": [{"type": "image"}, _text(question.text)]},
+                {"role": "assistant", "content": [_text(question.answer)]},
+            ]
+            batch = Collator(processor)([{"messages": talk, "images": [image]}])
+            labels = batch.pop("labels")[0, 1:]
+            logits = model(**batch).logits[0, :-1]
+            known = labels != IGNORED
+            alone.append(F.cross_entropy(logits[known], labels[known], reduction="none"))
+    assert torch.allclose(together, torch.cat(alone).mean(), atol=1e-4)
+
+
+def _text(text):
+    return {"type": "text", "text": text}
+
+
+def test_a_stage_asks_its_tasks_and_as_many_yes_as_no(processor):
+    from mllm.training.grounding import GroundingData
+
+    tasks = {"exist": 1.0, "color": 5.0}
+    data = GroundingData("mini", 30, 1, 0, processor.tokenizer, tasks, {"objects": 1.0})
+    packed: list = []
+    data._pack = lambda questions: packed.extend(questions) or {}
+    for index in range(20):
+        data[index]
+    assert {question.task for question in packed} == set(tasks)
+    said = [question.answer for question in packed if question.task == "exist"]
+    assert said.count("yes") == said.count("no")
+
+
+@pytest.mark.slow
+def test_a_staged_run_resumes_to_the_same_weights(tmp_path):
+    def staged(folder):
+        short = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "bf16": False}
+        changes = [f"stages.{i}.train.{k}={v}" for i in range(4) for k, v in short.items()]
+        changes += ["eval=null", f"output.dir={folder}"]
+        changes += [f"stages.{i}.train.lr_scheduler_kwargs.num_decay_steps=1" for i in (0, 1, 2)]
+        return load("tiny-llava", changes)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(staged(first))["status"] == "complete"
+    shutil.copytree(first, second)
+    # As if killed in the second stage, after its first step.
+    for name in ("model", "stage-3-focus", "stage-4-full", "stage-2-mini/checkpoint-2"):
+        shutil.rmtree(second / name)
+    (second / "stage-2-mini/stage.json").unlink()
+    record = json.loads((second / "run.json").read_text()) | {"status": "running"}
+    (second / "run.json").write_text(json.dumps(record))
+    assert run(staged(second), resume=True)["status"] == "complete"
+    one, other = (load_file(f / "model/model.safetensors") for f in (first, second))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -11,23 +11,28 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipVisionConfig,
 )
 
 IMAGE, PAD, VOCAB = 5, 0, 96
 
 
 def config(
-    *, layers: int = 4, side: int = 4, hidden: int = 48, tower_layers: int = 3
+    *,
+    layers: int = 4,
+    side: int = 4,
+    hidden: int = 48,
+    tower_layers: int = 3,
+    tower: str = "clip",
 ) -> LlavaConfig:
-    """A LLaVA with a CLIP tower of `side` x `side` patches and a GQA LLaMA decoder."""
-    vision = CLIPVisionConfig(
+    """A LLaVA with a tower of `side` x `side` patches and a GQA LLaMA decoder."""
+    vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(
         hidden_size=32,
         intermediate_size=56,
         num_hidden_layers=tower_layers,
         num_attention_heads=4,
         image_size=side * 14,
         patch_size=14,
-        projection_dim=32,
     )
     text = LlamaConfig(
         hidden_size=hidden,
@@ -47,12 +52,12 @@ def config(
         image_token_id=IMAGE,
         image_seq_length=side * side,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
 
 
 def llava(
-    attn: str = "sdpa", *, seed: int = 0, cfg: LlavaConfig | None = None, **shape: int
+    attn: str = "sdpa", *, seed: int = 0, cfg: LlavaConfig | None = None, **shape
 ) -> LlavaForConditionalGeneration:
     """A random model in fp32; the same seed gives the same weights whatever the backend.
 

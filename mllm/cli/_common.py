@@ -94,6 +94,8 @@ def exit_codes(arguments: Sequence[str], commands: Collection[str]) -> Iterator[
             print_json({"schema": 1, "command": command, "ok": False, "error": error})
         else:
             line = " ".join(error["message"].split())
+            if error["expected"] and error["expected"] not in line:
+                line += f"; expected {error['expected']}"
             print(f"{' '.join(filter(None, ['mllm', command]))}: error: {line}", file=sys.stderr)
         sys.exit(code)
 

@@ -37,13 +37,15 @@ def command(
     ] = None,
     visual: Annotated[
         list[int] | None,
-        typer.Option(help="Visual tokens per sample, whole images; repeatable. Default: 1, 2 images."),
+        typer.Option(help="Visual tokens per sample; repeatable. Default: one and two images."),
     ] = None,
     text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
     pairs: Annotated[int, typer.Option(help="Interleaved pairs; 30 or more for a claim.")] = 30,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice if left out.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; torch's choice if left out.")
+    ] = None,
     device: DeviceOption = None,
     output: Annotated[str | None, typer.Option(help="Also write the results to this file.")] = None,
     json: JsonOption = False,

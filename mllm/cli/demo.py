@@ -450,8 +450,10 @@ def _lead(per_task: int, quick: bool) -> list[str]:
 def _table(rows: list[Row], tasks: tuple[str, ...]) -> Table:
     from mllm.eval.stats import wilson
 
-    table = Table(title="Accuracy and cost", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("budget", "plan", "tokens", "FLOPs", "1st token", "right (95 %)", "changed"):
+    # Fits into 80 columns.
+    table = Table(title="Accuracy and cost", title_justify="left", pad_edge=False)
+    table.box = box.SIMPLE_HEAD
+    for name in ("budget", "plan", "tokens", "FLOPs", "prefill", "right (95 %)", "changed"):
         table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         cells = ["" if row.budget is None else str(row.budget), row.name + "*" * row.sanity]
@@ -462,15 +464,16 @@ def _table(rows: list[Row], tasks: tuple[str, ...]) -> Table:
                 f"{row.flops / rows[0].flops:.0%}",
                 f"{1000 * row.prefill_s:.0f} ms" if row.prefill_s else "",
                 f"{row.score:.0%} ({100 * low:.0f} to {100 * high:.0f})",
-                "" if row.flipped is None else f"{row.flipped} of {row.n}",
+                "" if row.flipped is None else str(row.flipped),
             ]
         else:
-            cells.append("out of reach")
+            cells += ["", "", "", "out of reach"]
         end = following is None or following.budget != row.budget
         table.add_row(*cells, end_section=end, style="dim" if row.sanity else None)
     table.caption = (
-        f"Tasks: {', '.join(tasks)}. Tokens: visual, averaged over the decoder layers. "
-        "* sanity rows: what any method has to beat."
+        f"{rows[0].n} questions: {', '.join(tasks)}. Tokens: visual, averaged over the decoder "
+        "layers. Prefill: one picture, vision tower included. Changed: answers that differ from "
+        "the unpatched model's. * sanity rows: what any method has to beat."
     )
     table.caption_justify = "left"
     return table

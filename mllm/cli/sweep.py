@@ -62,6 +62,12 @@ def command(
         from mllm.yardstick import ADMITTED, TASKS
 
         chosen = _split(tasks) or list(ADMITTED)
+        if not chosen:
+            raise MllmError(
+                "the embedded model has no admitted tasks; name some with --tasks",
+                argument="tasks",
+                expected=", ".join(TASKS),
+            )
         sweep.check_tasks(chosen, TASKS)
         files.ensure_writable(output.parent)
         loaded = load_model(model, dtype=dtype, device=device)

@@ -25,6 +25,7 @@ from mllm.compressors.base import (
     resolve,
     top_k,
 )
+from mllm.errors import PlanError
 
 
 @register("visionzip", paper="arXiv:2412.04467", stage="pre_llm")
@@ -58,6 +59,16 @@ class VisionZip(TokenReducer):
     # Not with the paper's layout: [CLS] takes a patch's seat, and dominant tokens come first.
     identity = {"keep": 1.0, "cls": False, "positions": "original"}
     oracle = "rebuild"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.dominant <= 1:
+            raise PlanError(
+                f"visionzip: dominant={self.dominant!r} is not a share of keep",
+                argument="dominant",
+                given=self.dominant,
+                expected="0 < dominant <= 1",
+            )
 
     def reads(self):
         return {

@@ -6,15 +6,16 @@ alternates; a figure is the median of the per-pair ratios with a bootstrap inter
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib.metadata as metadata
+import gc
 import json
 import os
 import platform
-import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ import torch
 import mllm
 from mllm import flops
 from mllm.errors import DataError
+from mllm.eval.provenance import commit, versions
+from mllm.eval.stats import median_interval
 from mllm.loading import load_model
 
 Inputs = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # what runs, pairs done, pairs in all
 
+DTYPES = ("bfloat16", "float16", "float32")
 CLAIM_PAIRS = 30  # fewer pairs are a look, not a figure to quote
 
 
@@ -151,9 +155,11 @@ def prefill(
     for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
         if min(values) < 1:
             raise _bad(name, min(values), "1 or more")
+    if threads is not None and threads < 1:
+        raise _bad("threads", threads, "1 or more")
+    if dtype not in DTYPES:
+        raise _bad("dtype", dtype, " or ".join(DTYPES))
     if threads is not None:
-        if threads < 1:
-            raise _bad("threads", threads, "1 or more")
         torch.set_num_threads(threads)
     load_before = round(os.getloadavg()[0], 2)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,8 +227,8 @@ def _row(
         ledger = patched.ledger.as_dict()
         peak = peak_bytes(other, inputs)
     total, llm = times[..., 0], times[..., 1]
-    ratio, ratio_ci = median_interval(total[:, 0] / total[:, 1])
-    llm_ratio, llm_ci = median_interval(llm[:, 0] / llm[:, 1])
+    ratio, *ratio_ci = median_interval(total[:, 0] / total[:, 1])
+    llm_ratio, *llm_ci = median_interval(llm[:, 0] / llm[:, 1])
     ideal = sum(ledger["baseline_prefill_flops"]) / sum(ledger["prefill_flops"])
     status, words = judge(ratio, ratio_ci, ideal, target, pairs)
     return {
@@ -390,13 +396,13 @@ def peak_bytes(model: Any, inputs: Inputs) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     # The CPU allocator keeps no peak; the profiler's trace has every allocation and release.
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    gc.collect()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as p:
         model(**inputs, use_cache=True, logits_to_keep=1)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
+        p.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     memory = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
     steps = np.cumsum([size for _, size in sorted(memory, key=lambda item: item[0])])
@@ -404,11 +410,18 @@ def peak_bytes(model: Any, inputs: Inputs) -> int:
     return int(weights + max(0, steps.max(initial=0)))
 
 
-def median_interval(values: np.ndarray, seed: int = 0) -> tuple[float, list[float]]:
-    """Median of a sample and its 95 % percentile-bootstrap interval (10,000 resamples)."""
-    draws = np.random.default_rng(seed).integers(0, len(values), (10_000, len(values)))
-    low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
-    return float(np.median(values)), [float(low), float(high)]
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep the profiler's native log lines (one at start, one at stop) off the terminal."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "w") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _llm_ideal(config: Any, ledger: dict[str, Any]) -> float:
@@ -420,24 +433,6 @@ def _llm_ideal(config: Any, ledger: dict[str, Any]) -> float:
 
     patched = [layer["tokens"] for layer in ledger["layers"]]
     return total([ledger["prompt_tokens"]] * len(patched)) / total(patched)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a measurement depends on."""
-    packages = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return {"python": platform.python_version(), "mllm": mllm.__version__, **packages}
-
-
-def commit() -> str | None:
-    """Commit of the checkout that runs, `-dirty` with uncommitted changes; None if installed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(mllm.__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def device_name(device: str) -> str:

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 
+from mllm.eval.files import write_text
 from mllm.eval.stats import wilson
 
 
@@ -139,11 +140,15 @@ class Report:
     training: Training | None = None
 
 
-def render(report: Report) -> str:
-    """The page as text."""
-    environment = Environment(
+def _templates() -> Environment:
+    return Environment(
         loader=PackageLoader("mllm.eval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    environment = _templates()
     environment.filters.update(picture=_picture, percent=_percent, interval=_interval)
     measured = [row for row in report.rows if row.n]
     tasks = list(dict.fromkeys(task for row in measured for task in row.tasks))
@@ -164,9 +169,30 @@ def render(report: Report) -> str:
 
 def write(report: Report, path: Path) -> None:
     """Write the page to a temporary name, then rename it to `path`."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(render(report), encoding="utf-8")
-    part.replace(path)
+    write_text(path, render(report))
+
+
+def picture(rows: Sequence[Row], title: str) -> str:
+    """Accuracy over visual tokens as an SVG file of its own, with a title and a legend."""
+    measured = [row for row in rows if row.n]
+    names = list(dict.fromkeys(row.name for row in measured if row.budget is not None))
+    plot = str(pareto(measured, "tokens")).replace(
+        "<svg ", f'<svg x="0" y="34" width="{_WIDTH}" height="{_HEIGHT}" ', 1
+    )
+    parts = [f'<text class="title" x="{_LEFT}" y="24">{escape(title)}</text>', plot]
+    for i, name in enumerate(names):
+        y = 70 + 24 * i
+        key = str(_key(name, measured)).replace("<svg ", f'<svg x="{_WIDTH + 6}" y="{y}" ', 1)
+        note = " (sanity)" if _is_sanity(name, measured) else ""
+        parts += [key, f'<text x="{_WIDTH + 48}" y="{y + 12}">{escape(name + note)}</text>']
+    width, height, margin = _WIDTH + 220, _HEIGHT + 40, 10
+    style = _templates().get_template("plot.css").render()
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} 0 {width} {height}" '
+        f'font-family="system-ui, sans-serif"><style>{style}</style>'
+        f'<rect x="{-margin}" width="{width}" height="{height}" fill="var(--paper)"/>'
+        f'{"".join(parts)}</svg>\n'
+    )
 
 
 _X: dict[str, tuple[str, Callable[[Row], float], bool]] = {

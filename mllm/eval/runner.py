@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm.errors import MllmError
+from mllm.errors import DataError, MllmError
 from mllm.eval import files, stats, tasks
 from mllm.eval.plans import UNPATCHED, make_plan
 
@@ -53,7 +53,7 @@ def evaluate(
 
     Raises:
         MllmError: lmms-eval is not installed, or a task does not exist.
-        DataError: `output` cannot be written.
+        DataError: `output` cannot be written, or data cannot be fetched.
         PlanError: a plan that cannot run on the model; found before anything is evaluated.
     """
     made = [make_plan(plan, seed) for plan in plans]
@@ -62,8 +62,8 @@ def evaluate(
     _need_lmms_eval()
     manager = find_tasks(task_names)
 
-    import torch
     from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
 
     from mllm.eval.lmms import MllmModel
     from mllm.eval.plans import patched_with
@@ -81,17 +81,26 @@ def evaluate(
     for plan in made:
         wanted = [_configured(name, split, limit) for name in task_names]
         model = MllmModel(pretrained, plan, batch_size=batch_size, loaded=loaded)
-        results = simple_evaluate(
-            model=model,
-            model_args=f"pretrained={pretrained},plan={plan.spec or 'none'}",
-            tasks=wanted,
-            batch_size=batch_size,
-            device=str(loaded[0].device),
-            limit=limit,
-            bootstrap_iters=0,
-            task_manager=manager,
-            torch_random_seed=torch.initial_seed() % 2**32,
-        )
+        try:
+            results = simple_evaluate(
+                model=model,
+                model_args=f"pretrained={pretrained},plan={plan.spec or 'none'}",
+                tasks=wanted,
+                batch_size=batch_size,
+                device=str(loaded[0].device),
+                limit=limit,
+                bootstrap_iters=0,
+                task_manager=manager,
+            )
+        except RetryError as error:  # lmms-eval tries a download several times
+            model.clean()
+            cause = error.last_attempt.exception()
+            raise DataError(
+                f"the data of {', '.join(task_names)} cannot be fetched: {cause}",
+                argument="tasks",
+                given=", ".join(task_names),
+                expected="a network, cached data, or the yardstick tasks",
+            ) from error
         results["config"]["model"] = "mllm"
         records.append(_record(plan, results, about | {"seed": plan.seed}, model.seconds, output))
     return records

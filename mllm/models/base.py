@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm.errors import PlanError
 from mllm.tokens import Layout
 
 
@@ -18,6 +18,24 @@ def shrink(pixels: Tensor, size: tuple[int, int]) -> Tensor:
         pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False
     )
     return small.to(pixels.dtype)
+
+
+def join_patches(signal: Tensor, layouts: list[Layout], side: int) -> Tensor:
+    """The mean over the `side` x `side` patches of every token.
+
+    Args:
+        signal: `[patches of all images, ...]`, each image in reading order.
+        layouts: layouts of the images, plain grids.
+        side: patches that the projector joins in each direction.
+    """
+    parts, start = [], 0
+    for layout in layouts:
+        ((rows, cols),) = layout.grids
+        here = signal[start : start + layout.cells * side**2]
+        here = here.unflatten(0, (rows, side, cols, side)).mean((1, 3)).flatten(0, 1)
+        parts.append(here)
+        start += layout.cells * side**2
+    return torch.cat(parts)
 
 
 class Family:
@@ -36,7 +54,7 @@ class Family:
         per_token: every projected token comes from one tower token, and an image is one plain
             grid: stages before the projector can run there.
         plain: an image is one grid without separators.
-        resizable: the tower accepts smaller pictures.
+        refuses: actions that the family cannot do, with the reason.
         mrope: rotary positions have a row and a column; they cannot be renumbered.
         first_cut: first decoder layer before which rows may leave.
     """
@@ -44,7 +62,7 @@ class Family:
     prefix = 0
     per_token = False
     plain = True
-    resizable = True
+    refuses: ClassVar[dict[str, str]] = {}
     mrope = False
     first_cut = 0
 
@@ -120,16 +138,24 @@ class Family:
         """
         return signal
 
+    def picture_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid nearest to `grid`, and within it, of a picture that the tower can take."""
+        return grid
+
     def resized(
         self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
     ) -> dict[str, Any]:
         """Arguments to change so that every image yields its grid of visual tokens."""
-        raise PlanError(
-            f"{type(self.model).__name__} fixes the size of its pictures",
-            argument="plan",
-            given=grids[0],
-            expected="a method that works on tokens",
-        )
+        raise NotImplementedError
+
+    def take_rows(self, arguments: dict[str, Any], rows: Tensor, valid: Tensor) -> None:
+        """Let side features of the decoder leave with their rows; changes `arguments` in place.
+
+        Args:
+            arguments: the decoder's arguments.
+            rows: int64 `[batch, kept]`, rows that stay.
+            valid: bool `[batch, kept]`.
+        """
 
     def vision_flops(self, layout: Layout, projected: int) -> float:
         """FLOPs of one image through the tower, and of `projected` tokens in the projector."""

@@ -1,13 +1,13 @@
 """Pretraining objective of the embedded model: grounded losses on drawn scenes.
 
-Tower: what each patch shows, where it is, and what the whole picture holds ([CLS], by presence and by
-contrast with its caption's words). Language model: packed questions behind one image prefix.
+Tower: what each patch shows, where it is, and what the whole picture holds ([CLS], by presence and
+by contrast with its caption's words). Language model: packed questions behind one image prefix.
 The heads live only during training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from random import Random
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from mllm.yardstick.questions import Question, ask, caption
+from mllm.yardstick.questions import YES_NO, Question, ask, caption
 from mllm.yardstick.scenes import (
     CHARACTERS,
     COLOUR_NAMES,
@@ -46,10 +46,12 @@ QUESTION_WEIGHTS = {
     "where": 1.5,
     "chart_max": 2.0,
     "chart_min": 1.0,
-    "list": 2.0,
+    "list": 2.0,  # the dense caption, which is no task of the yardstick
 }
-CHARACTER_ERROR_WEIGHT = 1.0
-HEAD_LOSSES = (1.0, 0.5, CHARACTER_ERROR_WEIGHT, 0.3)
+# Few scenes allow these; a stage with `tasks` asks them twice.
+RARE = ("color", "needle", "needle_color", "what_at")
+# Weights of object, colour, character and bar value within the patch loss.
+HEAD_LOSSES = (1.0, 0.5, 1.0, 0.3)
 
 
 class GroundingData(Dataset):
@@ -60,7 +62,9 @@ class GroundingData(Dataset):
         questions: packed questions per scene.
         size: number of items.
         seed: two data sets with different seeds share no scene.
-        tokenizer: turns questions into ids; needed unless `scenes` is "soup".
+        tokenizer: turns questions into ids.
+        tasks: weights of the tasks to ask, as many "yes" as "no"; None asks all of them.
+        kinds: shares of the kinds of scene; None takes the mixture of the test scenes.
     """
 
     def __init__(
@@ -70,9 +74,11 @@ class GroundingData(Dataset):
         size: int,
         seed: int,
         tokenizer: PreTrainedTokenizerFast,
+        tasks: Mapping[str, float] | None = None,
+        kinds: Mapping[str, float] | None = None,
     ) -> None:
         self.scenes, self.questions, self.size, self.seed = scenes, questions, size, seed
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tasks, self.kinds = tokenizer, tasks, kinds
         self._ids: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -88,7 +94,10 @@ class GroundingData(Dataset):
         if self.scenes == "soup":
             scene = soup(rng)
         else:
-            scene = draw(rng, size=MINI if self.scenes == "mini" else FULL)
+            kind = None
+            if self.kinds:
+                kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+            scene = draw(rng, kind, MINI if self.scenes == "mini" else FULL)
         free = GRID - scene.labels.shape[1]
         offset = (rng.randint(0, free), rng.randint(0, free))
         item = {"pixels": np.asarray(scene.image), "patches": scene.labels, "offset": offset}
@@ -96,7 +105,11 @@ class GroundingData(Dataset):
             asked = {q.text: q for q in ask(rng, scene, offset) + ask(rng, scene, offset)}
             if scene.things or scene.bars:
                 asked["list"] = caption(scene)
-            item |= self._pack(_weighted(rng, list(asked.values()), self.questions))
+            pool, weights = list(asked.values()), QUESTION_WEIGHTS
+            if self.tasks:
+                pool, weights = _balanced(q for q in pool if q.task in self.tasks), self.tasks
+                pool += [question for question in pool if question.task in RARE]
+            item |= self._pack(_weighted(rng, pool, weights, self.questions))
         return item
 
     def _pack(self, questions: list[Question]) -> dict[str, list[int]]:
@@ -113,9 +126,23 @@ class GroundingData(Dataset):
         return {"input_ids": ids, "targets": targets, "segment": segment}
 
 
-def _weighted(rng: Random, questions: list[Question], count: int) -> list[Question]:
+def _balanced(questions: Iterable[Question]) -> list[Question]:
+    """Repeat what a task has less of, "yes" or "no"; a scene with only one of them loses it."""
+    kept = list(questions)
+    for task in sorted({question.task for question in kept if question.answer in YES_NO}):
+        yes, no = ([q for q in kept if (q.task, q.answer) == (task, a)] for a in YES_NO)
+        kept = [question for question in kept if question.task != task]
+        if yes and no:
+            pairs = range(max(len(yes), len(no)))
+            kept += [side[i % len(side)] for side in (yes, no) for i in pairs]
+    return kept
+
+
+def _weighted(
+    rng: Random, questions: list[Question], weights: Mapping[str, float], count: int
+) -> list[Question]:
     """Draw without replacement, by the weight of the task (Efraimidis and Spirakis)."""
-    keys = [rng.random() ** (1 / QUESTION_WEIGHTS.get(q.task, 1.0)) for q in questions]
+    keys = [rng.random() ** (1 / weights.get(q.task, 1.0)) for q in questions]
     order = sorted(range(len(questions)), key=lambda i: -keys[i])[:count]
     return [questions[i] for i in order]
 

@@ -50,9 +50,7 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | No
         arguments = training_arguments(stage.train, home)
         optimizer = MuonAdamW(model, arguments.learning_rate, **stage.optimizer.model_dump())
         items = (
-            arguments.max_steps
-            * arguments.train_batch_size
-            * arguments.gradient_accumulation_steps
+            arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
         )
         stop = StopOnSigterm()
         trainer = GroundingTrainer(
@@ -60,10 +58,20 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | No
             args=arguments,
             data_collator=collate,
             train_dataset=GroundingData(
-                stage.scenes, stage.questions, items, arguments.seed, processor.tokenizer
+                stage.scenes,
+                stage.questions,
+                items,
+                arguments.seed,
+                processor.tokenizer,
+                stage.tasks,
+                stage.kinds,
             ),
             optimizers=(optimizer, None),
-            callbacks=[MetricsFile(folder / "metrics.jsonl", stage.name), Progress(stage.name), stop],
+            callbacks=[
+                MetricsFile(folder / "metrics.jsonl", stage.name),
+                Progress(stage.name),
+                stop,
+            ],
         )
         checkpoint = newest_checkpoint(home) if resume else None
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -83,11 +83,17 @@ class LossPart(Strict):
 
 
 class StagePart(Strict):
-    """One pretraining stage on drawn scenes, with the grounding objective."""
+    """One pretraining stage on drawn scenes, with the grounding objective.
+
+    `tasks` (weights) limits the questions to these tasks, "yes" and "no" in equal parts; `kinds`
+    (shares) sets the kinds of scene.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     scenes: Literal["soup", "mini", "full"]
     questions: int = Field(default=0, ge=0)
+    tasks: dict[str, float] | None = None
+    kinds: dict[str, float] | None = None
     losses: LossPart
     optimizer: OptimizerPart = OptimizerPart()
     train: dict[str, Any]
@@ -381,7 +387,7 @@ def _check_together(recipe: Recipe) -> None:
     """Parts that cannot go together."""
     from mllm.plan import Plan
     from mllm.yardstick import TASKS
-    from mllm.yardstick.scenes import STYLES
+    from mllm.yardstick.scenes import KINDS, STYLES
 
     parallel = recipe.parallel.model_dump()
     for key, value in parallel.items():
@@ -430,6 +436,8 @@ def _check_together(recipe: Recipe) -> None:
                     stage.questions,
                     "0 with scenes: soup, else at least 1",
                 )
+            _check_names(f"stages.{number}.tasks", stage.tasks or (), (*TASKS, "list"))
+            _check_names(f"stages.{number}.kinds", stage.kinds or (), tuple(KINDS))
             if not stage.train.get("max_steps", 0) > 0:
                 _refuse(
                     f"stages.{number}.train.max_steps must be given: scenes are endless",
@@ -484,7 +492,7 @@ def _check_together(recipe: Recipe) -> None:
             Plan.from_spec(plan)
 
 
-def _check_names(where: str, given: Sequence[str], known: Sequence[str]) -> None:
+def _check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

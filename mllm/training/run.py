@@ -37,7 +37,8 @@ def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
             or one checkpoint in it.
 
     Returns:
-        The record, with `folder` and `eval` (the scores); `status` is "complete", or "stopped" after SIGTERM (a checkpoint was saved).
+        The record, with `folder` and `eval` (the scores); `status` is "complete", or "stopped"
+        after SIGTERM (a checkpoint was saved).
 
     Raises:
         RecipeError: the output folder cannot be used, or the run there is of another recipe.
@@ -48,16 +49,16 @@ def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     if record["status"] == "complete":
         return _report(folder, record)
     started = time.monotonic()
+    record["status"] = "failed"  # unless one of the lines below says otherwise
     try:
-        status = _work(recipe, folder, record, checkpoint or bool(resume))
-    except BaseException as error:
-        status = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+        record["status"] = _work(recipe, folder, record, checkpoint or bool(resume))
+    except (KeyboardInterrupt, SystemExit):
+        record["status"] = "stopped"
         raise
     finally:
-        record["status"] = status
         record["seconds"] += round(time.monotonic() - started, 1)
         write_json(folder / RECORD, record)
-    if status == "complete":
+    if record["status"] == "complete":
         write_card(folder, recipe, record)
     return _report(folder, record)
 

@@ -128,9 +128,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCond
 def mimetic_init(model: LlavaForConditionalGeneration, copy: float = 0.4) -> None:
     """Start every decoder layer as "attend to what looks like me, and copy it".
 
-    W_q = W_k is orthonormal and W_o = `copy` * W_v^T. With visual tokens aligned to word embeddings,
-    a question word then finds its patches from the first step. Source: Trockman & Kolter,
-    "Mimetic Initialization of Self-Attention Layers", 2023.
+    W_q = W_k is orthonormal and W_o = `copy` * W_v^T. With visual tokens aligned to word
+    embeddings, a question word then finds its patches from the first step.
+
+    Source: Trockman & Kolter, "Mimetic Initialization of Self-Attention Layers", 2023.
     """
     for layer in model.model.language_model.layers:
         attention = layer.self_attn

@@ -182,7 +182,6 @@ class CheckpointTrainer(Trainer):
             for old in checkpoints(home)[:-limit]:
                 shutil.rmtree(old)
 
-
     # Trainer's own pair saves a model under its hub names and loads them without converting back
     # (LLaVA, transformers 5.23: every weight "missing", training goes on from the wrong weights).
     def _save(self, output_dir=None, state_dict=None) -> None:

@@ -83,9 +83,7 @@ def _chart_questions(scene: Scene) -> list[Question]:
         )
         for bar in bars
     ]
-    asked.append(
-        Question("chart_max", "which bar is the tallest?", tallest.colour, (tallest.box,))
-    )
+    asked.append(Question("chart_max", "which bar is the tallest?", tallest.colour, (tallest.box,)))
     asked.append(
         Question("chart_min", "which bar is the shortest?", shortest.colour, (shortest.box,))
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from random import Random
 
@@ -121,13 +121,13 @@ class Scene:
         return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_font(index: int, size: int) -> ImageFont.FreeTypeFont:
     """One of the three shipped fonts at `size` pixels."""
     return ImageFont.truetype(str(files("mllm") / "assets" / "fonts" / FONTS[index]), size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _emoji(name: str) -> Image.Image:
     """The sprite, cropped to its ink and padded to a square."""
     image = Image.open(files("mllm") / "assets" / "sprites" / f"{name}.png").convert("RGBA")
@@ -217,12 +217,12 @@ class PlainStyle:
 @lru_cache(maxsize=4096)
 def _dark_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.Image:
     """A turned sprite with a white rim; shapes are thick outlines, not filled."""
-    big = side * 4
+    big = side * 2
     if name in EMOJI:
         image = _emoji(name).resize((big, big), Image.Resampling.LANCZOS)
     else:
         image = Image.new("RGBA", (big, big))
-        edge = {"outline": (*COLOURS[colour], 255), "width": max(8, big // 6)}
+        edge = {"outline": (*COLOURS[colour], 255), "width": max(4, big // 6)}
         _draw_shape(ImageDraw.Draw(image), name, big, **edge)
     inner = round(big * 0.78)
     image = image.resize((inner, inner), Image.Resampling.LANCZOS)
@@ -230,12 +230,12 @@ def _dark_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.
     sheet.paste(image, ((big - inner) // 2, (big - inner) // 2))
     sheet = sheet.rotate(angle, Image.Resampling.BICUBIC)
     rim = Image.new("RGBA", (big, big), (255, 255, 255, 0))
-    rim.putalpha(sheet.getchannel("A").filter(ImageFilter.MaxFilter(9)))
+    rim.putalpha(sheet.getchannel("A").filter(ImageFilter.MaxFilter(5)))
     return Image.alpha_composite(rim, sheet).resize((side, side), Image.Resampling.LANCZOS)
 
 
 class DarkStyle(PlainStyle):
-    """Held back from training: dark striped or speckled backgrounds, turned and outlined objects."""
+    """Held back from training: dark striped or speckled grounds, turned and outlined objects."""
 
     name = "dark"
 
@@ -252,8 +252,8 @@ class DarkStyle(PlainStyle):
         return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
     def sprite(self, rng: Random, name: str, colour: str | None, side: int) -> Image.Image:
-        # At most 25 degrees: a square must not become a diamond.
-        return _dark_sprite(name, colour, side, rng.randrange(-25, 26, 5))
+        # At most 20 degrees: a square must not become a diamond.
+        return _dark_sprite(name, colour, side, rng.randrange(-20, 21, 10))
 
     def ink(self, rng: Random) -> tuple[int, int, int]:
         return tuple(rng.randint(190, 255) for _ in range(3))

@@ -1,0 +1,51 @@
+"""Does the [CLS] token look at what is drawn? The ground that [CLS] methods stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllm.yardstick.scenes import GRID, PATCH
+
+
+def object_patches(sample: dict[str, Any]) -> np.ndarray:
+    """Bool `[576]`: patches at least half covered by the box of one object."""
+    rows, cols = np.mgrid[:GRID, :GRID] * PATCH
+    covered = np.zeros((GRID, GRID), bool)
+    for thing in sample["objects"]:
+        x0, y0, x1, y1 = thing["box"]
+        wide = np.minimum(cols + PATCH, x1) - np.maximum(cols, x0)
+        tall = np.minimum(rows + PATCH, y1) - np.maximum(rows, y0)
+        covered |= np.clip(wide, 0, None) * np.clip(tall, 0, None) >= PATCH * PATCH / 2
+    return covered.ravel()
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve: chance that a positive outranks a negative (Mann-Whitney)."""
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(scores)] = np.arange(1, len(scores) + 1)
+    good = int(positive.sum())
+    above = ranks[positive].sum() - good * (good + 1) / 2
+    return float(above / (good * (len(scores) - good)))
+
+
+@torch.no_grad()
+def cls_attention_auc(model: Any, processor: Any, samples: Sequence[dict[str, Any]]) -> float:
+    """Mean AUC of the [CLS] row of the feature block against the boxes of drawn objects.
+
+    Args:
+        model: loaded with `attn_implementation="eager"`, which keeps attention weights.
+        processor: its processor.
+        samples: of `mllm.yardstick.samples`, with at least one object each.
+    """
+    tower = model.model.vision_tower
+    found = []
+    for sample in samples:
+        pixels = processor.image_processor(sample["image"], return_tensors="pt")["pixel_values"]
+        out = tower(pixels.to(model.device, model.dtype), output_attentions=True)
+        row = out.attentions[model.config.vision_feature_layer][0, :, 0, 1:].float().mean(0)
+        found.append(auc(row.cpu().numpy(), object_patches(sample)))
+    return float(np.mean(found))

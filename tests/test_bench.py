@@ -1,0 +1,188 @@
+"""The bench on a shape of a few thousand weights: what it reports, never how fast it was."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import mllm
+from mllm import flops
+from mllm.cli import app
+from mllm.errors import DataError, PlanError
+from mllm.eval import bench
+
+TINY = bench.Shape(
+    name="tiny",
+    vision_hidden=32,
+    vision_layers=2,
+    vision_heads=4,
+    image=56,
+    patch=14,
+    hidden=64,
+    ffn=128,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    vocab=128,
+)
+PROMISED = {
+    "plan", "batch", "visual", "text", "dtype", "backend", "pairs", "ratio", "ratio_ci", "ideal",
+    "share", "peak_bytes", "status",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TINY.build(torch.float32, "cpu")
+
+
+def test_results_have_the_promised_fields():
+    results = bench.prefill(
+        model=TINY, plans=["fastv:layer=2:keep=0.5"], text=9, batch=(1, 2), pairs=3, dtype="float32"
+    )
+    json.dumps(results, allow_nan=False)
+    assert results["schema"] == 1 and results["suite"] == "prefill"
+    assert {"model_shape", "device", "versions", "commit", "threads", "load_before"} <= set(results)
+    assert [(r["batch"], r["visual"]) for r in results["rows"]] == [
+        (1, 16),
+        (1, 32),
+        (2, 16),
+        (2, 32),
+    ]
+    for row in results["rows"]:
+        assert PROMISED <= set(row)
+        assert row["share"] == pytest.approx(row["ratio"] / row["ideal"])
+        assert row["ratio_ci"][0] <= row["ratio"] <= row["ratio_ci"][1]
+        assert row["status"] == "unresolved" and "3 pairs" in row["words"]
+
+
+def test_ideal_is_the_ratio_of_flops(model):
+    results = bench.prefill(
+        model=TINY, plans=["fastv:layer=2:keep=0.25"], visual=[16], text=9, pairs=1, dtype="float32"
+    )
+    text = model.config.text_config
+    head = flops.lm_head(text, 1)
+    full, cut = flops.decoder_layer(text, 25, 25), flops.decoder_layer(text, 13, 13)
+    row = results["rows"][0]
+    assert row["llm_ideal"] == pytest.approx((4 * full + head) / (2 * full + 2 * cut + head))
+    assert 1 < row["ideal"] < row["llm_ideal"]
+
+
+def test_the_bench_shape_is_the_promised_one():
+    shape = bench.BENCH_CPU
+    assert (shape.vision_hidden, shape.vision_layers, shape.patch, shape.image) == (512, 6, 14, 336)
+    assert (shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads, shape.vocab) == (
+        1024, 2816, 16, 16, 16, 8192,
+    )  # fmt: skip
+    assert set(bench.PREFILL_PLANS) == {
+        "fastv:layer=2:keep=1.0", "fastv:layer=2:keep=0.5", "fastv:layer=2:keep=0.25",
+        "fastv:layer=2:keep=0.11", "visionzip:keep=64",
+    }  # fmt: skip
+
+
+def test_twin_shares_weights_and_is_patched_alone(model):
+    inputs = bench.random_inputs(model, images=1, text=9, batch=2)
+    twin = bench.twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    with torch.inference_mode():
+        before = model(**inputs).logits
+        with mllm.patch(twin, "random:keep=4") as patched:
+            twin(**inputs)
+            assert patched.ledger.kept("llm")[0].numel() == 4
+            assert torch.equal(model(**inputs).logits, before)
+        assert torch.equal(twin(**inputs).logits, before)
+
+
+def test_inputs_have_the_stated_length(model):
+    inputs = bench.random_inputs(model, images=2, text=9, batch=3)
+    assert inputs["input_ids"].shape == (3, 2 * 16 + 9)
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 3 * 32
+    assert inputs["pixel_values"].shape == (6, 3, 56, 56)
+
+
+def test_pairs_alternate_their_order(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "_timed", lambda which, inputs: seen.append(which) or (1.0, 0.5))
+    times = bench.time_pairs("a", "b", {}, 3, warmup=1)
+    assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
+    assert times.shape == (3, 2, 2)
+
+
+def test_each_time_is_booked_to_its_model(monkeypatch):
+    cost = {"base": (4.0, 2.0), "other": (1.0, 0.5)}
+    monkeypatch.setattr(bench, "_timed", lambda which, inputs: cost[which])
+    times = bench.time_pairs("base", "other", {}, 2)
+    assert np.array_equal(times[..., 0], [[4.0, 1.0], [4.0, 1.0]])
+    assert np.array_equal(times[..., 1], [[2.0, 0.5], [2.0, 0.5]])
+
+
+def test_peak_counts_weights_and_grows_with_the_batch(model):
+    small = bench.peak_bytes(model, bench.random_inputs(model, images=1, text=9, batch=1))
+    large = bench.peak_bytes(model, bench.random_inputs(model, images=1, text=9, batch=8))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    logits = 8 * 128 * 4
+    assert weights < small < large - logits
+
+
+@pytest.mark.parametrize(
+    ("ratio", "ci", "ideal", "target", "pairs", "status", "part"),
+    [
+        (1.9, (1.88, 1.92), 2.0, 0.95, 30, "ok", "reaches"),
+        (1.8, (1.78, 1.91), 2.0, 0.95, 30, "unresolved", "unresolved"),
+        (1.7, (1.69, 1.71), 2.0, 0.95, 30, "ok", "misses"),
+        (0.8, (0.79, 0.81), 2.0, None, 30, "ok", "no real speed-up: 1.25x slower"),
+        (1.0, (0.99, 1.01), 1.0, 1 / 1.03, 30, "ok", "contains 1; reaches"),
+        (1.9, (1.88, 1.92), 2.0, 0.95, 5, "unresolved", "too few"),
+    ],
+)
+def test_verdicts(ratio, ci, ideal, target, pairs, status, part):
+    found, words = bench.judge(ratio, ci, ideal, target, pairs)
+    assert found == status and part in words
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "part"),
+    [
+        ({"visual": [100]}, DataError, "multiple of 16"),
+        ({"visual": [0]}, DataError, "multiple of 16"),
+        ({"pairs": 0}, DataError, "pairs=0"),
+        ({"batch": (0,)}, DataError, "batch=0"),
+        ({"threads": 0}, DataError, "threads=0"),
+        ({"dtype": "int8"}, DataError, "bfloat16"),
+        ({"plans": ["fastw:keep=0.5"]}, PlanError, "fastw"),
+        ({"plans": ["fastv:layer=9:keep=0.5"]}, PlanError, "layer"),
+    ],
+)
+def test_bad_input_is_named(options, error, part):
+    with pytest.raises(error, match=part):
+        bench.prefill(**{"model": TINY, "pairs": 1, "dtype": "float32", "text": 9, **options})
+
+
+def test_command_writes_the_same_results_to_a_file(tmp_path, monkeypatch, cli):
+    monkeypatch.setattr(bench, "BENCH_CPU", TINY)
+    output = tmp_path / "bench.json"
+    words = ["bench", "--model", "tiny", "--plan", "random:keep=4", "--visual", "16", "--text", "9"]
+    words += ["--pairs", "1", "--dtype", "float32"]
+    result = cli.invoke(app, [*words, "--json", "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    payload = json.loads(result.stdout)
+    assert payload["command"] == "bench" and payload["ok"]
+    assert json.loads(output.read_text()) == payload["data"]
+    assert list(tmp_path.iterdir()) == [output]
+    shown = cli.invoke(app, words)
+    assert shown.exit_code == 0 and "random:keep=4" in shown.stdout
+
+
+def test_an_unwritable_output_is_refused_before_the_work(tmp_path, cli):
+    result = cli.invoke(app, ["bench", "--output", str(tmp_path / "no" / "bench.json")])
+    assert result.exit_code == 2 and "bench.json" in result.stderr
+
+
+@pytest.fixture
+def cli():
+    from typer.testing import CliRunner
+
+    return CliRunner()

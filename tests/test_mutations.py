@@ -1,0 +1,231 @@
+"""Break the engine in the ways that such engines break: the checks must notice every time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrix import CASES, check_generate, check_logits
+
+from mllm import attention, compat, in_llm
+from mllm.compressors import fastv, visionzip
+from mllm.in_llm import DecoderRun
+from mllm.patcher import Patched
+
+FASTV, TWO = "fastv:layer=2:keep=0.5", "fastv:layer=1:keep=0.5+fastv:layer=3:keep=2"
+ZIP, DIV = "visionzip:keep=10", "divprune:keep=6:positions=original"
+
+
+def around(monkeypatch, owner, name, change):
+    """Replace `owner.name` by `change(original, *args, **kwargs)`."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: change(original, *a, **k))
+
+
+def parent_mask(mp):
+    """Layers after the cut are given what the parent passes to all layers."""
+
+    def cut(original, self, layer, hidden, kwargs):
+        out = original(self, layer, hidden, kwargs)
+        self.replaced["attention_mask"] = kwargs.get("attention_mask")
+        return out
+
+    around(mp, DecoderRun, "_cut", cut)
+
+
+def no_mask(mp):
+    """Layers after the cut are given no mask: right for one sample, wrong with padding."""
+    mp.setattr(compat, "causal_mask", lambda *a, **k: None)
+
+
+def no_mask_in_decode(mp):
+    """The mistake of most ports: masks after the cut only in prefill."""
+
+    def mask(original, config, hidden, *rest):
+        return original(config, hidden, *rest) if hidden.shape[1] > 1 else None
+
+    around(mp, compat, "causal_mask", mask)
+
+
+def no_padding_mask(mp):
+    """Samples of unequal counts are padded again, and nobody masks that padding."""
+    around(mp, DecoderRun, "_slot_valid", lambda original, *a: None)
+
+
+def renumbered_after_the_cut(mp):
+    """Kept rows are numbered from zero although the plan keeps their positions."""
+
+    def cut(original, self, layer, hidden, kwargs):
+        out = original(self, layer, hidden, kwargs)
+        if self.visual is not None:
+            rows = torch.arange(out.shape[1]).expand(out.shape[0], -1)
+            rotary = self.patched.family.decoder.rotary_emb(out, rows)
+            self.replaced["position_embeddings"] = rotary
+        return out
+
+    around(mp, DecoderRun, "_cut", cut)
+
+
+def renumbered_before_the_decoder(mp):
+    def drop(original, self, kwargs):
+        original(self, kwargs)
+        if self.visual is not None:
+            batch, rows = kwargs["inputs_embeds"].shape[:2]
+            kwargs["position_ids"] = torch.arange(rows).expand(batch, -1)
+
+    around(mp, DecoderRun, "_drop_rows", drop)
+
+
+def positions_kept_in_decode_only(mp):
+    """Compact plans: later tokens forget how far the prompt was moved."""
+    around(mp, in_llm, "renumber", lambda original, position, *a: position)
+
+
+def wrong_last_row(mp):
+    """The last column instead of each sample's last prompt row."""
+
+    def tap(original, query, key, rows, *a, **k):
+        return original(query, key, torch.full_like(rows, query.shape[2] - 1), *a, **k)
+
+    around(mp, attention, "row_attention", tap)
+
+
+def first_row(mp):
+    def tap(original, query, key, rows, *a, **k):
+        return original(query, key, rows - 1, *a, **k)
+
+    around(mp, attention, "row_attention", tap)
+
+
+def ungrouped_heads(mp):
+    """Query heads are matched with the wrong key heads."""
+
+    def tap(original, query, key, *a, **k):
+        return original(query, key.flip(1), *a, **k)
+
+    around(mp, attention, "row_attention", tap)
+
+
+def sum_of_logits(mp):
+    """Scores without a softmax per head rank tokens differently."""
+
+    def tap(original, query, key, rows, mask, scaling, **k):
+        return original(query, key, rows, mask, scaling, **k).log().clamp(min=-1e4)
+
+    around(mp, attention, "row_attention", tap)
+
+
+def lowest_scores(mp):
+    around(mp, fastv.FastV, "score", lambda original, self, ctx: -original(self, ctx))
+
+
+def unordered_rows(mp):
+    """Kept rows in the order of nothing in particular."""
+    around(mp, in_llm, "choose_rows", lambda original, *a: original(*a).flip(1))
+
+
+def unmasked_samples_mixed(mp):
+    """Everybody keeps the rows of the first sample (as ports with `input_ids[0]` do)."""
+
+    def choose(original, keep, valid, *order):
+        rows = original(keep, valid, *order)
+        return rows[:1].expand_as(rows)
+
+    around(mp, in_llm, "choose_rows", choose)
+
+
+def merge_by_average(mp):
+    def merged(original, self, *a):
+        return original(self.replace(merge="mean"), *a)
+
+    around(mp, visionzip.VisionZip, "_merged", merged)
+
+
+def wrong_receiver(mp):
+    def assign(original, keys, targets, members):
+        receiver = original(keys, targets, members)
+        return targets.sum(1, keepdim=True) - receiver if targets.shape[1] == 2 else receiver
+
+    mp.setattr(
+        visionzip.VisionZip,
+        "_assign",
+        staticmethod(lambda *a, original=visionzip.VisionZip._assign: assign(original, *a)),
+    )
+
+
+def no_class_token(mp):
+    around(mp, Patched, "_tower_post", lambda original, *a: None)
+
+
+def nothing_dropped(mp):
+    """The hook that has silently become a no-op."""
+
+    def choose(original, keep, valid, *order):
+        return original(valid, valid, *order)
+
+    around(mp, in_llm, "choose_rows", choose)
+
+
+def no_scatter_back(mp):
+    """Dropped rows come back in the wrong places."""
+
+    def post(original, self, module, args, output):
+        out = original(self, module, args, output)
+        out.last_hidden_state = out.last_hidden_state.roll(1, 1)
+        return out
+
+    around(mp, Patched, "_decoder_post", post)
+
+
+MUTATIONS = [
+    (parent_mask, FASTV, "padded", "logits"),
+    (parent_mask, TWO, "padded", "generate"),
+    (no_mask, FASTV, "padded", "logits"),
+    (no_mask, TWO, "padded", "logits"),
+    (no_mask_in_decode, FASTV, "padded", "generate"),
+    (no_padding_mask, FASTV, "padded", "logits"),
+    (no_padding_mask, DIV, "padded", "logits"),
+    (no_padding_mask, ZIP, "padded", "generate"),
+    (renumbered_after_the_cut, FASTV, "alone", "logits"),
+    (renumbered_after_the_cut, FASTV, "padded", "logits"),
+    (renumbered_before_the_decoder, DIV, "alone", "logits"),
+    (positions_kept_in_decode_only, ZIP, "alone", "logits"),
+    (positions_kept_in_decode_only, "fastv:layer=1:keep=3:positions=compact", "alone", "logits"),
+    (wrong_last_row, FASTV, "padded-right", "logits"),
+    (first_row, FASTV, "alone", "logits"),
+    (ungrouped_heads, FASTV, "alone", "logits"),
+    (sum_of_logits, FASTV, "alone", "logits"),
+    (lowest_scores, FASTV, "alone", "logits"),
+    (unordered_rows, FASTV, "alone", "logits"),
+    (unordered_rows, DIV, "alone", "logits"),
+    (unmasked_samples_mixed, FASTV, "padded", "logits"),
+    (merge_by_average, ZIP, "alone", "logits"),
+    (wrong_receiver, ZIP, "alone", "logits"),
+    (no_class_token, ZIP, "alone", "logits"),
+    (nothing_dropped, FASTV, "alone", "logits"),
+    (nothing_dropped, DIV, "alone", "logits"),
+    (no_scatter_back, FASTV, "alone", "logits"),
+]
+
+
+@pytest.mark.parametrize(
+    "mutate, spec, kind, check",
+    MUTATIONS,
+    ids=[f"{m.__name__}-{spec}-{kind}-{check}" for m, spec, kind, check in MUTATIONS],
+)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_broken_engine_is_caught(monkeypatch, mutate, spec, kind, check, attn):
+    kind, side = kind.split("-") if "-" in kind else (kind, "left")
+    mutate(monkeypatch)
+    # A mask of the wrong shape is caught by torch before any comparison is reached.
+    caught = (AssertionError, RuntimeError) if mutate is parent_mask else AssertionError
+    with pytest.raises(caught):
+        if check == "logits":
+            check_logits(CASES[spec], attn, kind, side)
+        else:
+            check_generate(CASES[spec], attn, kind, steps=6)
+
+
+@pytest.mark.parametrize("spec", sorted({spec for _, spec, _, _ in MUTATIONS}))
+def test_the_same_checks_pass_on_the_engine(spec):
+    check_logits(CASES[spec], "sdpa", "padded")
+    check_generate(CASES[spec], "sdpa", "padded", steps=6)

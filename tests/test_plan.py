@@ -1,0 +1,312 @@
+"""Plans as text, as files and as stages: nothing is lost on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mllm
+from mllm import plan as plan_module
+from mllm.compressors.base import Keep, TokenReducer
+from mllm.errors import PlanError
+from mllm.plan import Plan, get_method, register
+
+NAMES = sorted(row["name"] for row in mllm.methods())
+keeps = st.one_of(
+    st.integers(1, 10_000),
+    st.floats(0, 1, exclude_min=True, allow_nan=False, width=64),
+)
+
+
+@st.composite
+def stages(draw):
+    """Any method with any legal parameters, some of them left at their defaults."""
+    cls = get_method(draw(st.sampled_from(NAMES)))
+    values = {
+        "keep": keeps,
+        "layer": st.one_of(st.none(), st.integers(1, 60)),
+        "positions": st.sampled_from(["original", "compact"]),
+        "dominant": st.floats(0.01, 1),
+        "cls": st.booleans(),
+        "merge": st.sampled_from(["sum", "mean"]),
+        "seed": st.integers(0, 2**31),
+    }
+    names = [f.name for f in dataclasses.fields(cls)]
+    assert set(names) <= set(values), "a new parameter needs a strategy here"
+    given = draw(st.sets(st.sampled_from(names)))
+    return cls(**{name: draw(values[name]) for name in sorted(given)})
+
+
+plans = st.builds(Plan, st.lists(stages(), min_size=1, max_size=4), st.integers(0, 2**31))
+
+
+def kinds(plan: Plan) -> list:
+    return [[type(v) for v in dataclasses.asdict(s).values()] for s in plan.stages]
+
+
+@settings(max_examples=80, deadline=None)
+@given(plans)
+def test_spec_round_trip(plan):
+    again = Plan.from_spec(plan.spec, seed=plan.seed)
+    assert again == plan and kinds(again) == kinds(plan)
+    assert again.spec == plan.spec and again.sha256 == plan.sha256
+    assert not set(" ,") & set(plan.spec)
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans)
+def test_json_round_trip(plan):
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan and kinds(again) == kinds(plan) and again.sha256 == plan.sha256
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans, plans)
+def test_the_hash_tells_plans_apart(one, two):
+    assert (one.sha256 == two.sha256) == (one == two)
+
+
+def test_folder_round_trip(tmp_path):
+    plan = Plan.from_spec("visionzip:keep=1.0:cls=false+fastv:layer=2:keep=1", seed=7)
+    path = plan.save_pretrained(tmp_path / "new" / "folder")
+    assert path.name == "mllm_plan.json"
+    assert Plan.from_pretrained(tmp_path / "new" / "folder") == plan
+    assert Plan.of(tmp_path / "new" / "folder") == plan
+    assert Plan.of(str(tmp_path / "new" / "folder")) == plan
+    data = json.loads(path.read_text())
+    assert set(data) == {"type", "version", "mllm_version", "seed", "stages"}
+    assert (data["type"], data["version"], data["seed"]) == ("mllm.plan", 1, 7)
+    assert [set(s) for s in data["stages"]] == [{"name", "version", "params"}] * 2
+    assert data["stages"][0]["params"]["keep"] == {"fraction": 1.0}
+    assert data["stages"][1]["params"]["keep"] == {"tokens": 1}
+    plan.save_pretrained(tmp_path / "new" / "folder")
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["mllm_plan.json"]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1", 1), ("1.0", 1.0), ("64", 64), ("0.5", 0.5), ("0.25", 0.25), ("1e-2", 0.01)],
+)
+def test_a_budget_is_tokens_or_a_fraction(text, value):
+    keep = Plan.from_spec(f"fastv:keep={text}").stages[0].keep
+    assert keep == value and type(keep) is type(value)
+
+
+def test_defaults_are_left_out_of_the_text():
+    assert Plan.from_spec("fastv:layer=2:keep=0.5").spec == "fastv:layer=2"
+    assert Plan.from_spec("divprune").spec == "divprune"
+    # 1 and 1.0 are different budgets.
+    one, all_of_them = Plan.from_spec("fastv:keep=1"), Plan.from_spec("fastv:keep=1.0")
+    assert one.spec != all_of_them.spec and one != all_of_them
+
+
+def test_words():
+    stage = Plan.from_spec("visionzip:cls=false:merge=mean").stages[0]
+    assert stage.cls is False and stage.merge == "mean"
+    assert Plan.from_spec("fastv:layer=none").stages[0].layer is None
+
+
+def test_what_patch_takes():
+    fastv, zipped = get_method("fastv")(keep=3), get_method("visionzip")(keep=9)
+    assert Plan.of(fastv).stages == [fastv]
+    assert Plan.of([zipped, fastv]).stages == Plan.of((zipped, fastv)).stages == [zipped, fastv]
+    plan = Plan.of("visionzip:keep=9+fastv:keep=3")
+    assert plan == Plan([zipped, fastv])
+    assert Plan.of(plan) is plan
+
+
+@pytest.fixture
+def texted():
+    """A method with fields of other types than the shipped ones have."""
+
+    @register("texted", stage="pre_llm")
+    @dataclasses.dataclass
+    class Texted(TokenReducer):
+        keep: int | float = 1.0
+        path: str = ""
+        layers: tuple[int, ...] = ()
+        grids: tuple[str, ...] = ()
+        mode: Literal["a", "b"] = "a"
+
+        def reduce(self, ctx):
+            return [Keep(ctx.valid)]
+
+    yield Texted
+    del plan_module._REGISTRY["texted"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(min_size=1, max_size=30))
+def test_any_text_survives(text):
+    name = "anytext"
+
+    @dataclasses.dataclass
+    class AnyText(TokenReducer):
+        keep: int | float = 1.0
+        path: str = ""
+
+    register(name, stage="pre_llm")(AnyText)
+    try:
+        plan = Plan([AnyText(path=text)])
+        assert not set(" ,\t\n") & set(plan.spec)
+        assert plan.spec.count(":") == 1 and "+" not in plan.spec
+        assert Plan.from_spec(plan.spec) == plan
+        assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    finally:
+        del plan_module._REGISTRY[name]
+
+
+def test_lists_and_paths(texted):
+    text = "texted:path=runs/a%3Ab%2Bc/d.json:layers=8/16/24:grids=12x12/6x6:mode=b"
+    stage = Plan.from_spec(text).stages[0]
+    assert stage.path == "runs/a:b+c/d.json", "a path is not a list"
+    assert stage.layers == (8, 16, 24) and stage.grids == ("12x12", "6x6")
+    assert Plan.from_spec(text).spec == text
+    plan = Plan.from_spec(text)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_methods_describe_themselves():
+    keys = {
+        "name",
+        "stage",
+        "site",
+        "reads",
+        "actions",
+        "trained",
+        "paper",
+        "licence_note",
+        "params",
+        "positions",
+        "identity",
+        "oracle",
+        "backends",
+    }
+    rows = mllm.methods()
+    assert json.loads(json.dumps(rows)) == rows
+    for row in rows:
+        assert keys <= set(row)
+        assert row["stage"] in ("pre_llm", "llm")
+        assert row["oracle"] in ("mask", "rebuild", "reference")
+        assert row["positions"] in ("original", "compact")
+        assert {"sdpa", "eager"} <= set(row["backends"])
+        cls = get_method(row["name"])
+        assert [p["name"] for p in row["params"]] == [f.name for f in dataclasses.fields(cls)]
+        assert {tuple(sorted(p)) for p in row["params"]} == {("default", "name", "type")}
+
+
+@pytest.mark.parametrize(
+    "text, argument, hint",
+    [
+        ("fastvv:keep=2", "method", "fastv"),
+        ("vision-zip", "method", "visionzip"),
+        ("FastV", "method", "fastv"),
+        ("fastv:kep=0.5", "kep", "keep"),
+        ("visionzip:dominat=0.5", "dominat", "dominant"),
+        ("fastv:keep", "plan", "key=value"),
+        ("fastv:", "plan", "key=value"),
+        ("fastv::keep=1", "plan", "key=value"),
+        ("fastv:=1", "plan", "key=value"),
+        ("fastv:keep=1:keep=2", "keep", "once"),
+        ("+fastv", "plan", "key=value"),
+        ("fastv+", "plan", "key=value"),
+        ("", "plan", "visionzip"),
+        ("   ", "plan", "visionzip"),
+        ("fastv:keep=", "keep", ""),
+        ("fastv:keep=half", "keep", ""),
+        ("fastv:keep=1/2", "keep", ""),
+        ("fastv:layer=2.5", "layer", ""),
+        ("fastv:layer=-1", "layer", "0"),
+        ("visionzip:cls=maybe", "cls", ""),
+        ("visionzip:merge=max", "merge", "sum"),
+        ("visionzip:positions=shuffled", "positions", "compact"),
+        ("visionzip:keep=64,fastv:layer=2", "plan", "+"),
+        ("visionzip:keep=64 fastv:layer=2", "plan", "+"),
+        ("visionzip keep=64", "plan", "key=value"),
+        ("fastv:keep=0", "keep", "1"),
+        ("fastv:keep=-3", "keep", "1"),
+        ("fastv:keep=0.0", "keep", "fraction"),
+        ("fastv:keep=-0.5", "keep", "fraction"),
+        ("fastv:keep=1.5", "keep", "fraction"),
+        ("fastv:keep=64.0", "keep", "fraction"),
+        ("fastv:keep=nan", "keep", "fraction"),
+        ("fastv:keep=inf", "keep", "fraction"),
+        ("fastv:keep=true", "keep", ""),
+        ("visionzip:dominant=0.0", "dominant", ""),
+        ("visionzip:dominant=1.5", "dominant", ""),
+        ("no/such/folder", "method", ""),
+    ],
+)
+def test_broken_text(text, argument, hint):
+    """Each mistake names the argument, what was given and what would work."""
+    with pytest.raises(PlanError) as caught:
+        Plan.of(text)
+    error = caught.value
+    assert error.argument == argument
+    assert error.given is not None and str(error.given) in text or text.strip() == ""
+    assert error.expected and hint in str(error.expected)
+    assert set(error.as_dict()) == {"type", "message", "argument", "given", "expected"}
+
+
+@pytest.mark.parametrize(
+    "change, argument",
+    [
+        (lambda d: d.update(colour="red"), "colour"),
+        (lambda d: d["stages"][0].update(speed=1), "speed"),
+        (lambda d: d["stages"][0]["params"].update(kep=1), "kep"),
+        (lambda d: d.update(version=2), "version"),
+        (lambda d: d.update(type="other.plan"), "version"),
+        (lambda d: d.pop("version"), "version"),
+        (lambda d: d["stages"][0].update(version=99), "version"),
+        (lambda d: d["stages"][0].update(name="fastvv"), "method"),
+        (lambda d: d["stages"][0]["params"].update(keep={"tokens": 0}), "keep"),
+        (lambda d: d["stages"][0]["params"].update(keep={"tokens": "many"}), "keep"),
+        (lambda d: d["stages"][0]["params"].update(keep={"share": 0.5}), "keep"),
+        (lambda d: d["stages"][0]["params"].update(keep={"fraction": 1.5}), "keep"),
+        (lambda d: d["stages"][0]["params"].update(layer="two"), "layer"),
+        (lambda d: d.update(stages={}), "stages"),
+        (lambda d: d.update(stages=["fastv"]), "stages"),
+        (lambda d: d.update(seed="zero"), "seed"),
+    ],
+)
+def test_broken_files(change, argument, tmp_path):
+    plan = Plan.from_spec("fastv:layer=2:keep=5")
+    path = plan.save_pretrained(tmp_path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError) as caught:
+        Plan.from_pretrained(tmp_path)
+    assert caught.value.argument == argument
+    assert caught.value.expected
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00"])
+def test_files_that_are_no_plan(content, tmp_path):
+    (tmp_path / "mllm_plan.json").write_text(content)
+    with pytest.raises(PlanError, match="plan"):
+        Plan.from_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="plan"):
+        Plan.from_pretrained(tmp_path / "nothing here")
+
+
+def test_a_plan_is_made_of_stages():
+    for wrong in [[1], [None], ["fastv"], 3, None]:
+        with pytest.raises(PlanError) as caught:
+            Plan.of(wrong)
+        assert caught.value.argument == "plan" and caught.value.expected
+
+
+@pytest.mark.parametrize(
+    "keep", [0, -1, 0.0, -0.1, 1.1, float("nan"), float("inf"), True, "4", None, [4]]
+)
+def test_budgets_in_python(keep):
+    for name in NAMES:
+        with pytest.raises(PlanError) as caught:
+            get_method(name)(keep=keep)
+        assert caught.value.argument == "keep"
