@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mllm import attention, compat
 from mllm.compressors.base import (
     AttentionRows,
-    Features,
     LayerPruner,
     TokenReducer,
     VisionAttention,
@@ -32,6 +31,7 @@ from mllm.models import resolve as resolve_family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.tokens import split_images
+from mllm.validate import check_plan
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Patched:
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
-        self._validate(unvalidated)
+        check_plan(self, unvalidated)
         self.cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
         self._features_signature = inspect.signature(self.family.base.get_image_features)
@@ -101,99 +101,6 @@ class Patched:
         self._served: list[tuple[nn.Module, Any]] = []
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
         self._install()
-
-    # What can be refused before anything runs
-
-    def _validate(self, unvalidated: bool) -> None:
-        if "mllm_patched" in self.family.base.__dict__:
-            raise PlanError(
-                "the model is already patched",
-                argument="model",
-                given=type(self.model).__name__,
-                expected="one plan with all stages, or remove() first",
-            )
-        order = ("pixels", "pre_projector", "post_projector")
-        sites = [order.index(self.site(s)) for _, s in self.reducers]
-        if sites != sorted(sites):
-            raise PlanError(
-                "pre-LLM stages must follow the picture's way: pixels, before the projector, "
-                "after it",
-                argument="plan",
-                given=self.plan.spec,
-                expected="another order",
-            )
-        for _, stage in self.reducers[1:]:
-            if stage.first:
-                raise PlanError(
-                    f"{stage.info.name} needs the full grid: two stages would write the same rows",
-                    argument="plan",
-                    given=self.plan.spec,
-                    expected=f"{stage.info.name} as the first pre-LLM stage",
-                )
-        if len({self.positions(s) for _, s in self.reducers}) > 1:
-            raise PlanError(
-                "pre-LLM stages disagree about positions",
-                argument="positions",
-                given=", ".join(f"{s.info.name}={self.positions(s)}" for _, s in self.reducers),
-                expected="one choice for all pre-LLM stages",
-            )
-        depth = len(self.layers)
-        for _, stage in self.pruners:
-            first = max(stage.first_layer, self.family.first_cut)
-            if not first <= stage.layer < depth:
-                raise PlanError(
-                    f"{stage.info.name}: rows cannot leave before layer {stage.layer}"
-                    + (
-                        ", where the model still adds features to them"
-                        if stage.layer < self.family.first_cut
-                        else ": it is outside of the model"
-                    ),
-                    argument="layer",
-                    given=stage.layer,
-                    expected=f"{first} <= layer < {depth}",
-                )
-        grid = self.family.native_grid()
-        for stage in self.plan.stages:
-            self._check_fit(stage)
-            keep = getattr(stage, "keep", None)
-            if isinstance(keep, int) and grid and keep > grid[0] * grid[1]:
-                raise PlanError(
-                    f"{stage.info.name}: keep={keep} is more than the {grid[0] * grid[1]} visual "
-                    "tokens of an image",
-                    argument="keep",
-                    given=keep,
-                    expected=f"1 <= keep <= {grid[0] * grid[1]}",
-                )
-        flash = [m for m in self._tapped() if "flash" in compat.attention_name(m)]
-        other = [m for m in self._tapped() if compat.attention_name(m) not in compat.SERVED]
-        if other or (flash and not unvalidated):
-            name = compat.attention_name((other or flash)[0])
-            raise PlanError(
-                f"reading attention under {name} is "
-                + ("not supported" if other else "written but was never validated"),
-                argument="attn_implementation",
-                given=name,
-                expected="sdpa or eager" + ("" if other else ", or patch(..., unvalidated=True)"),
-            )
-
-    def _check_fit(self, stage: Any) -> None:
-        """Refuse what this family cannot do."""
-        family, name = self.family, type(self.family.model).__name__
-        if family.mrope and self.positions(stage) == "compact":
-            raise PlanError(
-                f"{name} has rotary positions with rows and columns, which cannot be renumbered",
-                argument="positions",
-                given="compact",
-                expected="original",
-            )
-        for action in stage.actions:
-            if action in family.refuses:
-                raise PlanError(
-                    f"{stage.info.name} cannot work on {name}: {family.refuses[action]}",
-                    argument="plan",
-                    given=stage.info.name,
-                    expected="a method that chooses tokens",
-                )
 
     def positions(self, stage: Any) -> str:
         """`original` or `compact`; where nothing was asked for, what the family can do."""
@@ -217,7 +124,7 @@ class Patched:
                 )
         return notes
 
-    def _tapped(self) -> list[nn.Module]:
+    def tapped(self) -> list[nn.Module]:
         """Attention modules that some stage reads from."""
         found = []
         for _, stage in [*self.reducers, *self.pruners]:
@@ -232,7 +139,7 @@ class Patched:
 
     def _install(self) -> None:
         family = self.family
-        for module in self._tapped():
+        for module in self.tapped():
             name = f"mllm_{compat.attention_name(module)}"
             self._served.append((module, compat.serve(module, name)))
 
@@ -391,8 +298,6 @@ class Patched:
             total = sum(sizes)
         else:
             sizes, total = reduction.sizes, sum(len(f) for f in encoded.pooler_output)
-            if isinstance(encoded.pooler_output, Tensor):
-                total = encoded.pooler_output.shape[:2].numel()
         if sum(counts) != total or split_images(counts, sizes) is None:
             tokens = " or ".join(str(n) for n in dict.fromkeys(sizes))
             raise DataError(

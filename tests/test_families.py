@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+
 import oracles
 import pytest
 import tiny
 import torch
-from families import KITS, LAYERS, SPECS, collate, dense, features, model, reference, samples
+from families import (
+    KITS,
+    LAYERS,
+    avgpool,
+    collate,
+    dense,
+    features,
+    model,
+    reference,
+    samples,
+    seen,
+    visionzip,
+)
 from matrix import CLOSE_CALL, equal
 from oracles import Cut
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +49,8 @@ DROPS = {
     "stride:keep=3:positions=original+fastv:layer=2:keep=2": [Cut(2, 2)],
     "fastv:layer=2:keep=0.5+fastv:layer=3:keep=1": [Cut(2, 0.5), Cut(3, 1)],
 }
+#: Plans that change what stands at the rows that stay.
+CHANGES = ["visionzip:keep=4", "avgpool:keep=4", "downsample:keep=4"]
 
 
 def refused(family: str, spec: str) -> bool:
@@ -132,7 +148,7 @@ def test_generation(family, spec, attn, kind, steps=10):
 
 
 @attn_
-@pytest.mark.parametrize("spec", [*DROPS, "visionzip:keep=4", "avgpool:keep=4", "downsample:keep=4"])
+@pytest.mark.parametrize("spec", [*DROPS, *CHANGES])
 @family_
 @torch.no_grad()
 def test_batched_equals_alone(family, spec, attn):
@@ -175,6 +191,46 @@ def test_divprune_chooses_per_image(family):
         assert kept[b].tolist() == sorted(want + extra)
 
 
+@attn_
+@pytest.mark.parametrize("method", ["visionzip", "avgpool"])
+@family_
+@torch.no_grad()
+def test_merging_is_rebuilding(family, method, attn):
+    """What is written at the rows that stay, worked out picture by picture."""
+    spec = f"{method}:keep=4:positions=original"
+    if family == "llava":
+        pytest.skip("VisionZip works before the projector there: see the engine's own tests")
+    if refused(family, spec):
+        pytest.skip("the family refuses it")
+    batch = samples(family)
+    inputs = collate(family, batch)
+    net = model(family, attn)
+    with mllm.patch(net, spec) as patched:
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+        kept = patched.ledger.kept("llm")
+    for b, sample in enumerate(batch):
+        vectors, want, at = [], [], 0
+        for i, (picture, x) in enumerate(
+            zip(sample.pictures, features(family, sample), strict=True)
+        ):
+            own = [t - at for t in kept[b].tolist() if at <= t < at + picture.tokens]
+            if method == "avgpool":
+                x = avgpool(x, picture.grid, own)
+            else:
+                cells = KITS[family].cells(picture)
+                own, merged = visionzip(x[cells], seen(family, sample, i), 4)
+                x[cells], own = merged, [cells[t] for t in own]
+            vectors.append(x)
+            want += [at + t for t in own]
+            at += picture.tokens
+        if method == "visionzip":
+            assert kept[b].tolist() == sorted(want + KITS[family].separators(sample, want))
+        result = dense(
+            family, sample, kept=kept[b], vectors=torch.cat(vectors) if vectors else None
+        )
+        equal(logits[b][~sample.visual], result.logits[~sample.visual], f"sample {b}")
+
+
 @family_
 @torch.no_grad()
 def test_beams_share_their_images(family):
@@ -182,9 +238,7 @@ def test_beams_share_their_images(family):
     inputs = collate(family, batch)
     net = model(family)
     options = dict(max_new_tokens=6, num_beams=2, do_sample=False, length_penalty=0.0)
-    if "mm_encoder_outputs" not in reference(family).forward.__code__.co_varnames and len(
-        SPECS["padded"]
-    ):
+    if "mm_encoder_outputs" not in inspect.signature(net.forward).parameters:
         pytest.skip("this transformers repeats the images of a batch in another order")
     with mllm.patch(net, "divprune:keep=3+fastv:layer=2:keep=0.5"):
         together = net.generate(**inputs, **options)[:, -6:]

@@ -55,6 +55,7 @@ class Family:
             grid: stages before the projector can run there.
         plain: an image is one grid without separators.
         refuses: actions that the family cannot do, with the reason.
+        packed: the tower takes all pictures as one sequence.
         mrope: rotary positions have a row and a column; they cannot be renumbered.
         first_cut: first decoder layer before which rows may leave.
     """
@@ -63,6 +64,7 @@ class Family:
     per_token = False
     plain = True
     refuses: ClassVar[dict[str, str]] = {}
+    packed = False
     mrope = False
     first_cut = 0
 

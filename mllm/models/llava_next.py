@@ -119,6 +119,6 @@ class LlavaOnevision(LlavaNext):
         ]
 
     def _view(self, height: int, width: int) -> tuple[int, int]:
-        most = int(self.model.config.vision_aspect_ratio.strip("anyres_max_"))
+        most = int(self.model.config.vision_aspect_ratio.rsplit("_", 1)[-1])
         ratio = math.sqrt(height * width / (most * self._side**2))
         return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)

@@ -16,6 +16,7 @@ from mllm.tokens import Layout
 class Qwen2VL(Family):
     """`Qwen2VLForConditionalGeneration`."""
 
+    packed = True
     mrope = True
 
     def __init__(self, model: nn.Module) -> None:
