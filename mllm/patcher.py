@@ -253,7 +253,15 @@ class Patched:
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = _by_name(self._base_signature, args, kwargs)
         ids, pixels = given.get("input_ids"), given.get("pixel_values")
-        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        encoders = given.get("mm_encoder_outputs") or {}
+        encoded = encoders.get("image")
+        if given.get("pixel_values_videos") is not None or encoders.get("video") is not None:
+            raise DataError(
+                "the tokens of videos cannot be reduced",
+                argument="pixel_values_videos",
+                given="a video",
+                expected="images",
+            )
         has_pixels = pixels is not None or encoded is not None
         if ids is None and has_pixels:
             raise DataError(
