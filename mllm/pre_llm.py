@@ -98,11 +98,11 @@ class VisionRun:
     def taps(self) -> dict[nn.Module, list[Any]]:
         """Taps for the declared signals of the tower."""
         found: dict[nn.Module, list[Any]] = {}
-        for _, stage in self.patched.reducers:
-            for signal in stage.reads().values():
-                if isinstance(signal, VisionAttention | VisionKeys):
-                    module = self.family.block_attention(self.family.block(signal.block))
-                    found.setdefault(module, []).append(functools.partial(self._tap, signal))
+        read = [signal for _, stage in self.patched.reducers for signal in stage.reads().values()]
+        for signal in dict.fromkeys(read):  # what two stages read is read once
+            if isinstance(signal, VisionAttention | VisionKeys):
+                module = self.family.block_attention(self.family.block(signal.block))
+                found.setdefault(module, []).append(functools.partial(self._tap, signal))
         return found
 
     def _tap(self, signal: Any, query: Tensor, key: Tensor, mask: Any, scaling: Any) -> None:
