@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm import compat
+from mllm.errors import NoEffectError
 
 BLOCK = 128  # query rows per step of a column sum
 
@@ -117,3 +119,16 @@ def received_attention(
         rows = rows.expand(batch, -1)
         total = total + row_attention(query, key, rows, mask, scaling, causal=False).sum(2)
     return total
+
+
+def captured(signals: dict[Any, Tensor], key: Any, method: str) -> Tensor:
+    """What a tap has left under `key`; NoEffectError if the tapped module never ran."""
+    if key not in signals:
+        raise NoEffectError(
+            f"visual rows were present but {method} did not run: the attention that it reads was "
+            "exchanged after mllm.patch",
+            argument="model",
+            given=method,
+            expected="patch again after changing modules",
+        )
+    return signals[key]

@@ -327,7 +327,7 @@ class DecoderRun:
         table = self.table
         signals = {}
         for name in stage.reads():
-            scores = self.signals[number, name]
+            scores = attention.captured(self.signals, (number, name), stage.info.name)
             at = table.index[:, None].expand(-1, scores.shape[1], -1)
             signals[name] = scores.gather(2, at)
         images = torch.tensor([len(s) for s in self.images], device=keep.device)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EMBEDDED = "tiny-llava"
+MAX_PIXELS = 2**28  # more than any camera; a damaged header can claim anything
 
 
 def model_path(path: str | os.PathLike) -> str:
@@ -19,6 +20,28 @@ def model_path(path: str | os.PathLike) -> str:
     if str(path) == EMBEDDED:
         return str(Path(__file__).parent / "assets" / "tiny_llava")
     return str(path)
+
+
+def pick_device(device: str | None) -> str:
+    """`device` if this machine has it; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        DataError: no such device here.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise DataError(
+            f"device={device!r} is not there: {str(error).splitlines()[0]}",
+            argument="device",
+            given=device,
+            expected="cpu, or cuda on a machine with a GPU",
+        ) from error
+    return device
 
 
 def load_model(
@@ -37,9 +60,8 @@ def load_model(
         attn_implementation: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``.
 
     Raises:
-        DataError: the model cannot be read.
+        DataError: the model cannot be read, or there is no such device or dtype.
     """
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -47,6 +69,7 @@ def load_model(
             f"dtype={dtype!r} is not known", argument="dtype", given=dtype,
             expected="auto, float32, bfloat16, float16",
         )
+    device = pick_device(device)
     where = model_path(path)
     try:
         processor = AutoProcessor.from_pretrained(where)
@@ -61,7 +84,6 @@ def load_model(
             expected="a folder written by save_pretrained, a hub name, or 'tiny-llava'",
         ) from error
     processor.tokenizer.padding_side = "left"
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), processor
 
 
@@ -71,8 +93,11 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
     try:
         with Image.open(path) as image:
+            # PIL's own limit is a global that other packages lift.
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"it claims {image.width} x {image.height} pixels")
             return image.convert("RGB")
-    # UnidentifiedImageError is an OSError; damaged headers can also claim absurd sizes.
+    # UnidentifiedImageError is an OSError.
     except (OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"cannot read the image {path}: {error}", argument="image", given=path,

@@ -38,6 +38,7 @@ from mllm.validate import check_plan
 class _Call:
     """What the top-level call knows and the base model is not told."""
 
+    patched: Patched
     labels: Tensor | None
     logits_to_keep: Any
     outer: _Call | None
@@ -56,6 +57,18 @@ def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[st
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
     return given
+
+
+def _outer(variable: ContextVar, patched: Patched) -> Any:
+    """What surrounds a new call of `patched`.
+
+    A model is not called inside itself, so state of its own was left by an interrupt: torch runs
+    hooks after an exception, but not after a KeyboardInterrupt.
+    """
+    state = variable.get()
+    while state is not None and state.patched is patched:
+        state = state.outer
+    return state
 
 
 class Patched:
@@ -196,6 +209,11 @@ class Patched:
         if self._wrapped:
             del self.family.base.mllm_patched
         self._handles, self._served, self._wrapped = [], [], []
+        self._forget()
+
+    def _forget(self) -> None:
+        _CALL.set(_outer(_CALL, self))
+        _FORWARD.set(_outer(_FORWARD, self))
 
     def __enter__(self) -> Patched:
         return self
@@ -232,6 +250,7 @@ class Patched:
                 given=chunk,
                 expected="None",
             )
+        self._forget()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         token = _PROMPT.set(None if ids is None else ids.shape[1])
         try:
@@ -240,11 +259,11 @@ class Patched:
             _PROMPT.reset(token)
 
     def _top_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        outer = _CALL.get()
+        outer = _outer(_CALL, self) if module is self.model else _CALL.get()
         labels = kwargs.get("labels")
-        if labels is None and outer is not None:
-            labels = outer.labels
-        _CALL.set(_Call(labels, kwargs.get("logits_to_keep", 0), outer))
+        if labels is None and outer is not None and outer.patched is self:
+            labels = outer.labels  # a PEFT wrapper's call, around this one
+        _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0), outer))
 
     def _top_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         if (call := _CALL.get()) is not None:
@@ -294,7 +313,7 @@ class Patched:
             )
         if visual is not None:
             self._check_counts(visual, given, encoded, reduction)
-        _FORWARD.set(DecoderRun(self, visual, reduction, outer=_FORWARD.get()))
+        _FORWARD.set(DecoderRun(self, visual, reduction, outer=_outer(_FORWARD, self)))
 
     def _check_counts(
         self, visual: Tensor, given: dict[str, Any], encoded: Any, reduction: Reduction | None

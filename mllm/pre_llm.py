@@ -127,11 +127,11 @@ class VisionRun:
         cost = (tokens - prefix, 2.0 * rows * tokens * query.shape[1] * query.shape[3])
         self.costs.setdefault(signal, []).extend([cost] * query.shape[0])
 
-    def _signal(self, signal: Any) -> Tensor:
+    def _signal(self, signal: Any, method: str) -> Tensor:
         """A signal of the tower per visual token: `[tokens, ...]`."""
         if signal not in self.signals:
             layouts = self.reduction.layouts
-            pieces = self.pieces.pop(signal)
+            pieces = attention.captured(self.pieces, signal, method)
             self.signals[signal] = self.family.to_rows(torch.cat(pieces), layouts)
             costs = iter(self.costs.pop(signal))
             for image, layout in enumerate(layouts):
@@ -166,7 +166,7 @@ class VisionRun:
                 if signal.cls and self.cls is not None:
                     signals["cls"] = self.cls
             else:
-                signals[name] = self._signal(signal)[group.at]
+                signals[name] = self._signal(signal, stage.info.name)[group.at]
         ctx = Context(
             stage, signals, grid=group.layout.grids[0] if self.family.plain else None,
             valid=self.reduction.keep[group.at],

@@ -5,6 +5,7 @@ The checks are plain functions, so that the mutation tests can run them on a bro
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,17 @@ import torch
 from oracles import Cut, Rows
 from tiny import Sample
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 import mllm
 
 LAYERS, SIDE = 4, 4
+#: Features are computed before prefill. Older versions do it in forward, and repeat the pictures
+#: of a sample with several of them in the wrong order for beams and returned sequences.
+PRECOMPUTED = "mm_encoder_outputs" in inspect.signature(
+    LlavaForConditionalGeneration.forward
+).parameters
+REPEATABLE = "padded" if PRECOMPUTED else "single"
 TOLERANCE = 1e-4
 CLOSE_CALL = 1e-3
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import tiny
 import torch
-from matrix import FEW, LAYERS, SIDE, anatomy, fresh
+from matrix import FEW, LAYERS, PRECOMPUTED, SIDE, anatomy, fresh
 from transformers import (
     CLIPVisionModel,
     DynamicCache,
@@ -17,7 +15,7 @@ from transformers import (
 )
 
 import mllm
-from mllm.errors import CacheMismatchError, DataError, MllmError, PlanError
+from mllm.errors import CacheMismatchError, DataError, MllmError, NoEffectError, PlanError
 
 TOKENS = SIDE * SIDE
 
@@ -83,7 +81,7 @@ def _unsupported():
     yield None
 
 
-@pytest.mark.parametrize("model", _unsupported(), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("model", list(_unsupported()), ids=lambda m: type(m).__name__)
 def test_unsupported_models(model):
     with pytest.raises(PlanError) as caught:
         mllm.patch(model, "fastv:layer=1")
@@ -269,7 +267,7 @@ def test_an_unpatched_cache_goes_on_under_a_plan():
 def test_features_of_another_model():
     """Features that the plan never saw cannot be reduced, and that is said."""
     model, other = fresh(), fresh()
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if not PRECOMPUTED:
         pytest.skip("this transformers computes features inside forward")
     inputs = _one()
     features = other.get_image_features(pixel_values=inputs.pop("pixel_values"), return_dict=True)
@@ -301,3 +299,44 @@ def test_errors_are_value_errors_with_fields():
             "given": "0",
             "expected": "1",
         }
+
+
+def _new_layer(model):
+    """Layer 2 exchanged after the patch: its hooks are gone, so the cut never comes."""
+    lm = model.model.language_model
+    lm.layers[2] = type(lm.layers[2])(lm.config, 2).eval()
+
+
+def _new_attention(model):
+    """Attention of layer 1 exchanged: nobody reads the scores that the cut needs."""
+    layer = model.model.language_model.layers[1]
+    layer.self_attn = type(layer.self_attn)(model.model.language_model.config, 1).eval()
+
+
+def _new_tower_block(model):
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    block = tower.encoder.layers[-2]
+    block.self_attn = type(block.self_attn)(tower.config).eval()
+
+
+@pytest.mark.parametrize(
+    "spec, change, method",
+    [
+        ("fastv:layer=2:keep=0.5", _new_layer, "fastv"),
+        ("fastv:layer=2:keep=0.5", _new_attention, "fastv"),
+        ("visionzip:keep=10", _new_tower_block, "visionzip"),
+    ],
+)
+@torch.no_grad()
+def test_a_plan_that_has_no_effect_says_so(spec, change, method):
+    """A hook that has silently become a no-op is the classic failure of such tools."""
+    model = fresh()
+    patched = mllm.patch(model, spec)
+    change(model)
+    with pytest.raises(NoEffectError, match=method) as caught:
+        model(**_one())
+    assert caught.value.expected
+    model(**tiny.collate(tiny.samples("text")))
+    patched.remove()
+    assert model(**_one()).logits.shape[1] == 26

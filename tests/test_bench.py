@@ -152,6 +152,7 @@ def test_verdicts(ratio, ci, ideal, target, pairs, status, part):
         ({"batch": (0,)}, DataError, "batch=0"),
         ({"threads": 0}, DataError, "threads=0"),
         ({"dtype": "int8"}, DataError, "bfloat16"),
+        ({"device": "toaster"}, DataError, "toaster"),
         ({"plans": ["fastw:keep=0.5"]}, PlanError, "fastw"),
         ({"plans": ["fastv:layer=9:keep=0.5"]}, PlanError, "layer"),
     ],

@@ -216,6 +216,7 @@ def test_run_compares_both(cli, random_model):
         (["{picture}", "--plan", "fastv:layer=99:keep=0.5", "--model", "{model}"], "layer"),
         (["{picture}", "--plan", "random:keep=4", "--model", "{model}/no"], "no"),
         (["{picture}", "--plan", "random:keep=4", "--dtype", "int3"], "int3"),
+        (["{picture}", "--plan", "random:keep=4", "--device", "toaster"], "toaster"),
         (["{picture}"], "--plan"),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import oracles
 import pytest
 import tiny
@@ -11,6 +9,8 @@ import torch
 from matrix import (
     CASES,
     FEW,
+    PRECOMPUTED,
+    REPEATABLE,
     SIDE,
     check_generate,
     covering,
@@ -36,7 +36,7 @@ def test_sampling(spec, attn):
 
 @few
 def test_several_answers_per_prompt(spec):
-    check_generate(CASES[spec], "sdpa", "padded", do_sample=True, num_return_sequences=3)
+    check_generate(CASES[spec], "sdpa", REPEATABLE, do_sample=True, num_return_sequences=3)
 
 
 @few
@@ -49,7 +49,7 @@ def test_without_cache(spec):
 @torch.no_grad()
 def test_beams(spec, attn):
     """The score of the beam that wins is the oracle's score of that text."""
-    batch = tiny.samples(side=SIDE)
+    batch = tiny.samples(REPEATABLE, side=SIDE)
     inputs = tiny.collate(batch)
     options = dict(max_new_tokens=8, num_beams=3, do_sample=False, length_penalty=0.0)
     model = fresh(attn)
@@ -85,6 +85,8 @@ def test_prompt_lookup(spec):
 @few
 @torch.no_grad()
 def test_assistant_model(spec):
+    if not PRECOMPUTED:
+        pytest.skip("this transformers gives the pixels to a draft model that is text only")
     inputs = tiny.collate(tiny.samples("alone", side=SIDE))
     model = fresh()
     torch.manual_seed(0)
@@ -238,7 +240,7 @@ def test_manual_decoding(spec):
 def test_features_computed_before(spec):
     """`mm_encoder_outputs`: the pictures went through the tower before the forward."""
     model = fresh()
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if not PRECOMPUTED:
         pytest.skip("this transformers computes features inside forward")
     inputs = tiny.collate(tiny.samples(side=SIDE))
     pixels = inputs.pop("pixel_values")

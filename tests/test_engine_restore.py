@@ -85,6 +85,44 @@ def test_an_exception_inside_forward_leaves_nothing(spec, place):
     assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.parametrize("spec", FEW[::-1])
+def test_an_interrupted_training_step_leaves_nothing(spec):
+    """Ctrl-C in a notebook: torch calls no hook after it, and work goes on with the model."""
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -9:] = inputs["input_ids"][:, -9:]
+    model, other = fresh(), fresh()
+    ids = torch.tensor([[1, 17, 23, 42, 61]])
+    lm = model.model.language_model
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        alone = lm(input_ids=ids).last_hidden_state
+    with mllm.patch(model, spec) as patched:
+        with torch.no_grad():
+            want = model(**inputs).logits
+            kept = [k.tolist() for k in patched.ledger.kept(3)]
+        for module in (model.model.multi_modal_projector, lm.layers[3].mlp):
+            handle = module.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**inputs, labels=labels)
+            handle.remove()
+            with torch.no_grad():
+                assert torch.equal(model(**inputs).logits, want), "its labels are forgotten"
+                model.generate(**inputs, max_new_tokens=2)
+            assert [k.tolist() for k in patched.ledger.kept(3)] == kept
+        handle = lm.layers[3].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs, labels=labels)
+        handle.remove()
+        with mllm.patch(other, spec), torch.no_grad():
+            assert torch.equal(other(**inputs).logits, want), "of other models too"
+    with torch.no_grad():
+        assert torch.equal(lm(input_ids=ids).last_hidden_state, alone)
+
+
 @few
 @torch.no_grad()
 def test_two_models_of_one_config(spec):

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from mllm.errors import DataError, MllmError
+from mllm.eval import files
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 ModelOption = Annotated[
@@ -134,14 +135,10 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         DataError: the folder is missing or cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        files.write_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise unwritable(path, error) from error
+        raise unwritable(Path(path), error) from error
 
 
 def check_writable(path: str | Path) -> None:

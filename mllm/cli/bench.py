@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from enum import Enum
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -93,34 +94,37 @@ def command(
 
 
 def _show(results: dict[str, Any]) -> None:
-    table = Table(
-        title=f"prefill, {results['model_shape']['name']}, {results['device']}, "
-        f"{results['threads']} threads, load {results['load_before']} before",
-        title_justify="left",
-    )
-    table.add_column("plan")
-    for column in ("batch", "visual", "unpatched", "patched", "speed-up", "95 %", "ideal", "share"):
-        table.add_column(column, justify="right")
-    table.add_column("LLM only", justify="right")
-    table.add_column("peak MiB", justify="right")
-    for row in results["rows"]:
-        start = [row["plan"], str(row["batch"]), str(row["visual"])]
-        if row["status"] == "oom":
-            table.add_row(*start, "out of memory")
-            continue
-        low, high = row["ratio_ci"]
-        table.add_row(
-            *start,
-            f"{row['baseline_s']:.3f} s",
-            f"{row['patched_s']:.3f} s",
-            f"{row['ratio']:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{row['ideal']:.2f}",
-            f"{row['share']:.2f}",
-            f"{row['llm_ratio']:.2f} of {row['llm_ideal']:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f} of {row['baseline_peak_bytes'] / 2**20:.0f}",
-        )
     console = Console()
-    console.print(table)
-    for row in results["rows"]:
-        console.print(f"{row['plan']}, {row['visual']} visual tokens: {row['words']}.")
+    console.print(
+        f"prefill, {results['model_shape']['name']}, {results['device']}, "
+        f"{results['threads']} threads, load {results['load_before']} before"
+    )
+    for (batch, visual), rows in groupby(results["rows"], lambda r: (r["batch"], r["visual"])):
+        console.print(f"\n{visual} visual tokens, batch {batch}")
+        table = Table(box=None, pad_edge=False)
+        table.add_column("plan", no_wrap=True)
+        for column in ("before", "after", "speed-up (95 %)", "ideal", "share"):
+            table.add_column(column, justify="right", no_wrap=True)
+        remarks = []
+        for row in rows:
+            remarks.append(f"{row['plan']}: {row['words']}.")
+            if row["status"] == "oom":
+                table.add_row(row["plan"], "out of memory")
+                continue
+            low, high = row["ratio_ci"]
+            table.add_row(
+                row["plan"],
+                f"{row['baseline_s'] * 1e3:.0f} ms",
+                f"{row['patched_s'] * 1e3:.0f} ms",
+                f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
+                f"{row['ideal']:.2f}",
+                f"{row['share']:.2f}",
+            )
+            peak, before = row["peak_bytes"] / 2**20, row["baseline_peak_bytes"] / 2**20
+            remarks[-1] += (
+                f" Language model alone {row['llm_ratio']:.2f}x of {row['llm_ideal']:.2f};"
+                f" peak {peak:.0f} of {before:.0f} MiB."
+            )
+        console.print(table)
+        for remark in remarks:
+            console.print(remark)

@@ -274,9 +274,9 @@ class Run:
                 changed = [o for o in self.done if o.right[task][i] != before]
                 if not changed:
                     continue
-                said: dict[str, list[str]] = defaultdict(list)
+                said: dict[str, list[Entry]] = defaultdict(list)
                 for outcome in changed:
-                    said[outcome.texts[task][i]].append(outcome.entry.name)
+                    said[outcome.texts[task][i]].append(outcome.entry)
                 weight = sum(o.entry.method not in SANITY for o in changed)
                 flip = Flip(
                     self._one(task, questions, i)[1],
@@ -284,7 +284,7 @@ class Run:
                     sample["question"],
                     sample["answer"],
                     self.base.texts[task][i],
-                    list(said.items()),
+                    [(text, _at_budgets(entries)) for text, entries in said.items()],
                 )
                 found[before].append((weight, flip))
         best = {
@@ -361,6 +361,14 @@ def _patch_ask_remove(console: Console, run: Run) -> None:
     ]
     console.print("\n".join(lines), markup=False)
     console.print(token_map(grid, ledger.kept("llm")[0].tolist()), markup=False)
+
+
+def _at_budgets(entries: list[Entry]) -> list[str]:
+    """`random at 64, 16` and the like, one text for each method."""
+    budgets: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        budgets[entry.method].append(str(entry.budget))
+    return [f"{method} at {', '.join(at)}" for method, at in budgets.items()]
 
 
 def _spec(plan: Any) -> str:
@@ -463,7 +471,7 @@ def _table(rows: list[Row], tasks: tuple[str, ...]) -> Table:
                 f"{row.visual_avg:.1f}",
                 f"{row.flops / rows[0].flops:.0%}",
                 f"{1000 * row.prefill_s:.0f} ms" if row.prefill_s else "",
-                f"{row.score:.0%} ({100 * low:.0f} to {100 * high:.0f})",
+                f"{row.score:.0%} ({100 * low:.0f}–{100 * high:.0f})",
                 "" if row.flipped is None else str(row.flipped),
             ]
         else:

@@ -25,16 +25,17 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"{len(rows)} methods", title_justify="left")
-    for column in ("method", "stage", "reads", "parameters", "trained", "paper"):
+    table = Table(
+        title=f"{len(rows)} methods", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
+    for column in ("method", "acts at", "reads", "parameters", "paper"):
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(
-            row["name"],
-            " ".join(filter(None, [row["stage"], row["site"]])),
+            row["name"] + (" (trained)" if row["trained"] else ""),
+            row["site"] or row["stage"],
             "\n".join(row["reads"]) or "-",
             "\n".join(f"{p['name']}={p['default']}" for p in row["params"]),
-            "yes" if row["trained"] else "no",
             row["paper"] or "-",
         )
     Console().print(table)

@@ -52,20 +52,21 @@ def report(results: Path, output: Path, svg: Path | None) -> dict[str, Any]:
     rows = [_row(row) for row in made["rows"]]
     about = made["about"]
     page = pages.Report(
-        f"Yardstick: {len(made['tasks'])} tasks, {made['n']} questions each",
+        f"Yardstick: {', '.join(made['tasks'])}; {made['n']} questions each",
         made["words"],
         [
             ("split", f"{made['split']}, seed {made['seed']}"),
             ("weights", about["weights_sha256"][:12]),
             ("arithmetic", f"{about['dtype']} on {about['device']}, {about['threads']} threads"),
             ("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
-            ("commit", about["commit"] or "unknown"),
+            ("commit", (about["commit"] or "unknown")[:12]),
         ],
         rows,
+        changed="questions that are right under one of plan and unpatched model, not both",
     )
     write_text(output, pages.render(page))
     if svg:
-        write_text(svg, pages.picture(rows, page.title))
+        write_text(svg, pages.picture(rows, f"{len(made['tasks'])} tasks of {made['n']} questions"))
     return {"report": str(output), "svg": svg and str(svg), "rows": len(rows)}
 
 

@@ -87,17 +87,17 @@ def _compare(
             status.update("timing the prefill")
             times = np.median(time_pairs(model, other, inputs, pairs, warmup=1)[..., 0], axis=0)
             prefill_s = {"unpatched": times[0], "patched": times[1], "pairs": pairs}
-    layers = len(ledger["layers"])
     return {
         "model": model_path,
-        "plan": chosen.spec,
+        "plan": plan,
+        "plan_sha256": chosen.sha256,
         "image": image,
         "question": question,
         "answers": answers,
         "visual_tokens": ledger["visual_tokens"][0],
         "kept_llm": ledger["kept_llm"][0],
         "visual_avg": ledger["visual_avg"][0],
-        "layers": layers,
+        "layers": len(ledger["layers"]),
         "prefill_flops": ledger["prefill_flops"][0],
         "baseline_prefill_flops": ledger["baseline_prefill_flops"][0],
         "kv_bytes": ledger["kv_bytes"],
@@ -110,10 +110,12 @@ def _compare(
 
 
 def _show(data: dict[str, Any]) -> None:
-    table = Table(title=f"{data['question']}", title_justify="left")
-    table.add_column("")
-    table.add_column("unpatched")
-    table.add_column(data["plan"], overflow="fold")
+    console = Console()
+    console.print(f"{data['question']}\nplan: {data['plan']}\n", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("unpatched", "patched"):
+        table.add_column(column, overflow="fold")
     table.add_column("ratio", justify="right")
 
     def row(label: str, before: float, after: float, unit: str, scale: float = 1) -> None:
@@ -123,12 +125,11 @@ def _show(data: dict[str, Any]) -> None:
     table.add_row("answer", data["answers"]["unpatched"], data["answers"]["patched"], "")
     visual = data["visual_tokens"]
     row("visual tokens into the LLM", visual, data["kept_llm"], "")
-    row(f"visual tokens per layer, average of {data['layers']}", visual, data["visual_avg"], "")
+    row("visual tokens per layer on average", visual, data["visual_avg"], "")
     row("prefill", data["baseline_prefill_flops"], data["prefill_flops"], "GFLOPs", 1e9)
     row("KV cache", data["baseline_kv_bytes"], data["kv_bytes"], "MiB", 2**20)
     if times := data["prefill_s"]:
         row("prefill, measured", times["unpatched"], times["patched"], "ms", 1e-3)
-    console = Console()
     console.print(table)
     if times:
         console.print(

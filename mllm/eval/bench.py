@@ -28,7 +28,7 @@ from mllm import flops
 from mllm.errors import DataError
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import median_interval
-from mllm.loading import load_model
+from mllm.loading import load_model, pick_device
 
 Inputs = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # what runs, pairs done, pairs in all
@@ -149,7 +149,8 @@ def prefill(
         patched time; `share` = ratio / ideal. `llm_*` leave the tower and projector out.
 
     Raises:
-        DataError: `visual` is no whole number of images, or a count is below one.
+        DataError: `visual` is no whole number of images, a count is below one, or there is no
+            such device, dtype or model.
         PlanError: a plan cannot work on this model.
     """
     for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
@@ -162,7 +163,7 @@ def prefill(
     if threads is not None:
         torch.set_num_threads(threads)
     load_before = round(os.getloadavg()[0], 2)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     if isinstance(model, Shape):
         base, shape = model.build(getattr(torch, dtype), device), asdict(model)
     else:
@@ -265,7 +266,10 @@ def judge(
     else:
         words = "no real speed-up: the interval contains 1"
     status = "ok"
-    if target is not None:
+    if pairs < CLAIM_PAIRS:
+        status = "unresolved"
+        words += f"; {pairs} pairs are too few for a claim ({CLAIM_PAIRS})"
+    elif target is not None:
         if (high - low) / ideal > 1 - target:
             status = "unresolved"
             words += f"; unresolved against the target of {target:.2f} of the ideal"
@@ -273,9 +277,6 @@ def judge(
             words += f"; reaches the target of {target:.2f} of the ideal"
         else:
             words += f"; misses the target of {target:.2f} of the ideal"
-    if pairs < CLAIM_PAIRS:
-        status = "unresolved"
-        words += f"; {pairs} pairs are too few for a claim ({CLAIM_PAIRS})"
     return status, words
 
 

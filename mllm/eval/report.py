@@ -36,7 +36,7 @@ class Row:
         prefill_s: seconds to the first token per sample, or None where it was not measured.
         tasks: task name -> (answers right, questions).
         sanity: a row any method has to beat (random, downsample, avgpool ...).
-        flipped: answers that differ from the unpatched model's; None for the unpatched model.
+        flipped: changes against the unpatched model (see `Report.changed`); None for that model.
         note: shown in the table, for example why a budget was not reached.
     """
 
@@ -128,6 +128,7 @@ class Report:
         facts: (name, value) pairs of the run: model, device, versions, n.
         lost: questions the unpatched model answers right and some plans wrong.
         won: the reverse.
+        changed: what `Row.flipped` counts.
     """
 
     title: str
@@ -138,6 +139,7 @@ class Report:
     lost: list[Flip] = field(default_factory=list)
     won: list[Flip] = field(default_factory=list)
     training: Training | None = None
+    changed: str = "answers that differ from the unpatched model's"
 
 
 def _templates() -> Environment:
@@ -191,7 +193,7 @@ def picture(rows: Sequence[Row], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} 0 {width} {height}" '
         f'font-family="system-ui, sans-serif"><style>{style}</style>'
         f'<rect x="{-margin}" width="{width}" height="{height}" fill="var(--paper)"/>'
-        f'{"".join(parts)}</svg>\n'
+        f"{''.join(parts)}</svg>\n"
     )
 
 

@@ -27,10 +27,10 @@ LEAST_ACCURACY, LEAST_LOSS, LEAST_N = 0.85, 0.10, 500
 
 
 def admission(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per task: n, accuracy and interval without a plan and under RANDOM, and whether it counts."""
+    """Per evaluated task: accuracy without a plan and under RANDOM, and whether the task counts."""
     by_plan = {(row["task"], row["plan"]): row for row in rows}
     table = {}
-    for task in TASKS:
+    for task in (task for task in TASKS if (task, None) in by_plan):
         full, few = by_plan[task, None], by_plan[task, RANDOM]
         table[task] = {
             "n": full["n"],
@@ -126,7 +126,7 @@ def card(data: dict[str, Any]) -> str:
                 f"| {task} | {row['n']} | {row['accuracy']:.1%} | {_interval(row['ci'])} "
                 f"| {few['accuracy']:.1%} | {_interval(few['ci'])} |"
             )
-    missing = [task for task, row in rows.items() if not row["admitted"]]
+    missing = [task for task in TASKS if task not in rows or not rows[task]["admitted"]]
     lines += ["", f"Not learnt, and not to be quoted: {', '.join(missing) or 'none'}."]
     return "\n".join(lines) + "\n"
 

@@ -22,23 +22,24 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 # An object this near (pixels) to a dividing line belongs to neither side: not asked about.
 MARGIN = 14
 
-# task -> kind of scene it is asked about, choices (None: open answer)
 YES_NO = ("yes", "no")
+# task -> kinds of scene it is asked about, in turn
 TASK_SCENES = {
-    "exist": "objects",
-    "exist_attr": "objects",
-    "color": "objects",
-    "needle": "needle",
-    "needle_color": "needle",
-    "count": "objects",
-    "where": "objects",
-    "what_at": "objects",
-    "relation": "objects",
-    "ocr": "code",
-    "chart_value": "chart",
-    "chart_max": "chart",
-    "chart_min": "chart",
+    "exist": ("objects", "needle"),
+    "exist_attr": ("objects",),
+    "color": ("objects",),
+    "needle": ("needle",),
+    "needle_color": ("needle",),
+    "count": ("objects",),
+    "where": ("objects",),
+    "what_at": ("objects",),
+    "relation": ("objects",),
+    "ocr": ("code",),
+    "chart_value": ("chart",),
+    "chart_max": ("chart",),
+    "chart_min": ("chart",),
 }
+# task -> its answers, where they are few
 CHOICES = {
     "exist": YES_NO,
     "exist_attr": YES_NO,

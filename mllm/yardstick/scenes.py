@@ -354,6 +354,17 @@ def objects(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
     return scene
 
 
+def shapes(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
+    """Three to six different shapes and up to two emoji: many colour questions; training only."""
+    look = STYLES[style]
+    scene = _blank("objects", look.background(rng, size))
+    names = rng.sample(SHAPES, rng.randint(3, 6)) + rng.sample(EMOJI, rng.randint(0, 2))
+    sides = [26, 30, 34, 40] if size < FULL else [30, 36, 44, 52, 60]
+    for name in names:
+        _add(scene, look, rng, name, rng.choice(sides))
+    return scene
+
+
 def needle(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
     """One object of 18 to 24 pixels in an otherwise empty picture."""
     look = STYLES[style]
@@ -407,7 +418,7 @@ def chart(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
     return scene
 
 
-KINDS = {"objects": objects, "needle": needle, "code": code, "chart": chart}
+KINDS = {"objects": objects, "shapes": shapes, "needle": needle, "code": code, "chart": chart}
 
 
 def draw(rng: Random, kind: str | None = None, size: int = FULL, style: str = "plain") -> Scene:
