@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "SERVED",
+    "arguments",
     "attention_name",
     "base_attention",
     "best_resolution",
@@ -31,6 +33,18 @@ __all__ = [
 ]
 
 SERVED = ("sdpa", "eager", "flash_attention_2")
+
+
+def arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a call by name, further keyword arguments included.
+
+    Some families pass `input_ids` by position.
+    """
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 def attention_name(module: nn.Module) -> str:

@@ -31,7 +31,7 @@ from mllm.models import resolve as resolve_family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.tokens import split_images
-from mllm.validate import check_plan
+from mllm.validate import check_plan, family_notes
 
 
 @dataclass
@@ -48,15 +48,6 @@ _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=Non
 _CALL: ContextVar[_Call | None] = ContextVar("mllm_call", default=None)
 _VISION: ContextVar[VisionRun | None] = ContextVar("mllm_vision", default=None)
 _PROMPT: ContextVar[int | None] = ContextVar("mllm_prompt", default=None)
-
-
-def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Arguments of a call by name, further keyword arguments included."""
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    return given
 
 
 def _outer(variable: ContextVar, patched: Patched) -> Any:
@@ -100,7 +91,7 @@ class Patched:
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
             if isinstance(s, LayerPruner) and s.layer is None
         ]
-        self.plan_notes += self._family_notes()
+        self.plan_notes += family_notes(self)
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
@@ -124,18 +115,6 @@ class Patched:
         """Where a pre-LLM stage works; behind projectors that join patches."""
         joined = stage.site == "pre_projector" and not self.family.per_token
         return "post_projector" if joined else stage.site
-
-    def _family_notes(self) -> list[str]:
-        notes, name = [], type(self.family.model).__name__
-        for stage in self.plan.stages:
-            if self.family.mrope and not stage.positions and stage.paper_positions == "compact":
-                notes.append(f"{stage.info.name}: positions=original, as {name} needs")
-            if isinstance(stage, TokenReducer) and self.site(stage) != stage.site:
-                notes.append(
-                    f"{stage.info.name}: works behind the projector of {name}, without [CLS] as "
-                    "a token"
-                )
-        return notes
 
     def tapped(self) -> list[nn.Module]:
         """Attention modules that some stage reads from."""
@@ -270,7 +249,7 @@ class Patched:
             _CALL.set(call.outer)
 
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = _by_name(self._base_signature, args, kwargs)
+        given = compat.arguments(self._base_signature, args, kwargs)
         ids, pixels = given.get("input_ids"), given.get("pixel_values")
         encoders = given.get("mm_encoder_outputs") or {}
         encoded = encoders.get("image")
@@ -343,7 +322,7 @@ class Patched:
     # Pre-LLM stages: around get_image_features
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
-        inputs = _by_name(self._features_signature, args, kwargs)
+        inputs = compat.arguments(self._features_signature, args, kwargs)
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             configured = getattr(self.family.model.config, name, None)
             if inputs.get(name) not in (None, configured):

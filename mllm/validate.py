@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm import compat
+from mllm.compressors.base import TokenReducer
 from mllm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -124,3 +125,17 @@ def _check_fit(patched: Patched, stage: Any) -> None:
                 given=stage.info.name,
                 expected="a method that chooses tokens",
             )
+
+
+def family_notes(patched: Patched) -> list[str]:
+    """What a plan does otherwise on this family than on the paper's model."""
+    notes, name = [], type(patched.family.model).__name__
+    for stage in patched.plan.stages:
+        if not stage.positions and patched.positions(stage) != stage.paper_positions:
+            notes.append(f"{stage.info.name}: positions=original, as {name} needs")
+        if isinstance(stage, TokenReducer) and patched.site(stage) != stage.site:
+            notes.append(
+                f"{stage.info.name}: works behind the projector of {name}, without [CLS] as a "
+                "token"
+            )
+    return notes
