@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -19,8 +21,10 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "SERVED",
+    "arguments",
     "attention_name",
     "base_attention",
+    "best_resolution",
     "causal_mask",
     "dynamic_cache",
     "register_attention",
@@ -29,6 +33,18 @@ __all__ = [
 ]
 
 SERVED = ("sdpa", "eager", "flash_attention_2")
+
+
+def arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a call by name, further keyword arguments included.
+
+    Some families pass `input_ids` by position.
+    """
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 def attention_name(module: nn.Module) -> str:
@@ -57,6 +73,11 @@ def serve(module: nn.Module, name: str) -> Any:
     module.config = copy.copy(original)
     module.config._attn_implementation_internal = name
     return original
+
+
+def best_resolution(size: list[int], pinpoints: list[list[int]]) -> tuple[int, int]:
+    """The (height, width) among `pinpoints` that a picture of `size` pixels is padded to."""
+    return select_best_resolution(size, pinpoints)
 
 
 def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:

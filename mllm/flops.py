@@ -6,6 +6,7 @@ One set of formulas for the ledger, the bench's ideal and estimates. They equal 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -30,18 +31,41 @@ def lm_head(config: Any, rows: float) -> float:
     return 2 * rows * config.hidden_size * config.vocab_size
 
 
+def vision_block(
+    tokens: float,
+    width: int,
+    intermediate: int,
+    *,
+    gated: bool = False,
+    spans: Iterable[int] | None = None,
+) -> float:
+    """One transformer block of a tower.
+
+    Args:
+        tokens: tokens of one image.
+        width: width of the tower.
+        intermediate: width of the MLP.
+        gated: whether the MLP has a gate, a third product.
+        spans: tokens of each window or picture that attends to itself; None is one of all tokens.
+    """
+    products = 4 * width**2 + (3 if gated else 2) * width * intermediate
+    spans = [tokens] if spans is None else spans
+    return 2 * tokens * products + 4 * width * sum(span**2 for span in spans)
+
+
 def vision_tower(config: Any, patches: int, prefix: int = 1) -> float:
-    """A CLIP- or SigLIP-type tower on one image.
+    """A CLIP- or SigLIP-type tower on one picture.
 
     Args:
         config: the vision config.
         patches: patch tokens.
         prefix: extra tokens ([CLS]).
     """
-    width, tokens = config.hidden_size, patches + prefix
-    embed = 2 * patches * config.num_channels * config.patch_size**2 * width
-    block = 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size)
-    return embed + config.num_hidden_layers * (block + 4 * tokens**2 * width)
+    width, patch = config.hidden_size, config.patch_size
+    area = patch[0] * patch[1] if isinstance(patch, tuple | list) else patch**2
+    embed = 2 * patches * config.num_channels * area * width
+    block = vision_block(patches + prefix, width, config.intermediate_size)
+    return embed + config.num_hidden_layers * block
 
 
 def projector(in_width: int, out_width: int, tokens: int) -> float:

@@ -15,7 +15,7 @@ from mllm.cache import adopt, note_rows
 from mllm.compressors.base import AttentionRows, Context, LayerPruner
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber
+from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber, split_images
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -33,7 +33,7 @@ class DecoderRun:
         table: table of the rows of the current stage.
         tables: (first layer, table) of every stage.
         prompt: bool `[batch, rows]`, rows that a method may look at.
-        images: per sample, its rows of `reduction`.
+        images: per sample, its images in `reduction`.
         past, past_logical: stored slots per layer, and tokens seen, before this forward.
         replaced: arguments that layers of the current stage get instead of the parent's.
         replay: by first layer of a stage, its row choice and arguments.
@@ -118,19 +118,16 @@ class DecoderRun:
             self.full = self.table = TokenTable.text(valid, start)
             self.images = [[] for _ in range(valid.shape[0])]
             return
-        grid = self.reduction.grid
-        tokens, images = grid[0] * grid[1], self.reduction.keep.shape[0]
-        counts = self.visual.sum(1).tolist()
-        # generate() repeats samples for beams and returned sequences; features keep their order.
-        repeat = max(1, sum(counts) // (images * tokens))
-        ends, at = [], 0
-        for sample in range(0, len(counts), repeat):
-            number = counts[sample] // tokens
-            ends += [list(range(at, at + number))] * repeat
-            at += number
-        self.images = ends
-        grids = [[grid] * len(sample) for sample in self.images]
-        self.full = self.table = TokenTable.prompt(valid, self.visual, start, grids)
+        layouts = self.reduction.layouts
+        self.images = split_images(self.visual.sum(1).tolist(), self.reduction.sizes)
+        self.full = self.table = TokenTable.prompt(
+            valid, self.visual, start, [[layouts[i] for i in own] for own in self.images]
+        )
+
+    @property
+    def spaced(self) -> bool:
+        """Whether images have separators."""
+        return any(layout.newline != "none" for layout in self.reduction.layouts)
 
     def _prompt_rows(self, length: int | None, labels: Tensor | None) -> Tensor:
         """Rows of the prompt: no candidate of assisted decoding, nothing that is supervised."""
@@ -160,7 +157,7 @@ class DecoderRun:
             position = position - shift
         if drops:
             keep, order = self._kept_rows()
-            compact = self.patched.reducers[0][1].positions == "compact"
+            compact = self.patched.positions(self.patched.reducers[0][1]) == "compact"
             if compact:
                 moved = renumber(position, keep, table.valid, order)
                 if first is not None:
@@ -171,11 +168,12 @@ class DecoderRun:
             rows = choose_rows(keep, table.valid, order if compact else None)
             self.table = table.take(rows, keep.gather(1, rows))
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
+            self.patched.family.take_rows(kwargs, rows, self.table.valid)
             position = gather_rows(position, rows, dim=position.dim() - 1)
         kwargs["position_ids"] = position
         mask = self._slot_valid(0)
-        if mask is None and first is None:
-            # Without cache and mask, transformers takes gaps in positions for packed sequences.
+        if mask is None and cache is None:
+            # Without a mask or cache, transformers takes gaps in positions for packed sequences.
             mask = self.table.valid
         if mask is not None and first is not None:
             # The decoder looks a 2-D mask up by logical position.
@@ -185,16 +183,19 @@ class DecoderRun:
     def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
         """Rows that stay, and their order if it is not the grid's: `[batch, rows]` each."""
         table, reduction = self.table, self.reduction
-        which = torch.tensor(
-            [i for sample in self.images for i in sample], device=reduction.keep.device
-        )
+        images = [i for own in self.images for i in own]
+        starts, sizes, device = reduction.starts, reduction.sizes, reduction.keep.device
+        token = torch.cat([torch.arange(sizes[i]) + starts[i] for i in images]).to(device)
         keep = ~table.visual
-        keep[table.visual] = reduction.keep[which].flatten()
+        keep[table.visual] = reduction.keep[token]
         order = None
         if reduction.order is not None:
-            order, tokens = table.index.clone(), reduction.order.shape[1]
-            starts = order[table.visual].view(-1, tokens)[:, :1]
-            order[table.visual] = (starts + reduction.order[which]).flatten()
+            order = table.index.clone()
+            lengths = torch.tensor([sizes[i] for i in images])
+            ends = lengths.cumsum(0)
+            first = order[table.visual][(ends - lengths).to(device)]
+            first = first.repeat_interleave(lengths.to(device), output_size=int(ends[-1]))
+            order[table.visual] = first + reduction.order[token]
         return keep & table.valid, order
 
     def _slot_valid(self, layer: int) -> Tensor | None:
@@ -274,7 +275,7 @@ class DecoderRun:
         given = {**kwargs, **self.replaced}
         position, rotary = given.get("position_ids"), given["position_embeddings"]
         kind = f"layer {layer}"
-        compact = any(s.positions == "compact" for _, s in stages)
+        compact = any(self.patched.positions(s) == "compact" for _, s in stages)
         cached = None if self.cache is None else self.cache.layers[layer]
         shift = None if cached is None else cached.shifts.get(kind)
         if position is not None:
@@ -286,7 +287,9 @@ class DecoderRun:
             table = self.table
             keep = table.valid.clone()
             for number, stage in stages:
-                keep &= ~table.visual | self._select(number, stage, keep)
+                keep &= ~table.visual | table.newline | self._select(number, stage, keep)
+            if self.spaced:
+                keep = table.with_newlines(keep)
             rows = choose_rows(keep, table.valid)
             if compact:
                 moved = renumber(position, keep, table.valid)
@@ -328,7 +331,8 @@ class DecoderRun:
             at = table.index[:, None].expand(-1, scores.shape[1], -1)
             signals[name] = scores.gather(2, at)
         images = torch.tensor([len(s) for s in self.images], device=keep.device)
-        ctx = Context(stage, signals, visual=table.visual & keep, images=images)
+        visual = table.visual & ~table.newline & keep
+        ctx = Context(stage, signals, visual=visual, images=images)
         if isinstance(stage.keep, int) and bool((ctx.visual.sum(1) < stage.keep * images).any()):
             self.notes.append(
                 f"{stage.info.name}: fewer than keep={stage.keep} tokens per image arrive at "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,30 +10,43 @@ import torch
 from torch import Tensor
 
 from mllm import flops
-from mllm.tokens import TokenTable
+from mllm.tokens import Layout, TokenTable
 
 
 @dataclass
 class Reduction:
-    """Result of the pre-LLM stages for the images of one call, all with the same grid.
+    """Result of the pre-LLM stages for the images of one call.
+
+    Images may differ in size, so their tokens lie flat, one image after another.
 
     Attributes:
-        grid: (rows, cols) of every image, before any stage.
-        keep: bool `[images, tokens]`.
-        into: int64 `[images, tokens]`: itself if kept, the token it was merged into, or -1.
-        order: int64 `[images, tokens]`, sequence order of kept tokens within their image.
-        vision_flops, baseline_vision_flops, selection_flops: FLOPs per image.
+        layouts: layout of every image, before any stage.
+        keep: bool `[tokens]`.
+        into: int64 `[tokens]`: itself if kept, the token it was merged into, or -1; indices
+            within the image.
+        order: int64 `[tokens]`, sequence order of kept tokens within their image.
+        vision_flops, baseline_vision_flops, selection_flops: FLOPs of each image.
         ran: indices of the plan's stages that ran.
     """
 
-    grid: tuple[int, int]
+    layouts: list[Layout]
     keep: Tensor
     into: Tensor
     order: Tensor | None = None
-    vision_flops: float = 0.0
-    baseline_vision_flops: float = 0.0
-    selection_flops: float = 0.0
+    vision_flops: list[float] = field(default_factory=list)
+    baseline_vision_flops: list[float] = field(default_factory=list)
+    selection_flops: list[float] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each image."""
+        return [layout.tokens for layout in self.layouts]
+
+    @property
+    def starts(self) -> list[int]:
+        """First token of each image."""
+        return [0, *itertools.accumulate(self.sizes)][:-1]
 
 
 @dataclass
@@ -44,7 +58,7 @@ class Record:
     tables: list[tuple[int, TokenTable]]  # (first layer, rows from there on)
     past: list[int]  # stored slots per layer before this prefill
     past_logical: int
-    images: list[list[int]]  # per sample, rows of `reduction`
+    images: list[list[int]]  # per sample, images of `reduction`
     reduction: Reduction | None
     logit_rows: int
     kv_bytes: int
@@ -116,21 +130,27 @@ class Ledger:
         record = self._record
         if record is None or record.reduction is None:
             return [torch.empty(0, dtype=torch.long) for _ in self.kept("llm")]
-        out = []
+        reduction, out = record.reduction, []
+        every = reduction.into.cpu().split(reduction.sizes)
         for sample in record.images:
-            into = record.reduction.into[sample].cpu()
-            offset = torch.arange(len(sample))[:, None] * into.shape[1]
-            out.append(torch.where(into < 0, into, into + offset).flatten())
+            parts, at = [every[0][:0]], 0
+            for image in sample:
+                into = every[image]
+                parts.append(torch.where(into < 0, into, into + at))
+                at += len(into)
+            out.append(torch.cat(parts))
         return out
 
     @property
     def grid(self) -> list[list[tuple[int, int]]]:
-        """Per sample, (rows, cols) of each of its images."""
+        """Per sample, (rows, cols) of each of its grids: one per image, two under anyres."""
         record = self._record
         if record is None:
             return []
-        grid = None if record.reduction is None else record.reduction.grid
-        return [[grid] * len(sample) for sample in record.images]
+        return [
+            [grid for image in sample for grid in record.reduction.layouts[image].grids]
+            for sample in record.images
+        ]
 
     def tokens(self, layer: int) -> list[int]:
         """Per sample, rows (text and visual, no padding) that enter decoder layer `layer`."""
@@ -180,14 +200,18 @@ class Ledger:
         layers = len(self._tables)
         prompt = full.valid.sum(1).tolist()
         counts = [len(sample) for sample in record.images]
-        per_image = (0.0, 0.0, 0.0)
-        if reduction is not None:
-            per_image = (
-                reduction.vision_flops,
-                reduction.baseline_vision_flops,
-                reduction.selection_flops,
+        vision, base_vision, select = (
+            [sum(of[i] for i in sample) for sample in record.images]
+            for of in (
+                ([], [], [])
+                if reduction is None
+                else (
+                    reduction.vision_flops,
+                    reduction.baseline_vision_flops,
+                    reduction.selection_flops,
+                )
             )
-        vision, base_vision, select = ([n * f for n in counts] for f in per_image)
+        )
         selection = [
             per_sample + record.selection_flops * (images > 0)
             for per_sample, images in zip(select, counts, strict=True)

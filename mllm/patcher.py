@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mllm import attention, compat
 from mllm.compressors.base import (
     AttentionRows,
-    Features,
     LayerPruner,
     TokenReducer,
     VisionAttention,
@@ -27,10 +26,12 @@ from mllm.compressors.base import (
 )
 from mllm.errors import DataError, NoEffectError, PlanError
 from mllm.in_llm import DecoderRun
-from mllm.ledger import Ledger, Record
+from mllm.ledger import Ledger, Record, Reduction
 from mllm.models import resolve as resolve_family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
+from mllm.tokens import split_images
+from mllm.validate import check_plan, family_notes
 
 
 @dataclass
@@ -77,7 +78,9 @@ class Patched:
         requested = Plan.of(plan)
         self.plan = Plan(
             [
-                s.at_depth(len(self.layers)) if isinstance(s, LayerPruner) else s
+                s.at_depth(len(self.layers), self.family.first_cut)
+                if isinstance(s, LayerPruner)
+                else s
                 for s in requested.stages
             ],
             requested.seed,
@@ -88,12 +91,14 @@ class Patched:
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
             if isinstance(s, LayerPruner) and s.layer is None
         ]
+        self.plan_notes += family_notes(self)
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
-        self._validate(unvalidated)
+        check_plan(self, unvalidated)
         self.cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
+        self._features_signature = inspect.signature(self.family.base.get_image_features)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
         self._handles: list[Any] = []
@@ -101,74 +106,17 @@ class Patched:
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
         self._install()
 
-    # What can be refused before anything runs
+    def positions(self, stage: Any) -> str:
+        """`original` or `compact`; where nothing was asked for, what the family can do."""
+        card = "original" if self.family.mrope else stage.paper_positions
+        return stage.positions or card
 
-    def _validate(self, unvalidated: bool) -> None:
-        if "mllm_patched" in self.family.base.__dict__:
-            raise PlanError(
-                "the model is already patched",
-                argument="model",
-                given=type(self.model).__name__,
-                expected="one plan with all stages, or remove() first",
-            )
-        sites = [("pixels", "pre_projector", "post_projector").index(s.site)
-                 for _, s in self.reducers]
-        if sites != sorted(sites):
-            raise PlanError(
-                "pre-LLM stages must follow the picture's way: pixels, before the projector, "
-                "after it",
-                argument="plan",
-                given=self.plan.spec,
-                expected="another order",
-            )
-        for _, stage in self.reducers[1:]:
-            if stage.first:
-                raise PlanError(
-                    f"{stage.info.name} needs the full grid: two stages would write the same rows",
-                    argument="plan",
-                    given=self.plan.spec,
-                    expected=f"{stage.info.name} as the first pre-LLM stage",
-                )
-        if len({s.positions for _, s in self.reducers}) > 1:
-            raise PlanError(
-                "pre-LLM stages disagree about positions",
-                argument="positions",
-                given=", ".join(f"{s.info.name}={s.positions}" for _, s in self.reducers),
-                expected="one choice for all pre-LLM stages",
-            )
-        depth = len(self.layers)
-        for _, stage in self.pruners:
-            if not stage.first_layer <= stage.layer < depth:
-                raise PlanError(
-                    f"{stage.info.name}: layer={stage.layer} is outside of the model",
-                    argument="layer",
-                    given=stage.layer,
-                    expected=f"{stage.first_layer} <= layer < {depth}",
-                )
-        grid = self.family.native_grid()
-        for stage in self.plan.stages:
-            keep = getattr(stage, "keep", None)
-            if isinstance(keep, int) and grid and keep > grid[0] * grid[1]:
-                raise PlanError(
-                    f"{stage.info.name}: keep={keep} is more than the {grid[0] * grid[1]} visual "
-                    "tokens of an image",
-                    argument="keep",
-                    given=keep,
-                    expected=f"1 <= keep <= {grid[0] * grid[1]}",
-                )
-        flash = [m for m in self._tapped() if "flash" in compat.attention_name(m)]
-        other = [m for m in self._tapped() if compat.attention_name(m) not in compat.SERVED]
-        if other or (flash and not unvalidated):
-            name = compat.attention_name((other or flash)[0])
-            raise PlanError(
-                f"reading attention under {name} is "
-                + ("not supported" if other else "written but was never validated"),
-                argument="attn_implementation",
-                given=name,
-                expected="sdpa or eager" + ("" if other else ", or patch(..., unvalidated=True)"),
-            )
+    def site(self, stage: TokenReducer) -> str:
+        """Where a pre-LLM stage works; behind projectors that join patches."""
+        joined = stage.site == "pre_projector" and not self.family.per_token
+        return "post_projector" if joined else stage.site
 
-    def _tapped(self) -> list[nn.Module]:
+    def tapped(self) -> list[nn.Module]:
         """Attention modules that some stage reads from."""
         found = []
         for _, stage in [*self.reducers, *self.pruners]:
@@ -183,7 +131,7 @@ class Patched:
 
     def _install(self) -> None:
         family = self.family
-        for module in self._tapped():
+        for module in self.tapped():
             name = f"mllm_{compat.attention_name(module)}"
             self._served.append((module, compat.serve(module, name)))
 
@@ -202,11 +150,9 @@ class Patched:
         post(family.decoder, self._decoder_post)
         for i in range(self.cuts[0] if self.cuts else len(self.layers), len(self.layers)):
             pre(self.layers[i], functools.partial(self._layer_pre, i))
-        if any(stage.site == "pre_projector" for _, stage in self.reducers):
+        if any(self.site(stage) == "pre_projector" for _, stage in self.reducers):
             pre(family.projector, self._projector_pre)
             post(family.projector, self._projector_post)
-        if any(isinstance(s, Features) and s.cls for _, r in self.reducers
-               for s in r.reads().values()):
             post(family.tower, self._tower_post)
 
         features = family.base.get_image_features
@@ -303,9 +249,17 @@ class Patched:
             _CALL.set(call.outer)
 
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = self._base_signature.bind(*args, **kwargs).arguments
+        given = compat.arguments(self._base_signature, args, kwargs)
         ids, pixels = given.get("input_ids"), given.get("pixel_values")
-        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        encoders = given.get("mm_encoder_outputs") or {}
+        encoded = encoders.get("image")
+        if given.get("pixel_values_videos") is not None or encoders.get("video") is not None:
+            raise DataError(
+                "the tokens of videos cannot be reduced",
+                argument="pixel_values_videos",
+                given="a video",
+                expected="images",
+            )
         has_pixels = pixels is not None or encoded is not None
         if ids is None and has_pixels:
             raise DataError(
@@ -337,21 +291,27 @@ class Patched:
                 expected="get_image_features of the patched model, or pixel_values",
             )
         if visual is not None:
-            self._check_counts(visual, pixels, encoded)
+            self._check_counts(visual, given, encoded, reduction)
         _FORWARD.set(DecoderRun(self, visual, reduction, outer=_outer(_FORWARD, self)))
 
-    def _check_counts(self, visual: Tensor, pixels: Tensor | None, encoded: Any) -> None:
+    def _check_counts(
+        self, visual: Tensor, given: dict[str, Any], encoded: Any, reduction: Reduction | None
+    ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
-        grids = self.family.grid(pixels) if encoded is None else [encoded.mllm_reduction.grid]
-        images = len(grids) if encoded is None else len(encoded.pooler_output)
-        tokens, counts = grids[0][0] * grids[0][1], visual.sum(1).tolist()
-        if any(n % tokens for n in counts) or sum(counts) != images * tokens:
+        counts = visual.sum(1).tolist()
+        if encoded is None:
+            sizes = [layout.tokens for layout in self.family.layouts(given)]
+            total = sum(sizes)
+        else:
+            sizes, total = reduction.sizes, sum(len(f) for f in encoded.pooler_output)
+        if sum(counts) != total or split_images(counts, sizes) is None:
+            tokens = " or ".join(str(n) for n in dict.fromkeys(sizes))
             raise DataError(
-                f"the samples have {counts} image placeholders for {images} images of {tokens} "
-                "visual tokens",
+                f"the samples have {counts} image placeholders for {len(sizes)} images of "
+                f"{tokens} visual tokens",
                 argument="input_ids",
                 given=counts,
-                expected=f"{tokens} placeholders per image, {images * tokens} in the batch",
+                expected=f"{tokens} placeholders per image, {total} in the batch",
             )
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -362,27 +322,25 @@ class Patched:
     # Pre-LLM stages: around get_image_features
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
-        kwargs = {**dict(zip(("pixel_values",), args, strict=False)), **kwargs}
+        inputs = compat.arguments(self._features_signature, args, kwargs)
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            configured = getattr(self.family.model.config, name)
-            if kwargs.get(name) not in (None, configured):
+            configured = getattr(self.family.model.config, name, None)
+            if inputs.get(name) not in (None, configured):
                 raise PlanError(
                     f"a plan reads the tower where the config says: {name}={configured!r}",
                     argument=name,
-                    given=kwargs[name],
+                    given=inputs[name],
                     expected="set it in the config before mllm.patch",
                 )
-        run = VisionRun(self, kwargs["pixel_values"])
-        kwargs["pixel_values"], extra = run.pixels()
+        run = VisionRun(self, inputs)
+        inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
             with attention.taps(run.taps()):
-                output = original(*args[1:], **kwargs, **extra)
+                output = original(**inputs)
         finally:
             _VISION.reset(token)
-        features = output.pooler_output
-        stacked = run.after(torch.stack(list(features)))
-        output.pooler_output = stacked if isinstance(features, Tensor) else list(stacked)
+        output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
         if (decoder_run := _FORWARD.get()) is not None:
             decoder_run.reduction = run.reduction
@@ -397,7 +355,8 @@ class Patched:
             return run.after_projector(output)
 
     def _tower_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if (run := _VISION.get()) is not None and self.family.prefix:
+        run = _VISION.get()
+        if run is not None and self.family.prefix:
             run.cls = self.family.cls_feature(output)
 
     # The decoder

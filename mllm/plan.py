@@ -111,7 +111,7 @@ def _describe(cls: type) -> dict[str, Any]:
             {"name": n, "type": _type_name(hints[n]), "default": f.default}
             for n, f in fields.items()
         ],
-        "positions": getattr(cls, "positions", None),
+        "positions": cls.paper_positions,
         "identity": cls.identity,
         "oracle": cls.oracle,
         "backends": ["sdpa", "eager"],
@@ -337,6 +337,9 @@ class Plan:
     def sha256(self) -> str:
         """Hash of what the plan does (the version of mllm is left out)."""
         data = {k: v for k, v in self.to_dict().items() if k != "mllm_version"}
+        for stage, row in zip(self.stages, data["stages"], strict=True):
+            if "positions" in row["params"]:
+                row["params"]["positions"] = stage.positions or stage.paper_positions
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,79 +26,139 @@ from mllm.compressors.base import (
 )
 from mllm.errors import PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import choose_rows, gather_rows
+from mllm.tokens import Layout, choose_rows, gather_rows
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
 
 
-class VisionRun:
-    """One call of get_image_features: runs the pre-LLM stages on its images."""
+@dataclass
+class Group:
+    """Images with the same layout, so that methods work on all of them at once.
 
-    def __init__(self, patched: Patched, pixel_values: Tensor) -> None:
-        self.family, self.plan = patched.family, patched.plan
-        self.stages = patched.reducers
-        self.pixel_values = pixel_values
-        grids = self.family.grid(pixel_values)
-        images, (height, width) = len(grids), grids[0]
-        device = pixel_values.device
-        self.tokens = height * width
-        index = torch.arange(self.tokens, device=device).repeat(images, 1)
+    Attributes:
+        layout: their layout.
+        images: int64 `[n]`, their ordinals in the call.
+        at: int64 `[n, cells]`, their tokens that are no separators, among all tokens.
+    """
+
+    layout: Layout
+    images: Tensor
+    at: Tensor
+
+
+class VisionRun:
+    """One call of get_image_features: runs the pre-LLM stages on its images.
+
+    Tokens of all images lie flat, image after image; a stage sees `[images, cells]` per group of
+    equal images.
+    """
+
+    def __init__(self, patched: Patched, inputs: Mapping[str, Any]) -> None:
+        self.patched, self.family, self.inputs = patched, patched.family, inputs
+        device = inputs["pixel_values"].device
+        layouts = self.family.layouts(inputs)
+        full = [self.family.vision_flops(x, x.cells) for x in layouts]
+        into = torch.cat([torch.arange(x.tokens) for x in layouts]).to(device)
         self.reduction = Reduction(
-            grid=grids[0],
-            keep=torch.ones(images, self.tokens, dtype=torch.bool, device=device),
-            into=index,
+            layouts=layouts,
+            keep=torch.ones_like(into, dtype=torch.bool),
+            into=into,
+            vision_flops=full,
+            baseline_vision_flops=list(full),
+            selection_flops=[0.0] * len(layouts),
         )
-        full = self.family.vision_flops(grids[0], self.tokens)
-        self.reduction.baseline_vision_flops = self.reduction.vision_flops = full
+        self.groups = self._groups(device)
+        self.pieces: dict[Any, list[Tensor]] = {}
+        self.costs: dict[Any, list[tuple[int, float]]] = {}
         self.signals: dict[Any, Tensor] = {}
         self.cls: Tensor | None = None
-        self.resized: tuple[int, int] | None = None
+        self.resized: list[tuple[int, int]] = []
         self.rows: Tensor | None = None
 
+    def _groups(self, device: torch.device) -> list[Group]:
+        members: dict[Layout, list[int]] = {}
+        for image, layout in enumerate(self.reduction.layouts):
+            members.setdefault(layout, []).append(image)
+        starts = torch.tensor(self.reduction.starts)
+        return [
+            Group(
+                layout,
+                torch.tensor(images),
+                (starts[images][:, None] + layout.places.cell).to(device),
+            )
+            for layout, images in members.items()
+        ]
+
     def _at(self, site: str) -> list[tuple[int, TokenReducer]]:
-        return [(n, s) for n, s in self.stages if s.site == site]
+        return [(n, s) for n, s in self.patched.reducers if self.patched.site(s) == site]
+
+    # Signals of the tower
 
     def taps(self) -> dict[nn.Module, list[Any]]:
         """Taps for the declared signals of the tower."""
         found: dict[nn.Module, list[Any]] = {}
-        for _, stage in self.stages:
-            for signal in stage.reads().values():
-                if isinstance(signal, VisionAttention | VisionKeys):
-                    module = self.family.block_attention(self.family.block(signal.block))
-                    found.setdefault(module, []).append(functools.partial(self._tap, signal))
+        read = [signal for _, stage in self.patched.reducers for signal in stage.reads().values()]
+        for signal in dict.fromkeys(read):  # what two stages read is read once
+            if isinstance(signal, VisionAttention | VisionKeys):
+                module = self.family.block_attention(self.family.block(signal.block))
+                found.setdefault(module, []).append(functools.partial(self._tap, signal))
         return found
 
     def _tap(self, signal: Any, query: Tensor, key: Tensor, mask: Any, scaling: Any) -> None:
-        prefix = self.family.prefix
+        """One attention call of the tower: a stack of pictures, or one picture or window."""
+        prefix, tokens = self.family.prefix, key.shape[2]
+        rows = 0
         if isinstance(signal, VisionKeys):
-            self.signals[signal] = key.mean(1)[:, prefix:]
-            return
-        tokens = key.shape[2]
-        if signal.query == "cls" and not prefix:
+            value = key.mean(1)
+        elif signal.query == "cls" and not prefix:
             raise PlanError(
                 "the tower has no [CLS]", argument="query", given="cls", expected="received"
             )
-        rows = tokens
-        if prefix and signal.query != "received":
-            first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
-            scores = attention.row_attention(query, key, first, None, scaling, causal=False)
-            scores, rows = scores[:, :, 0], 1
         else:
-            scores = attention.received_attention(query, key, None, scaling)
-        scores = scores[..., prefix:]
-        self.signals[signal] = scores.sum(1) if signal.heads == "sum" else scores.mean(1)
-        self.reduction.selection_flops += 2 * rows * tokens * query.shape[1] * query.shape[3]
+            if prefix and signal.query != "received":
+                first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
+                scores = attention.row_attention(query, key, first, mask, scaling, causal=False)
+                scores, rows = scores[:, :, 0], 1
+            else:
+                scores, rows = attention.received_attention(query, key, mask, scaling), tokens
+            value = scores.sum(1) if signal.heads == "sum" else scores.mean(1)
+        self.pieces.setdefault(signal, []).append(value[:, prefix:].flatten(0, 1))
+        cost = (tokens - prefix, 2.0 * rows * tokens * query.shape[1] * query.shape[3])
+        self.costs.setdefault(signal, []).extend([cost] * query.shape[0])
 
-    def _seeds(self, number: int) -> list[int]:
+    def _signal(self, signal: Any, method: str) -> Tensor:
+        """A signal of the tower per visual token: `[tokens, ...]`."""
+        if signal not in self.signals:
+            layouts = self.reduction.layouts
+            pieces = attention.captured(self.pieces, signal, method)
+            self.signals[signal] = self.family.to_rows(torch.cat(pieces), layouts)
+            costs = iter(self.costs.pop(signal))
+            for image, layout in enumerate(layouts):
+                left = self.family.patches(layout)
+                while left > 0:
+                    patches, flops = next(costs)
+                    self.reduction.selection_flops[image] += flops
+                    left -= patches
+        return self.signals[signal]
+
+    # Stages
+
+    def _seeds(self, number: int, group: Group) -> list[int]:
         """A seed per image from its bits: independent of the batch and of the image's place."""
-        x = self.pixel_values.detach().contiguous()
-        bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-        sums = bits.flatten(1).long().sum(1).tolist()
-        own = getattr(self.plan.stages[number], "seed", 0)
-        return [hash((s, self.plan.seed, own, number)) & (2**63 - 1) for s in sums]
+        plan, pictures, seeds = self.patched.plan, self.family.pictures(self.inputs), []
+        own = getattr(plan.stages[number], "seed", 0)
+        for image in group.images.tolist():
+            x = pictures[image].detach().contiguous()
+            bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+            total = int(bits.long().sum())
+            seeds.append(hash((total, plan.seed, own, number)) & (2**63 - 1))
+        return seeds
 
-    def _run(self, number: int, stage: TokenReducer, features: Tensor | None) -> list[Any]:
+    def _run(
+        self, number: int, stage: TokenReducer, group: Group, features: Tensor | None
+    ) -> list[Any]:
+        """Actions of a stage for a group; features are `[images, cells, width]`."""
         signals: dict[str, Tensor] = {}
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
@@ -104,33 +166,42 @@ class VisionRun:
                 if signal.cls and self.cls is not None:
                     signals["cls"] = self.cls
             else:
-                signals[name] = attention.captured(self.signals, signal, stage.info.name)
+                signals[name] = self._signal(signal, stage.info.name)[group.at]
         ctx = Context(
-            stage, signals, grid=self.reduction.grid, valid=self.reduction.keep,
-            seeds=functools.partial(self._seeds, number),
+            stage, signals, grid=group.layout.grids[0] if self.family.plain else None,
+            valid=self.reduction.keep[group.at],
+            seeds=functools.partial(self._seeds, number, group),
         )
         actions = stage.reduce(ctx)
         self.reduction.ran.add(number)
-        self.reduction.selection_flops += ctx.flops
+        for image in group.images.tolist():
+            self.reduction.selection_flops[image] += ctx.flops
         return actions
 
-    def _apply(self, actions: list[Any], features: Tensor) -> Tensor:
-        """Book the actions of a stage; returns the features, still of full length."""
-        reduction = self.reduction
+    def _apply(self, actions: list[Any], group: Group, features: Tensor) -> Tensor:
+        """Book the actions of a stage; returns the group's features, still of full length."""
+        reduction, at = self.reduction, group.at
         for action in actions:
             if isinstance(action, Keep):
-                dropped = reduction.keep & ~action.mask
-                reduction.into = reduction.into.masked_fill(dropped, -1)
-                reduction.keep = reduction.keep & action.mask
+                keep = reduction.keep[at]
+                dropped = keep & ~action.mask
+                reduction.into[at] = reduction.into[at].masked_fill(dropped, -1)
+                reduction.keep[at] = keep & action.mask
             elif isinstance(action, Merge):
-                reduction.into = action.into
+                token = group.layout.places.cell.to(at.device)
+                into = token[action.into.clamp(min=0)].masked_fill(action.into < 0, -1)
+                reduction.into[at] = into
             elif isinstance(action, Write):
-                features, reduction.order = action.values, action.order
+                features = action.values
+                if action.order is not None and self.family.plain:
+                    if reduction.order is None:
+                        reduction.order = torch.zeros_like(reduction.into)
+                    reduction.order[at] = action.order
             elif isinstance(action, Pool):
-                grid, (rows, cols) = action.grid, reduction.grid
+                grid, (rows, cols) = action.grid, group.layout.grids[0]
                 x = features.transpose(1, 2).unflatten(2, (rows, cols))
                 cells = F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)
-                features = self._place(cells, grid, features)
+                features = self._place(cells, grid, group)
             else:
                 raise PlanError(
                     f"{type(action).__name__} is not an action of this site",
@@ -140,10 +211,10 @@ class VisionRun:
                 )
         return features
 
-    def _place(self, cells: Tensor, grid: tuple[int, int], features: Tensor | None) -> Tensor:
+    def _place(self, cells: Tensor, grid: tuple[int, int], group: Group) -> Tensor:
         """Put the tokens of a coarser grid on the middle tokens of their cells."""
-        rows, cols = self.reduction.grid
-        device = cells.device
+        rows, cols = group.layout.grids[0]
+        device, reduction = cells.device, self.reduction
         r, c = torch.arange(rows, device=device), torch.arange(cols, device=device)
         mid_r = ((torch.arange(grid[0], device=device) + 0.5) * rows / grid[0]).long()
         mid_c = ((torch.arange(grid[1], device=device) + 0.5) * cols / grid[1]).long()
@@ -151,49 +222,117 @@ class VisionRun:
         cell = (r * grid[0] // rows)[:, None] * grid[1] + c * grid[1] // cols
         into = middle[cell.flatten()]
         into[middle] = middle
-        self.reduction.into = into.repeat(cells.shape[0], 1)
-        self.reduction.keep = torch.zeros_like(self.reduction.keep)
-        self.reduction.keep[:, middle] = True
-        full = cells.new_zeros(cells.shape[0], self.tokens, cells.shape[2])
+        keep = torch.zeros_like(into, dtype=torch.bool)
+        keep[middle] = True
+        reduction.into[group.at], reduction.keep[group.at] = into, keep
+        full = cells.new_zeros(cells.shape[0], rows * cols, cells.shape[2])
         full[:, middle] = cells
         return full
 
-    def pixels(self) -> tuple[Tensor, dict]:
-        """The pictures for the tower, and the arguments it needs for them."""
-        pixel_values, extra = self.pixel_values, {}
+    # The way of the picture
+
+    def pixels(self) -> dict[str, Any]:
+        """Arguments of get_image_features that change: smaller pictures."""
         for number, stage in self._at("pixels"):
-            for action in self._run(number, stage, None):
-                if not isinstance(action, Resize):
-                    raise PlanError(
-                        f"{type(action).__name__} is not an action on pixels",
-                        argument="actions", given=type(action).__name__, expected="Resize",
-                    )
-                self.resized = action.grid
-                pixel_values, extra = self.family.resized(pixel_values, action.grid)
-                cells = action.grid[0] * action.grid[1]
-                self.reduction.vision_flops = self.family.vision_flops(action.grid, cells)
-        return pixel_values, extra
+            self.resized = [(0, 0)] * len(self.reduction.layouts)
+            for group in self.groups:
+                for action in self._run(number, stage, group, None):
+                    if not isinstance(action, Resize):
+                        raise PlanError(
+                            f"{type(action).__name__} is not an action on pixels",
+                            argument="actions", given=type(action).__name__, expected="Resize",
+                        )
+                    grid = self.family.picture_grid(action.grid)
+                    small = Layout((grid,))
+                    for image in group.images.tolist():
+                        self.resized[image] = grid
+                        self.reduction.vision_flops[image] = self.family.vision_flops(
+                            small, small.cells
+                        )
+        return self.family.resized(self.inputs, self.resized) if self.resized else {}
 
     def before_projector(self, features: Tensor) -> Tensor:
-        """Run the stages before the projector, which then projects only what is kept."""
+        """Run the stages before the projector, which then projects only what is kept.
+
+        Only families with one token per patch and one grid for all images have this site.
+        """
+        (group,) = self.groups
         for number, stage in self._at("pre_projector"):
-            features = self._apply(self._run(number, stage, features), features)
-        keep = self.reduction.keep
+            actions = self._run(number, stage, group, features)
+            features = self._apply(actions, group, features)
+        keep = self.reduction.keep[group.at]
         self.rows = choose_rows(keep, torch.ones_like(keep))
-        self.reduction.vision_flops = self.family.vision_flops(
-            self.reduction.grid, self.rows.shape[1]
-        )
+        cost = self.family.vision_flops(group.layout, self.rows.shape[1])
+        self.reduction.vision_flops = [cost] * len(keep)
         return gather_rows(features, self.rows)
 
     def after_projector(self, projected: Tensor) -> Tensor:
         """Spread the projected tokens over their rows again."""
-        full = projected.new_zeros(projected.shape[0], self.tokens, projected.shape[2])
+        tokens = self.groups[0].layout.tokens
+        full = projected.new_zeros(projected.shape[0], tokens, projected.shape[2])
         return full.scatter(1, self.rows[..., None].expand_as(projected), projected)
 
-    def after(self, features: Tensor) -> Tensor:
-        """Run the stages after the projector; features are of full length."""
-        if self.resized is not None:
-            features = self._place(features, self.resized, None)
+    def after(self, features: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Run the stages after the projector.
+
+        Args:
+            features: as the model made them, fewer if the pictures were made smaller: stacked
+                `[images, tokens, width]`, or a list of `[tokens, width]` per image or per sample.
+
+        Returns:
+            Features of full length, packed in the same way.
+        """
+        sizes = self.reduction.sizes
+        made = [rows * cols for rows, cols in self.resized] or sizes
+        stacked = isinstance(features, Tensor)
+        flat = features.flatten(0, 1) if stacked else torch.cat(list(features))
+        flat = self._reduce(flat, made)
+        if stacked:
+            return flat.view(len(sizes), -1, flat.shape[1])
+        lengths, image = [], 0
+        for part in features:
+            left, length = len(part), 0
+            while left > 0:
+                left, length, image = left - made[image], length + sizes[image], image + 1
+            lengths.append(length)
+        return list(flat.split(lengths))
+
+    def _reduce(self, features: Tensor, made: list[int]) -> Tensor:
+        """:meth:`after` on `[tokens of all images, width]`, `made` of them for each image."""
+        if self.resized:
+            parts = features.split(made)
+            features = features.new_zeros(len(self.reduction.keep), features.shape[1])
+            for group in self.groups:
+                cells = torch.stack([parts[i] for i in group.images.tolist()])
+                grid = self.resized[int(group.images[0])]
+                features = self._write(features, group, self._place(cells, grid, group))
         for number, stage in self._at("post_projector"):
-            features = self._apply(self._run(number, stage, features), features)
+            for group in self.groups:
+                own = features[group.at]
+                changed = self._apply(self._run(number, stage, group, own), group, own)
+                if changed is not own:
+                    features = self._write(features, group, changed)
+        self._keep_newlines()
         return features
+
+    @staticmethod
+    def _write(features: Tensor, group: Group, values: Tensor) -> Tensor:
+        return features.index_copy(0, group.at.flatten(), values.flatten(0, 1).to(features))
+
+    def _keep_newlines(self) -> None:
+        """A separator stays while a cell of its line does."""
+        reduction = self.reduction
+        for group in self.groups:
+            places = group.layout.places
+            if group.layout.newline == "none":
+                continue
+            device = reduction.keep.device
+            line, newline = places.line.to(device), places.newline.to(device)
+            first = group.at[:, :1] - places.cell[0].to(device)
+            tokens = first + torch.arange(group.layout.tokens, device=device)
+            there = torch.zeros(len(tokens), int(places.line.max()) + 1, device=device)
+            there = there.index_add(1, line[~newline], reduction.keep[group.at].float())
+            keep = there[:, line] > 0
+            reduction.keep[tokens[:, newline]] = keep[:, newline]
+            gone = tokens[:, newline][~keep[:, newline]]
+            reduction.into[gone] = -1

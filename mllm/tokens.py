@@ -3,10 +3,123 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A picture cut into tiles for the tower.
+
+    Attributes:
+        rows, cols: tiles.
+        height, width: cells of the tiled view without the padding of the picture.
+    """
+
+    rows: int
+    cols: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the visual tokens of one image lie in the sequence: grids, one after another.
+
+    Attributes:
+        grids: (rows, cols) of every grid; a base view and a tiled view under anyres.
+        newline: separators of the last grid: `"rows"` one token behind each of its rows, `"end"`
+            one token behind the image.
+        tiling: the tiles that the last grid was put together from.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    newline: Literal["none", "rows", "end"] = "none"
+    tiling: Tiling | None = None
+
+    @property
+    def cells(self) -> int:
+        """Tokens that stand for a part of the picture."""
+        return sum(rows * cols for rows, cols in self.grids)
+
+    @property
+    def tokens(self) -> int:
+        """All visual tokens, separators included."""
+        return self.cells + {"none": 0, "rows": self.grids[-1][0], "end": 1}[self.newline]
+
+    @property
+    def places(self) -> Places:
+        """Where each token is, on the CPU."""
+        return _places(self)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Per token of one image, `[tokens]` each.
+
+    Attributes:
+        newline: bool, separators.
+        tile, row, col: int64 grid and place in it; a separator stands behind its row.
+        line: int64, what a separator separates: it stays while a cell of its line stays.
+        cell: int64 `[cells]`, tokens that are no separators.
+    """
+
+    newline: Tensor
+    tile: Tensor
+    row: Tensor
+    col: Tensor
+    line: Tensor
+    cell: Tensor
+
+
+@lru_cache(maxsize=256)
+def _places(layout: Layout) -> Places:
+    rows = []  # (newline, tile, row, col, line)
+    line = 0
+    for tile, (height, width) in enumerate(layout.grids):
+        last = tile == len(layout.grids) - 1
+        for r in range(height):
+            rows += [(0, tile, r, c, line) for c in range(width)]
+            if last and layout.newline == "rows":
+                rows.append((1, tile, r, width, line))
+                line += 1
+        if last and layout.newline == "end":
+            rows.append((1, tile, height - 1, width, line))
+        if not last and layout.newline == "rows":
+            line += 1
+    newline, tile, row, col, line_of = torch.tensor(rows).unbind(1)
+    return Places(newline.bool(), tile, row, col, line_of, (newline == 0).nonzero()[:, 0])
+
+
+def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]] | None:
+    """The images of every sample, in prompt order; None if placeholders and images disagree.
+
+    generate() repeats samples for beams and returned sequences, while images stay as they are:
+    repeated samples share their images.
+
+    Args:
+        counts: visual tokens of each sample.
+        sizes: visual tokens of each image.
+    """
+    total = sum(sizes)
+    if not total or sum(counts) % total:
+        return None
+    repeat, found, image = sum(counts) // total, [], 0
+    for sample in range(0, len(counts), repeat):
+        own, left = [], counts[sample]
+        while left > 0 and image < len(sizes):
+            own.append(image)
+            left -= sizes[image]
+            image += 1
+        if left or counts[sample : sample + repeat] != [counts[sample]] * repeat:
+            return None
+        found += [own] * repeat
+    return found if image == len(sizes) else None
 
 
 @dataclass
@@ -20,6 +133,7 @@ class TokenTable:
         image: int32 ordinal of the image within its sample, -1 for text.
         tile, frame: int32 ordinals within the image, -1 for text.
         row, col: float32 place in the image's grid, -1 for text.
+        line: int32, in images with separators: what the row's separator separates.
         size: float32, how many original tokens the row stands for.
         logical: int64 index in the uncompressed sequence.
         index: int64 row of the forward's own input that this row came from.
@@ -33,6 +147,7 @@ class TokenTable:
     frame: Tensor
     row: Tensor
     col: Tensor
+    line: Tensor
     size: Tensor
     logical: Tensor
     index: Tensor
@@ -47,38 +162,50 @@ class TokenTable:
         place = torch.full_like(index, -1, dtype=torch.float32)
         return cls(
             valid=valid, visual=no, newline=no, image=minus, tile=minus, frame=minus,
-            row=place, col=place, size=torch.ones_like(place), logical=index + start, index=index,
+            row=place, col=place, line=minus, size=torch.ones_like(place), logical=index + start,
+            index=index,
         )
 
     @classmethod
     def prompt(
-        cls, valid: Tensor, visual: Tensor, start: int, grids: list[list[tuple[int, int]]]
+        cls, valid: Tensor, visual: Tensor, start: int, layouts: list[list[Layout]]
     ) -> TokenTable:
-        """A table of a prompt with images laid out as plain grids, one after another.
+        """A table of a prompt with images.
 
         Args:
             valid: bool `[batch, rows]`.
             visual: bool `[batch, rows]`.
             start: logical index of the first row.
-            grids: (rows, cols) of every image, per sample, in prompt order.
+            layouts: layout of every image, per sample, in prompt order.
         """
         table = cls.text(valid, start)
         table.visual = visual
-        for name in ("image", "tile", "frame", "row", "col"):
+        names = ("newline", "tile", "row", "col", "line")
+        for name in (*names, "image", "frame"):
             setattr(table, name, getattr(table, name).clone())
-        for b, sample in enumerate(grids):
+        device = visual.device
+        for b, sample in enumerate(layouts):
+            if not sample:
+                continue
             rows = visual[b].nonzero()[:, 0]
-            at = 0
-            for ordinal, (height, width) in enumerate(sample):
-                here = rows[at : at + height * width]
-                cell = torch.arange(height * width, device=rows.device)
-                table.image[b, here] = ordinal
-                table.tile[b, here] = 0
-                table.frame[b, here] = 0
-                table.row[b, here] = (cell // width).float()
-                table.col[b, here] = (cell % width).float()
-                at += height * width
+            for name in names:
+                column = getattr(table, name)
+                values = torch.cat([getattr(x.places, name) for x in sample])
+                column[b, rows] = values.to(device, column.dtype)
+            sizes = torch.tensor([x.tokens for x in sample])
+            image = torch.arange(len(sample)).repeat_interleave(sizes)
+            table.image[b, rows] = image.to(device, torch.int32)
+            table.frame[b, rows] = 0
         return table
+
+    def with_newlines(self, keep: Tensor) -> Tensor:
+        """`keep` with separators kept where a cell of their line is: bool `[batch, rows]`."""
+        lines, images = int(self.line.max()) + 1, int(self.image.max()) + 1
+        key = (self.image.long() * lines + self.line).clamp(min=0)
+        cells = (keep & self.visual & ~self.newline).long()
+        counts = cells.new_zeros(key.shape[0], max(1, images * lines)).scatter_add(1, key, cells)
+        there = counts.gather(1, key) > 0
+        return torch.where(self.newline, self.valid & there, keep)
 
     def take(self, rows: Tensor, valid: Tensor) -> TokenTable:
         """The table of the chosen rows, int64 `[batch, kept]`, with their validity."""

@@ -137,7 +137,7 @@ class Context:
     """What a stage may read: its declared signals by name, and the table of tokens.
 
     Attributes:
-        grid: (rows, cols) of every image of this call (pre-LLM sites).
+        grid: (rows, cols) of every image of this group; None where images are not one plain grid.
         valid: bool `[images, tokens]`, false where an earlier stage dropped the token.
         visual: bool `[batch, rows]`, visual rows that are still there (in-LLM sites).
         images: int64 `[batch]`, images of each sample (in-LLM sites).
@@ -201,9 +201,14 @@ def top_k(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
 
 
 class _Method:
-    """Shared by both kinds. Subclasses are dataclasses registered with :func:`register`."""
+    """Shared by both kinds. Subclasses are dataclasses registered with :func:`register`.
+
+    Their field `positions` is None for what the paper does (`paper_positions`) where the model
+    can do it.
+    """
 
     site: ClassVar[str]
+    paper_positions: ClassVar[Positions]
     actions: ClassVar[tuple[str, ...]] = ("Keep",)
     identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
     oracle: ClassVar[str] = "mask"
@@ -228,6 +233,7 @@ class TokenReducer(_Method):
     """
 
     site = "post_projector"
+    paper_positions = "compact"
     first: ClassVar[bool] = False
 
     def reduce(self, ctx: Context) -> list[Any]:
@@ -243,15 +249,19 @@ class LayerPruner(_Method):
     """
 
     site = "decoder"
+    paper_positions = "original"
     paper_layer: ClassVar[int]
     first_layer: ClassVar[int] = 0
 
-    def at_depth(self, num_layers: int) -> LayerPruner:
-        """The stage with its layer fixed for a model of `num_layers` layers."""
+    def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerPruner:
+        """The stage with its layer fixed for a model of `num_layers` layers.
+
+        Rows cannot leave before layer `first_cut` of the model.
+        """
         if self.layer is not None:
             return self
         scaled = round(self.paper_layer * num_layers / self.info.reference_layers)
-        return self.replace(layer=max(self.first_layer, scaled))
+        return self.replace(layer=max(self.first_layer, first_cut, scaled))
 
     def score(self, ctx: Context) -> Tensor:
         """fp32 `[batch, rows]`: the highest-scored visual rows stay."""

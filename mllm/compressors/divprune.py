@@ -34,11 +34,11 @@ class DivPrune(TokenReducer):
 
     Args:
         keep: visual tokens kept per image.
-        positions: `compact` (as the paper runs on LLaVA) or `original`.
+        positions: `compact` or `original`; None is `compact` (as the paper runs on LLaVA).
     """
 
     keep: Budget = 0.098
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def reads(self):
         return {"features": Features()}

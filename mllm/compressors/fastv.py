@@ -27,12 +27,12 @@ class FastV(LayerPruner):
     Args:
         layer: rows leave before this decoder layer; None is the paper's layer 2 of 32, scaled.
         keep: visual tokens kept, of those that arrive at the layer.
-        positions: `original` (the paper) or `compact`.
+        positions: `original` or `compact`; None is `original` (the paper).
     """
 
     layer: int | None = None
     keep: Budget = 0.5
-    positions: Positions = "original"
+    positions: Positions | None = None
 
     paper_layer = 2
     first_layer = 1

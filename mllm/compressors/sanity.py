@@ -38,12 +38,13 @@ class Random(TokenReducer):
     Args:
         keep: visual tokens kept per image.
         seed: another draw.
-        positions: `compact`, like the pre-LLM methods it is compared with, or `original`.
+        positions: `compact` or `original`; None is `compact`, like the methods it is
+            compared with.
     """
 
     keep: Budget = 0.5
     seed: int = 0
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def reduce(self, ctx: Context) -> list:
         images, tokens = ctx.valid.shape
@@ -60,11 +61,11 @@ class Stride(TokenReducer):
 
     Args:
         keep: visual tokens kept per image.
-        positions: `compact` or `original`.
+        positions: `compact` or `original`; None is `compact`.
     """
 
     keep: Budget = 0.5
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def reduce(self, ctx: Context) -> list:
         tokens = ctx.valid.shape[1]
@@ -82,11 +83,11 @@ class AvgPool(TokenReducer):
 
     Args:
         keep: visual tokens per image; the largest grid of the picture's shape within it.
-        positions: `compact`, or `original` (the cell's middle token).
+        positions: `compact` or `original` (the cell's middle token); None is `compact`.
     """
 
     keep: Budget = 0.25
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     first = True
     actions = ("Pool",)
@@ -106,11 +107,11 @@ class Downsample(TokenReducer):
 
     Args:
         keep: visual tokens per image; the largest grid of the picture's shape within it.
-        positions: `compact`, or `original` (the middle token of the area).
+        positions: `compact` or `original` (the middle token of the area); None is `compact`.
     """
 
     keep: Budget = 0.25
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     site = "pixels"
     first = True

@@ -44,14 +44,14 @@ class VisionZip(TokenReducer):
         cls: keep [CLS] as a token where the tower has one.
         merge: `sum` is target + mean of its members (the code), `mean` the plain average
             (the paper's text).
-        positions: `compact` (as the paper runs on LLaVA) or `original`.
+        positions: `compact` or `original`; None is `compact` (as the paper runs on LLaVA).
     """
 
     keep: Budget = 64
     dominant: float = 54 / 64
     cls: bool = True
     merge: Literal["sum", "mean"] = "sum"
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     site = "pre_projector"
     first = True

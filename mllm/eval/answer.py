@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mllm import flops
 from mllm.models import resolve
+from mllm.tokens import split_images
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -137,11 +138,12 @@ def unpatched_costs(model: Any, inputs: Any) -> list[dict[str, Any]]:
     family, config = resolve(model), model.config.get_text_config()
     visual = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
     tokens = inputs["attention_mask"].sum(1).tolist()
-    per_image, vision_flops = 1, 0.0
+    vision = [0.0] * len(visual)
     if inputs.get("pixel_values") is not None:
-        grid = family.grid(inputs["pixel_values"])[0]
-        per_image = grid[0] * grid[1]
-        vision_flops = family.vision_flops(grid, per_image)
+        layouts = family.layouts(inputs)
+        cost = [family.vision_flops(layout, layout.cells) for layout in layouts]
+        images = split_images(visual, [layout.tokens for layout in layouts])
+        vision = [sum(cost[i] for i in own) for own in images]
     layers = config.num_hidden_layers
     return [
         {
@@ -150,10 +152,10 @@ def unpatched_costs(model: Any, inputs: Any) -> list[dict[str, Any]]:
             "visual_avg": float(seen),
             "prefill_flops": layers * flops.decoder_layer(config, length, length)
             + flops.lm_head(config, 1)
-            + seen // per_image * vision_flops,
+            + seen_flops,
             "kv_bytes": _kv_bytes(model, [length] * layers),
         }
-        for seen, length in zip(visual, tokens, strict=True)
+        for seen, length, seen_flops in zip(visual, tokens, vision, strict=True)
     ]
 
 

@@ -13,9 +13,23 @@ from mllm.models.base import Family
 
 def families() -> dict[str, type[Family]]:
     """Supported families by `config.model_type`."""
+    from mllm.models.idefics3 import Idefics3
+    from mllm.models.internvl import InternVL
     from mllm.models.llava import Llava
+    from mllm.models.llava_next import LlavaNext, LlavaOnevision
+    from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
-    return {"llava": Llava}
+    return {
+        "llava": Llava,
+        "llava_next": LlavaNext,
+        "llava_onevision": LlavaOnevision,
+        "qwen2_vl": Qwen2VL,
+        "qwen2_5_vl": Qwen25VL,
+        "qwen3_vl": Qwen3VL,
+        "internvl": InternVL,
+        "idefics3": Idefics3,
+        "smolvlm": Idefics3,
+    }
 
 
 def resolve(model: Any) -> Family:

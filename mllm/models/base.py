@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mllm.tokens import Layout
+
+
+def shrink(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures `[n, channels, height, width]` at another size, antialiased."""
+    small = F.interpolate(
+        pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False
+    )
+    return small.to(pixels.dtype)
+
+
+def join_patches(signal: Tensor, layouts: list[Layout], side: int) -> Tensor:
+    """The mean over the `side` x `side` patches of every token.
+
+    Args:
+        signal: `[patches of all images, ...]`, each image in reading order.
+        layouts: layouts of the images, plain grids.
+        side: patches that the projector joins in each direction.
+    """
+    parts, start = [], 0
+    for layout in layouts:
+        ((rows, cols),) = layout.grids
+        here = signal[start : start + layout.cells * side**2]
+        here = here.unflatten(0, (rows, side, cols, side)).mean((1, 3)).flatten(0, 1)
+        parts.append(here)
+        start += layout.cells * side**2
+    return torch.cat(parts)
 
 
 class Family:
-    """What the engine needs to know of a model.
+    """What the engine needs to know of a model; a family file holds only what differs.
+
+    `inputs` below are the arguments of the model's `get_image_features` by name.
 
     Attributes:
         model: the conditional-generation model.
@@ -18,18 +51,31 @@ class Family:
         projector: the module from tower width to LLM width.
         image_token_id: placeholder of visual tokens.
         prefix: tower tokens before the patches ([CLS]).
+        per_token: every projected token comes from one tower token, and an image is one plain
+            grid: stages before the projector can run there.
+        plain: an image is one grid without separators.
+        refuses: actions that the family cannot do, with the reason.
+        packed: the tower takes all pictures as one sequence.
+        mrope: rotary positions have a row and a column; they cannot be renumbered.
+        first_cut: first decoder layer before which rows may leave.
     """
 
     prefix = 0
+    per_token = False
+    plain = True
+    refuses: ClassVar[dict[str, str]] = {}
+    packed = False
+    mrope = False
+    first_cut = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.base = model.base_model
         self.decoder = model.get_decoder()
+        self.tower = model.get_encoder("image")
         self.layers: nn.ModuleList = self.decoder.layers
         self.image_token_id: int = model.config.image_token_id
 
-    tower: nn.Module
     blocks: nn.ModuleList
     projector: nn.Module
 
@@ -37,6 +83,11 @@ class Family:
     def text_config(self) -> Any:
         """Config of the decoder."""
         return self.decoder.config
+
+    @property
+    def vision_config(self) -> Any:
+        """Config of the tower."""
+        return self.model.config.vision_config
 
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a decoder layer."""
@@ -48,10 +99,10 @@ class Family:
 
     def feature_blocks(self) -> list[int]:
         """Tower blocks whose outputs feed the projector, 0-based."""
-        raise NotImplementedError
+        return [len(self.blocks) - 1]
 
     def block(self, block: int | None) -> int:
-        """A tower block as a 0-based index; None is the one whose output is projected."""
+        """A tower block as a 0-based index; None is the one whose attention methods read."""
         return self.feature_blocks()[-1] if block is None else block % len(self.blocks)
 
     def native_grid(self) -> tuple[int, int] | None:
@@ -62,14 +113,52 @@ class Family:
         """The [CLS] feature beside the patch features that are projected: `[images, 1, width]`."""
         raise NotImplementedError
 
-    def grid(self, pixel_values: Tensor) -> list[tuple[int, int]]:
-        """(rows, cols) of visual tokens of every image."""
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The pixels of every image, in prompt order."""
+        return list(inputs["pixel_values"])
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        """How the visual tokens of every image lie."""
         raise NotImplementedError
 
-    def resized(self, pixel_values: Tensor, grid: tuple[int, int]) -> tuple[Tensor, dict]:
-        """Pictures that yield `grid` tokens, and the arguments the tower needs for them."""
+    def patches(self, layout: Layout) -> int:
+        """Tower tokens of an image, without the prefix."""
+        return layout.cells
+
+    def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
+        """A signal per tower patch as one per visual token.
+
+        Un-permutes windows, averages the patches that the projector joins, and applies the
+        family's unpadding and resizing; separators get zeros.
+
+        Args:
+            signal: `[patches of all images, ...]`, in the tower's order.
+            layouts: layouts of the images.
+
+        Returns:
+            `[visual tokens of all images, ...]`.
+        """
+        return signal
+
+    def picture_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid nearest to `grid`, and within it, of a picture that the tower can take."""
+        return grid
+
+    def resized(
+        self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
+    ) -> dict[str, Any]:
+        """Arguments to change so that every image yields its grid of visual tokens."""
         raise NotImplementedError
 
-    def vision_flops(self, grid: tuple[int, int], projected: int) -> float:
+    def take_rows(self, arguments: dict[str, Any], rows: Tensor, valid: Tensor) -> None:
+        """Let side features of the decoder leave with their rows; changes `arguments` in place.
+
+        Args:
+            arguments: the decoder's arguments.
+            rows: int64 `[batch, kept]`, rows that stay.
+            valid: bool `[batch, kept]`.
+        """
+
+    def vision_flops(self, layout: Layout, projected: int) -> float:
         """FLOPs of one image through the tower, and of `projected` tokens in the projector."""
         raise NotImplementedError

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mllm import flops
 from mllm.errors import PlanError
-from mllm.models.base import Family
+from mllm.models.base import Family, shrink
+from mllm.tokens import Layout
 
 
 class Llava(Family):
     """`LlavaForConditionalGeneration`."""
 
+    per_token = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         config = model.config
-        kind = config.vision_config.model_type
+        kind = self.vision_config.model_type
         if kind not in ("clip_vision_model", "siglip_vision_model"):
             raise PlanError(
                 f"LLaVA with a {kind} tower is not supported",
@@ -27,7 +30,6 @@ class Llava(Family):
                 given=kind,
                 expected="clip_vision_model, siglip_vision_model",
             )
-        self.tower = self.base.vision_tower
         inner = getattr(self.tower, "vision_model", self.tower)
         self.blocks = inner.encoder.layers
         self.projector = self.base.multi_modal_projector
@@ -54,28 +56,26 @@ class Llava(Family):
         return torch.cat([hidden[i][:, :1] for i in self._feature_layers()], dim=-1)
 
     def native_grid(self) -> tuple[int, int]:
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
+        side = self.vision_config.image_size // self.vision_config.patch_size
         return side, side
 
-    def grid(self, pixel_values: Tensor) -> list[tuple[int, int]]:
-        patch = self.model.config.vision_config.patch_size
-        side = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
-        return [side] * pixel_values.shape[0]
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        pixels, patch = inputs["pixel_values"], self.vision_config.patch_size
+        side = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        return [Layout((side,))] * pixels.shape[0]
 
-    def resized(self, pixel_values: Tensor, grid: tuple[int, int]) -> tuple[Tensor, dict]:
-        patch = self.model.config.vision_config.patch_size
-        size = (grid[0] * patch, grid[1] * patch)
-        if tuple(pixel_values.shape[-2:]) == size:
-            return pixel_values, {}
-        small = F.interpolate(
-            pixel_values.float(), size=size, mode="bilinear", antialias=True, align_corners=False
-        )
-        return small.to(pixel_values.dtype), {"interpolate_pos_encoding": True}
+    def resized(
+        self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
+    ) -> dict[str, Any]:
+        pixels, patch = inputs["pixel_values"], self.vision_config.patch_size
+        size = (grids[0][0] * patch, grids[0][1] * patch)
+        if tuple(pixels.shape[-2:]) == size:
+            return {}
+        return {"pixel_values": shrink(pixels, size), "interpolate_pos_encoding": True}
 
-    def vision_flops(self, grid: tuple[int, int], projected: int) -> float:
-        config = self.model.config.vision_config
+    def vision_flops(self, layout: Layout, projected: int) -> float:
+        config = self.vision_config
         width = config.hidden_size * len(self.feature_blocks())
-        return flops.vision_tower(
-            config, grid[0] * grid[1], self.prefix
-        ) + flops.projector(width, self.text_config.hidden_size, projected)
+        return flops.vision_tower(config, layout.cells, self.prefix) + flops.projector(
+            width, self.text_config.hidden_size, projected
+        )

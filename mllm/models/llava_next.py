@@ -1,0 +1,124 @@
+"""LLaVA-NeXT and LLaVA-OneVision: a base view, then the tiled picture row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm import compat, flops
+from mllm.models.llava import Llava
+from mllm.tokens import Layout, Tiling
+
+
+class LlavaNext(Llava):
+    """`LlavaNextForConditionalGeneration`.
+
+    The tiled view loses its padding and gets a separator behind every row.
+    """
+
+    per_token = False
+    plain = False
+    refuses: ClassVar[dict[str, str]] = {
+        "Pool": "its images are several grids with separators",
+        "Resize": "it fixes the size of its tiles",
+    }
+
+    def native_grid(self) -> None:
+        return None
+
+    @property
+    def _side(self) -> int:
+        """Cells of a tile in each direction."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        pixels, layouts = inputs["pixel_values"], self.layouts(inputs)
+        tiles = [self.patches(layout) // self._side**2 for layout in layouts]
+        if pixels.dim() == 4:
+            return list(pixels.split(tiles))
+        return [picture[:n] for picture, n in zip(pixels, tiles, strict=True)]
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        return [self._layout(size) for size in inputs["image_sizes"].tolist()]
+
+    def _layout(self, size: list[int]) -> Layout:
+        """The layout of a picture of (height, width) pixels."""
+        side, config = self._side, self.vision_config
+        pixels = compat.best_resolution(size, self.model.config.image_grid_pinpoints)
+        rows, cols = (length // config.image_size for length in pixels)
+        height, width = rows * side, cols * side
+        # Without the bars that the processor added above and below, or left and right.
+        if size[1] / size[0] > width / height:
+            height -= (height - int(round(size[0] * (width / size[1]), 7))) // 2 * 2
+        else:
+            width -= (width - int(round(size[1] * (height / size[0]), 7))) // 2 * 2
+        tiling = Tiling(rows, cols, height, width)
+        return Layout(((side, side), self._view(height, width)), "rows", tiling)
+
+    def _view(self, height: int, width: int) -> tuple[int, int]:
+        """Cells of the tiled view in the sequence."""
+        return height, width
+
+    def patches(self, layout: Layout) -> int:
+        tiling = layout.tiling
+        return self._side**2 * (1 + (tiling.rows * tiling.cols if tiling else 0))
+
+    def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
+        side, out, start = self._side, [], 0
+        for layout in layouts:
+            here = signal[start : start + self.patches(layout)]
+            start += len(here)
+            cells = [here[: side**2]]
+            if tiling := layout.tiling:
+                x = here[side**2 :].unflatten(0, (tiling.rows, tiling.cols, side, side))
+                x = x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+                top, left = (x.shape[0] - tiling.height) // 2, (x.shape[1] - tiling.width) // 2
+                x = x[top : top + tiling.height, left : left + tiling.width]
+                cells.append(self._shrunk(x, layout.grids[1]).flatten(0, 1))
+            cells = torch.cat(cells)
+            full = cells.new_zeros(layout.tokens, *cells.shape[1:])
+            out.append(full.index_copy(0, layout.places.cell.to(cells.device), cells))
+        return torch.cat(out)
+
+    def _shrunk(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """A signal `[rows, cols, ...]` of the tiled view at the size in the sequence."""
+        if tuple(x.shape[:2]) == grid:
+            return x
+        flat = x.reshape(1, *x.shape[:2], -1).permute(0, 3, 1, 2)
+        flat = F.interpolate(flat.float(), size=grid, mode="bilinear")
+        return flat[0].permute(1, 2, 0).reshape(*grid, *x.shape[2:])
+
+    def vision_flops(self, layout: Layout, projected: int) -> float:
+        config, patches = self.vision_config, self.patches(layout)
+        width = config.hidden_size * len(self.feature_blocks())
+        tower = flops.vision_tower(config, self._side**2, self.prefix)
+        return patches // self._side**2 * tower + flops.projector(
+            width, self.text_config.hidden_size, patches
+        )
+
+
+class LlavaOnevision(LlavaNext):
+    """`LlavaOnevisionForConditionalGeneration`, images.
+
+    Large tiled views are made smaller; images among others have their base view alone.
+    """
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        layouts, among = super().layouts(inputs), inputs.get("batch_num_images")
+        if among is None:
+            return layouts
+        base = Layout(((self._side, self._side),), "end")
+        alone = [n == 1 for n in among.tolist() for _ in range(n)]
+        return [
+            layout if single else base for layout, single in zip(layouts, alone, strict=True)
+        ]
+
+    def _view(self, height: int, width: int) -> tuple[int, int]:
+        most = int(self.model.config.vision_aspect_ratio.rsplit("_", 1)[-1])
+        ratio = math.sqrt(height * width / (most * self._side**2))
+        return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)

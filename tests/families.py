@@ -1,0 +1,322 @@
+"""Tiny random models of every supported family, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import transformers as hf
+from tiny import IMAGE, PAD, VOCAB
+from torch import Tensor, nn
+
+LAYERS = 4
+START, END, VIDEO = 7, 8, 6
+
+
+def _text(**more) -> dict:
+    return dict(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=2048, pad_token_id=PAD,
+        bos_token_id=1, eos_token_id=2,
+    ) | more  # fmt: skip
+
+
+@dataclass
+class Picture:
+    """One image: what a processor gives for it, and its visual tokens.
+
+    Attributes:
+        fields: tensors by argument name; `collate` of the family joins those of a batch.
+        tokens: visual tokens.
+        grid: (rows, cols); under anyres those of the tiled view.
+    """
+
+    fields: dict[str, Tensor]
+    tokens: int
+    grid: tuple[int, int] = (4, 4)
+
+
+@dataclass
+class Sample:
+    ids: Tensor
+    pictures: list[Picture]
+
+    @property
+    def visual(self) -> Tensor:
+        return self.ids == IMAGE
+
+
+@dataclass
+class Kit:
+    """How to make and feed a family.
+
+    Attributes:
+        build: the random model.
+        picture: an image from a size number (0, 1, 2 differ where sizes may) and a generator.
+        join: fields of all pictures, grouped by sample, as arguments of the model.
+        mrope: whether positions come from the grid.
+        cells: tokens of a picture that are no separators.
+        separators: (sample, kept cells) to the separators that stay with them.
+    """
+
+    build: Callable[[], nn.Module]
+    picture: Callable[[int, torch.Generator], Picture]
+    join: Callable[[list[list[Picture]]], dict[str, Tensor]]
+    mrope: bool = False
+    cells: Callable[[Picture], list[int]] = lambda picture: list(range(picture.tokens))
+    separators: Callable[[Sample, list[int]], list[int]] = lambda sample, kept: []
+
+
+def _cat(samples: list[list[Picture]]) -> dict[str, Tensor]:
+    pictures = [p for sample in samples for p in sample]
+    return {k: torch.cat([p.fields[k] for p in pictures]) for k in pictures[0].fields}
+
+
+# Qwen
+
+_ROPE = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
+_QWEN = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
+             vision_end_token_id=END)  # fmt: skip
+
+
+def _qwen2_vl():
+    vision = dict(depth=3, embed_dim=32, hidden_size=48, num_heads=4, mlp_ratio=2, patch_size=14)
+    return hf.Qwen2VLForConditionalGeneration(
+        hf.Qwen2VLConfig(text_config=_text(rope_parameters=_ROPE), vision_config=vision, **_QWEN)
+    )
+
+
+def _qwen2_5_vl():
+    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=48,
+                  patch_size=14, window_size=56, fullatt_block_indexes=[1])  # fmt: skip
+    return hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(text_config=_text(rope_parameters=_ROPE), vision_config=vision, **_QWEN)
+    )
+
+
+def _qwen3_vl():
+    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=48,
+                  patch_size=14, num_position_embeddings=64,
+                  deepstack_visual_indexes=[0, 1])  # fmt: skip
+    text = _text(head_dim=12, rope_parameters=_ROPE)
+    return hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN)
+    )
+
+
+def _qwen_picture(size: int, g: torch.Generator) -> Picture:
+    height, width = [(8, 8), (4, 10), (6, 4)][size]
+    pixels = torch.randn(height * width, 3 * 2 * 14 * 14, generator=g)
+    grid = torch.tensor([[1, height, width]])
+    shape = (height // 2, width // 2)
+    return Picture(dict(pixel_values=pixels, image_grid_thw=grid), height * width // 4, shape)
+
+
+# Square pictures: LLaVA, InternVL, Idefics3
+
+_CLIP = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+             image_size=56, patch_size=14, projection_dim=32)  # fmt: skip
+_SIGLIP = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+               image_size=56, patch_size=14, vision_use_head=False)  # fmt: skip
+
+
+def _llava():
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**_CLIP), image_token_id=IMAGE,
+                       text_config=hf.LlamaConfig(**_text()))
+    )  # fmt: skip
+
+
+def _internvl():
+    vision = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, patch_size=[14, 14],
+                  num_attention_heads=4, image_size=[112, 112])  # fmt: skip
+    net = hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(vision_config=vision, text_config=hf.Qwen2Config(**_text()),
+                          image_token_id=IMAGE, downsample_ratio=0.5)
+    )  # fmt: skip
+    for name, weight in net.model.vision_tower.named_parameters():
+        if "position" in name or "cls_token" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+        if "lambda" in name:
+            torch.nn.init.ones_(weight)
+    return net
+
+
+def _idefics(config: type, net: type, **more):
+    vision = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                  image_size=112, patch_size=14)  # fmt: skip
+    return net(
+        config(vision_config=vision, text_config=hf.LlamaConfig(**_text()), image_token_id=IMAGE,
+               scale_factor=2, **more)
+    )  # fmt: skip
+
+
+def _idefics3():
+    return _idefics(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration)
+
+
+def _smolvlm():
+    return _idefics(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration)
+
+
+def _square(side: int, tokens: int):
+    def picture(size: int, g: torch.Generator) -> Picture:
+        return Picture(dict(pixel_values=torch.randn(1, 3, side, side, generator=g)), tokens)
+
+    return picture
+
+
+def _stack(samples: list[list[Picture]]) -> dict[str, Tensor]:
+    """Idefics3: `[batch, most images, 3, height, width]`, filled up with zeros."""
+    most = max(map(len, samples))
+    any_one = next(p for sample in samples for p in sample).fields["pixel_values"]
+    empty = torch.zeros_like(any_one)
+    rows = [
+        torch.cat([p.fields["pixel_values"] for p in s] + [empty] * (most - len(s)))
+        for s in samples
+    ]
+    return {"pixel_values": torch.stack(rows)}
+
+
+# Anyres
+
+_PINS = [[56, 56], [56, 112], [112, 56], [112, 112]]
+
+
+def _llava_next():
+    return hf.LlavaNextForConditionalGeneration(
+        hf.LlavaNextConfig(vision_config=hf.CLIPVisionConfig(**_CLIP), image_token_id=IMAGE,
+                           text_config=hf.LlamaConfig(**_text()), image_grid_pinpoints=_PINS)
+    )  # fmt: skip
+
+
+def _llava_onevision():
+    return hf.LlavaOnevisionForConditionalGeneration(
+        hf.LlavaOnevisionConfig(
+            vision_config=hf.SiglipVisionConfig(**_SIGLIP), text_config=hf.Qwen2Config(**_text()),
+            image_token_id=IMAGE, video_token_id=VIDEO, image_grid_pinpoints=_PINS,
+            vision_aspect_ratio="anyres_max_1",
+        )
+    )  # fmt: skip
+
+
+#: Per size: (height, width), tiles, and rows x cols of the tiled view, worked out by hand.
+_ANYRES = [((60, 110), 5, (4, 8)), ((50, 50), 2, (4, 4)), ((100, 60), 5, (8, 4))]
+#: LLaVA-OneVision shrinks views of more than one tile.
+_SHRUNK = [((60, 110), 5, (2, 5)), ((50, 50), 2, (4, 4)), ((100, 60), 5, (5, 2))]
+
+
+def _anyres(shapes):
+    def picture(size: int, g: torch.Generator) -> Picture:
+        shape, tiles, (rows, cols) = shapes[size]
+        pixels = torch.zeros(1, 5, 3, 56, 56)
+        pixels[:, :tiles] = torch.randn(1, tiles, 3, 56, 56, generator=g)
+        fields = dict(pixel_values=pixels, image_sizes=torch.tensor([shape]))
+        return Picture(fields, 16 + rows * (cols + 1), (rows, cols))
+
+    return picture
+
+
+def _anyres_cells(picture: Picture) -> list[int]:
+    rows, cols = picture.grid
+    return [*range(16), *(16 + r * (cols + 1) + c for r in range(rows) for c in range(cols))]
+
+
+def _anyres_separators(sample: Sample, kept: list[int]) -> list[int]:
+    found, at = [], 0
+    for picture in sample.pictures:
+        rows, cols = picture.grid
+        for r in range(rows):
+            first = at + 16 + r * (cols + 1)
+            if any(first <= t < first + cols for t in kept):
+                found.append(first + cols)
+        at += picture.tokens
+    return found
+
+
+KITS: dict[str, Kit] = {
+    "llava": Kit(_llava, _square(56, 16), _cat),
+    "qwen2_vl": Kit(_qwen2_vl, _qwen_picture, _cat, mrope=True),
+    "qwen2_5_vl": Kit(_qwen2_5_vl, _qwen_picture, _cat, mrope=True),
+    "qwen3_vl": Kit(_qwen3_vl, _qwen_picture, _cat, mrope=True),
+    "internvl": Kit(_internvl, _square(112, 16), _cat),
+    "idefics3": Kit(_idefics3, _square(112, 16), _stack),
+    "smolvlm": Kit(_smolvlm, _square(112, 16), _stack),
+    "llava_next": Kit(
+        _llava_next, _anyres(_ANYRES), _cat, cells=_anyres_cells, separators=_anyres_separators
+    ),
+    "llava_onevision": Kit(
+        _llava_onevision, _anyres(_SHRUNK), _cat, cells=_anyres_cells, separators=_anyres_separators
+    ),
+}
+
+
+def model(family: str, attn: str = "sdpa") -> nn.Module:
+    """A random model in fp32 with sharp attention; the same weights on every call."""
+    torch.manual_seed(0)
+    net = KITS[family].build().eval()
+    net.set_attn_implementation(attn)
+    decoder = net.get_decoder()
+    inside = {id(p) for p in decoder.parameters()}
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if "norm" in name:
+                weight.add_(torch.randn_like(weight) * 0.1)
+            elif weight.dim() == 1:
+                weight.normal_(0, 0.1)
+            elif "q_proj" in name or "k_proj" in name:
+                weight.mul_(8.0 if id(weight) in inside else 12.0)
+            elif "qkv" in name:
+                weight[: 2 * weight.shape[1]].mul_(12.0)
+            elif "embed_tokens" in name:
+                weight.mul_(20.0)
+            elif weight.dim() >= 2 and "embed" not in name:
+                weight.mul_(3.0)
+    net.generation_config.eos_token_id = None
+    net.generation_config.pad_token_id = PAD
+    return net
+
+
+@cache
+def reference(family: str) -> nn.Module:
+    """The model that the oracle runs on; nothing ever patches it."""
+    return model(family, "eager")
+
+
+#: Sizes of the images of each sample, and its text tokens.
+SPECS = {
+    "alone": (((0,), 7),),
+    "padded": (((0,), 6), ((1, 2), 9), ((), 5)),
+    "text": (((), 6), ((), 9)),
+}
+
+
+def samples(family: str, kind: str = "padded", seed: int = 1) -> list[Sample]:
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for sizes, n_text in SPECS[kind]:
+        text = torch.randint(10, VOCAB, (n_text,), generator=g).tolist()
+        ids, pictures = [1] + text[:3], []
+        for size in sizes:
+            pictures.append(KITS[family].picture(size, g))
+            ids += [START] + [IMAGE] * pictures[-1].tokens + [END]
+        out.append(Sample(torch.tensor(ids + text[3:]), pictures))
+    return out
+
+
+def collate(family: str, batch: Sequence[Sample], side: str = "left") -> dict[str, Tensor]:
+    """What a processor would give."""
+    width = max(len(s.ids) for s in batch)
+    ids = torch.full((len(batch), width), PAD)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for b, s in enumerate(batch):
+        where = slice(width - len(s.ids), width) if side == "left" else slice(0, len(s.ids))
+        ids[b, where], mask[b, where] = s.ids, 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if any(s.pictures for s in batch):
+        inputs |= KITS[family].join([s.pictures for s in batch])
+    if KITS[family].mrope:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    return inputs

@@ -1,0 +1,276 @@
+"""What a patched model of any family must equal.
+
+The oracle runs the layers of an unpatched model one by one over a single unpadded sample, without
+a cache: rows that a plan drops stay where they are and are masked. Nothing is shared with the
+engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from families import KITS, Picture, Sample, reference
+from oracles import Cut
+from tiny import IMAGE
+from torch import Tensor, nn
+
+# The tower, for methods that read it
+
+
+@dataclass
+class Seen:
+    """What a tower says of one picture, per visual token that is no separator.
+
+    Attributes:
+        score: `[n]`, attention of [CLS], or received from all patches, summed over heads.
+        keys: `[n, dim]`, mean over heads.
+    """
+
+    score: Tensor
+    keys: Tensor
+
+
+@torch.no_grad()
+def seen(family: str, sample: Sample, ordinal: int) -> Seen:
+    """Read the block before the projector (for Qwen2.5-VL the last that sees everything)."""
+    net, picture = reference(family), sample.pictures[ordinal]
+    fields = KITS[family].join([[picture]])
+    tower = net.base_model.get_encoder("image")
+    caught = {}
+    if KITS[family].mrope:
+        attention = tower.blocks[1 if family == "qwen2_5_vl" else -1].attn
+    else:
+        encoder = getattr(tower, "vision_model", tower).encoder
+        last = -1 if "onevision" in family or not hasattr(encoder, "layers") else -2
+        last = -1 if family in ("idefics3", "smolvlm") else last
+        block = getattr(encoder, "layers", getattr(encoder, "layer", None))[last]
+        attention = getattr(block, "self_attn", getattr(block, "attention", None))
+    handle = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: caught.update(
+            kwargs, x=args[0] if args else kwargs["hidden_states"]
+        ),
+        with_kwargs=True,
+    )
+    net.base_model.get_image_features(**fields, return_dict=True)
+    handle.remove()
+    if KITS[family].mrope:
+        q, k = _qwen_heads(attention, caught)
+    else:
+        x, n = caught["x"], attention.num_heads
+        q, k = (
+            p(x).unflatten(-1, (n, -1)).transpose(1, 2)
+            for p in (attention.q_proj, attention.k_proj)
+        )
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # [tiles, heads, n, n]
+    if family in ("llava", "llava_next", "internvl"):
+        score, keys = weights[:, :, 0, 1:].sum(1), k.mean(1)[:, 1:]
+    else:
+        score, keys = weights.sum((1, 2)), k.mean(1)
+    both = torch.cat([score[..., None], keys], -1)  # [tiles, patches, 1 + dim]
+    both = _as_tokens(family, net, both, picture)
+    return Seen(both[:, 0], both[:, 1:])
+
+
+def _qwen_heads(attention: nn.Module, caught: dict) -> tuple[Tensor, Tensor]:
+    x, (cos, sin) = caught["x"], caught["position_embeddings"]
+    q, k, _ = attention.qkv(x).view(len(x), 3, attention.num_heads, -1).unbind(1)
+    half = q.shape[-1] // 2
+
+    def turn(t: Tensor) -> Tensor:
+        rotated = torch.cat([-t[..., half:], t[..., :half]], -1)
+        return (t * cos[:, None] + rotated * sin[:, None]).transpose(0, 1)[None]
+
+    return turn(q), turn(k)
+
+
+def _as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
+    """A signal of the tower `[tiles, patches, d]` per visual token `[n, d]`."""
+    (rows, cols), width = picture.grid, signal.shape[-1]
+    if family == "llava":
+        return signal[0]
+    if family.startswith("llava_"):
+        packed, _ = net.model.pack_image_features(
+            [signal], picture.fields["image_sizes"], image_newline=None,
+            **({"vision_aspect_ratio": "anyres_max_1"} if "onevision" in family
+               else {"vision_feature_select_strategy": "default"}),
+        )  # fmt: skip
+        return packed[0]
+    if not KITS[family].mrope:
+        grid = signal[0].view(rows, 2, cols, 2, width)
+        return grid.mean((1, 3)).reshape(-1, width)
+    tokens = signal[0].view(-1, 4, width).mean(1)
+    if family != "qwen2_5_vl":
+        return tokens
+    # Windows of 2 x 2 tokens, from left to right and from the top.
+    order = sorted(range(rows * cols), key=lambda t: (t // cols // 2, t % cols // 2, t))
+    out = torch.empty_like(tokens)
+    out[order] = tokens
+    return out
+
+
+def visionzip(features: Tensor, told: Seen, keep: int) -> tuple[list[int], Tensor]:
+    """VisionZip without [CLS] as a token: tokens that stay, and what stands there."""
+    n_dominant = max(1, int(54 / 64 * keep))
+    n = len(features)
+    score = told.score.tolist()
+    picked = sorted(range(n), key=lambda i: -score[i])[:n_dominant]
+    rest = [i for i in range(n) if i not in picked]
+    step = max(1, len(rest) // max(1, keep - n_dominant))
+    targets = rest[::step][: keep - n_dominant]
+    keys = told.keys / told.keys.norm(dim=1, keepdim=True)
+    own: dict[int, list[int]] = {t: [] for t in targets}
+    for i in rest:
+        if i not in targets and targets:
+            own[max(targets, key=lambda j: float(keys[i] @ keys[j]))].append(i)
+    out = features.clone()
+    for target, members in own.items():
+        if members:
+            out[target] = features[target] + features[members].mean(0)
+    return sorted(picked + targets), out
+
+
+def avgpool(features: Tensor, grid: tuple[int, int], seats: list[int]) -> Tensor:
+    """Adaptive average pooling; each cell stands at the seat that the engine reports."""
+    small = [len({t // grid[1] for t in seats}), len({t % grid[1] for t in seats})]
+    bounds = [
+        [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
+        for side, n in zip(grid, small, strict=True)
+    ]
+    boxes = [(r, c) for r in bounds[0] for c in bounds[1]]
+    out, x = features.clone(), features.view(*grid, -1)
+    for seat, ((top, bottom), (left, right)) in zip(sorted(seats), boxes, strict=True):
+        assert top <= seat // grid[1] < bottom and left <= seat % grid[1] < right
+        out[seat] = x[top:bottom, left:right].mean((0, 1))
+    return out
+
+
+# The oracle
+
+
+@torch.no_grad()
+def deepstack(family: str, sample: Sample) -> list[Tensor]:
+    """What the decoder adds to the visual rows behind each of its first layers."""
+    if family != "qwen3_vl" or not sample.pictures:
+        return []
+    fields = KITS[family].join([sample.pictures])
+    out = reference(family).model.get_image_features(**fields, return_dict=True)
+    return [x if isinstance(x, Tensor) else torch.cat(list(x)) for x in out.deepstack_features]
+
+
+@torch.no_grad()
+def features(family: str, sample: Sample) -> list[Tensor]:
+    """What the unpatched model makes of each picture, `[tokens, width]`."""
+    if not sample.pictures:
+        return []
+    net = reference(family)
+    fields = KITS[family].join([sample.pictures])
+    out = net.base_model.get_image_features(**fields, return_dict=True).pooler_output
+    flat = out.flatten(0, 1) if isinstance(out, Tensor) else torch.cat(list(out))
+    return list(flat.split([p.tokens for p in sample.pictures]))
+
+
+@dataclass
+class Dense:
+    """Logits `[n, vocabulary]`; per layer the visual tokens that enter; rows alive at the end."""
+
+    logits: Tensor
+    entering: list[Tensor]
+    alive: Tensor
+
+
+@torch.no_grad()
+def dense(
+    family: str,
+    sample: Sample,
+    more: Tensor | None = None,
+    *,
+    cuts: Sequence[Cut] = (),
+    kept: Tensor | None = None,
+    vectors: Tensor | None = None,
+    compact: bool = False,
+) -> Dense:
+    """One sample through the layers of the unpatched model, dropped rows masked.
+
+    Args:
+        family: its name.
+        sample: the prompt.
+        more: int64 `[m]`, tokens after the prompt.
+        cuts: drops inside the decoder, by the attention of the prompt's last row.
+        kept: int64, visual tokens that enter the decoder; None is all.
+        vectors: `[visual, width]`, what stands at the visual rows instead of the features.
+        compact: whether positions run on without the dropped rows.
+    """
+    net = reference(family)
+    lm = net.get_decoder()
+    ids = sample.ids if more is None else torch.cat([sample.ids, more])
+    prompt, n = len(sample.ids), len(ids)
+    visual = torch.zeros(n, dtype=torch.bool)
+    visual[:prompt] = sample.visual
+    h = net.get_input_embeddings()(ids)
+    if sample.pictures:
+        own = torch.cat(features(family, sample)) if vectors is None else vectors
+        h[visual] = own.to(h)
+    alive = torch.ones(n, dtype=torch.bool)
+    if kept is not None:
+        gone = torch.ones(int(visual.sum()), dtype=torch.bool)
+        gone[kept] = False
+        alive[visual.nonzero()[gone, 0]] = False
+    position = _positions(family, sample, n)
+    if compact:
+        position = torch.where(alive, alive.long().cumsum(0) - 1, position)
+    source = torch.where(visual, visual.long().cumsum(0) - 1, -1)
+    row_of = visual.nonzero()[:, 0]
+    cells = row_of[_cells(family, sample)]
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    weights: dict[int, Tensor] = {}
+    entering, h, added = [], h[None], deepstack(family, sample)
+    for i, layer in enumerate(lm.layers):
+        for cut in cuts:
+            if cut.layer == i and (arriving := cells[alive[cells]].tolist()):
+                score = weights[i - 1][0, :, prompt - 1].mean(0)
+                ranked = sorted(arriving, key=lambda r: -score[r].item())
+                stay = ranked[: cut.count(len(arriving), len(sample.pictures))]
+                stay += row_of[KITS[family].separators(sample, source[stay].tolist())].tolist()
+                alive[visual & ~torch.isin(torch.arange(n), torch.tensor(stay))] = False
+                if cut.positions == "compact":
+                    position = torch.where(alive, alive.long().cumsum(0) - 1, position)
+        entering.append(source[visual & alive])
+        see = allowed & (alive[None] | torch.eye(n, dtype=torch.bool))
+        mask = torch.zeros(n, n).masked_fill(~see, torch.finfo(torch.float32).min)
+        rope = lm.rotary_emb(h, position_ids=position[:, None] if position.dim() == 2
+                             else position[None])  # fmt: skip
+        handle = layer.self_attn.register_forward_hook(
+            lambda _, args, out, i=i: weights.__setitem__(i, out[1])
+        )
+        h = layer(h, attention_mask=mask[None, None], position_embeddings=rope)
+        handle.remove()
+        if i < len(added):
+            h[0, visual] += added[i]
+    return Dense(net.lm_head(lm.norm(h))[0], entering, alive)
+
+
+def _cells(family: str, sample: Sample) -> list[int]:
+    """Visual tokens of a sample that are no separators."""
+    found, at = [], 0
+    for picture in sample.pictures:
+        found += [at + c for c in KITS[family].cells(picture)]
+        at += picture.tokens
+    return found
+
+
+def _positions(family: str, sample: Sample, n: int) -> Tensor:
+    """Positions of the prompt and what follows it: `[n]`, or `[3, n]` under M-RoPE."""
+    if not KITS[family].mrope or not sample.pictures:
+        return torch.arange(n)
+    fields = KITS[family].join([sample.pictures])
+    position, _ = reference(family).model.get_rope_index(
+        sample.ids[None],
+        mm_token_type_ids=(sample.ids == IMAGE).int()[None],
+        image_grid_thw=fields["image_grid_thw"],
+        attention_mask=torch.ones_like(sample.ids)[None],
+    )
+    position = position[:, 0]
+    rest = position.max() + 1 + torch.arange(n - len(sample.ids))
+    return torch.cat([position, rest.expand(3, -1)], 1)
