@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mllm.compat import Cache, DynamicCache, DynamicLayer
+from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.tokens import TokenTable
 
@@ -17,16 +17,23 @@ class SlotLayer(DynamicLayer):
     and a second turn work as if nothing had been dropped. `get_mask_sizes()` says where the
     stored slots lie in it.
 
+    A layer that sees only a window forgets what no later token can see.
+
     Attributes:
+        window: tokens that a query sees, itself included, in logical distance; None is all.
         valid: bool `[batch, slots]`, false for padding.
         logical: int64 `[batch, slots]`, index in the uncompressed sequence.
         shifts: per kind of stage, how far positions of later tokens move left, int64
             `[batch, 1]` (only under ``positions="compact"``).
         padded: whether any slot is invalid; known without asking the device.
+        compressed: whether a plan left tokens out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None, record_past: bool = False) -> None:
         super().__init__()
+        self.window, self.is_sliding = window, window is not None
+        self.record_past = record_past
+        self.compressed = False
         self.seen = 0
         self.valid: Tensor | None = None
         self.logical: Tensor | None = None
@@ -47,10 +54,15 @@ class SlotLayer(DynamicLayer):
             padded: whether any of them is invalid.
             advance: tokens by which the logical length grows.
         """
+        self.compressed |= advance != valid.shape[1] - self.slots
         self.valid, self.logical, self.padded, self._noted = valid, logical, padded, advance
 
+    def activate_past_recording(self) -> None:
+        """Forget nothing, so that `crop` can go back (assisted decoding)."""
+        self.record_past = True
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        if self._noted is None and self.seen != self.slots:
+        if self._noted is None and self.compressed:
             raise CacheMismatchError(
                 "this cache was compressed by a plan and cannot be used without it",
                 argument="past_key_values",
@@ -66,7 +78,18 @@ class SlotLayer(DynamicLayer):
             self.valid = torch.cat([self.valid, self.valid.new_ones(batch, new)], 1)
             self.logical = torch.cat([self.logical, logical.expand(batch, new)], 1)
         self._noted = None
+        if self.window is not None and not self.record_past:
+            self._forget()
         return keys, values
+
+    def _forget(self) -> None:
+        """Let go of the oldest slots that no later token of any sample sees."""
+        if self.slots < self.window or self.logical is None:
+            return
+        gone = (self.logical <= self.seen - self.window).all(0).long().cumprod(0)
+        if count := int(gone.sum()):
+            self.keys, self.values = self.keys[:, :, count:], self.values[:, :, count:]
+            self.valid, self.logical = self.valid[:, count:], self.logical[:, count:]
 
     def get_seq_length(self, *args) -> int:
         return self.seen
@@ -87,7 +110,7 @@ class SlotLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.seen, self.valid, self.logical, self.padded = 0, None, None, False
-        self.shifts, self._noted = {}, None
+        self.shifts, self._noted, self.compressed = {}, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -107,12 +130,12 @@ class SlotLayer(DynamicLayer):
         self.shifts = {name: change(shift) for name, shift in self.shifts.items()}
 
 
-def adopt(cache: Cache, num_layers: int, past_valid: Tensor | None) -> None:
+def adopt(cache: Cache, windows: list[int | None], past_valid: Tensor | None) -> None:
     """Turn the caller's DynamicCache, in place, into one with :class:`SlotLayer` layers.
 
     Args:
         cache: an empty cache, or one that the unpatched model filled.
-        num_layers: decoder layers.
+        windows: per decoder layer the window that it sees, None is everything.
         past_valid: bool `[batch, slots]`, which stored tokens are not padding.
 
     Raises:
@@ -120,7 +143,10 @@ def adopt(cache: Cache, num_layers: int, past_valid: Tensor | None) -> None:
     """
     if cache.layers and all(type(layer) is SlotLayer for layer in cache.layers):
         return
-    plain = type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
+    kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
+    plain = type(cache) is DynamicCache and all(
+        type(layer) is kind for layer, kind in zip(cache.layers, kinds, strict=False)
+    )
     if not plain or getattr(cache, "offloading", False):
         raise PlanError(
             f"a {type(cache).__name__} with "
@@ -131,16 +157,18 @@ def adopt(cache: Cache, num_layers: int, past_valid: Tensor | None) -> None:
             expected="a DynamicCache (no static, quantised, sliding or offloaded cache)",
         )
     layers = []
-    for old in [*cache.layers, *[None] * (num_layers - len(cache.layers))]:
-        layer = SlotLayer()
+    missing = [None] * (len(windows) - len(cache.layers))
+    for old, window in zip([*cache.layers, *missing], windows, strict=True):
+        layer = SlotLayer(window, getattr(old, "record_past", False))
         if old is not None and old.get_seq_length():
             layer.lazy_initialization(old.keys, old.values)
             layer.keys, layer.values, layer.seen = old.keys, old.values, old.get_seq_length()
-            batch, slots = old.keys.shape[0], layer.seen
+            batch, slots = old.keys.shape[0], old.keys.shape[-2]
             ones = torch.ones(batch, slots, dtype=torch.bool, device=old.keys.device)
-            layer.valid = ones if past_valid is None else past_valid[:, :slots].bool()
+            layer.valid = ones if past_valid is None else past_valid[:, -slots:].bool()
             layer.padded = not bool(layer.valid.all())
-            layer.logical = torch.arange(slots, device=ones.device).expand(batch, slots)
+            logical = torch.arange(layer.seen - slots, layer.seen, device=ones.device)
+            layer.logical = logical.expand(batch, slots)
         layers.append(layer)
     cache.layers = layers
     cache.layer_class_to_replicate = None

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,6 +25,7 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "SERVED",
     "arguments",
     "attention_name",
@@ -27,6 +33,7 @@ __all__ = [
     "best_resolution",
     "causal_mask",
     "dynamic_cache",
+    "mask_like",
     "register_attention",
     "serve",
     "uses_cache",
@@ -116,3 +123,16 @@ def causal_mask(
         past_key_values=cache,
         layer_idx=layer,
     )
+
+
+def mask_like(seen: Tensor, mask: Tensor | None) -> Tensor:
+    """A bool mask `[batch, 1, rows, slots]` in the format of the model's own mask.
+
+    Args:
+        seen: what is seen.
+        mask: the model's own mask, bool or additive; None is that of sdpa, bool.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return seen
+    zero = torch.zeros(seen.shape, dtype=mask.dtype, device=seen.device)
+    return zero.masked_fill(~seen, torch.finfo(mask.dtype).min)

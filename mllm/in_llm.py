@@ -29,19 +29,26 @@ class DecoderRun:
         patched: the patched model (its plan, stages and family).
         visual: bool `[batch, rows]`, image placeholders of this forward; None without any.
         reduction: what the pre-LLM stages decided; set before the decoder runs.
+        mask: the attention mask that the base model was given.
         full: table of the rows as the caller gave them.
         table: table of the rows of the current stage.
         tables: (first layer, table) of every stage.
         prompt: bool `[batch, rows]`, rows that a method may look at.
         images: per sample, its images in `reduction`.
         past, past_logical: stored slots per layer, and tokens seen, before this forward.
-        replaced: arguments that layers of the current stage get instead of the parent's.
+        position: position ids of the current stage's rows.
+        compacted: whether positions were renumbered inside the decoder.
+        rows: int64 `[batch, rows]`, rows of the current stage among those that the decoder's
+            own masks and rotary tables have; None is all of them.
+        replaced: by kind of layer, arguments that layers of the current stage get instead of the
+            parent's.
         replay: by first layer of a stage, its row choice and arguments.
     """
 
     patched: Patched
     visual: Tensor | None
     reduction: Reduction | None
+    mask: Any
     outer: DecoderRun | None
     full: TokenTable | None = None
     table: TokenTable | None = None
@@ -51,7 +58,10 @@ class DecoderRun:
     cache: Any = None
     past: list[int] = field(default_factory=list)
     past_logical: int = 0
-    replaced: dict[str, Any] = field(default_factory=dict)
+    position: Tensor | None = None
+    compacted: bool = False
+    rows: Tensor | None = None
+    replaced: dict[str, dict[str, Any]] = field(default_factory=dict)
     replay: dict[int, tuple[Tensor | None, dict]] = field(default_factory=dict)
     signals: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     selection_flops: float = 0.0
@@ -73,6 +83,8 @@ class DecoderRun:
         """
         decoder, layers = self.patched.family.decoder, self.patched.layers
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        if isinstance(mask, dict) and self.patched.family.hybrid:
+            mask = self.mask  # the base model has made one of each kind
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise PlanError(
                 "a prepared attention mask (as static caches make it) cannot follow a plan",
@@ -86,7 +98,7 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
-            adopt(cache, len(layers), None if mask is None else mask[:, :-rows])
+            adopt(cache, self.patched.windows, None if mask is None else mask[:, :-rows])
             self.past = [layer.slots for layer in cache.layers]
             self._check_cache()
             self.past_logical = cache.get_seq_length()
@@ -102,8 +114,13 @@ class DecoderRun:
 
     def _check_cache(self) -> None:
         """Layers that this plan gives the same rows must hold equally many slots."""
-        bounds = [0, *self.patched.cuts, len(self.past)]
-        if any(len(set(self.past[a:b])) > 1 for a, b in zip(bounds, bounds[1:], strict=False)):
+        bounds, kind = [0, *self.patched.cuts, len(self.past)], self.patched.family.kind
+        found = {
+            (a, kind(i), self.past[i])
+            for a, b in zip(bounds, bounds[1:], strict=False)
+            for i in range(a, b)
+        }
+        if len(found) > len({(a, k) for a, k, _ in found}):
             raise CacheMismatchError(
                 f"the cache holds {self.past} tokens per layer, which "
                 f"{self.patched.plan.spec!r} did not make",
@@ -147,7 +164,7 @@ class DecoderRun:
         first = None if cache is None else cache.layers[0]
         shift = None if first is None else first.shifts.get("llm")
         drops = self.patched.reducers and self.visual is not None
-        if not drops and shift is None and (first is None or first.seen == first.slots):
+        if not drops and shift is None and (first is None or not first.compressed):
             return
         position = kwargs.get("position_ids")
         if position is None:
@@ -170,7 +187,18 @@ class DecoderRun:
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
             self.patched.family.take_rows(kwargs, rows, self.table.valid)
             position = gather_rows(position, rows, dim=position.dim() - 1)
+            self.rows = rows
         kwargs["position_ids"] = position
+        prepared = kwargs.get("attention_mask")
+        if isinstance(prepared, dict):
+            layer_of = {self.patched.family.kind(i): i for i in range(len(self.past))[::-1]}
+            kwargs["attention_mask"] = {
+                kind: self._mask_of_kind(layer_of[kind], mask)
+                for kind, mask in prepared.items()
+            }
+            self.rows = None
+            return
+        self.rows = None
         mask = self._slot_valid(0)
         if mask is None and cache is None:
             # Without a mask or cache, transformers takes gaps in positions for packed sequences.
@@ -204,7 +232,10 @@ class DecoderRun:
         padded = not bool(valid.all())
         old = None if self.cache is None else self.cache.layers[layer]
         if old is not None and old.slots:
-            return torch.cat([old.valid, valid], 1) if padded or old.padded else None
+            # The cache may have been told of the new rows already.
+            return (
+                torch.cat([old.valid[:, : old.slots], valid], 1) if padded or old.padded else None
+            )
         return valid if padded else None
 
     def _note(self, layer: int) -> None:
@@ -249,7 +280,64 @@ class DecoderRun:
             kwargs["position_embeddings"][0].mllm_run = self
         if layer in self.patched.cuts:
             args = (self._cut(layer, args[0], kwargs), *args[1:])
-        return args, {**kwargs, **self.replaced}
+        kind = self.patched.family.kind(layer)
+        if kind not in self.replaced:
+            self.replaced[kind] = self._arguments(layer, kind, args[0], kwargs)
+        return args, {**kwargs, **self.replaced[kind]}
+
+    def _arguments(self, layer: int, kind: str, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Mask and positions of the layers of one kind until the next cut."""
+        family, rotary = self.patched.family, kwargs["position_embeddings"]
+        if self.compacted:
+            rotary = family.rotary(hidden, self.position, kind)
+        elif self.rows is not None:
+            rotary = tuple(gather_rows(t, self.rows, dim=t.dim() - 2) for t in rotary)
+        if kind:
+            mask = self._mask_of_kind(layer, kwargs.get("attention_mask"))
+        else:
+            mask = compat.causal_mask(
+                family.text_config, hidden, self._slot_valid(layer), self.cache, layer
+            )
+        return {
+            "attention_mask": mask,
+            "position_embeddings": rotary,
+            "position_ids": self.position,
+        }
+
+    def _mask_of_kind(self, layer: int, mask: Tensor | None) -> Tensor | None:
+        """The mask of a layer in a decoder whose layers see differently.
+
+        Among the new rows it is the model's own pattern; stored slots are seen if they are valid
+        and, in logical distance, within the layer's window.
+
+        Args:
+            layer: index of the layer.
+            mask: the model's own mask `[batch or 1, 1, rows, slots]`, before rows left; None is
+                causal.
+        """
+        table, window = self.table, self.patched.windows[layer]
+        old = None if self.cache is None else self.cache.layers[layer]
+        slots = 0 if old is None else old.slots
+        seen = self.past_logical + self.full.valid.shape[1]
+        if mask is None and (window is None or seen < window) and self._slot_valid(layer) is None:
+            return None
+        if mask is None:
+            own = table.logical[:, :, None] >= table.logical[:, None]
+        else:
+            own = mask[:, 0, :, -mask.shape[2] :]
+            own = own if own.dtype == torch.bool else own == 0
+            own = own.expand(len(table.valid), -1, -1)
+            if self.rows is not None:
+                own = own.gather(1, self.rows[:, :, None].expand(-1, -1, own.shape[2]))
+                own = own.gather(2, self.rows[:, None].expand(-1, own.shape[1], -1))
+        own = own & table.valid[:, None]
+        if slots:
+            there = old.valid[:, None, :slots]
+            if window is not None:
+                far = table.logical[:, :, None] - old.logical[:, None, :slots]
+                there = there & (far < window)
+            own = torch.cat([there.expand(-1, own.shape[1], -1), own], 2)
+        return compat.mask_like(own[:, None], mask)
 
     @staticmethod
     def replayed(
@@ -265,6 +353,7 @@ class DecoderRun:
             return None
         first = max(cut for cut in cuts if cut <= layer)
         rows, replaced = run.replay[first]
+        replaced = replaced[run.patched.family.kind(layer)]
         if layer == first and rows is not None:
             args = (gather_rows(args[0], rows), *args[1:])
         return args, {**kwargs, **replaced}
@@ -272,8 +361,8 @@ class DecoderRun:
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Run the stages of this layer and prepare what the layers from here on are given."""
         stages = [(n, s) for n, s in self.patched.pruners if s.layer == layer]
-        given = {**kwargs, **self.replaced}
-        position, rotary = given.get("position_ids"), given["position_embeddings"]
+        first = len(self.tables) == 1
+        position = kwargs.get("position_ids") if first else self.position
         kind = f"layer {layer}"
         compact = any(self.patched.positions(s) == "compact" for _, s in stages)
         cached = None if self.cache is None else self.cache.layers[layer]
@@ -302,24 +391,12 @@ class DecoderRun:
             self.table = table.take(rows, keep.gather(1, rows))
             if position is not None:
                 position = gather_rows(position, rows, dim=position.dim() - 1)
-            if not compact:
-                rotary = tuple(gather_rows(t, rows, dim=t.dim() - 2) for t in rotary)
-        if compact:
-            rotary = self.patched.family.decoder.rotary_emb(hidden, position)
-        mask = compat.causal_mask(
-            self.patched.family.decoder.config,
-            hidden,
-            self._slot_valid(layer),
-            self.cache,
-            layer,
-        )
+            self.rows = rows if self.rows is None else self.rows.gather(1, rows)
+        self.position = position
+        self.compacted |= compact
         self._note(layer)
         self.tables.append((layer, self.table))
-        self.replaced = {
-            "attention_mask": mask,
-            "position_embeddings": rotary,
-            "position_ids": position,
-        }
+        self.replaced = {}
         self.replay[layer] = rows, self.replaced
         return hidden
 

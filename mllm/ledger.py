@@ -58,6 +58,7 @@ class Record:
     tables: list[tuple[int, TokenTable]]  # (first layer, rows from there on)
     past: list[int]  # stored slots per layer before this prefill
     past_logical: int
+    windows: list[int | None]  # what each layer sees, None is everything
     images: list[list[int]]  # per sample, images of `reduction`
     reduction: Reduction | None
     logit_rows: int
@@ -218,8 +219,10 @@ class Ledger:
         ]
         tokens, visual = [self.tokens(i) for i in range(layers)], self._visual()
         llm = self._decoder_flops(tokens, record.past)
-        base = self._decoder_flops([prompt] * layers, [record.past_logical] * layers)
-        slots = full.valid.numel() + record.past_logical * len(prompt)
+        stored = [_within(record.past_logical, window) for window in record.windows]
+        base = self._decoder_flops([prompt] * layers, stored)
+        length = full.valid.shape[1] + record.past_logical
+        slots = len(prompt) * sum(_within(length, window) for window in record.windows)
         return {
             "schema": 1,
             "phase": "decode" if record.decode_steps else "prefill",
@@ -240,7 +243,7 @@ class Ledger:
             "selection_flops": selection,
             "kv_bytes": record.kv_bytes,
             "kv_meta_bytes": record.kv_meta_bytes,
-            "baseline_kv_bytes": int(layers * flops.kv_bytes(config, slots, record.itemsize))
+            "baseline_kv_bytes": int(flops.kv_bytes(config, slots, record.itemsize))
             * record.cached,
             "notes": self.notes,
         }
@@ -264,3 +267,7 @@ class Ledger:
     def __repr__(self) -> str:
         return f"<Ledger {str(self).splitlines()[0]}>"
 
+
+def _within(tokens: int, window: int | None) -> int:
+    """Tokens that an unpatched layer stores of so many."""
+    return tokens if window is None else min(tokens, window - 1)

@@ -75,6 +75,7 @@ class Patched:
         self.model = model
         self.family = resolve_family(model)
         self.layers = list(self.family.layers)
+        self.windows = [self.family.window(i) for i in range(len(self.layers))]
         requested = Plan.of(plan)
         self.plan = Plan(
             [
@@ -292,7 +293,9 @@ class Patched:
             )
         if visual is not None:
             self._check_counts(visual, given, encoded, reduction)
-        _FORWARD.set(DecoderRun(self, visual, reduction, outer=_outer(_FORWARD, self)))
+        mask = given.get("attention_mask")
+        outer = _outer(_FORWARD, self)
+        _FORWARD.set(DecoderRun(self, visual, reduction, mask, outer=outer))
 
     def _check_counts(
         self, visual: Tensor, given: dict[str, Any], encoded: Any, reduction: Reduction | None
@@ -435,6 +438,7 @@ class Patched:
             tables=run.tables,
             past=run.past,
             past_logical=run.past_logical,
+            windows=self.windows,
             images=run.images,
             reduction=run.reduction,
             logit_rows=min(asked, rows) if asked else rows,

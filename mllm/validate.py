@@ -83,7 +83,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 expected=f"1 <= keep <= {grid[0] * grid[1]}",
             )
     kinds = set(getattr(family.text_config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
+    if kinds - ({"sliding_attention"} if family.hybrid else set()):
         raise PlanError(
             "decoder layers that do not see everything are not supported",
             argument="model",

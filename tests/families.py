@@ -180,6 +180,20 @@ def _stack(samples: list[list[Picture]]) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack(rows)}
 
 
+def _gemma3():
+    text = _text(head_dim=12, sliding_window=12, query_pre_attn_scalar=12,
+                 layer_types=["sliding_attention", "sliding_attention", "full_attention",
+                              "sliding_attention"])  # fmt: skip
+    vision = _SIGLIP | dict(model_type="siglip_vision_model", image_size=112)
+    net = hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16,
+                        image_token_index=IMAGE, image_token_id=IMAGE, boi_token_index=START,
+                        eoi_token_index=END)
+    )  # fmt: skip
+    torch.nn.init.normal_(net.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+    return net
+
+
 # Anyres
 
 _PINS = [[56, 56], [56, 112], [112, 56], [112, 112]]
@@ -244,6 +258,7 @@ KITS: dict[str, Kit] = {
     "internvl": Kit(_internvl, _square(112, 16), _cat),
     "idefics3": Kit(_idefics3, _square(112, 16), _stack),
     "smolvlm": Kit(_smolvlm, _square(112, 16), _stack),
+    "gemma3": Kit(_gemma3, _square(112, 16), _cat),
     "llava_next": Kit(
         _llava_next, _anyres(_ANYRES), _cat, cells=_anyres_cells, separators=_anyres_separators
     ),
@@ -317,6 +332,8 @@ def collate(family: str, batch: Sequence[Sample], side: str = "left") -> dict[st
     inputs = {"input_ids": ids, "attention_mask": mask}
     if any(s.pictures for s in batch):
         inputs |= KITS[family].join([s.pictures for s in batch])
+    if family == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).int()
     if KITS[family].mrope:
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     return inputs

@@ -13,6 +13,7 @@ from mllm.models.base import Family
 
 def families() -> dict[str, type[Family]]:
     """Supported families by `config.model_type`."""
+    from mllm.models.gemma3 import Gemma3
     from mllm.models.idefics3 import Idefics3
     from mllm.models.internvl import InternVL
     from mllm.models.llava import Llava
@@ -27,6 +28,7 @@ def families() -> dict[str, type[Family]]:
         "qwen2_5_vl": Qwen25VL,
         "qwen3_vl": Qwen3VL,
         "internvl": InternVL,
+        "gemma3": Gemma3,
         "idefics3": Idefics3,
         "smolvlm": Idefics3,
     }

@@ -57,6 +57,8 @@ class Family:
         refuses: actions that the family cannot do, with the reason.
         packed: the tower takes all pictures as one sequence.
         mrope: rotary positions have a row and a column; they cannot be renumbered.
+        hybrid: decoder layers of several kinds see differently; the base model makes a mask of
+            each kind.
         first_cut: first decoder layer before which rows may leave.
     """
 
@@ -66,6 +68,7 @@ class Family:
     refuses: ClassVar[dict[str, str]] = {}
     packed = False
     mrope = False
+    hybrid = False
     first_cut = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -92,6 +95,20 @@ class Family:
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a decoder layer."""
         return self.layers[layer].self_attn
+
+    def kind(self, layer: int) -> str:
+        """What tells layers apart that have other masks and positions; empty if nothing does."""
+        return self.text_config.layer_types[layer] if self.hybrid else ""
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a decoder layer sees, the query included; None is everything."""
+        sliding = self.kind(layer) == "sliding_attention"
+        return self.text_config.sliding_window if sliding else None
+
+    def rotary(self, hidden: Tensor, position: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """Rotary tables `[batch, rows, dim]` of the layers of a kind."""
+        more = (kind,) if kind else ()
+        return self.decoder.rotary_emb(hidden, position, *more)
 
     def block_attention(self, block: int) -> nn.Module:
         """Attention module of a tower block."""
