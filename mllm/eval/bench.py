@@ -32,6 +32,7 @@ from mllm.loading import load_model, pick_device
 
 Inputs = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # what runs, pairs done, pairs in all
+OnRow = Callable[[dict[str, Any]], None]  # the results so far, after each row
 
 DTYPES = ("bfloat16", "float16", "float32")
 CLAIM_PAIRS = 30  # fewer pairs are a look, not a figure to quote
@@ -128,6 +129,7 @@ def prefill(
     device: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    on_row: OnRow | None = None,
 ) -> dict[str, Any]:
     """Time the prefill: one forward with pictures, vision tower and cache included.
 
@@ -142,11 +144,16 @@ def prefill(
         device: torch device; None for the GPU when there is one.
         threads: CPU threads; None leaves torch's choice.
         progress: called after each pair.
+        on_row: called with the results so far after each row, so that a long run can be saved.
 
     Returns:
         The bench results object, schema 1. Times in seconds, `peak_bytes` in bytes: the largest
         sum of live tensors during one forward, weights included. `ratio` is unpatched time /
         patched time; `share` = ratio / ideal. `llm_*` leave the tower and projector out.
+        `attainable` is the ratio of the unpatched model's own times: its tower as it is, its
+        decoder layers at the lengths that the plan leaves them. Between `ideal` and `attainable`
+        lies what tower and short matrices lose per FLOP, between `attainable` and `ratio` what
+        the plan's own machinery costs.
 
     Raises:
         DataError: `visual` is no whole number of images, a count is below one, or there is no
@@ -176,14 +183,27 @@ def prefill(
             raise _bad("visual", count, f"a multiple of {per_image}, the tokens of one image")
 
     targets = PREFILL_PLANS if plans is None else {p: PREFILL_PLANS.get(p) for p in plans}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    results = {
+        "schema": 1,
+        "suite": "prefill",
+        "model_shape": shape,
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "load_before": load_before,
+        "rows": rows,
+    }
     for size in batch:
         for count in visual:
             inputs = random_inputs(base, images=count // per_image, text=text, batch=size)
+            base_peak = peak_bytes(base, inputs)
             for plan, target in targets.items():
                 label = f"{plan}, {count} visual tokens, batch {size}"
                 try:
                     row = _row(base, plan, inputs, pairs, target, label, progress)
+                    row["baseline_peak_bytes"] = base_peak
                 except torch.OutOfMemoryError:
                     row = {"status": "oom", "words": "out of memory"}
                 rows.append(
@@ -198,17 +218,9 @@ def prefill(
                         **row,
                     }
                 )
-    return {
-        "schema": 1,
-        "suite": "prefill",
-        "model_shape": shape,
-        "device": device_name(device),
-        "versions": versions(),
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
-        "load_before": load_before,
-        "rows": rows,
-    }
+                if on_row is not None:
+                    on_row(results)
+    return results
 
 
 def _row(
@@ -222,12 +234,23 @@ def _row(
 ) -> dict[str, Any]:
     other = twin(base)
     with mllm.patch(other, plan) as patched:
-        times = time_pairs(
-            base, other, inputs, pairs, lambda done: progress and progress(label, done, pairs)
-        )
-        ledger = patched.ledger.as_dict()
         peak = peak_bytes(other, inputs)
+        ledger = patched.ledger.as_dict()
+        lengths = [max(layer["tokens"]) for layer in ledger["layers"]]
+        full = inputs["input_ids"].shape[1]
+        shorter = sorted(set(lengths) - {full})
+        times, short = time_pairs(
+            base,
+            other,
+            inputs,
+            pairs,
+            lambda done: progress and progress(label, done, pairs),
+            beside=[text_inputs(base, inputs, n) for n in shorter],
+        )
     total, llm = times[..., 0], times[..., 1]
+    by_length = {full: llm[:, 0], **dict(zip(shorter, short.T, strict=True))}
+    floor = total[:, 0] - llm[:, 0] + np.mean([by_length[n] for n in lengths], 0)
+    attainable, *attainable_ci = median_interval(total[:, 0] / floor)
     ratio, *ratio_ci = median_interval(total[:, 0] / total[:, 1])
     llm_ratio, *llm_ci = median_interval(llm[:, 0] / llm[:, 1])
     ideal = sum(ledger["baseline_prefill_flops"]) / sum(ledger["prefill_flops"])
@@ -241,7 +264,9 @@ def _row(
         "status": status,
         "baseline_s": float(np.median(total[:, 0])),
         "patched_s": float(np.median(total[:, 1])),
-        "baseline_peak_bytes": peak_bytes(base, inputs),
+        "attainable": attainable,
+        "attainable_ci": attainable_ci,
+        "attainable_share": ratio / attainable,
         "llm_ratio": llm_ratio,
         "llm_ratio_ci": llm_ci,
         "llm_ideal": _llm_ideal(base.config.text_config, ledger),
@@ -317,6 +342,18 @@ def random_inputs(model: Any, *, images: int, text: int, batch: int, seed: int =
     }
 
 
+def text_inputs(model: Any, inputs: Inputs, length: int) -> Inputs:
+    """Unpadded inputs of `length` words without pictures, for the batch of `inputs`."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (len(inputs["input_ids"]), length)
+    ids = torch.randint(3, model.config.text_config.vocab_size - 1, shape, generator=draw)
+    ids[ids == model.config.image_token_id] = 3
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+    }
+
+
 def time_pairs(
     base: Any,
     other: Any,
@@ -324,23 +361,32 @@ def time_pairs(
     pairs: int,
     on_pair: Callable[[int], Any] | None = None,
     warmup: int = 2,
-) -> np.ndarray:
+    beside: Sequence[Inputs] = (),
+) -> tuple[np.ndarray, np.ndarray]:
     """Time two models on the same inputs in interleaved pairs, the order alternating.
 
+    Args:
+        beside: other inputs that `base` runs after each pair.
+
     Returns:
-        Seconds, float64 `[pairs, 2, 2]`: pair, (base, other), (whole forward, from the decoder on).
+        Seconds, float64 `[pairs, 2, 2]`: pair, (base, other), (whole forward, from the decoder
+        on); and `[pairs, len(beside)]`, from the decoder on.
     """
     models = (base, other)
     for _ in range(warmup):
         for model in models:
             _timed(model, inputs)
-    times = np.empty((pairs, 2, 2))
+        for more in beside:
+            _timed(base, more)
+    times, others = np.empty((pairs, 2, 2)), np.empty((pairs, len(beside)))
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             times[pair, which] = _timed(models[which], inputs)
+        for i, more in enumerate(beside):
+            others[pair, i] = _timed(base, more)[1]
         if on_pair is not None:
             on_pair(pair + 1)
-    return times
+    return times, others
 
 
 @torch.inference_mode()
