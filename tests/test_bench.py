@@ -103,6 +103,17 @@ def test_inputs_have_the_stated_length(model):
     assert inputs["pixel_values"].shape == (6, 3, 56, 56)
 
 
+def test_unequal_prompts_are_padded_on_the_left(model):
+    inputs = bench.random_inputs(model, images=1, text=16, batch=4, unequal=True)
+    mask = inputs["attention_mask"]
+    assert mask.sum(1).tolist() == [32, 29, 26, 23]
+    assert (mask.diff(dim=1) >= 0).all()
+    assert ((inputs["input_ids"] == model.config.image_token_id).sum(1) == 16).all()
+    with mllm.patch(bench.twin(model), "fastv:layer=2:keep=0.5") as patched:
+        patched.model(**inputs)
+        assert patched.ledger.tokens(3) == [24, 21, 18, 15]
+
+
 def test_pairs_alternate_their_order(monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "_timed", lambda which, inputs: seen.append(which) or (1.0, 0.5))

@@ -42,6 +42,9 @@ def command(
     ] = None,
     text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
+    unequal: Annotated[
+        bool, typer.Option("--unequal", help="Prompts of a batch differ in length (left padded).")
+    ] = False,
     pairs: Annotated[int, typer.Option(help="Interleaved pairs; 30 or more for a claim.")] = 30,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     threads: Annotated[
@@ -84,6 +87,7 @@ def command(
                 visual=visual or None,
                 text=text,
                 batch=batch or (1,),
+                unequal=unequal,
                 pairs=pairs,
                 dtype=dtype,
                 device=device,

@@ -124,6 +124,7 @@ def prefill(
     visual: Sequence[int] | None = None,
     text: int = 63,
     batch: Sequence[int] = (1,),
+    unequal: bool = False,
     pairs: int = CLAIM_PAIRS,
     dtype: str = "bfloat16",
     device: str | None = None,
@@ -139,6 +140,8 @@ def prefill(
         visual: visual tokens per sample, whole images; None for one and two images.
         text: text tokens per sample.
         batch: batch sizes.
+        unequal: whether prompts of a batch have unequal lengths, left padded: the first has
+            `text` words, each further one fewer, down to about a quarter.
         pairs: interleaved pairs per row.
         dtype: of the weights.
         device: torch device; None for the GPU when there is one.
@@ -197,7 +200,9 @@ def prefill(
     }
     for size in batch:
         for count in visual:
-            inputs = random_inputs(base, images=count // per_image, text=text, batch=size)
+            inputs = random_inputs(
+                base, images=count // per_image, text=text, batch=size, unequal=unequal
+            )
             base_peak = peak_bytes(base, inputs)
             for plan, target in targets.items():
                 label = f"{plan}, {count} visual tokens, batch {size}"
@@ -212,6 +217,7 @@ def prefill(
                         "batch": size,
                         "visual": count,
                         "text": text,
+                        "unequal": unequal,
                         "dtype": str(base.dtype).removeprefix("torch."),
                         "backend": base.config.text_config._attn_implementation,
                         "pairs": pairs,
@@ -321,8 +327,13 @@ def tokens_per_image(config: Any) -> int:
     return patches + (config.vision_feature_select_strategy == "full")
 
 
-def random_inputs(model: Any, *, images: int, text: int, batch: int, seed: int = 0) -> Inputs:
-    """Unpadded inputs of exact length: noise pictures first, then random words.
+def random_inputs(
+    model: Any, *, images: int, text: int, batch: int, unequal: bool = False, seed: int = 0
+) -> Inputs:
+    """Inputs of exact length: noise pictures first, then random words.
+
+    Without `unequal` nothing is padded; with it each sample after the first has fewer words and
+    is padded on the left.
 
     Returns:
         `input_ids` and `attention_mask` int64 `[batch, images * tokens + text]`, `pixel_values`
@@ -334,10 +345,16 @@ def random_inputs(model: Any, *, images: int, text: int, batch: int, seed: int =
     words[words == placeholder] = 3
     visual = torch.full((batch, images * tokens_per_image(config)), placeholder)
     ids = torch.cat([words[:, :1], visual, words[:, 1:]], 1)
+    mask = torch.ones_like(ids)
+    if unequal:
+        for sample in range(batch):
+            gone = sample * text * 3 // (4 * batch)
+            ids[sample, gone:] = ids[sample, : ids.shape[1] - gone].clone()
+            ids[sample, :gone], mask[sample, :gone] = 0, 0
     pixels = torch.randn(batch * images, 3, size, size, generator=draw)
     return {
         "input_ids": ids.to(model.device),
-        "attention_mask": torch.ones_like(ids).to(model.device),
+        "attention_mask": mask.to(model.device),
         "pixel_values": pixels.to(model.device, model.dtype),
     }
 
