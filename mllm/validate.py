@@ -90,6 +90,14 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=", ".join(sorted(kinds)),
             expected="full_attention",
         )
+    attend = compat.attention_name(family.attention(0))
+    if family.hybrid and attend not in ("sdpa", "eager"):
+        raise PlanError(
+            f"{attend} measures windows in stored slots, not in tokens",
+            argument="attn_implementation",
+            given=attend,
+            expected="sdpa or eager",
+        )
     tapped = patched.tapped()
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
     other = [m for m in tapped if compat.attention_name(m) not in compat.SERVED]
