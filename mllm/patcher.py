@@ -303,6 +303,7 @@ class Patched:
         """Every sample's placeholders are whole images, and there are as many as were given."""
         counts = visual.sum(1).tolist()
         if encoded is None:
+            self.family.check(given)
             sizes = [layout.tokens for layout in self.family.layouts(given)]
             total = sum(sizes)
         else:
@@ -326,7 +327,9 @@ class Patched:
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
         inputs = compat.arguments(self._features_signature, args, kwargs)
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        for name in (
+            "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"
+        ):
             configured = getattr(self.family.model.config, name, None)
             if inputs.get(name) not in (None, configured):
                 raise PlanError(

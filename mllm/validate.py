@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm import compat
-from mllm.compressors.base import TokenReducer
+from mllm.compressors.base import AttentionRows, TokenReducer
 from mllm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -146,4 +146,11 @@ def family_notes(patched: Patched) -> list[str]:
                 f"{stage.info.name}: works behind the projector of {name}, without [CLS] as a "
                 "token"
             )
+        for signal in stage.reads().values():
+            window = isinstance(signal, AttentionRows) and patched.windows[signal.layer]
+            if window:
+                notes.append(
+                    f"{stage.info.name}: layer {signal.layer} of {name} sees {window} tokens; "
+                    "visual tokens further back score 0"
+                )
     return notes

@@ -68,7 +68,7 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
     else:
         score, keys = weights.sum((1, 2)), k.mean(1)
     both = torch.cat([score[..., None], keys], -1)  # [tiles, patches, 1 + dim]
-    both = _as_tokens(family, net, both, picture)
+    both = as_tokens(family, net, both, picture)
     return Seen(both[:, 0], both[:, 1:])
 
 
@@ -84,7 +84,7 @@ def _qwen_heads(attention: nn.Module, caught: dict) -> tuple[Tensor, Tensor]:
     return turn(q), turn(k)
 
 
-def _as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
+def as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
     """A signal of the tower `[tiles, patches, d]` per visual token `[n, d]`."""
     (rows, cols), width = picture.grid, signal.shape[-1]
     if family == "llava":
