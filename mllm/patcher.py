@@ -92,11 +92,11 @@ class Patched:
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
             if isinstance(s, LayerPruner) and s.layer is None
         ]
-        self.plan_notes += family_notes(self)
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
         check_plan(self, unvalidated)
+        self.plan_notes += family_notes(self)
         self.cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
         self._features_signature = inspect.signature(self.family.base.get_image_features)
