@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import oracles
@@ -16,7 +17,12 @@ from test_flops import counted
 
 import mllm
 from mllm.errors import DataError, PlanError
-from mllm.models import resolve
+from mllm.in_llm import DecoderRun
+from mllm.models import gemma3, idefics3, internvl, resolve
+from mllm.models.base import Family
+from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from mllm.pre_llm import VisionRun
+from mllm.tokens import TokenTable
 
 FAMILIES = list(KITS)
 family_ = pytest.mark.parametrize("family", FAMILIES)
@@ -441,3 +447,122 @@ def test_windows_are_told(monkeypatch):
     monkeypatch.setattr(mllm.compat, "attention_name", lambda module: "flash_attention_2")
     with pytest.raises(PlanError, match="stored slots"):
         mllm.patch(net, "divprune:keep=3")
+
+
+def slots_for_windows(mp):
+    """Windows in stored slots: what is left of a pruned prompt seems near."""
+    original = DecoderRun._mask_of_kind
+
+    def mask(self, layer, given):
+        cache, self.cache = self.cache, copy.copy(self.cache)
+        if cache is not None:
+            self.cache.layers = [copy.copy(x) for x in cache.layers]
+            for x in self.cache.layers:
+                if x.logical is not None:
+                    near = torch.arange(x.slots, 0, -1)
+                    x.logical = (self.past_logical - near).expand(len(x.valid), -1)
+        try:
+            return original(self, layer, given)
+        finally:
+            self.cache = cache
+
+    mp.setattr(DecoderRun, "_mask_of_kind", mask)
+
+
+def causal_blocks(mp):
+    """Rows of an image see only what is before them."""
+    original = DecoderRun._mask_of_kind
+
+    def mask(self, layer, given):
+        if given is not None and given.shape[2] > 1:
+            rows = torch.arange(given.shape[2])
+            given = (given if given.dtype == torch.bool else given == 0) & (
+                rows[:, None] >= rows[None] + given.shape[2] - given.shape[3]
+            )
+        return original(self, layer, given)
+
+    mp.setattr(DecoderRun, "_mask_of_kind", mask)
+
+
+def one_rope(mp):
+    """All layers turn as those of the first kind."""
+    mp.setattr(Family, "rotary", lambda self, hidden, position, kind: self.decoder.rotary_emb(
+        hidden, position, *(["sliding_attention"] if kind else [])))  # fmt: skip
+
+
+def windows_left_permuted(mp):
+    mp.setattr(Qwen25VL, "to_rows", Qwen2VL.to_rows)
+
+
+def first_patch_of_a_token(mp):
+    """One patch speaks for all that the projector joins."""
+    for owner in (internvl, idefics3, gemma3):
+        mp.setattr(owner, "join_patches", lambda signal, layouts, side: torch.cat(
+            [signal.unflatten(0, (-1, side**2))[:, 0]]))  # fmt: skip
+    mp.setattr(Qwen2VL, "to_rows", lambda self, signal, layouts: signal[:: self.merge**2])
+
+
+def deepstack_of_other_tokens(mp):
+    """Added features of the first tokens go to the rows that stay."""
+
+    def take(self, arguments, rows, valid):
+        there = arguments["visual_pos_masks"].gather(1, rows) & valid
+        arguments["visual_pos_masks"] = there
+        arguments["deepstack_visual_embeds"] = [
+            x[: int(there.sum())] for x in arguments["deepstack_visual_embeds"]
+        ]
+
+    mp.setattr(Qwen3VL, "take_rows", take)
+
+
+def separators_dropped(mp):
+    mp.setattr(VisionRun, "_keep_newlines", lambda self: self.reduction.keep.logical_and_(
+        ~torch.cat([x.places.newline for x in self.reduction.layouts])))  # fmt: skip
+    mp.setattr(TokenTable, "with_newlines", lambda self, keep: keep & ~self.newline)
+
+
+DROP, CUT = "divprune:keep=3", "fastv:layer=2:keep=0.5"
+RANDOM = "random:keep=0.5:positions=original"
+
+
+@pytest.mark.parametrize(
+    "mutate, family, check",
+    [
+        (slots_for_windows, "gemma3", lambda: test_generation("gemma3", RANDOM, "sdpa", "alone")),
+        (causal_blocks, "gemma3",
+         lambda: test_dropping_is_masking("gemma3", CUT, "sdpa", "alone", "left")),
+        (one_rope, "gemma3", lambda: test_compact_cut_of_hybrid_layers("sdpa")),
+        (windows_left_permuted, "qwen2_5_vl",
+         lambda: test_tower_signals_reach_their_tokens("qwen2_5_vl")),
+        *(
+            (first_patch_of_a_token, f,
+             lambda f=f: test_tower_signals_reach_their_tokens(f))
+            for f in ("qwen2_vl", "internvl", "idefics3", "gemma3")
+        ),
+        (deepstack_of_other_tokens, "qwen3_vl",
+         lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone", "left")),
+        *(
+            (separators_dropped, f,
+             lambda f=f, s=s: test_dropping_is_masking(f, s, "sdpa", "alone", "left"))
+            for f in ("llava_next", "llava_onevision") for s in (DROP, CUT)
+        ),
+    ],
+)  # fmt: skip
+def test_a_broken_adapter_is_caught(monkeypatch, mutate, family, check):
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@attn_
+@torch.no_grad()
+def test_compact_cut_of_hybrid_layers(attn):
+    """Each kind of layer turns the renumbered positions by its own table."""
+    spec, batch = "fastv:layer=1:keep=0.5:positions=compact", samples("gemma3")
+    inputs = collate("gemma3", batch)
+    net = model("gemma3", attn)
+    with mllm.patch(net, spec):
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+    for mine, sample in zip(logits, batch, strict=True):
+        want = dense("gemma3", sample, cuts=[Cut(1, 0.5, "compact")]).logits
+        equal(mine[~sample.visual], want[~sample.visual], "text rows")
