@@ -11,7 +11,7 @@ import tiny
 import torch
 from families import KITS, LAYERS, Sample, collate, model, reference, samples
 from family_oracles import as_tokens, avgpool, dense, features, seen, visionzip
-from matrix import CLOSE_CALL, equal
+from matrix import CLOSE_CALL, PRECOMPUTED, equal
 from oracles import Cut
 from test_flops import counted
 
@@ -24,8 +24,11 @@ from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mllm.pre_llm import VisionRun
 from mllm.tokens import TokenTable
 
-FAMILIES = list(KITS)
+#: Videos go by names of their own; some of their prompts have an image too.
+VIDEOS = [f for f in KITS if f.endswith("_video") and ("qwen" in f or PRECOMPUTED)]
+FAMILIES = [f for f in KITS if not f.endswith("_video")]
 family_ = pytest.mark.parametrize("family", FAMILIES)
+any_ = pytest.mark.parametrize("family", [*FAMILIES, *VIDEOS])
 attn_ = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 IDENTITY = [
@@ -60,8 +63,10 @@ def refused(family: str, spec: str) -> bool:
     from mllm.models import families
 
     names = {"avgpool": "Pool", "downsample": "Resize"}
-    early = family == "qwen3_vl" and "layer=1" in spec
-    return early or names.get(spec.split(":")[0]) in families()[family].refuses
+    early, name = family.startswith("qwen3_vl") and "layer=1" in spec, names.get(spec.split(":")[0])
+    if family in VIDEOS:
+        return early or name is not None
+    return early or name in families()[family].refuses
 
 
 def compact(family: str, spec: str) -> bool:
@@ -73,7 +78,7 @@ def compact(family: str, spec: str) -> bool:
                                         ("padded", "right"), ("text", "left")])
 @attn_
 @pytest.mark.parametrize("spec", IDENTITY)
-@family_
+@any_
 @torch.no_grad()
 def test_identity(family, spec, attn, kind, side):
     if refused(family, spec):
@@ -116,7 +121,7 @@ def check(family, spec, sample, logits, kept, entering, more=None):
                                         ("padded", "right")])
 @attn_
 @pytest.mark.parametrize("spec", DROPS)
-@family_
+@any_
 @torch.no_grad()
 def test_dropping_is_masking(family, spec, attn, kind, side):
     if refused(family, spec):
@@ -135,7 +140,7 @@ def test_dropping_is_masking(family, spec, attn, kind, side):
 @pytest.mark.parametrize("kind", ["alone", "padded"])
 @attn_
 @pytest.mark.parametrize("spec", DROPS)
-@family_
+@any_
 @torch.no_grad()
 def test_generation(family, spec, attn, kind, steps=10):
     if refused(family, spec):
@@ -156,7 +161,7 @@ def test_generation(family, spec, attn, kind, steps=10):
 
 @attn_
 @pytest.mark.parametrize("spec", [*DROPS, *CHANGES])
-@family_
+@any_
 @torch.no_grad()
 def test_batched_equals_alone(family, spec, attn):
     if refused(family, spec):
@@ -180,7 +185,7 @@ def test_batched_equals_alone(family, spec, attn):
             assert torch.equal(out.sequences[0, -8:][clear], answers[b][clear])
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_divprune_chooses_per_image(family):
     batch = samples(family)
@@ -200,7 +205,7 @@ def test_divprune_chooses_per_image(family):
 
 @attn_
 @pytest.mark.parametrize("method", ["visionzip", "avgpool"])
-@family_
+@any_
 @torch.no_grad()
 def test_merging_is_rebuilding(family, method, attn):
     """What is written at the rows that stay, worked out picture by picture."""
@@ -254,7 +259,7 @@ def test_beams_share_their_images(family):
             assert torch.equal(together[b], alone)
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_the_oracle_is_the_model(family):
     batch = samples(family)
@@ -284,7 +289,7 @@ COSTS = ["divprune:keep=1.0", "divprune:keep=3", "visionzip:keep=4", "avgpool:ke
 
 
 @pytest.mark.parametrize("spec", COSTS)
-@family_
+@any_
 @torch.no_grad()
 def test_flops_are_those_counted(family, spec):
     """Tower, projector, decoder, head and selection under eager; one picture, two unequal ones."""
@@ -301,7 +306,7 @@ def test_flops_are_those_counted(family, spec):
         assert data["baseline_prefill_flops"] == [pytest.approx(plain, rel=0.01)]
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_kv_bytes_are_those_stored(family):
     inputs = collate(family, samples(family))
@@ -320,12 +325,15 @@ def test_kv_bytes_are_those_stored(family):
         assert data["baseline_kv_bytes"] == plain
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_tower_signals_reach_their_tokens(family):
     """Windows, merged patches, tiles: several images of one call, against one by one."""
     own = resolve(model(family))
     batch = samples(family)
+    if family in VIDEOS:
+        own = own.of_videos()
+        batch = [Sample(s.ids, [p for p in s.pictures if p.frames]) for s in batch]
     pictures = [p for sample in batch for p in sample.pictures]
     layouts = own.layouts(KITS[family].join([sample.pictures for sample in batch]))
     assert [layout.tokens for layout in layouts] == [p.tokens for p in pictures]
@@ -566,3 +574,24 @@ def test_compact_cut_of_hybrid_layers(attn):
     for mine, sample in zip(logits, batch, strict=True):
         want = dense("gemma3", sample, cuts=[Cut(1, 0.5, "compact")]).logits
         equal(mine[~sample.visual], want[~sample.visual], "text rows")
+
+
+@pytest.mark.parametrize("family", VIDEOS)
+@torch.no_grad()
+def test_frames_are_told(family):
+    """The token table knows the frame, and what cannot be done on frames says so."""
+    batch = samples(family)
+    inputs = collate(family, batch)
+    net = model(family)
+    with mllm.patch(net, "divprune:keep=3") as patched:
+        net(**inputs)
+        table = patched._records[-1].full
+    for b, sample in enumerate(batch):
+        want = []
+        for picture in sample.pictures:
+            area = picture.grid[0] * picture.grid[1] if picture.frames else picture.tokens
+            want += [min(t // area, max(picture.frames - 1, 0)) for t in range(picture.tokens)]
+        assert table.frame[b][table.visual[b]].tolist() == want
+    if family != "llava_onevision_video":  # which cannot pool images either
+        with mllm.patch(net, "avgpool:keep=4"), pytest.raises(PlanError, match="video"):
+            net(**inputs)
