@@ -566,3 +566,15 @@ def test_compact_cut_of_hybrid_layers(attn):
     for mine, sample in zip(logits, batch, strict=True):
         want = dense("gemma3", sample, cuts=[Cut(1, 0.5, "compact")]).logits
         equal(mine[~sample.visual], want[~sample.visual], "text rows")
+
+
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+@torch.no_grad()
+def test_a_picture_of_zeros(family):
+    """It would be filling, were it not the only one."""
+    inputs = collate(family, samples(family, "alone"))
+    inputs["pixel_values"].zero_()
+    net = model(family)
+    plain = net(**inputs).logits
+    with mllm.patch(net, "divprune:keep=1.0"):
+        assert torch.equal(net(**inputs).logits, plain)

@@ -32,9 +32,11 @@ class Idefics3(Family):
         return side, side
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        # Pictures of zeros only fill up the samples.
+        # Pictures of zeros only fill up the samples; the model takes the first if all are.
         pixels = inputs["pixel_values"].flatten(0, 1)
-        return [p for p, real in zip(pixels, (pixels != 0).flatten(1).any(1), strict=True) if real]
+        real = (pixels != 0).flatten(1).any(1).tolist()
+        real[0] |= not any(real)
+        return [picture for picture, there in zip(pixels, real, strict=True) if there]
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         side = self.vision_config.patch_size * self.join
