@@ -9,7 +9,7 @@ import oracles
 import pytest
 import tiny
 import torch
-from families import KITS, LAYERS, Sample, collate, model, reference, samples
+from families import KITS, LAYERS, Sample, collate, model, pairwise, reference, samples
 from family_oracles import as_tokens, avgpool, dense, features, seen, visionzip
 from matrix import CLOSE_CALL, equal
 from oracles import Cut
@@ -26,7 +26,9 @@ from mllm.tokens import TokenTable
 
 FAMILIES = list(KITS)
 family_ = pytest.mark.parametrize("family", FAMILIES)
-attn_ = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+ATTN = ["sdpa", "eager"]
+attn_ = pytest.mark.parametrize("attn", ATTN)
+LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 IDENTITY = [
     "random:keep=1.0:positions=original",
@@ -64,20 +66,19 @@ def refused(family: str, spec: str) -> bool:
     return early or names.get(spec.split(":")[0]) in families()[family].refuses
 
 
+def possible(family: str, spec: str, **rest) -> bool:
+    return not refused(family, spec)
+
+
 def compact(family: str, spec: str) -> bool:
     """Whether pre-LLM stages of the plan run on without gaps."""
     return not KITS[family].mrope and "original" not in spec and not spec.startswith("fastv")
 
 
-@pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
-                                        ("padded", "right"), ("text", "left")])
-@attn_
-@pytest.mark.parametrize("spec", IDENTITY)
-@family_
+@pairwise(possible, family=FAMILIES, spec=IDENTITY, attn=ATTN, layout=[*LAYOUTS, "text-left"])
 @torch.no_grad()
-def test_identity(family, spec, attn, kind, side):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
+def test_identity(family, spec, attn, layout):
+    kind, side = layout.split("-")
     inputs = collate(family, samples(family, kind), side)
     net = model(family, attn)
     options = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
@@ -112,15 +113,10 @@ def check(family, spec, sample, logits, kept, entering, more=None):
     assert not logits[sample.visual & ~want.alive].any()
 
 
-@pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
-                                        ("padded", "right")])
-@attn_
-@pytest.mark.parametrize("spec", DROPS)
-@family_
+@pairwise(possible, family=FAMILIES, spec=list(DROPS), attn=ATTN, layout=LAYOUTS)
 @torch.no_grad()
-def test_dropping_is_masking(family, spec, attn, kind, side):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
+def test_dropping_is_masking(family, spec, attn, layout):
+    kind, side = layout.split("-")
     batch = samples(family, kind)
     inputs = collate(family, batch, side)
     net = model(family, attn)
@@ -132,14 +128,9 @@ def test_dropping_is_masking(family, spec, attn, kind, side):
         check(family, spec, sample, logits[b], entering[0], entering)
 
 
-@pytest.mark.parametrize("kind", ["alone", "padded"])
-@attn_
-@pytest.mark.parametrize("spec", DROPS)
-@family_
+@pairwise(possible, family=FAMILIES, spec=list(DROPS), attn=ATTN, kind=["alone", "padded"])
 @torch.no_grad()
 def test_generation(family, spec, attn, kind, steps=10):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
     batch = samples(family, kind)
     inputs = collate(family, batch)
     net = model(family, attn)
@@ -154,13 +145,9 @@ def test_generation(family, spec, attn, kind, steps=10):
         check(family, spec, sample, logits[b], kept[b], None, out.sequences[b, -steps:])
 
 
-@attn_
-@pytest.mark.parametrize("spec", [*DROPS, *CHANGES])
-@family_
+@pairwise(possible, family=FAMILIES, spec=[*DROPS, *CHANGES], attn=ATTN)
 @torch.no_grad()
 def test_batched_equals_alone(family, spec, attn):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
     batch = samples(family)
     inputs = collate(family, batch)
     net = model(family, attn)
@@ -530,7 +517,7 @@ RANDOM = "random:keep=0.5:positions=original"
     [
         (slots_for_windows, "gemma3", lambda: test_generation("gemma3", RANDOM, "sdpa", "alone")),
         (causal_blocks, "gemma3",
-         lambda: test_dropping_is_masking("gemma3", CUT, "sdpa", "alone", "left")),
+         lambda: test_dropping_is_masking("gemma3", CUT, "sdpa", "alone-left")),
         (one_rope, "gemma3", lambda: test_compact_cut_of_hybrid_layers("sdpa")),
         (windows_left_permuted, "qwen2_5_vl",
          lambda: test_tower_signals_reach_their_tokens("qwen2_5_vl")),
@@ -540,10 +527,10 @@ RANDOM = "random:keep=0.5:positions=original"
             for f in ("qwen2_vl", "internvl", "idefics3", "gemma3")
         ),
         (deepstack_of_other_tokens, "qwen3_vl",
-         lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone", "left")),
+         lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone-left")),
         *(
             (separators_dropped, f,
-             lambda f=f, s=s: test_dropping_is_masking(f, s, "sdpa", "alone", "left"))
+             lambda f=f, s=s: test_dropping_is_masking(f, s, "sdpa", "alone-left"))
             for f in ("llava_next", "llava_onevision") for s in (DROP, CUT)
         ),
     ],
