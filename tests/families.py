@@ -289,7 +289,8 @@ def model(family: str, attn: str = "sdpa") -> nn.Module:
             elif "qkv" in name:
                 weight[: 2 * weight.shape[1]].mul_(12.0)
             elif "embed_tokens" in name:
-                weight.mul_(20.0)
+                # Gemma 3 scales embeddings by itself, and its head shares them.
+                weight.mul_(2.0 if family == "gemma3" else 20.0)
             elif weight.dim() >= 2 and "embed" not in name:
                 weight.mul_(3.0)
     net.generation_config.eos_token_id = None
