@@ -508,8 +508,7 @@ def separators_dropped(mp):
     mp.setattr(TokenTable, "with_newlines", lambda self, keep: keep & ~self.newline)
 
 
-DROP, CUT = "divprune:keep=3", "fastv:layer=2:keep=0.5"
-RANDOM = "random:keep=0.5:positions=original"
+CUT, RANDOM = "fastv:layer=2:keep=0.5", "random:keep=0.5:positions=original"
 
 
 @pytest.mark.parametrize(
@@ -530,9 +529,11 @@ RANDOM = "random:keep=0.5:positions=original"
          lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone-left")),
         *(
             (separators_dropped, f,
-             lambda f=f, s=s: test_dropping_is_masking(f, s, "sdpa", "alone-left"))
-            for f in ("llava_next", "llava_onevision") for s in (DROP, CUT)
+             lambda f=f: test_dropping_is_masking(f, CUT, "sdpa", "alone-left"))
+            for f in ("llava_next", "llava_onevision")
         ),
+        (separators_dropped, "llava_next",
+         lambda: test_divprune_chooses_per_image("llava_next")),
     ],
 )  # fmt: skip
 def test_a_broken_adapter_is_caught(monkeypatch, mutate, family, check):
@@ -555,13 +556,15 @@ def test_compact_cut_of_hybrid_layers(attn):
         equal(mine[~sample.visual], want[~sample.visual], "text rows")
 
 
-@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
 @torch.no_grad()
-def test_a_picture_of_zeros(family):
-    """It would be filling, were it not the only one."""
-    inputs = collate(family, samples(family, "alone"))
+def test_a_picture_of_zeros():
+    """It fills up a sample; SmolVLM takes it for a picture if there is no other."""
+    inputs = collate("smolvlm", samples("smolvlm", "alone"))
     inputs["pixel_values"].zero_()
-    net = model(family)
+    net = model("smolvlm")
     plain = net(**inputs).logits
     with mllm.patch(net, "divprune:keep=1.0"):
         assert torch.equal(net(**inputs).logits, plain)
+    with mllm.patch(model("idefics3"), "divprune:keep=3") as patched:
+        with pytest.raises(DataError, match="for 0 images"):
+            patched.model(**inputs)
