@@ -301,7 +301,7 @@ def _cells(family: str, sample: Sample) -> list[int]:
 def _positions(family: str, sample: Sample, n: int) -> Tensor:
     """Positions of the prompt and what follows it: `[n]`, or `[3, n]` under M-RoPE."""
     if not KITS[family].mrope or not sample.pictures:
-        return torch.arange(n)
+        return torch.arange(n).expand(3, -1) if KITS[family].mrope else torch.arange(n)
     fields = KITS[family].join([sample.pictures])
     position, _ = reference(family).model.get_rope_index(
         sample.ids[None],

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import tiny
 import torch
-from families import KITS, LAYERS, Sample, collate, model, reference, samples
+from families import KITS, LAYERS, Sample, collate, model, pairwise, reference, samples
 from family_oracles import as_tokens, avgpool, dense, features, seen, visionzip
 from matrix import CLOSE_CALL, PRECOMPUTED, equal
 from oracles import Cut
@@ -28,8 +28,11 @@ from mllm.tokens import TokenTable
 VIDEOS = [f for f in KITS if f.endswith("_video") and ("qwen" in f or PRECOMPUTED)]
 FAMILIES = [f for f in KITS if not f.endswith("_video")]
 family_ = pytest.mark.parametrize("family", FAMILIES)
-any_ = pytest.mark.parametrize("family", [*FAMILIES, *VIDEOS])
-attn_ = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+ANY = [*FAMILIES, *VIDEOS]
+any_ = pytest.mark.parametrize("family", ANY)
+ATTN = ["sdpa", "eager"]
+attn_ = pytest.mark.parametrize("attn", ATTN)
+LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 IDENTITY = [
     "random:keep=1.0:positions=original",
@@ -69,20 +72,19 @@ def refused(family: str, spec: str) -> bool:
     return early or name in families()[family].refuses
 
 
+def possible(family: str, spec: str, **rest) -> bool:
+    return not refused(family, spec)
+
+
 def compact(family: str, spec: str) -> bool:
     """Whether pre-LLM stages of the plan run on without gaps."""
     return not KITS[family].mrope and "original" not in spec and not spec.startswith("fastv")
 
 
-@pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
-                                        ("padded", "right"), ("text", "left")])
-@attn_
-@pytest.mark.parametrize("spec", IDENTITY)
-@any_
+@pairwise(possible, family=ANY, spec=IDENTITY, attn=ATTN, layout=[*LAYOUTS, "text-left"])
 @torch.no_grad()
-def test_identity(family, spec, attn, kind, side):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
+def test_identity(family, spec, attn, layout):
+    kind, side = layout.split("-")
     inputs = collate(family, samples(family, kind), side)
     net = model(family, attn)
     options = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
@@ -117,15 +119,10 @@ def check(family, spec, sample, logits, kept, entering, more=None):
     assert not logits[sample.visual & ~want.alive].any()
 
 
-@pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
-                                        ("padded", "right")])
-@attn_
-@pytest.mark.parametrize("spec", DROPS)
-@any_
+@pairwise(possible, family=ANY, spec=list(DROPS), attn=ATTN, layout=LAYOUTS)
 @torch.no_grad()
-def test_dropping_is_masking(family, spec, attn, kind, side):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
+def test_dropping_is_masking(family, spec, attn, layout):
+    kind, side = layout.split("-")
     batch = samples(family, kind)
     inputs = collate(family, batch, side)
     net = model(family, attn)
@@ -137,14 +134,9 @@ def test_dropping_is_masking(family, spec, attn, kind, side):
         check(family, spec, sample, logits[b], entering[0], entering)
 
 
-@pytest.mark.parametrize("kind", ["alone", "padded"])
-@attn_
-@pytest.mark.parametrize("spec", DROPS)
-@any_
+@pairwise(possible, family=ANY, spec=list(DROPS), attn=ATTN, kind=["alone", "padded"])
 @torch.no_grad()
 def test_generation(family, spec, attn, kind, steps=10):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
     batch = samples(family, kind)
     inputs = collate(family, batch)
     net = model(family, attn)
@@ -159,13 +151,9 @@ def test_generation(family, spec, attn, kind, steps=10):
         check(family, spec, sample, logits[b], kept[b], None, out.sequences[b, -steps:])
 
 
-@attn_
-@pytest.mark.parametrize("spec", [*DROPS, *CHANGES])
-@any_
+@pairwise(possible, family=ANY, spec=[*DROPS, *CHANGES], attn=ATTN)
 @torch.no_grad()
 def test_batched_equals_alone(family, spec, attn):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
     batch = samples(family)
     inputs = collate(family, batch)
     net = model(family, attn)
@@ -529,8 +517,7 @@ def separators_dropped(mp):
     mp.setattr(TokenTable, "with_newlines", lambda self, keep: keep & ~self.newline)
 
 
-DROP, CUT = "divprune:keep=3", "fastv:layer=2:keep=0.5"
-RANDOM = "random:keep=0.5:positions=original"
+CUT, RANDOM = "fastv:layer=2:keep=0.5", "random:keep=0.5:positions=original"
 
 
 @pytest.mark.parametrize(
@@ -538,7 +525,7 @@ RANDOM = "random:keep=0.5:positions=original"
     [
         (slots_for_windows, "gemma3", lambda: test_generation("gemma3", RANDOM, "sdpa", "alone")),
         (causal_blocks, "gemma3",
-         lambda: test_dropping_is_masking("gemma3", CUT, "sdpa", "alone", "left")),
+         lambda: test_dropping_is_masking("gemma3", CUT, "sdpa", "alone-left")),
         (one_rope, "gemma3", lambda: test_compact_cut_of_hybrid_layers("sdpa")),
         (windows_left_permuted, "qwen2_5_vl",
          lambda: test_tower_signals_reach_their_tokens("qwen2_5_vl")),
@@ -548,12 +535,14 @@ RANDOM = "random:keep=0.5:positions=original"
             for f in ("qwen2_vl", "internvl", "idefics3", "gemma3")
         ),
         (deepstack_of_other_tokens, "qwen3_vl",
-         lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone", "left")),
+         lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone-left")),
         *(
             (separators_dropped, f,
-             lambda f=f, s=s: test_dropping_is_masking(f, s, "sdpa", "alone", "left"))
-            for f in ("llava_next", "llava_onevision") for s in (DROP, CUT)
+             lambda f=f: test_dropping_is_masking(f, CUT, "sdpa", "alone-left"))
+            for f in ("llava_next", "llava_onevision")
         ),
+        (separators_dropped, "llava_next",
+         lambda: test_divprune_chooses_per_image("llava_next")),
     ],
 )  # fmt: skip
 def test_a_broken_adapter_is_caught(monkeypatch, mutate, family, check):
@@ -576,22 +565,15 @@ def test_compact_cut_of_hybrid_layers(attn):
         equal(mine[~sample.visual], want[~sample.visual], "text rows")
 
 
-@pytest.mark.parametrize("family", VIDEOS)
 @torch.no_grad()
-def test_frames_are_told(family):
-    """The token table knows the frame, and what cannot be done on frames says so."""
-    batch = samples(family)
-    inputs = collate(family, batch)
-    net = model(family)
-    with mllm.patch(net, "divprune:keep=3") as patched:
-        net(**inputs)
-        table = patched._records[-1].full
-    for b, sample in enumerate(batch):
-        want = []
-        for picture in sample.pictures:
-            area = picture.grid[0] * picture.grid[1] if picture.frames else picture.tokens
-            want += [min(t // area, max(picture.frames - 1, 0)) for t in range(picture.tokens)]
-        assert table.frame[b][table.visual[b]].tolist() == want
-    if family != "llava_onevision_video":  # which cannot pool images either
-        with mllm.patch(net, "avgpool:keep=4"), pytest.raises(PlanError, match="video"):
-            net(**inputs)
+def test_a_picture_of_zeros():
+    """It fills up a sample; SmolVLM takes it for a picture if there is no other."""
+    inputs = collate("smolvlm", samples("smolvlm", "alone"))
+    inputs["pixel_values"].zero_()
+    net = model("smolvlm")
+    plain = net(**inputs).logits
+    with mllm.patch(net, "divprune:keep=1.0"):
+        assert torch.equal(net(**inputs).logits, plain)
+    with mllm.patch(model("idefics3"), "divprune:keep=3") as patched:
+        with pytest.raises(DataError, match="for 0 images"):
+            patched.model(**inputs)
