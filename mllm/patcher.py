@@ -347,6 +347,9 @@ class Patched:
     # Pre-LLM stages: around get_image_features and get_video_features
 
     def _features(self, kind: str, original: Any, args: tuple, kwargs: dict) -> Any:
+        inside = _VISION.get()
+        if inside is not None and inside.patched is self:  # videos read by the method for images
+            return original(*args, **kwargs)
         inputs = compat.arguments(inspect.signature(original), args, kwargs)
         for name in (
             "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"
