@@ -289,7 +289,8 @@ class Patched:
         if ids is None or not (has_pixels or ids.shape[1] > 1):
             return None
         visual = ids == family.image_token_id
-        found = bool(visual.any())
+        counts = visual.sum(1).tolist()
+        found = any(counts)
         if found != has_pixels:
             raise DataError(
                 f"the prompt has {kind} placeholders but no pixels were given"
@@ -309,20 +310,19 @@ class Patched:
                 given=type(encoded).__name__,
                 expected=f"get_{kind}_features of the patched model, or {family.pixels}",
             )
-        self._check_counts(family, kind, visual, given, encoded, reduction)
+        self._check_counts(family, kind, counts, given, encoded, reduction)
         return visual
 
     def _check_counts(
         self,
         family: Family,
         kind: str,
-        visual: Tensor,
+        counts: list[int],
         given: dict[str, Any],
         encoded: Any,
         reduction: Reduction | None,
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
-        counts = visual.sum(1).tolist()
         if encoded is None:
             family.check(given)
             sizes = [layout.tokens for layout in family.layouts(given)]

@@ -199,16 +199,23 @@ def _square(side: int, tokens: int):
     return picture
 
 
+def _masked(size: int, g: torch.Generator) -> Picture:
+    """Idefics3: pictures of sizes 1 and 2 do not fill their square."""
+    picture = _square(112, 16)(size, g)
+    mask = torch.ones(1, 112, 112, dtype=torch.bool)
+    mask[:, (112, 84, 56)[size] :] = False
+    picture.fields["pixel_attention_mask"] = mask
+    return picture
+
+
 def _stack(samples: list[list[Picture]]) -> dict[str, Tensor]:
     """Idefics3: `[batch, most images, 3, height, width]`, filled up with zeros."""
-    most = max(map(len, samples))
-    any_one = next(p for sample in samples for p in sample).fields["pixel_values"]
-    empty = torch.zeros_like(any_one)
-    rows = [
-        torch.cat([p.fields["pixel_values"] for p in s] + [empty] * (most - len(s)))
-        for s in samples
-    ]
-    return {"pixel_values": torch.stack(rows)}
+    most, out = max(map(len, samples)), {}
+    for name, one in next(p for sample in samples for p in sample).fields.items():
+        empty = torch.zeros_like(one)
+        rows = [torch.cat([p.fields[name] for p in s] + [empty] * (most - len(s))) for s in samples]
+        out[name] = torch.stack(rows)
+    return out
 
 
 def _gemma3():
@@ -300,7 +307,7 @@ KITS: dict[str, Kit] = {
     "qwen2_5_vl": Kit(_qwen2_5_vl, _qwen_picture, _cat, mrope=True),
     "qwen3_vl": Kit(_qwen3_vl, _qwen_picture, _cat, mrope=True),
     "internvl": Kit(_internvl, _square(112, 16), _cat),
-    "idefics3": Kit(_idefics3, _square(112, 16), _stack),
+    "idefics3": Kit(_idefics3, _masked, _stack),
     "smolvlm": Kit(_smolvlm, _square(112, 16), _stack),
     "gemma3": Kit(_gemma3, _square(112, 16), _cat),
     "llava_next": Kit(

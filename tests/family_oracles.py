@@ -14,6 +14,7 @@ import torch
 from families import KITS, Picture, Sample, reference, token_types
 from oracles import Cut
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @torch.no_grad()
@@ -86,7 +87,10 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
             p(x).unflatten(-1, (n, -1)).transpose(1, 2)
             for p in (attention.q_proj, attention.k_proj)
         )
-    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # [tiles, heads, n, n]
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [tiles, heads, n, n]
+    if caught.get("attention_mask") is not None:  # of a picture that does not fill its square
+        logits = logits + caught["attention_mask"]
+    weights = logits.softmax(-1)
     if family in ("llava", "llava_next", "internvl"):
         score, keys = weights[:, :, 0, 1:].sum(1), k.mean(1)[:, 1:]
     else:
@@ -174,6 +178,41 @@ def avgpool(features: Tensor, grid: tuple[int, int], seats: list[int]) -> Tensor
         assert top <= seat // grid[1] < bottom and left <= seat % grid[1] < right
         out[seat] = x[top:bottom, left:right].mean((0, 1))
     return out
+
+
+@torch.no_grad()
+def smaller(family: str, picture: Picture, seats: list[int]) -> Tensor:
+    """Features of a picture made smaller, as many as there are seats on its grid."""
+    net, (height, width) = reference(family), picture.grid
+    rows, cols = len({t // width for t in seats}), len({t % width for t in seats})
+    fields, more = dict(picture.fields), {}
+    pixels, side = fields["pixel_values"], 14 * (1 if family == "llava" else 2)
+    if KITS[family].mrope:
+        # Patches lie token by token; within one [channel, frame, row, col].
+        canvas = torch.zeros(6, height * side, width * side)
+        for t in range(height * width):
+            for i in range(4):
+                top, left = t // width * 28 + i // 2 * 14, t % width * 28 + i % 2 * 14
+                patch = pixels[4 * t + i].view(6, 14, 14)
+                canvas[:, top : top + 14, left : left + 14] = patch
+        pixels = canvas[None]
+    pixels = F.interpolate(pixels, (rows * side, cols * side), mode="bilinear", antialias=True)
+    if KITS[family].mrope:
+        patches = []
+        for t in range(rows * cols):
+            for i in range(4):
+                top, left = t // cols * 28 + i // 2 * 14, t % cols * 28 + i % 2 * 14
+                patches.append(pixels[0, :, top : top + 14, left : left + 14].flatten())
+        pixels = torch.stack(patches)
+        fields["image_grid_thw"] = torch.tensor([[1, 2 * rows, 2 * cols]])
+    if "pixel_attention_mask" in fields:
+        mask = fields["pixel_attention_mask"][None].float()
+        fields["pixel_attention_mask"] = F.interpolate(mask, (rows * side, cols * side))[0].bool()
+    if family == "llava":
+        more = {"interpolate_pos_encoding": True}
+    fields = KITS[family].join([[Picture(fields | {"pixel_values": pixels}, rows * cols)]])
+    out = net.base_model.get_image_features(**fields, **more, return_dict=True).pooler_output
+    return out[0] if isinstance(out, Tensor) else torch.cat(list(out))
 
 
 # The oracle

@@ -9,8 +9,9 @@ import oracles
 import pytest
 import tiny
 import torch
+import transformers as hf
 from families import KITS, LAYERS, Sample, collate, model, pairwise, reference, samples
-from family_oracles import as_tokens, avgpool, dense, features, seen, visionzip
+from family_oracles import as_tokens, avgpool, dense, features, seen, smaller, visionzip
 from matrix import CLOSE_CALL, PRECOMPUTED, equal
 from oracles import Cut
 from test_flops import counted
@@ -333,6 +334,27 @@ def test_tower_signals_reach_their_tokens(family):
         equal(mine[KITS[family].cells(picture)], want, "cells", 1e-6)
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not refused(f, "downsample")])
+@torch.no_grad()
+def test_downsampling_is_a_smaller_picture(family):
+    """The unpatched model's features of smaller pictures, at the seats that the plan reports."""
+    batch = samples(family)
+    inputs = collate(family, batch)
+    net = model(family)
+    with mllm.patch(net, "downsample:keep=4:positions=original") as patched:
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+        kept = patched.ledger.kept("llm")
+    for b, sample in enumerate(batch):
+        vectors, at = [torch.zeros(0, 48)], 0
+        for picture in sample.pictures:
+            seats = kept[b][(kept[b] >= at) & (kept[b] < at + picture.tokens)] - at
+            vectors.append(torch.zeros(picture.tokens, 48))
+            vectors[-1][seats] = smaller(family, picture, seats.tolist())
+            at += picture.tokens
+        want = dense(family, sample, kept=kept[b], vectors=torch.cat(vectors)).logits
+        equal(logits[b][~sample.visual], want[~sample.visual], f"sample {b}")
+
+
 def strange(family: str, what: str) -> dict[str, torch.Tensor]:
     """What the processor of another model gives."""
     inputs = collate(family, samples(family, "padded"))
@@ -369,7 +391,7 @@ def test_another_models_processor(family, what):
     assert torch.equal(net(**good).logits, plain)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if len(fields_of(f)) > 1])
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 @torch.no_grad()
 def test_a_picture_without_its_size(family):
     net = model(family)
@@ -381,6 +403,27 @@ def test_a_picture_without_its_size(family):
             net(**inputs)
         assert caught.value.argument == name
         net(**inputs, **{name: size})
+
+
+@torch.no_grad()
+def test_decoders_and_towers_that_are_refused():
+    net = hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            vision_config=model("llava").config.vision_config, image_token_id=tiny.IMAGE,
+            text_config=hf.MistralConfig(
+                hidden_size=48, intermediate_size=96, num_hidden_layers=2, vocab_size=96,
+                num_attention_heads=4, num_key_value_heads=2, sliding_window=16,
+            ),
+        )
+    )  # fmt: skip
+    with pytest.raises(PlanError, match="do not see everything"):
+        mllm.patch(net, "divprune:keep=3")
+    net.config.text_config.sliding_window = None
+    mllm.patch(net, "divprune:keep=3").remove()
+    net = model("llava_onevision")
+    net.config.vision_feature_select_strategy = "default"
+    with pytest.raises(PlanError, match="first patch"):
+        mllm.patch(net, "divprune:keep=3")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if KITS[f].mrope])
