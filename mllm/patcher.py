@@ -230,6 +230,12 @@ class Patched:
             )
         self._forget()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if self.family.mrope and ids is not None and kwargs.get("past_key_values") is None:
+            # Positions come from the pictures, before the prompt is read.
+            encoders = kwargs.get("mm_encoder_outputs") or {}
+            for kind, family in self.kinds.items():
+                if family is not None:
+                    self._placeholders(kind, family, ids, kwargs, encoders.get(kind))
         token = _PROMPT.set(None if ids is None else ids.shape[1])
         try:
             return generate(*args, **kwargs)

@@ -276,7 +276,7 @@ def dense(
         gone = torch.ones(int(visual.sum()), dtype=torch.bool)
         gone[kept] = False
         alive[visual.nonzero()[gone, 0]] = False
-    position = _positions(family, sample, n)
+    position = positions(family, sample, n)
     if compact:
         position = torch.where(alive, alive.long().cumsum(0) - 1, position)
     source = torch.where(visual, visual.long().cumsum(0) - 1, -1)
@@ -337,7 +337,7 @@ def _cells(family: str, sample: Sample) -> list[int]:
     return found
 
 
-def _positions(family: str, sample: Sample, n: int) -> Tensor:
+def positions(family: str, sample: Sample, n: int) -> Tensor:
     """Positions of the prompt and what follows it: `[n]`, or `[3, n]` under M-RoPE."""
     if not KITS[family].mrope or not sample.pictures:
         return torch.arange(n).expand(3, -1) if KITS[family].mrope else torch.arange(n)
