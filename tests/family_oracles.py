@@ -38,6 +38,11 @@ def encode(family: str, pictures: Sequence[Picture]) -> list[list[Tensor]]:
     return [out[i] for i in range(len(pictures))]
 
 
+def base_name(family: str) -> str:
+    """The model behind a kit."""
+    return family.removesuffix("_video").removesuffix("_many")
+
+
 # The tower, for methods that read it
 
 
@@ -58,7 +63,7 @@ class Seen:
 def seen(family: str, sample: Sample, ordinal: int) -> Seen:
     """Read the block before the projector (for Qwen2.5-VL the last that sees everything)."""
     net, picture = reference(family), sample.pictures[ordinal]
-    family, whole = family.removesuffix("_video"), family
+    family, whole = base_name(family), family
     tower = net.base_model.get_encoder("image")
     caught = {}
     if KITS[family].mrope:
@@ -115,11 +120,13 @@ def _qwen_heads(attention: nn.Module, caught: dict) -> tuple[Tensor, Tensor]:
 def as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
     """A signal of the tower `[tiles, patches, d]` per visual token `[n, d]`."""
     (rows, cols), width = picture.grid, signal.shape[-1]
-    family = family.removesuffix("_video")
+    family = base_name(family)
     if family == "llava":
         return signal[0]
     if picture.frames and family == "llava_onevision":
         return net.model.apply_pooling(signal).flatten(0, 1)
+    if picture.end:
+        return signal[0]
     if family.startswith("llava_"):
         packed, _ = net.model.pack_image_features(
             [signal], picture.fields["image_sizes"], image_newline=None,
