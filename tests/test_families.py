@@ -243,7 +243,7 @@ def test_merging_is_rebuilding(family, method, attn):
         equal(logits[b][~sample.visual], result.logits[~sample.visual], f"sample {b}")
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_beams_share_their_images(family):
     batch = samples(family)
