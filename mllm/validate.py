@@ -82,7 +82,11 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 given=keep,
                 expected=f"1 <= keep <= {grid[0] * grid[1]}",
             )
-    kinds = set(getattr(family.text_config, "layer_types", None) or ()) - {"full_attention"}
+    config = family.text_config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None and getattr(config, "sliding_window", None):
+        kinds = ["sliding_attention"]  # Mistral's
+    kinds = set(kinds or ()) - {"full_attention"}
     if kinds - ({"sliding_attention"} if family.hybrid else set()):
         raise PlanError(
             "decoder layers that do not see everything are not supported",
