@@ -183,6 +183,25 @@ def covering(**axes: Sequence) -> pytest.MarkDecorator:
     return pytest.mark.parametrize([*axes, "attn"], rows)
 
 
+def pairwise(rows: Sequence[tuple]) -> list[tuple]:
+    """A few of `rows` in which all values meet that meet in any of them. Always the same few.
+
+    Args:
+        rows: what is possible, one value per axis.
+    """
+    numbers: dict[tuple, int] = {}
+    pairs = []  # bits of the pairs of each row
+    for row in rows:
+        ends = itertools.combinations(enumerate(row), 2)
+        pairs.append(sum(1 << numbers.setdefault(pair, len(numbers)) for pair in ends))
+    chosen, left = [], (1 << len(numbers)) - 1
+    while left:
+        best = max(range(len(rows)), key=lambda i: (pairs[i] & left).bit_count())
+        chosen.append(rows[best])
+        left &= ~pairs[best]
+    return chosen
+
+
 def anatomy(model) -> dict:
     """Everything about a model that a patch could leave behind."""
     found = {"keys": list(model.state_dict())}

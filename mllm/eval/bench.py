@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import mllm
-from mllm import flops
+from mllm import compat, flops
 from mllm.errors import DataError
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import median_interval
@@ -193,7 +193,7 @@ def prefill(
                         "visual": count,
                         "text": text,
                         "dtype": str(base.dtype).removeprefix("torch."),
-                        "backend": base.config.text_config._attn_implementation,
+                        "backend": compat.attention_name(base.get_decoder()),
                         "pairs": pairs,
                         **row,
                     }
