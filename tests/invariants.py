@@ -5,8 +5,9 @@ The checks are plain functions: the matrix, hypothesis and the mutation tests ru
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -271,8 +272,9 @@ def prepared(draw: Draw) -> list[Sample]:
     return batch
 
 
-def _lengths(net) -> tuple[list[int], list]:
-    """Rows that really enter each decoder layer, by hooks inside of the layers."""
+@contextlib.contextmanager
+def entering(net) -> Iterator[list[int]]:
+    """Rows that really enter each decoder layer at first, by hooks inside of the layers."""
     rows, handles = [0] * LAYERS, []
     for i, layer in enumerate(net.get_decoder().layers):
 
@@ -280,7 +282,11 @@ def _lengths(net) -> tuple[list[int], list]:
             rows[i] = rows[i] or args[0].shape[1]
 
         handles.append(layer.input_layernorm.register_forward_pre_hook(note))
-    return rows, handles
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def compare(answer: Answer, sample: Sample, result: Dense, what: str) -> None:
@@ -320,10 +326,8 @@ def check(draw: Draw) -> None:
     whole = all(repr(s.keep) == "1.0" for s in Plan.from_spec(draw.spec).stages)
     unpatched = RUN[draw.way](net, draw, batch, inputs) if whole else None
     with mllm.patch(net, draw.spec) as patched:
-        lengths, handles = _lengths(net)
-        answers = RUN[draw.way](net, draw, batch, inputs)
-        for handle in handles:
-            handle.remove()
+        with entering(net) as lengths:
+            answers = RUN[draw.way](net, draw, batch, inputs)
         ledger = patched.ledger
         ledger = ([*ledger.history, ledger])[0]  # that of the turn with the pictures
         data = ledger.as_dict()
