@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mllm.errors import DataError, PlanError
+from mllm.errors import DataError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -81,7 +81,7 @@ def _method(model: nn.Module, family: Family, cls: type) -> Check:
     stage, verdict, reason = cls(), "yes", ""
     if error is not None:
         verdict, reason = "no", _why(error)
-        # Its own parameter may be at fault; `identity` is a set that fits every model it can run on.
+        # A parameter of its own may be at fault: `identity` is a set of them that fits any model.
         own = {f.name for f in dataclasses.fields(cls)}
         if error.argument in own and cls.identity is not None:
             stage = cls(**cls.identity)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,9 +22,9 @@ from mllm.models import families
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = f"""# Models
 
-Made by `scripts/make_models_doc.py` from what `mllm.patch` itself accepts; do not edit. `mllm doctor
-MODEL` says the same of one model, and needs its `config.json` only. Columns are `config.model_type`;
-sizes are those of each family's default configuration.
+Made by `scripts/make_models_doc.py` from what `mllm.patch` itself accepts: do not edit.
+`mllm doctor MODEL` says the same of one model, and needs its `config.json` only. Columns are
+`config.model_type`; sizes are those of each family's default configuration.
 
 Tested with transformers {TESTED[0]} to {TESTED[1]}; mllm warns once on others.
 """
@@ -66,7 +67,9 @@ def _texts(report: Report, check: Check) -> list[str]:
     # That a paper's layer is scaled to the depth holds for every model.
     notes = [n for n in check.notes if " scaled to " not in n]
     texts = [check.reason, *notes] if check.reason else notes
-    return [text.replace(report.model, "the model") for text in texts]
+    texts = [text.replace(report.model, "the model") for text in texts]
+    own = rf"^{check.name}(: | cannot work on the model: )"
+    return [re.sub(own, "", text) for text in texts]
 
 
 def by_family(reports: Sequence[Report], what: str) -> list[str]:
@@ -116,7 +119,7 @@ def document() -> str:
     parts = [
         HEAD,
         "## Methods\n",
-        "✓ works, (✓) works with other parameters than its defaults, ✗ is refused by `mllm.patch`.\n",
+        "✓ works, (✓) works, but not with its default parameters, ✗ is refused by `mllm.patch`.\n",
         *by_family(reports, "methods"),
         "\n## Methods by attention backend\n",
         *by_backend(reports),

@@ -20,7 +20,8 @@ def pytest_terminal_summary(terminalreporter):
         "test_invariants.py" in report.nodeid for report in terminalreporter.stats.get("failed", [])
     )
     terminalreporter.write_line(
-        f"invariants: {counts.pop('matrix', 0)} cases of the matrix, {counts.pop('drawn', 0)} drawn, "
-        f"{counts.pop('sequences', 0)} sequences against the oracle, {failed} mismatches; "
+        f"invariants: {counts.pop('matrix', 0)} cases of the matrix, "
+        f"{counts.pop('drawn', 0)} drawn, {counts.pop('sequences', 0)} sequences "
+        f"against the oracle, {failed} mismatches; "
         + ", ".join(f"{way} {n}" for way, n in sorted(counts.items()))
     )
