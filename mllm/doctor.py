@@ -32,7 +32,7 @@ class Check:
     name: str
     verdict: Verdict
     reason: str = ""
-    notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
     backends: dict[str, str] = field(default_factory=dict)
 
 

@@ -93,7 +93,7 @@ def _method(model: nn.Module, family: Family, cls: type) -> Check:
             refused, _ = _refusal(model, stage)
         if verdict != "no":
             backends[backend] = "" if refused is None else _why(refused)
-    return Check(name, verdict, reason, tuple(notes), backends)
+    return Check(name, verdict, reason, notes, backends)
 
 
 # Signals and actions: stages that do nothing but declare them.
