@@ -320,8 +320,16 @@ def window_in_slots(mp):
 
 def window_forgotten(mp):
     """Sliding layers see everything that is stored."""
-    around(mp, Patched, "__init__", lambda original, self, *a, **k: (
-        original(self, *a, **k), setattr(self, "windows", [None] * len(self.windows)))[0])
+
+    def mask(original, self, layer, parent):
+        windows = self.patched.windows
+        self.patched.windows = [None] * len(windows)
+        try:
+            return original(self, layer, parent)
+        finally:
+            self.patched.windows = windows
+
+    around(mp, DecoderRun, "_mask_of_kind", mask)
     mp.setattr(SlotLayer, "_forget", lambda self: None)
 
 
@@ -380,7 +388,7 @@ FAMILY_MUTATIONS = [
     (separators_use_up_the_budget, "llava_next", "several", "cut", "forward"),
     (first_rows_of_deepstack, "qwen3_vl", "left", "keep", "forward"),
     (first_rows_of_deepstack, "qwen3_vl", "alone", "stacked", "greedy"),
-    (windows_in_the_tower_s_order, "qwen2_5_vl", "alone", "write", "forward"),
+    (windows_in_the_tower_s_order, "qwen2_5_vl", "several", "write", "forward"),
     (one_patch_of_each_token, "qwen2_vl", "alone", "write", "forward"),
     (one_patch_of_each_token, "qwen3_vl", "several", "write", "forward"),
     (patches_joined_in_reading_order, "internvl", "alone", "write", "forward"),
