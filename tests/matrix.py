@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -189,6 +190,8 @@ def pairwise(rows: Sequence[tuple]) -> list[tuple]:
     Args:
         rows: what is possible, one value per axis.
     """
+    # Of equally good rows the first is taken: shuffled, or the first values would be everywhere.
+    rows = random.Random(0).sample(rows, len(rows))
     numbers: dict[tuple, int] = {}
     pairs = []  # bits of the pairs of each row
     for row in rows:
