@@ -154,7 +154,6 @@ def _facts(family: Family) -> dict[str, Any]:
     """Where the parts are, and what sets the family apart."""
     path = {id(module): name for name, module in family.model.named_modules()}
     grid, windows = family.native_grid(), [family.window(i) for i in range(len(family.layers))]
-    separated = not family.plain
     return {
         "tower": f"{path[id(family.tower)]} ({type(family.tower).__name__})",
         "tower_blocks": f"{path[id(family.blocks)]} ({len(family.blocks)})",
@@ -164,7 +163,7 @@ def _facts(family: Family) -> dict[str, Any]:
         "class_token": bool(family.prefix),
         "token_per_patch": family.per_token,
         "visual_tokens": "x".join(map(str, grid)) + " per image" if grid else "by image size",
-        "separators": separated,
+        "videos": family.of_videos() is not None,
         "positions": "original (rows and columns)" if family.mrope else "original or compact",
         "first_cut": max(1, family.first_cut),
         "sliding_layers": sum(window is not None for window in windows),
