@@ -26,7 +26,8 @@ Made by `scripts/make_models_doc.py` from what `mllm.patch` itself accepts: do n
 `mllm doctor MODEL` says the same of one model, and needs its `config.json` only. Columns are
 `config.model_type`; sizes are those of each family's default configuration.
 
-Tested with transformers {TESTED[0]} to {TESTED[1]}; mllm warns once on others.
+Made with transformers {TESTED[1]}. Tested with transformers {TESTED[0]} to {TESTED[1]}; mllm warns
+once on others.
 """
 
 
@@ -56,10 +57,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def report_of(kind: str) -> Report:
     """The report on a family's default configuration, without weights."""
+    config = AutoConfig.for_model(kind)
+    text = config.get_text_config()
+    # Idefics3 of transformers 5.17 has a padding token outside of its vocabulary by default.
+    text.vocab_size = max(text.vocab_size, (text.pad_token_id or 0) + 1)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model(kind), attn_implementation="sdpa"
-        )
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     return mllm.doctor(model)
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from invariants import (
     BACKENDS,
     COUNTS,
+    FAMILIES,
     SHAPES,
     STAGES,
     WAYS,
@@ -35,7 +36,7 @@ from matrix import pairwise
 import mllm
 from mllm.errors import DataError
 
-AXES = [list(KITS), BACKENDS, SHAPES, STAGES, WAYS]
+AXES = [FAMILIES, BACKENDS, SHAPES, STAGES, WAYS]
 ROWS = [row for row in itertools.product(*AXES) if possible(*row)]
 COVERING = pairwise(ROWS)
 #: Draws in the fast suite, and with `make test-all`.
@@ -97,7 +98,7 @@ KEEPS = st.one_of(st.integers(1, 7), st.floats(0.05, 1.0).map(lambda x: round(x,
 @st.composite
 def drawn(draw_: st.DrawFn) -> Draw:
     """A plan that may run on its family, and a batch for it."""
-    family = draw_(st.sampled_from(list(KITS)))
+    family = draw_(st.sampled_from(FAMILIES))
     turns = ["original"] if KITS[family].mrope else ["original", "compact"]
     parts = []
     positions = draw_(st.sampled_from(turns))
