@@ -23,6 +23,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
         PlanError: says what would work.
     """
     family, plan = patched.family, patched.plan
+    compat.warn_if_untested()
     if "mllm_patched" in family.base.__dict__:
         raise PlanError(
             "the model is already patched",

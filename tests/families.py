@@ -380,14 +380,17 @@ def reference(family: str) -> nn.Module:
 SPECS = {
     "alone": (((0,), 7),),
     "padded": (((0,), 6), ((1, 2), 9), ((), 5)),
+    "single": (((0,), 6), ((1,), 9), ((), 5)),
+    "several": (((2, 0, 1), 8),),
     "text": (((), 6), ((), 9)),
 }
 
 
-def samples(family: str, kind: str = "padded", seed: int = 1) -> list[Sample]:
+def samples(family: str, kind: str | Sequence = "padded", seed: int = 1) -> list[Sample]:
+    """Random conversations: a name in `SPECS`, or such a value."""
     g = torch.Generator().manual_seed(seed)
     out = []
-    for sizes, n_text in SPECS[kind]:
+    for sizes, n_text in SPECS[kind] if isinstance(kind, str) else kind:
         text = torch.randint(10, VOCAB, (n_text,), generator=g).tolist()
         ids, pictures = [1] + text[:3], []
         for size in sizes:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import mllm
-from mllm import flops
+from mllm import compat, flops
 from mllm.errors import DataError
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape, random_inputs, text_inputs
 from mllm.eval.provenance import commit, versions
@@ -156,7 +156,7 @@ def prefill(
                     "text": text,
                     "unequal": unequal,
                     "dtype": str(base.dtype).removeprefix("torch."),
-                    "backend": base.config.text_config._attn_implementation,
+                    "backend": compat.attention_name(base.get_decoder()),
                     "pairs": pairs,
                     **row,
                 }
