@@ -25,7 +25,7 @@ from mllm.errors import DataError, PlanError
 from mllm.plan import get_method
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = [name for name in families.KITS if not name.endswith("_video")]
+FAMILIES = [name for name in families.KITS if not name.endswith(("_video", "_many"))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
