@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -203,21 +202,12 @@ class Changes:
         if nobody:  # attention cannot run on no rows: one runs for nothing, and is not stored
             rows = inside.rows["attn"] = torch.zeros_like(run.table.index[:, :1])
             inside.meant["attn"] = torch.zeros_like(run.table.valid[:, :1])
-        narrow = dataclasses.replace(
-            run,
-            table=run.table.take(rows, keep.gather(1, rows)),
-            rows=rows if run.rows is None else run.rows.gather(1, rows),
-            position=run.position,
-            cache=None if nobody else run.cache,
-            replaced={},
-        )
-        if run.position is not None:
-            narrow.position = gather_rows(run.position, rows, dim=run.position.dim() - 1)
+        narrow = run.narrow(rows, keep.gather(1, rows), stored=not nobody)
         if run.cache is not None:
             self._note(run.cache.layers[layer], run.table if nobody else narrow.table, nobody)
             if nobody:
                 _store_nothing(run.cache, layer, hidden, run.patched.family.text_config)
-        inside.given = narrow.arguments(layer, hidden[:, : rows.shape[1]], kwargs)
+        inside.given = narrow.attend(layer, hidden[:, : rows.shape[1]], kwargs)
         if nobody:
             inside.given |= {"attention_mask": None, "past_key_values": None}
         run.attention_table = narrow.table

@@ -323,19 +323,18 @@ class DecoderRun:
         kind = self.patched.family.kind(layer)
         key = (kind, layer) if self.patched.apart else kind
         if key not in self.replaced:
-            self.replaced[key] = self.arguments(layer, hidden, kwargs)
+            self.replaced[key] = self._arguments(layer, kind, hidden, kwargs)
         return self.replaced[key]
 
-    def arguments(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+    def _arguments(self, layer: int, kind: str, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Mask and positions of a layer for the current rows.
 
         Args:
-            layer: the layer.
+            layer: the layer, of `kind`.
             hidden: its input, for shape, type and device.
             kwargs: the arguments of its parent, for all rows that the decoder was given.
         """
         family, rotary = self.patched.family, kwargs["position_embeddings"]
-        kind = family.kind(layer)
         if self.compacted:
             rotary = family.rotary(hidden, self.position, kind)
         elif self.rows is not None:
@@ -361,8 +360,30 @@ class DecoderRun:
 
     def alone(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Arguments of a layer's attention over the current rows, without stored tokens."""
-        run = dataclasses.replace(self, cache=None, past_logical=0, replaced={})
-        return run.arguments(layer, hidden, kwargs)
+        run = dataclasses.replace(self, cache=None, past_logical=0)
+        return run.attend(layer, hidden, kwargs)
+
+    def narrow(self, rows: Tensor, valid: Tensor, stored: bool) -> DecoderRun:
+        """This run for some of its rows alone, as one layer's attention sees them.
+
+        Args:
+            rows: int64 `[batch, n]`, current rows.
+            valid: bool `[batch, n]`.
+            stored: whether they see stored tokens, and are stored.
+        """
+        position = self.position
+        return dataclasses.replace(
+            self,
+            table=self.table.take(rows, valid),
+            rows=rows if self.rows is None else self.rows.gather(1, rows),
+            position=None if position is None
+            else gather_rows(position, rows, dim=position.dim() - 1),
+            cache=self.cache if stored else None,
+        )  # fmt: skip
+
+    def attend(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of a layer's attention for the current rows."""
+        return self._arguments(layer, self.patched.family.kind(layer), hidden, kwargs)
 
     def _mask_in_order(self, layer: int, mask: Tensor | None) -> Tensor | None:
         """A causal mask by the order of rows, some of which have no place of their own.
