@@ -95,7 +95,6 @@ class Patched:
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
             if isinstance(s, LayerMethod) and (note := s.scaled(now, len(self.layers)))
         ]
-        self.plan_notes += family_notes(self)
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.mergers = [(i, s) for i, s in stages if isinstance(s, TowerReducer)]
@@ -119,6 +118,7 @@ class Patched:
         self.apart = bool(SETS_APART & self._actions())
         self.inserts = "Insert" in self._actions()
         check_plan(self, unvalidated)
+        self.plan_notes += family_notes(self)
         self._base_signature = inspect.signature(self.family.base.forward)
         self._features_signature = inspect.signature(self.family.base.get_image_features)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
@@ -376,6 +376,7 @@ class Patched:
         """Every sample's placeholders are whole images, and there are as many as were given."""
         counts = visual.sum(1).tolist()
         if encoded is None:
+            self.family.check(given)
             sizes = [layout.tokens for layout in self.family.layouts(given)]
             total = sum(sizes)
         else:
@@ -400,7 +401,9 @@ class Patched:
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
         inputs = compat.arguments(self._features_signature, args, kwargs)
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        for name in (
+            "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"
+        ):
             configured = getattr(self.family.model.config, name, None)
             if inputs.get(name) not in (None, configured):
                 raise PlanError(

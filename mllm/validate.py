@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 from mllm import compat
 from mllm.actions import MOVES_ROWS
 from mllm.capture import reads_before
-from mllm.compressors.base import Hidden, TokenReducer, VisionAttention, VisionKeys
+from mllm.compressors.base import (
+    AttentionRows,
+    Hidden,
+    TokenReducer,
+    VisionAttention,
+    VisionKeys,
+)
 from mllm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -107,14 +113,21 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=", ".join(sorted(kinds)),
             expected="full_attention",
         )
+    attend = compat.attention_name(family.attention(0))
+    if family.hybrid and attend not in ("sdpa", "eager"):
+        raise PlanError(
+            f"{attend} measures windows in stored slots, not in tokens",
+            argument="attn_implementation",
+            given=attend,
+            expected="sdpa or eager",
+        )
     tapped = patched.tapped()
-    name = compat.attention_name(family.attention(0))
     for _, stage in patched.pruners:
-        if {"LogitBias", "Insert"} & set(stage.actions) and "flash" in name:
+        if {"LogitBias", "Insert"} & set(stage.actions) and "flash" in attend:
             raise PlanError(
-                f"{stage.info.name} needs an additive mask, which {name} cannot take",
+                f"{stage.info.name} needs an additive mask, which {attend} cannot take",
                 argument="attn_implementation",
-                given=name,
+                given=attend,
                 expected="sdpa or eager",
             )
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
@@ -208,5 +221,12 @@ def family_notes(patched: Patched) -> list[str]:
             notes.append(
                 f"{stage.info.name}: works behind the projector of {name}, without [CLS] as a "
                 "token"
+            )
+    for number, signal in patched.signals:
+        window = isinstance(signal, AttentionRows) and patched.windows[signal.layer]
+        if window:
+            notes.append(
+                f"{patched.plan.stages[number].info.name}: layer {signal.layer} of {name} sees "
+                f"{window} tokens; visual tokens further back score 0"
             )
     return notes

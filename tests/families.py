@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
 import transformers as hf
 from tiny import IMAGE, PAD, VOCAB
@@ -286,7 +289,8 @@ def model(family: str, attn: str = "sdpa") -> nn.Module:
             elif "qkv" in name:
                 weight[: 2 * weight.shape[1]].mul_(12.0)
             elif "embed_tokens" in name:
-                weight.mul_(20.0)
+                # Gemma 3 scales embeddings by itself, and its head shares them.
+                weight.mul_(2.0 if family == "gemma3" else 20.0)
             elif weight.dim() >= 2 and "embed" not in name:
                 weight.mul_(3.0)
     net.generation_config.eos_token_id = None
@@ -337,3 +341,32 @@ def collate(family: str, batch: Sequence[Sample], side: str = "left") -> dict[st
     if KITS[family].mrope:
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     return inputs
+
+
+def pairwise(
+    when: Callable[..., bool] = lambda **values: True, **axes: Sequence
+) -> pytest.MarkDecorator:
+    """Parametrise over a full product; rows that are not needed to meet every pair are slow.
+
+    Args:
+        when: says of a row, by name, whether it exists.
+        axes: values by parameter.
+    """
+    rows = [
+        row for row in itertools.product(*axes.values())
+        if when(**dict(zip(axes, row, strict=True)))
+    ]
+    order = random.Random(0).sample(rows, len(rows))
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    met, fast = set(), set()
+    for least in range(len(axes) * (len(axes) - 1) // 2, 0, -1):
+        for row in order:
+            if len(pairs[row] - met) >= least:
+                met |= pairs[row]
+                fast.add(row)
+    return pytest.mark.parametrize(list(axes), [
+        pytest.param(
+            *row, id="-".join(map(str, row)), marks=[] if row in fast else [pytest.mark.slow]
+        )
+        for row in rows
+    ])  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +19,8 @@ class Idefics3(Family):
     A tile is an image of its own.
     """
 
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (5,)}
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.blocks = self.tower.encoder.layers
@@ -30,9 +32,11 @@ class Idefics3(Family):
         return side, side
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        # Pictures of zeros only fill up the samples.
+        # Pictures of zeros only fill up the samples; the model takes the first if all are.
         pixels = inputs["pixel_values"].flatten(0, 1)
-        return [p for p, real in zip(pixels, (pixels != 0).flatten(1).any(1), strict=True) if real]
+        real = (pixels != 0).flatten(1).any(1).tolist()
+        real[0] |= not any(real)
+        return [picture for picture, there in zip(pixels, real, strict=True) if there]
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         side = self.vision_config.patch_size * self.join
