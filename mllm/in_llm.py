@@ -19,7 +19,7 @@ from mllm.changes import Changes
 from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber, split_images
+from mllm.tokens import TokenTable, choose_rows, gather_rows, locate, renumber, split_images
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -82,7 +82,6 @@ class DecoderRun:
     attention_rotary: Any = None
     protected: Tensor | None = None
     has_inserted: bool = False
-    _sources: Tensor | None = None
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
     selection_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -130,7 +129,8 @@ class DecoderRun:
         self.prompt = self._prompt_rows(prompt_length, labels)
         self._drop_rows(kwargs)
         self.tables.append((0, self.table))
-        self._note(0)
+        if 0 not in self.patched.cuts:
+            self._note(0)
         self.captures = Captures(self)
         self.changes = Changes(self, getattr(cache, "mllm_lasting", {}))
         self.attention_table = self.table
@@ -472,51 +472,46 @@ class DecoderRun:
             keep, moves, inserts = self._act(layer, stages)
             for move in moves:
                 hidden = self._move(layer, hidden, move)
-            if not cut:
-                return hidden
-            table = self.table
-            if self.spaced:
-                keep = table.with_newlines(keep)
-            rows = choose_rows(keep, table.valid)
-            hidden = self._move(layer, hidden, lambda x: gather_rows(x, rows))
-            if compact and not inserts:
-                moved = renumber(position, keep, table.valid)
-                self._shift(cached, kind, shift, position, moved, keep)
-                position = moved
-            self.table = table.take(rows, keep.gather(1, rows))
-            if position is not None:
-                position = gather_rows(position, rows, dim=position.dim() - 1)
-            self.rows = rows if self.rows is None else self.rows.gather(1, rows)
-            for insert in inserts:
-                hidden, position = self._insert(layer, insert, rows, hidden, position)
-            if compact and inserts:
-                valid = self.table.valid
-                moved = renumber(position, valid, valid)
-                self._shift(cached, kind, shift, position, moved, valid)
-                position = moved
-        elif not cut:
-            return hidden
-        self.position = position
-        self.compacted |= compact
-        self._note(layer)
-        self.tables.append((layer, self.table))
-        self.replaced = {}
+            if cut:
+                before = dataclasses.replace(self, position=position)
+                hidden = self._leave(layer, keep, hidden, position)
+                for insert in inserts:
+                    hidden = self._insert(layer, insert, hidden, before)
+                if compact:
+                    position, valid = self.position, self.table.valid
+                    self.position = renumber(position, valid, valid)
+                    last = valid.long().cumsum(1).argmax(1, keepdim=True)
+                    if cached is not None:
+                        delta = (position - self.position).gather(1, last)
+                        cached.shifts[kind] = delta if shift is None else shift + delta
+        else:
+            self.position = position
+        if cut:
+            self.compacted |= compact
+            self._note(layer)
+            self.tables.append((layer, self.table))
+            self.replaced = {}
         return hidden
+
+    def _leave(
+        self, layer: int, keep: Tensor, hidden: Tensor, position: Tensor | None
+    ) -> Tensor:
+        """Let rows leave before a layer; returns the hidden states of the others."""
+        table = self.table
+        if self.spaced:
+            keep = table.with_newlines(keep)
+        rows = choose_rows(keep, table.valid)
+        self.table = table.take(rows, keep.gather(1, rows))
+        if position is not None:
+            position = gather_rows(position, rows, dim=position.dim() - 1)
+        self.position = position
+        self.rows = rows if self.rows is None else self.rows.gather(1, rows)
+        return self._move(layer, hidden, lambda x: gather_rows(x, rows))
 
     def _move(self, layer: int, hidden: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
         """Do something to the hidden states that enter a layer, and remember it."""
         self.moves[layer].append(move)
         return move(hidden)
-
-    @staticmethod
-    def _shift(
-        cached: Any, kind: str, shift: Tensor | None, position: Tensor, moved: Tensor, keep: Tensor
-    ) -> None:
-        """Remember by how much the positions of later tokens move left."""
-        if cached is not None:
-            last = keep.long().cumsum(1).argmax(1, keepdim=True)
-            delta = (position - moved).gather(1, last)
-            cached.shifts[kind] = delta if shift is None else shift + delta
 
     def _act(
         self, layer: int, stages: list[tuple[int, LayerMethod]]
@@ -579,50 +574,47 @@ class DecoderRun:
         self.protected = full if self.protected is None else self.protected | full
 
     def _insert(
-        self, layer: int, insert: Insert, rows: Tensor, hidden: Tensor, position: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Put new rows behind others.
+        self, layer: int, insert: Insert, hidden: Tensor, before: DecoderRun
+    ) -> Tensor:
+        """Put new rows behind others; returns the hidden states with them.
 
         Args:
             layer: index of the layer.
-            insert: the action; its `after` counts the rows before any of them left.
-            rows: int64 `[batch, kept]`, which of these stayed.
-            hidden: `[batch, kept, width]`, perhaps with rows of earlier inserts.
-            position: `[..., batch, kept]`.
+            insert: the action.
+            hidden: `[batch, rows, width]`.
+            before: this run as the action saw it, before rows left.
         """
-        table, batch = self.table, hidden.shape[0]
         values = insert.rows.to(hidden)
-        values = values.expand(batch, *values.shape[-2:])
-        count, after = values.shape[1], insert.after[:, None]
-        # Inserted rows lie in `table` already if this is not the first insert of the layer.
-        source = rows if rows.shape[1] == hidden.shape[1] else self._sources
-        before = ((source <= after) & (after >= 0)).sum(1, keepdim=True)
-        place = before + torch.arange(count, device=hidden.device)
-        old = torch.arange(hidden.shape[1], device=hidden.device).expand(batch, -1)
-        order = torch.cat([old + (old >= before) * count, place], 1).argsort(1)
-        anchor = (before - 1).clamp(min=0).expand(-1, count)
-        new = table.take(anchor, (after >= 0).expand(-1, count))
+        values = values.expand(len(hidden), *values.shape[-2:])
+        after = insert.after[:, None].expand(-1, values.shape[1])
+        there, at = after >= 0, after.clamp(min=0)
+        new = before.table.take(at, there & before.table.valid.gather(1, at))
         no, none = torch.zeros_like(new.valid), torch.full_like(new.image, -1)
         new = dataclasses.replace(
             new, visual=no, newline=no, inserted=~no, image=none, tile=none, frame=none,
             line=none, row=none.float(), col=none.float(), size=torch.zeros_like(new.size),
         )  # fmt: skip
+        # Both are ordered by the rows that the action saw; what is new comes behind.
+        place = locate(self.table.index, before.table.index, self.full.valid.shape[1])
+        order = torch.cat([place, after], 1).argsort(dim=1, stable=True)
         self.table = TokenTable(
-            *(
-                torch.cat([getattr(table, f.name), getattr(new, f.name)], 1).gather(1, order)
+            **{
+                f.name: torch.cat([getattr(self.table, f.name), getattr(new, f.name)], 1).gather(
+                    1, order
+                )
                 for f in dataclasses.fields(TokenTable)
-            )
+            }
         )
-        self._sources = torch.cat([source, after.expand(-1, count)], 1).gather(1, order)
-        with_new = torch.cat([old, anchor], 1).gather(1, order)
-        self.rows = self.rows.gather(1, with_new)
+        rows = at if before.rows is None else before.rows.gather(1, at)
+        self.rows = torch.cat([self.rows, rows], 1).gather(1, order)
+        if self.position is not None:
+            dim = self.position.dim() - 1
+            position = gather_rows(before.position, at, dim=dim)
+            self.position = gather_rows(torch.cat([self.position, position], dim), order, dim=dim)
         self.has_inserted = True
-        if position is not None:
-            position = gather_rows(position, with_new, dim=position.dim() - 1)
-        hidden = self._move(
+        return self._move(
             layer, hidden, lambda x: gather_rows(torch.cat([x, values.to(x)], 1), order)
         )
-        return hidden, position
 
     def context(
         self, number: int, stage: LayerMethod, layer: int, table: TokenTable, *,
