@@ -74,7 +74,7 @@ def rows_of(choose, heads="mean", layer=HERE - 1, of="weights"):
 
 def mass(choose, heads="mean", visible=False, layer=HERE - 1):
     def want(seen: Seen, s: Sample, alive: Tensor) -> Tensor:
-        chosen = [i for i in choose(s) if seen.alive[i]]
+        chosen = [i for i in choose(s) if seen.alive[i] or layer < CUT]
         total = HEADS[heads](seen.weights[layer])[..., chosen, :].sum(-2)
         if visible:
             total = total / (seen.weights[layer][0, chosen] > 0).sum(0).clamp(min=1)
