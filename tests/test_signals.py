@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from acting import acting
-from families import LAYERS, Sample, collate, model, samples
+from families import KITS, LAYERS, Sample, collate, model, samples
 from layer_oracle import Edits, Seen, run
 from matrix import equal
 from torch import Tensor
@@ -147,6 +147,8 @@ def recorded(family, attn, kind, side, at=HERE, **signals):
     """What a stage reads behind a cut: (its context, sample, own row of each of its rows)."""
     batch, kept = samples(family, kind), []
     inputs = collate(family, batch, side)
+    if not KITS[family].mrope:  # as generate() does; a bare forward counts the padding
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     net = model(family, attn)
     reader = acting([at], lambda ctx: kept.append(ctx) or [], **signals)
     with mllm.patch(net, [cut(), reader]), torch.no_grad():
