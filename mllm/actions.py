@@ -3,6 +3,8 @@
 Masks and values `[batch, rows]` speak of the rows that were there when the method acted; the
 engine carries them to later layers, where some of these rows may have left.
 
+Actions speak of the samples that have images; the others of a batch run as in the unpatched model.
+
 Values per row hold for the forward in which they were given: later tokens run as in the unpatched
 model. Values per sample (a number, `[batch]`, `[heads]`) and `LogitBias` hold for the
 conversation: they live on its KV cache until their method acts again.

@@ -83,21 +83,34 @@ class Inside:
 
 @dataclass
 class _Placed:
-    """An action and the rows that it speaks of; None if it speaks of none."""
+    """An action and what it speaks of.
+
+    Attributes:
+        action: the action.
+        on: bool `[batch]`, samples with images then; None is all of them.
+        table: the rows, if it speaks of rows.
+    """
 
     action: Any
-    table: TokenTable | None
+    on: Tensor | None
+    table: TokenTable | None = None
+
+    def where(self, x: Tensor, other: Any) -> Tensor:
+        """`x` `[batch or 1, ...]` for its samples, `other` for the rest."""
+        if self.on is None:
+            return x
+        return torch.where(self.on.view(-1, *[1] * (x.dim() - 1)), x, other)
 
 
 class Changes:
     """Actions of one forward that are still to be applied, and those that a conversation keeps.
 
     Attributes:
-        lasting: by stage number, actions of the conversation.
+        lasting: by stage number, actions of the conversation with their samples.
         counts: by (layer, branch), rows of each sample that take part.
     """
 
-    def __init__(self, run: DecoderRun, lasting: dict[int, list[Any]]) -> None:
+    def __init__(self, run: DecoderRun, lasting: dict[int, list[_Placed]]) -> None:
         self.run, self.lasting = run, dict(lasting)
         self.counts: dict[tuple[int, str], Tensor] = {}
         self._acted: set[int] = set()
@@ -105,12 +118,20 @@ class Changes:
         self._pending: list[tuple[Evict, int, TokenTable]] = []
 
     def add(self, number: int, action: Any, table: TokenTable) -> None:
-        """Take an action of a stage over the rows of `table`."""
-        if number not in self._acted:  # what it said in an earlier turn is void
+        """Take an action of a stage over the rows of `table`.
+
+        It speaks of samples with images alone, so that a sample without is what it is alone.
+        """
+        on = self.run.pictured
+        if number not in self._acted:  # what it said of these samples in an earlier turn is void
             self._acted.add(number)
-            self.lasting[number] = []
+            old = self.lasting.get(number, [])
+            self.lasting[number] = [
+                _Placed(p.action, ~on if p.on is None else p.on & ~on)
+                for p in old if on is not None
+            ]  # fmt: skip
         if _lasts(action):
-            self.lasting[number].append(action)
+            self.lasting[number].append(_Placed(action, on))
         elif isinstance(action, Evict):
             for layer in action.layers:
                 if layer < self.run.reached:
@@ -118,10 +139,10 @@ class Changes:
                 else:
                     self._pending.append((action, layer, table))
         else:
-            self._placed.append(_Placed(action, table))
+            self._placed.append(_Placed(action, on, table))
 
     def _of(self, kind: type, layer: int, branch: str | None = None) -> list[_Placed]:
-        every = [_Placed(a, None) for actions in self.lasting.values() for a in actions]
+        every = [p for placed in self.lasting.values() for p in placed]
         return [
             p
             for p in every + self._placed
@@ -143,6 +164,7 @@ class Changes:
         for placed in self._of(Inject, layer):
             action = placed.action
             rows = self._bring(action.rows, placed.table, False) & table.valid
+            rows = placed.where(rows, False)
             values = self._bring(action.values, placed.table, 0)
             values = values.masked_fill(~rows[..., None], 0)
             found.append(lambda hidden, values=values: hidden + values.to(hidden.dtype))
@@ -166,7 +188,9 @@ class Changes:
             if branch == "attn":
                 self._narrow(inside, keep, hidden, kwargs)
         self._heads(inside)
-        inside.bias = [p.action.fn for p in self._of(LogitBias, layer)]
+        inside.bias = [
+            lambda q, k, p=p: p.where(p.action.fn(q, k), 0) for p in self._of(LogitBias, layer)
+        ]
         if inside.bias:
             inside.queries = run.attention_table.logical
             slots = None if run.cache is None else run.cache.layers[layer]
@@ -181,18 +205,21 @@ class Changes:
             if isinstance(scale, Tensor):
                 if scale.dim() == 2:
                     scale = self._bring(scale, placed.table, 1)
-                scale = scale.view(*scale.shape, *[1] * (3 - scale.dim()))
+                scale = placed.where(scale.view(*scale.shape, *[1] * (3 - scale.dim())), 1)
+            elif placed.on is not None:
+                scale = torch.where(placed.on[:, None, None], scale, 1.0)
             inside.scale[branch] = inside.scale.get(branch, 1.0) * scale
 
     def _rows(self, layer: int, branch: str) -> Tensor | None:
         """Rows that take part in a branch: bool `[batch, rows]`; None is all of them."""
         table, keep = self.run.table, None
         for placed in self._of(BranchRows, layer, branch):
-            rows = self._bring(placed.action.rows, placed.table, True) & table.valid
-            keep = rows if keep is None else keep & rows
-        gates = [p.action.scale for p in self._of(BranchGate, layer, branch)]
-        if any(not isinstance(scale, Tensor) and scale == 0 for scale in gates):
-            keep = torch.zeros_like(table.valid)
+            rows = placed.where(self._bring(placed.action.rows, placed.table, True), True)
+            keep = rows & (table.valid if keep is None else keep)
+        for placed in self._of(BranchGate, layer, branch):
+            if not isinstance(placed.action.scale, Tensor) and placed.action.scale == 0:
+                rows = placed.where(torch.zeros_like(table.valid), True)
+                keep = rows & (table.valid if keep is None else keep)
         return keep
 
     def _narrow(self, inside: Inside, keep: Tensor, hidden: Tensor, kwargs: dict) -> None:
@@ -230,6 +257,7 @@ class Changes:
                     g = gather_rows(g, inside.rows["attn"])
             else:
                 g = g.view(-1, 1, g.shape[-1])
+            g = placed.where(g, 1)
             inside.heads = g if inside.heads is None else inside.heads * g
 
     # Stored tokens
@@ -244,6 +272,8 @@ class Changes:
     def _let_go(self, action: Evict, layer: int, table: TokenTable) -> None:
         if self.run.cache is not None:
             gone = action.rows & table.valid & ~self.run.protected_of(table)
+            if self.run.pictured is not None:
+                gone = gone & self.run.pictured[:, None]
             evict(self.run.cache.layers[layer], table.logical, gone, action.heads)
 
 

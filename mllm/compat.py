@@ -34,6 +34,7 @@ __all__ = [
     "causal_mask",
     "dynamic_cache",
     "mask_like",
+    "reentrant",
     "register_attention",
     "serve",
     "uses_cache",
@@ -97,6 +98,13 @@ def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:
 def dynamic_cache(decoder: nn.Module) -> DynamicCache:
     """An empty cache for the decoder."""
     return DynamicCache(config=decoder.config)
+
+
+def reentrant(layer: nn.Module) -> bool:
+    """Whether a layer is about to run under reentrant gradient checkpointing."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return False
+    return bool(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"))
 
 
 def causal_mask(

@@ -172,6 +172,12 @@ class DecoderRun:
         )
 
     @property
+    def pictured(self) -> Tensor | None:
+        """Samples with images, which alone methods speak of: bool `[batch]`; None is all."""
+        there = [bool(own) for own in self.images]
+        return None if all(there) else torch.tensor(there, device=self.full.valid.device)
+
+    @property
     def spaced(self) -> bool:
         """Whether images have separators."""
         return any(layout.newline != "none" for layout in self.reduction.layouts)
@@ -304,14 +310,17 @@ class DecoderRun:
             self.captures.before(layer, hidden, kwargs)
         if layer in self.patched.acts:
             hidden = self._cut(layer, hidden, kwargs)
-        for move in self.changes.injected(layer):
-            self.moves[layer].append(move)
-            hidden = move(hidden)
+        with _kept():
+            injected = self.changes.injected(layer)
+        for move in injected:
+            hidden = self._move(layer, hidden, move)
         given = self.given[layer] = self._replaced(layer, hidden, kwargs)
         final = {**kwargs, **given}
         rotary = final["position_embeddings"]
         self.attention_table, self.attention_rotary = self.table, rotary
-        if inside := self.changes.inside(layer, hidden, kwargs):
+        with _kept():
+            inside = self.changes.inside(layer, hidden, kwargs)
+        if inside is not None:
             rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
         return (hidden, *args[1:]), final
 
@@ -539,6 +548,8 @@ class DecoderRun:
         moves = []
         for write in writes:
             rows = visual if write.rows is None else write.rows & table.valid
+            if self.pictured is not None:
+                rows = rows & self.pictured[:, None]
             moves.append(
                 lambda x, rows=rows, values=write.values: torch.where(
                     rows[..., None], values.to(x.dtype), x
@@ -586,7 +597,8 @@ class DecoderRun:
         """
         values = insert.rows.to(hidden)
         values = values.expand(len(hidden), *values.shape[-2:])
-        after = insert.after[:, None].expand(-1, values.shape[1])
+        after = insert.after if self.pictured is None else insert.after.where(self.pictured, -1)
+        after = after[:, None].expand(-1, values.shape[1])
         there, at = after >= 0, after.clamp(min=0)
         new = before.table.take(at, there & before.table.valid.gather(1, at))
         no, none = torch.zeros_like(new.valid), torch.full_like(new.image, -1)
@@ -653,7 +665,14 @@ class DecoderRun:
                 f"layer {layer}"
             )
         self.ran.add(number)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and stage.differentiable):
+        if stage.differentiable and compat.reentrant(self.patched.layers[layer - 1]):
+            raise PlanError(
+                f"{stage.info.name} is learnt, and reentrant checkpointing gives it no gradient",
+                argument="use_reentrant",
+                given=True,
+                expected="False",
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and stage.differentiable), _kept():
             actions = stage.act(ctx)
         self.selection_flops += ctx.flops
         return actions
@@ -684,3 +703,11 @@ class DecoderRun:
         hidden = hidden.masked_fill(~written[..., None], 0)
         out = hidden.new_zeros(hidden.shape[0], full.valid.shape[1], hidden.shape[2])
         return out.scatter(1, table.index[..., None].expand_as(hidden), hidden)
+
+
+def _kept() -> Any:
+    """While open, what autograd saves is kept, and no business of a checkpoint around it.
+
+    transformers 5.17 checkpoints a layer with its hooks, but nothing of a plan is computed again.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

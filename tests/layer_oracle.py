@@ -78,13 +78,19 @@ def _whole(x: Any, n: int, neutral: float | bool) -> Any:
     return torch.cat([x, more])
 
 
-@torch.no_grad()
 def run(
-    family: str, sample: Sample, edits: Edits | None = None, more: Tensor | None = None,
-    net: Any = None,
+    family: str, sample: Sample, edits: Edits | None = None, more: Tensor | None = None
 ) -> Seen:
     """One sample and the tokens behind it, int64 `[m]`, through the layers."""
-    edits, net = edits or Edits(), net or reference(family)
+    with torch.no_grad():
+        return run_with_gradients(family, sample, edits, more)
+
+
+def run_with_gradients(
+    family: str, sample: Sample, edits: Edits | None = None, more: Tensor | None = None
+) -> Seen:
+    """:func:`run`, so that what the edits are made of may be differentiated."""
+    edits, net = edits or Edits(), reference(family)
     lm = net.get_decoder()
     ids = sample.ids if more is None else torch.cat([sample.ids, more])
     prompt, n = len(sample.ids), len(ids)
