@@ -199,7 +199,7 @@ class DecoderRun:
         table, cache = self.table, self.cache
         first = None if cache is None else cache.layers[0]
         shift = None if first is None else first.shifts.get("llm")
-        drops = self.patched.reducers and self.visual is not None
+        drops = self.patched.before and self.visual is not None
         if not drops and shift is None and (first is None or not first.compressed):
             return
         position = kwargs.get("position_ids")
@@ -210,7 +210,7 @@ class DecoderRun:
             position = position - shift
         if drops:
             keep, order = self._kept_rows()
-            compact = self.patched.positions(self.patched.reducers[0][1]) == "compact"
+            compact = self.patched.positions(self.patched.before[0][1]) == "compact"
             if compact:
                 moved = renumber(position, keep, table.valid, order)
                 if first is not None:

@@ -98,6 +98,7 @@ class Patched:
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.mergers = [(i, s) for i, s in stages if isinstance(s, TowerReducer)]
+        self.before = [*self.mergers, *self.reducers]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerMethod)]
         self.signals = declared(self.pruners)
         self.reads_embeds = any(

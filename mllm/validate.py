@@ -56,11 +56,11 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 given=plan.spec,
                 expected=f"{stage.info.name} as the first pre-LLM stage",
             )
-    if len({patched.positions(s) for _, s in patched.reducers}) > 1:
+    if len({patched.positions(s) for _, s in patched.before}) > 1:
         raise PlanError(
             "pre-LLM stages disagree about positions",
             argument="positions",
-            given=", ".join(f"{s.info.name}={patched.positions(s)}" for _, s in patched.reducers),
+            given=", ".join(f"{s.info.name}={patched.positions(s)}" for _, s in patched.before),
             expected="one choice for all pre-LLM stages",
         )
     depth = len(patched.layers)
