@@ -40,6 +40,28 @@ class Reduction:
     ran: set[int] = field(default_factory=set)
     protected: Tensor | None = None
 
+    @classmethod
+    def join(cls, parts: list[Reduction]) -> Reduction:
+        """Pictures and videos of one prompt, one kind after the other."""
+        orders = [part.order for part in parts]
+        guarded = [part.protected for part in parts]
+        if any(x is not None for x in guarded):
+            guarded = [
+                torch.zeros_like(part.keep) if x is None else x
+                for x, part in zip(guarded, parts, strict=True)
+            ]
+        return cls(
+            layouts=[x for part in parts for x in part.layouts],
+            keep=torch.cat([part.keep for part in parts]),
+            into=torch.cat([part.into for part in parts]),
+            order=None if None in orders else torch.cat(orders),
+            vision_flops=[x for part in parts for x in part.vision_flops],
+            baseline_vision_flops=[x for part in parts for x in part.baseline_vision_flops],
+            selection_flops=[x for part in parts for x in part.selection_flops],
+            ran=set.intersection(*(part.ran for part in parts)),
+            protected=None if None in guarded else torch.cat(guarded),
+        )
+
     @property
     def sizes(self) -> list[int]:
         """Tokens of each image."""
@@ -147,7 +169,7 @@ class Ledger:
 
     @property
     def grid(self) -> list[list[tuple[int, int]]]:
-        """Per sample, (rows, cols) of each of its grids: one per image, two under anyres."""
+        """Per sample, (rows, cols) of its grids: one per image or frame, two under anyres."""
         record = self._record
         if record is None:
             return []

@@ -36,11 +36,18 @@ class Layout:
         newline: separators of the last grid: `"rows"` one token behind each of its rows, `"end"`
             one token behind the image.
         tiling: the tiles that the last grid was put together from.
+        video: whether the grids are frames.
     """
 
     grids: tuple[tuple[int, int], ...]
     newline: Literal["none", "rows", "end"] = "none"
     tiling: Tiling | None = None
+    video: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """One grid without separators."""
+        return len(self.grids) == 1 and self.newline == "none"
 
     @property
     def cells(self) -> int:
@@ -64,13 +71,14 @@ class Places:
 
     Attributes:
         newline: bool, separators.
-        tile, row, col: int64 grid and place in it; a separator stands behind its row.
+        tile, frame, row, col: int64 grid and place in it; a separator stands behind its row.
         line: int64, what a separator separates: it stays while a cell of its line stays.
         cell: int64 `[cells]`, tokens that are no separators.
     """
 
     newline: Tensor
     tile: Tensor
+    frame: Tensor
     row: Tensor
     col: Tensor
     line: Tensor
@@ -87,21 +95,25 @@ class Places:
 
 @lru_cache(maxsize=256)
 def _places(layout: Layout) -> Places:
-    rows = []  # (newline, tile, row, col, line)
-    line = 0
-    for tile, (height, width) in enumerate(layout.grids):
-        last = tile == len(layout.grids) - 1
-        for r in range(height):
-            rows += [(0, tile, r, c, line) for c in range(width)]
-            if last and layout.newline == "rows":
-                rows.append((1, tile, r, width, line))
-                line += 1
-        if last and layout.newline == "end":
-            rows.append((1, tile, height - 1, width, line))
-        if not last and layout.newline == "rows":
+    parts, line = [], 0  # newline, tile, frame, row, col, line: int64 [6, tokens] each
+    for grid, (height, width) in enumerate(layout.grids):
+        last = grid == len(layout.grids) - 1
+        spaced = last and layout.newline == "rows"
+        wide = width + spaced
+        row = torch.arange(height).repeat_interleave(wide)
+        col = torch.arange(wide).repeat(height)
+        part = torch.zeros(6, height * wide, dtype=torch.long)
+        part[2 if layout.video else 1] = grid
+        part[0], part[3], part[4], part[5] = col == width, row, col, line + spaced * row
+        parts.append(part)
+        if layout.newline == "rows":
             line += 1
-    newline, tile, row, col, line_of = torch.tensor(rows).unbind(1)
-    return Places(newline.bool(), tile, row, col, line_of, (newline == 0).nonzero()[:, 0])
+    if layout.newline == "end":
+        end = parts[-1][:, -1:].clone()
+        end[0], end[4] = 1, end[4] + 1
+        parts.append(end)
+    newline, *place = torch.cat(parts, 1).unbind()
+    return Places(newline.bool(), *place, newline.logical_not().nonzero()[:, 0])
 
 
 def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]] | None:
@@ -191,8 +203,8 @@ class TokenTable:
         """
         table = cls.text(valid, start)
         table.visual = visual
-        names = ("newline", "tile", "row", "col", "line")
-        for name in (*names, "image", "frame"):
+        names = ("newline", "tile", "frame", "row", "col", "line")
+        for name in (*names, "image"):
             setattr(table, name, getattr(table, name).clone())
         device = visual.device
         for b, sample in enumerate(layouts):
@@ -206,7 +218,6 @@ class TokenTable:
             sizes = torch.tensor([x.tokens for x in sample])
             image = torch.arange(len(sample)).repeat_interleave(sizes)
             table.image[b, rows] = image.to(device, torch.int32)
-            table.frame[b, rows] = 0
         return table
 
     def with_newlines(self, keep: Tensor) -> Tensor:

@@ -28,17 +28,27 @@ def _text(**more) -> dict:
 
 @dataclass
 class Picture:
-    """One image: what a processor gives for it, and its visual tokens.
+    """One image or video: what a processor gives for it, and its visual tokens.
 
     Attributes:
         fields: tensors by argument name; `collate` of the family joins those of a batch.
         tokens: visual tokens.
-        grid: (rows, cols); under anyres those of the tiled view.
+        grid: (rows, cols), of every frame; under anyres those of the tiled view.
+        frames: of a video, 0 for an image.
+        runs: neighbouring placeholders in the prompt.
+        end: whether one separator stands behind it.
     """
 
     fields: dict[str, Tensor]
     tokens: int
     grid: tuple[int, int] = (4, 4)
+    frames: int = 0
+    runs: tuple[int, ...] = ()
+    end: bool = False
+
+    @property
+    def token(self) -> int:
+        return VIDEO if self.frames else IMAGE
 
 
 @dataclass
@@ -48,7 +58,7 @@ class Sample:
 
     @property
     def visual(self) -> Tensor:
-        return self.ids == IMAGE
+        return (self.ids == IMAGE) | (self.ids == VIDEO)
 
 
 @dataclass
@@ -74,7 +84,8 @@ class Kit:
 
 def _cat(samples: list[list[Picture]]) -> dict[str, Tensor]:
     pictures = [p for sample in samples for p in sample]
-    return {k: torch.cat([p.fields[k] for p in pictures]) for k in pictures[0].fields}
+    names = dict.fromkeys(name for p in pictures for name in p.fields)
+    return {k: torch.cat([p.fields[k] for p in pictures if k in p.fields]) for k in names}
 
 
 # Qwen
@@ -115,6 +126,25 @@ def _qwen_picture(size: int, g: torch.Generator) -> Picture:
     grid = torch.tensor([[1, height, width]])
     shape = (height // 2, width // 2)
     return Picture(dict(pixel_values=pixels, image_grid_thw=grid), height * width // 4, shape)
+
+
+def _qwen_video(size: int, g: torch.Generator, split: bool = False) -> Picture:
+    """Videos of unequal length, and an image among them."""
+    if size == 1:
+        return _qwen_picture(size, g)
+    frames, height, width = [(2, 4, 6), (), (3, 4, 4)][size]
+    patches, tokens = frames * height * width, height * width // 4
+    fields = dict(
+        pixel_values_videos=torch.randn(patches, 3 * 2 * 14 * 14, generator=g),
+        video_grid_thw=torch.tensor([[frames, height, width]]),
+    )
+    runs = (tokens,) * frames if split else (tokens * frames,)
+    return Picture(fields, tokens * frames, (height // 2, width // 2), frames, runs)
+
+
+def _qwen3_video(size: int, g: torch.Generator) -> Picture:
+    """Frames with a time between them."""
+    return _qwen_video(size, g, split=True)
 
 
 # Square pictures: LLaVA, InternVL, Idefics3
@@ -171,16 +201,23 @@ def _square(side: int, tokens: int):
     return picture
 
 
+def _masked(size: int, g: torch.Generator) -> Picture:
+    """Idefics3: pictures of sizes 1 and 2 do not fill their square."""
+    picture = _square(112, 16)(size, g)
+    mask = torch.ones(1, 112, 112, dtype=torch.bool)
+    mask[:, (112, 84, 56)[size] :] = False
+    picture.fields["pixel_attention_mask"] = mask
+    return picture
+
+
 def _stack(samples: list[list[Picture]]) -> dict[str, Tensor]:
     """Idefics3: `[batch, most images, 3, height, width]`, filled up with zeros."""
-    most = max(map(len, samples))
-    any_one = next(p for sample in samples for p in sample).fields["pixel_values"]
-    empty = torch.zeros_like(any_one)
-    rows = [
-        torch.cat([p.fields["pixel_values"] for p in s] + [empty] * (most - len(s)))
-        for s in samples
-    ]
-    return {"pixel_values": torch.stack(rows)}
+    most, out = max(map(len, samples)), {}
+    for name, one in next(p for sample in samples for p in sample).fields.items():
+        empty = torch.zeros_like(one)
+        rows = [torch.cat([p.fields[name] for p in s] + [empty] * (most - len(s))) for s in samples]
+        out[name] = torch.stack(rows)
+    return out
 
 
 def _gemma3():
@@ -236,7 +273,28 @@ def _anyres(shapes):
     return picture
 
 
+def _onevision_video(size: int, g: torch.Generator) -> Picture:
+    """Frames of 2 x 2 tokens, all videos equally long, and an image among them."""
+    if size == 1:
+        return _anyres(_SHRUNK)(size, g)
+    pixels = torch.randn(1, 3, 3, 56, 56, generator=g)
+    return Picture(dict(pixel_values_videos=pixels), 3 * 4 + 1, (2, 2), 3, end=True)
+
+
+def _onevision_many(size: int, g: torch.Generator) -> Picture:
+    """Images of sizes 1 and 2 are among others: their base view alone."""
+    picture = _anyres(_SHRUNK)(size, g)
+    return Picture(picture.fields, 17, end=True) if size else picture
+
+
+def _count(samples: list[list[Picture]]) -> dict[str, Tensor]:
+    counts = [n for s in samples for n in ([2] if any(p.end for p in s) else [1] * len(s))]
+    return _cat(samples) | {"batch_num_images": torch.tensor(counts)}
+
+
 def _anyres_cells(picture: Picture) -> list[int]:
+    if picture.end:
+        return list(range(picture.tokens - 1))
     rows, cols = picture.grid
     return [*range(16), *(16 + r * (cols + 1) + c for r in range(rows) for c in range(cols))]
 
@@ -245,7 +303,10 @@ def _anyres_separators(sample: Sample, kept: list[int]) -> list[int]:
     found, at = [], 0
     for picture in sample.pictures:
         rows, cols = picture.grid
-        for r in range(rows):
+        end = at + picture.tokens - 1
+        if picture.end and any(at <= t < end for t in kept):
+            found.append(end)
+        for r in range(0 if picture.end else rows):
             first = at + 16 + r * (cols + 1)
             if any(first <= t < first + cols for t in kept):
                 found.append(first + cols)
@@ -259,7 +320,7 @@ KITS: dict[str, Kit] = {
     "qwen2_5_vl": Kit(_qwen2_5_vl, _qwen_picture, _cat, mrope=True),
     "qwen3_vl": Kit(_qwen3_vl, _qwen_picture, _cat, mrope=True),
     "internvl": Kit(_internvl, _square(112, 16), _cat),
-    "idefics3": Kit(_idefics3, _square(112, 16), _stack),
+    "idefics3": Kit(_idefics3, _masked, _stack),
     "smolvlm": Kit(_smolvlm, _square(112, 16), _stack),
     "gemma3": Kit(_gemma3, _square(112, 16), _cat),
     "llava_next": Kit(
@@ -267,6 +328,17 @@ KITS: dict[str, Kit] = {
     ),
     "llava_onevision": Kit(
         _llava_onevision, _anyres(_SHRUNK), _cat, cells=_anyres_cells, separators=_anyres_separators
+    ),
+    "llava_onevision_many": Kit(
+        _llava_onevision, _onevision_many, _count, cells=_anyres_cells,
+        separators=_anyres_separators,
+    ),
+    "qwen2_vl_video": Kit(_qwen2_vl, _qwen_video, _cat, mrope=True),
+    "qwen2_5_vl_video": Kit(_qwen2_5_vl, _qwen_video, _cat, mrope=True),
+    "qwen3_vl_video": Kit(_qwen3_vl, _qwen3_video, _cat, mrope=True),
+    "llava_onevision_video": Kit(
+        _llava_onevision, _onevision_video, _cat, cells=_anyres_cells,
+        separators=_anyres_separators,
     ),
 }
 
@@ -308,19 +380,23 @@ def reference(family: str) -> nn.Module:
 SPECS = {
     "alone": (((0,), 7),),
     "padded": (((0,), 6), ((1, 2), 9), ((), 5)),
+    "single": (((0,), 6), ((1,), 9), ((), 5)),
+    "several": (((2, 0, 1), 8),),
     "text": (((), 6), ((), 9)),
 }
 
 
-def samples(family: str, kind: str = "padded", seed: int = 1) -> list[Sample]:
+def samples(family: str, kind: str | Sequence = "padded", seed: int = 1) -> list[Sample]:
+    """Random conversations: a name in `SPECS`, or such a value."""
     g = torch.Generator().manual_seed(seed)
     out = []
-    for sizes, n_text in SPECS[kind]:
+    for sizes, n_text in SPECS[kind] if isinstance(kind, str) else kind:
         text = torch.randint(10, VOCAB, (n_text,), generator=g).tolist()
         ids, pictures = [1] + text[:3], []
         for size in sizes:
-            pictures.append(KITS[family].picture(size, g))
-            ids += [START] + [IMAGE] * pictures[-1].tokens + [END]
+            pictures.append(picture := KITS[family].picture(size, g))
+            for run in picture.runs or (picture.tokens,):
+                ids += [START] + [picture.token] * run + [END]
         out.append(Sample(torch.tensor(ids + text[3:]), pictures))
     return out
 
@@ -339,8 +415,13 @@ def collate(family: str, batch: Sequence[Sample], side: str = "left") -> dict[st
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
     if KITS[family].mrope:
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        inputs["mm_token_type_ids"] = token_types(ids)
     return inputs
+
+
+def token_types(ids: Tensor) -> Tensor:
+    """1 for images, 2 for videos."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
 
 
 def pairwise(

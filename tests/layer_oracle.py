@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from families import KITS, Sample, reference
-from family_oracles import _pattern, _positions, deepstack, features
+from families import Sample, reference
+from family_oracles import _pattern, deepstack, features, positions
 from oracles import rotate
 from torch import Tensor
 
@@ -99,9 +99,7 @@ def run_with_gradients(
     visual[:prompt] = sample.visual
     if sample.pictures:
         h[visual] = torch.cat(features(family, sample)).to(h)
-    alive, position = torch.ones(n, dtype=torch.bool), _positions(family, sample, n)
-    if KITS[family].mrope:
-        position = position.expand(3, n)
+    alive, position = torch.ones(n, dtype=torch.bool), positions(family, sample, n)
     added, seen = deepstack(family, sample), Seen(h, alive)
     own = torch.arange(n)  # the token of each row; inserted rows have that of their neighbour
     inserted = torch.zeros(n, dtype=torch.bool)
