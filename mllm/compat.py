@@ -22,6 +22,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 __all__ = [
+    "CONTINUOUS",
     "Cache",
     "DynamicCache",
     "DynamicLayer",
@@ -36,10 +37,13 @@ __all__ = [
     "mask_like",
     "register_attention",
     "serve",
+    "tensor_parallel",
     "uses_cache",
 ]
 
 SERVED = ("sdpa", "eager", "flash_attention_2")
+#: Ways into continuous batching, methods of a model.
+CONTINUOUS = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
 def arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -136,3 +140,8 @@ def mask_like(seen: Tensor, mask: Tensor | None) -> Tensor:
         return seen
     zero = torch.zeros(seen.shape, dtype=mask.dtype, device=seen.device)
     return zero.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def tensor_parallel(model: nn.Module) -> int:
+    """Ranks that the weights of each layer are spread over."""
+    return getattr(model, "_tp_size", None) or 1

@@ -1,12 +1,14 @@
 """The one Patcher: hooks that run a plan inside a model, and leave nothing behind.
 
 Rows leave at two places: in the decoder's pre-hook (pre-LLM stages) and before a decoder layer
-(in-LLM stages). Everything about one forward pass lives in context variables, so an exception
-leaves nothing behind and threads do not meet; everything about a conversation lives on its cache.
+(in-LLM stages). Everything about one forward pass lives in context variables that are closed in
+`finally`, so neither an exception nor a KeyboardInterrupt leaves anything behind, and threads do
+not meet; everything about a conversation lives on its cache.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from contextvars import ContextVar
@@ -30,8 +32,10 @@ from mllm.ledger import Ledger, Record, Reduction
 from mllm.models import resolve as resolve_family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
-from mllm.tokens import split_images
+from mllm.running import running
+from mllm.tokens import count_rows, split_images
 from mllm.validate import check_plan, family_notes
+
 
 
 @dataclass
@@ -41,25 +45,20 @@ class _Call:
     patched: Patched
     labels: Tensor | None
     logits_to_keep: Any
-    outer: _Call | None
 
 
 _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
 _CALL: ContextVar[_Call | None] = ContextVar("mllm_call", default=None)
 _VISION: ContextVar[VisionRun | None] = ContextVar("mllm_vision", default=None)
-_PROMPT: ContextVar[int | None] = ContextVar("mllm_prompt", default=None)
+_PROMPT: ContextVar[tuple[Patched, int] | None] = ContextVar("mllm_prompt", default=None)
 
-
-def _outer(variable: ContextVar, patched: Patched) -> Any:
-    """What surrounds a new call of `patched`.
-
-    A model is not called inside itself, so state of its own was left by an interrupt: torch runs
-    hooks after an exception, but not after a KeyboardInterrupt.
-    """
-    state = variable.get()
-    while state is not None and state.patched is patched:
-        state = state.outer
-    return state
+_MISSING = object()
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class Patched:
@@ -103,8 +102,8 @@ class Patched:
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
         self._handles: list[Any] = []
-        self._served: list[tuple[nn.Module, Any]] = []
-        self._wrapped: list[tuple[nn.Module, str, Any]] = []
+        self._attributes: list[tuple[nn.Module, str, Any]] = []  # (module, name, before)
+        self._check_idle()
         self._install()
 
     def positions(self, stage: Any) -> str:
@@ -132,21 +131,41 @@ class Patched:
 
     def _install(self) -> None:
         family = self.family
-        for module in self.tapped():
-            name = f"mllm_{compat.attention_name(module)}"
-            self._served.append((module, compat.serve(module, name)))
+        touched: dict[nn.Module, None] = {}
 
         def pre(module: nn.Module, hook: Any) -> None:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            touched[module] = None
 
-        def post(module: nn.Module, hook: Any, always: bool = False) -> None:
-            self._handles.append(module.register_forward_hook(hook, always_call=always))
+        def post(module: nn.Module, hook: Any) -> None:
+            self._handles.append(module.register_forward_hook(hook))
+            touched[module] = None
 
+        def wrap(module: nn.Module, name: str, around: Any) -> None:
+            """Let `around(method, args, kwargs)` stand for a method; the signature stays."""
+            method = getattr(module, name)
+
+            # generate() reads the signature of get_image_features to choose its arguments.
+            @functools.wraps(method)
+            def wrapper(*args, **kwargs):
+                return around(method, args, kwargs)
+
+            self._set(module, name, wrapper)
+            touched[module] = None
+
+        for module in self.tapped():
+            before = compat.serve(module, f"mllm_{compat.attention_name(module)}")
+            self._attributes.append((module, "config", before))
+            touched[module] = None
+        # PEFT calls the forward of the model that it wraps, past the model's hooks.
         for top in {id(m): m for m in (self.model, family.model)}.values():
-            pre(top, self._top_pre)
-            post(top, self._top_post, always=True)
-        pre(family.base, self._base_pre)
-        post(family.base, self._base_post, always=True)
+            wrap(top, "forward", self._top_forward)
+        wrap(family.base, "forward", self._base_forward)
+        wrap(family.base, "get_image_features", self._image_features)
+        wrap(family.model, "generate", self._generate)
+        for name in compat.CONTINUOUS:
+            if hasattr(family.model, name):
+                wrap(family.model, name, self._refuse_continuous)
         pre(family.decoder, self._decoder_pre)
         post(family.decoder, self._decoder_post)
         for i in range(self.cuts[0] if self.cuts else len(self.layers), len(self.layers)):
@@ -155,51 +174,69 @@ class Patched:
             pre(family.projector, self._projector_pre)
             post(family.projector, self._projector_post)
             post(family.tower, self._tower_post)
+        self._set(family.base, "mllm_patched", True)
+        for module in touched:
+            self._set(module, "__deepcopy__", functools.partial(self._plain_copy, module))
 
-        features = family.base.get_image_features
-        generate = family.model.generate
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of one module, until :meth:`remove`."""
+        self._attributes.append((module, name, module.__dict__.get(name, _MISSING)))
+        setattr(module, name, value)
 
-        # generate() reads the signature of get_image_features to choose its arguments.
-        @functools.wraps(features)
-        def get_image_features(*args, **kwargs):
-            return self._image_features(features, args, kwargs)
+    def _plain_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        """What `copy.deepcopy` makes of a module: an ordinary one, without the plan."""
+        state = dict(module.__dict__)
+        for owner, name, before in reversed(self._attributes):
+            if owner is module and before is _MISSING:
+                del state[name]
+            elif owner is module:
+                state[name] = before
+        own = {handle.id for handle in self._handles}
+        for name in _HOOKS:
+            hooks = [(i, hook) for i, hook in state[name].items() if i not in own]
+            state[name] = type(state[name])(hooks)
+        plain = memo[id(module)] = type(module).__new__(type(module))
+        plain.__setstate__(copy.deepcopy(state, memo))
+        return plain
 
-        @functools.wraps(generate)
-        def patched_generate(*args, **kwargs):
-            return self._generate(generate, args, kwargs)
-
-        for owner, name, wrapper in (
-            (family.base, "get_image_features", get_image_features),
-            (family.model, "generate", patched_generate),
-        ):
-            self._wrapped.append((owner, name, owner.__dict__.get(name)))
-            setattr(owner, name, wrapper)
-        family.base.mllm_patched = True
+    def _check_idle(self) -> None:
+        if running(self.family.model):
+            raise PlanError(
+                "a forward pass of the model is going on, perhaps in another thread",
+                argument="model",
+                given=type(self.model).__name__,
+                expected="patch and remove between forward passes",
+            )
 
     def remove(self) -> None:
-        """Take the plan out; the model is exactly what it was. May be called twice."""
+        """Take the plan out; the model is exactly what it was.
+
+        Raises:
+            PlanError: it was taken out before, or a forward pass of the model is going on in
+                another thread (then the plan stays in and can be removed later).
+        """
+        if not self._handles:
+            raise PlanError(
+                "the plan was removed before",
+                argument="remove",
+                given=repr(self),
+                expected="remove() once, or a with block",
+            )
+        self._check_idle()
         for handle in self._handles:
             handle.remove()
-        for module, config in self._served:
-            module.config = config
-        for owner, name, before in self._wrapped:
-            delattr(owner, name)
-            if before is not None:
-                setattr(owner, name, before)
-        if self._wrapped:
-            del self.family.base.mllm_patched
-        self._handles, self._served, self._wrapped = [], [], []
-        self._forget()
-
-    def _forget(self) -> None:
-        _CALL.set(_outer(_CALL, self))
-        _FORWARD.set(_outer(_FORWARD, self))
+        for module, name, before in reversed(self._attributes):
+            delattr(module, name)
+            if before is not _MISSING:
+                setattr(module, name, before)
+        self._handles, self._attributes = [], []
 
     def __enter__(self) -> Patched:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.remove()
+        if self._handles:
+            self.remove()
 
     def __repr__(self) -> str:
         state = "active" if self._handles else "removed"
@@ -232,25 +269,56 @@ class Patched:
             )
         self._forget()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        token = _PROMPT.set(None if ids is None else ids.shape[1])
+        token = _PROMPT.set(None if ids is None else (self, ids.shape[1]))
         try:
             return generate(*args, **kwargs)
         finally:
             _PROMPT.reset(token)
 
-    def _top_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        outer = _outer(_CALL, self) if module is self.model else _CALL.get()
-        labels = kwargs.get("labels")
+    def _refuse_continuous(self, method: Any, args: tuple, kwargs: dict) -> None:
+        raise PlanError(
+            "a paged cache (continuous batching) cannot hold a plan's per-layer lengths",
+            argument="model",
+            given=method.__name__,
+            expected="generate() with a padded batch",
+        )
+
+    def _prompt_length(self) -> int | None:
+        """Tokens of the prompt, while generate() of this model runs."""
+        prompt = _PROMPT.get()
+        return prompt[1] if prompt is not None and prompt[0] is self else None
+
+    def _top_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
+        labels, outer = kwargs.get("labels"), _CALL.get()
         if labels is None and outer is not None and outer.patched is self:
             labels = outer.labels  # a PEFT wrapper's call, around this one
-        _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0), outer))
+        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0)))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _CALL.reset(token)
 
-    def _top_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if (call := _CALL.get()) is not None:
-            _CALL.set(call.outer)
+    def _base_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
+        # Not hooks: torch calls them after an Exception, but not after a KeyboardInterrupt.
+        run = self._open(compat.arguments(self._base_signature, args, kwargs))
+        token = _FORWARD.set(run)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            attention.close_taps()
+            _FORWARD.reset(token)
 
-    def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = compat.arguments(self._base_signature, args, kwargs)
+    def _run(self) -> DecoderRun | None:
+        """The forward pass of this model that is going on in this thread."""
+        run = _FORWARD.get()
+        return run if run is not None and run.patched is self else None
+
+    def _open(self, given: dict[str, Any]) -> DecoderRun:
+        """The state of a forward pass, from the base model's arguments.
+
+        Raises:
+            DataError: pictures and placeholders disagree.
+        """
         ids, pixels = given.get("input_ids"), given.get("pixel_values")
         encoders = given.get("mm_encoder_outputs") or {}
         encoded = encoders.get("image")
@@ -269,10 +337,14 @@ class Patched:
                 given=None,
                 expected="input_ids with the pixels",
             )
-        visual = None
-        if ids is not None and (has_pixels or ids.shape[1] > 1):
+        visual, counts = None, None
+        answering = self._answering(given.get("past_key_values"))
+        mask = given.get("attention_mask")
+        if ids is not None and not answering and (has_pixels or ids.shape[1] > 1):
             visual = ids == self.family.image_token_id
-            found = bool(visual.any())
+            plain = isinstance(mask, Tensor) and mask.dim() == 2
+            counts = count_rows(visual, mask[:, -ids.shape[1] :] if plain else None)
+            found = any(counts.visual)
             if found != has_pixels:
                 raise DataError(
                     "the prompt has image placeholders but no pixels were given"
@@ -292,16 +364,23 @@ class Patched:
                 expected="get_image_features of the patched model, or pixel_values",
             )
         if visual is not None:
-            self._check_counts(visual, given, encoded, reduction)
-        mask = given.get("attention_mask")
-        outer = _outer(_FORWARD, self)
-        _FORWARD.set(DecoderRun(self, visual, reduction, mask, outer=outer))
+            self._check_counts(counts.visual, given, encoded, reduction)
+        call = _CALL.get()
+        return DecoderRun(
+            self, visual, reduction, mask,
+            call=call if call is not None and call.patched is self else None,
+            counts=counts, answering=answering,
+        )
+
+    def _answering(self, cache: Any) -> bool:
+        """Whether all rows are tokens that generate() has added: none is padding or visual."""
+        length = self._prompt_length()
+        return length is not None and cache is not None and 0 < length <= cache.get_seq_length()
 
     def _check_counts(
-        self, visual: Tensor, given: dict[str, Any], encoded: Any, reduction: Reduction | None
+        self, counts: list[int], given: dict[str, Any], encoded: Any, reduction: Reduction | None
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
-        counts = visual.sum(1).tolist()
         if encoded is None:
             sizes = [layout.tokens for layout in self.family.layouts(given)]
             total = sum(sizes)
@@ -316,11 +395,6 @@ class Patched:
                 given=counts,
                 expected=f"{tokens} placeholders per image, {total} in the batch",
             )
-
-    def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if (run := _FORWARD.get()) is not None:
-            attention.close_taps()
-            _FORWARD.set(run.outer)
 
     # Pre-LLM stages: around get_image_features
 
@@ -345,7 +419,7 @@ class Patched:
             _VISION.reset(token)
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
-        if (decoder_run := _FORWARD.get()) is not None:
+        if (decoder_run := self._run()) is not None:
             decoder_run.reduction = run.reduction
         return output
 
@@ -365,32 +439,24 @@ class Patched:
     # The decoder
 
     def _decoder_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        run = _FORWARD.get()
+        run = self._run()
         if run is None:
             return None
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
-        call = _CALL.get()
-        run.start(kwargs, _PROMPT.get(), None if call is None else call.labels)
+        call = run.call
+        run.start(kwargs, self._prompt_length(), None if call is None else call.labels)
         if run.visual is not None and self.pruners:
-            if call is None and module.training and torch.is_grad_enabled():
-                raise PlanError(
-                    "the model was wrapped after it was patched, so supervised tokens cannot be "
-                    "told from the prompt",
-                    argument="model",
-                    given=type(self.model).__name__,
-                    expected="patch the wrapped (PEFT) model",
-                )
             attention.open_taps(run.taps())
         return (), kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        run = _FORWARD.get()
+        run = self._run()
         if run is None:
             return DecoderRun.replayed(self.cuts, layer, args, kwargs)
         return run.layer(layer, module.training, args, kwargs)
 
     def _decoder_post(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        run = _FORWARD.get()
+        run = self._run()
         if run is None:
             return None
         if run.visual is None:
@@ -405,33 +471,33 @@ class Patched:
                 given=self.plan.spec,
                 expected="every stage runs",
             )
-        hidden = output.last_hidden_state
-        output.last_hidden_state = run.restore(hidden)
-        self._book(run, self.plan_notes + run.notes, hidden.element_size())
+        output.last_hidden_state = run.restore(output.last_hidden_state)
+        if states := getattr(output, "hidden_states", None):
+            output.hidden_states = run.restore_states(states)
+        self._book(run, self.plan_notes + run.notes)
         return output
 
     def _book_text(self, run: DecoderRun) -> None:
         """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
-        past, rows, length = run.past_logical, run.full.valid.shape[1], _PROMPT.get()
+        past, rows, length = run.past_logical, run.full.valid.shape[1], self._prompt_length()
         # Within generate(), several rows behind the prompt are candidates to verify.
         new_turn = rows > 1 if length is None else past < length
         if not past or new_turn:
-            itemsize = next(self.family.decoder.parameters()).element_size()
-            self._book(run, ["no visual tokens: the plan had nothing to do"], itemsize)
+            self._book(run, ["no visual tokens: the plan had nothing to do"])
         elif self._records:
             self._records[-1].decode_steps += 1
 
-    def _book(self, run: DecoderRun, notes: list[str], itemsize: int) -> None:
+    def _book(self, run: DecoderRun, notes: list[str]) -> None:
         cache = run.cache
         if not run.past_logical:
             self._records.clear()  # a new conversation
         layers = [] if cache is None else cache.layers
         tensors = [t for x in layers for t in (x.keys, x.values) if t is not None]
         meta = {id(t): t for x in layers for t in (x.valid, x.logical) if t is not None}
-        call = _CALL.get()
         rows = run.full.valid.shape[1]
-        asked = call.logits_to_keep if call is not None else 0
-        asked = asked.numel() if isinstance(asked, Tensor) else asked
+        asked = run.call.logits_to_keep if run.call is not None else 0
+        if isinstance(asked, Tensor):  # places, or a mask of every row
+            asked = asked.shape[-1]
         record = Record(
             config=self.family.text_config,
             full=run.full,
@@ -444,7 +510,7 @@ class Patched:
             logit_rows=min(asked, rows) if asked else rows,
             kv_bytes=sum(t.nbytes for t in tensors),
             kv_meta_bytes=sum(t.nbytes for t in meta.values()),
-            itemsize=tensors[0].element_size() if tensors else itemsize,
+            itemsize=run.itemsize,
             cached=bool(tensors),
             selection_flops=run.selection_flops,
             notes=notes,

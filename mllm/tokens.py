@@ -122,6 +122,48 @@ def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]]
     return found if image == len(sizes) else None
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Rows of every sample of a forward, known without asking the device again.
+
+    Attributes:
+        visual: placeholders.
+        valid: rows that are no padding.
+        seen: placeholders that are no padding.
+    """
+
+    visual: list[int]
+    valid: list[int]
+    seen: list[int]
+
+
+def count_rows(visual: Tensor, mask: Tensor | None) -> Counts:
+    """Count in one read from the device.
+
+    Args:
+        visual: bool `[batch, rows]`.
+        mask: `[batch, rows]`, zero at padding; None is no padding.
+    """
+    if mask is None:
+        counts = visual.sum(1).tolist()
+        return Counts(counts, [visual.shape[1]] * len(counts), counts)
+    valid = mask.to(visual)
+    return Counts(*torch.stack([visual.sum(1), valid.sum(1), (visual & valid).sum(1)]).tolist())
+
+
+def on_device(values: Tensor, like: Tensor) -> Tensor:
+    """A tensor made on the CPU, beside `like`, without waiting for the device."""
+    return values.to(like.device, non_blocking=True)
+
+
+def places_of(marked: Tensor, total: int) -> Tensor:
+    """Flat indices of the `total` true elements of a bool tensor, in order: int64 `[total]`.
+
+    What `nonzero` gives, without asking the device how many there are.
+    """
+    return marked.flatten().int().argsort(descending=True, stable=True)[:total]
+
+
 @dataclass
 class TokenTable:
     """Rows of one forward pass; every field is `[batch, rows]`.
@@ -180,27 +222,33 @@ class TokenTable:
         """
         table = cls.text(valid, start)
         table.visual = visual
-        names = ("newline", "tile", "row", "col", "line")
-        for name in (*names, "image", "frame"):
-            setattr(table, name, getattr(table, name).clone())
-        device = visual.device
-        for b, sample in enumerate(layouts):
-            if not sample:
-                continue
-            rows = visual[b].nonzero()[:, 0]
-            for name in names:
-                column = getattr(table, name)
-                values = torch.cat([getattr(x.places, name) for x in sample])
-                column[b, rows] = values.to(device, column.dtype)
-            sizes = torch.tensor([x.tokens for x in sample])
-            image = torch.arange(len(sample)).repeat_interleave(sizes)
-            table.image[b, rows] = image.to(device, torch.int32)
-            table.frame[b, rows] = 0
+        columns, images = [], [x for sample in layouts for x in sample]
+        ordinals = [i for sample in layouts for i in range(len(sample))]
+        for ordinal, layout in zip(ordinals, images, strict=True):
+            p = layout.places
+            ordinal = torch.full_like(p.tile, ordinal)
+            columns.append(
+                torch.stack([p.newline.long(), p.tile, p.row, p.col, p.line, ordinal, 0 * ordinal])
+            )
+        if not columns:
+            return table
+        at = places_of(visual, sum(x.tokens for x in images))
+        values = on_device(torch.cat(columns, 1), visual)
+        names = ("newline", "tile", "row", "col", "line", "image", "frame")
+        for name, own in zip(names, values, strict=True):
+            column = getattr(table, name)
+            own = own.to(column.dtype)
+            setattr(table, name, column.flatten().index_copy(0, at, own).view_as(column))
         return table
 
-    def with_newlines(self, keep: Tensor) -> Tensor:
-        """`keep` with separators kept where a cell of their line is: bool `[batch, rows]`."""
-        lines, images = int(self.line.max()) + 1, int(self.image.max()) + 1
+    def with_newlines(self, keep: Tensor, lines: int, images: int) -> Tensor:
+        """`keep` with separators kept where a cell of their line is: bool `[batch, rows]`.
+
+        Args:
+            keep: bool `[batch, rows]`.
+            lines: more than the highest `line`.
+            images: more than the highest `image`.
+        """
         key = (self.image.long() * lines + self.line).clamp(min=0)
         cells = (keep & self.visual & ~self.newline).long()
         counts = cells.new_zeros(key.shape[0], max(1, images * lines)).scatter_add(1, key, cells)
