@@ -191,10 +191,9 @@ class DecoderRun:
         kwargs["position_ids"] = position
         prepared = kwargs.get("attention_mask")
         if isinstance(prepared, dict):
-            layer_of = {self.patched.family.kind(i): i for i in range(len(self.past))[::-1]}
+            kinds = [self.patched.family.kind(i) for i in range(len(self.past))]
             kwargs["attention_mask"] = {
-                kind: self._mask_of_kind(layer_of[kind], mask)
-                for kind, mask in prepared.items()
+                kind: self._mask_of_kind(kinds.index(kind), prepared[kind]) for kind in set(kinds)
             }
             self.rows = None
             return

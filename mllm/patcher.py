@@ -91,11 +91,11 @@ class Patched:
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
             if isinstance(s, LayerPruner) and s.layer is None
         ]
-        self.plan_notes += family_notes(self)
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
         check_plan(self, unvalidated)
+        self.plan_notes += family_notes(self)
         self.cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
         self._features_signature = inspect.signature(self.family.base.get_image_features)
@@ -382,6 +382,7 @@ class Patched:
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
         if encoded is None:
+            self.family.check(given)
             sizes = [layout.tokens for layout in self.family.layouts(given)]
             total = sum(sizes)
         else:
@@ -400,7 +401,9 @@ class Patched:
 
     def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
         inputs = compat.arguments(self._features_signature, args, kwargs)
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        for name in (
+            "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"
+        ):
             configured = getattr(self.family.model.config, name, None)
             if inputs.get(name) not in (None, configured):
                 raise PlanError(

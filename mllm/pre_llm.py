@@ -56,6 +56,7 @@ class VisionRun:
 
     def __init__(self, patched: Patched, inputs: Mapping[str, Any]) -> None:
         self.patched, self.family, self.inputs = patched, patched.family, inputs
+        self.family.check(inputs)
         device = inputs["pixel_values"].device
         layouts = self.family.layouts(inputs)
         full = [self.family.vision_flops(x, x.cells) for x in layouts]

@@ -43,8 +43,7 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
         attention = tower.blocks[1 if family == "qwen2_5_vl" else -1].attn
     else:
         encoder = getattr(tower, "vision_model", tower).encoder
-        last = -1 if "onevision" in family or not hasattr(encoder, "layers") else -2
-        last = -1 if family in ("idefics3", "smolvlm") else last
+        last = -2 if family in ("llava", "llava_next") else -1
         block = getattr(encoder, "layers", getattr(encoder, "layer", None))[last]
         attention = getattr(block, "self_attn", getattr(block, "attention", None))
     handle = attention.register_forward_pre_hook(
@@ -69,7 +68,7 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
     else:
         score, keys = weights.sum((1, 2)), k.mean(1)
     both = torch.cat([score[..., None], keys], -1)  # [tiles, patches, 1 + dim]
-    both = _as_tokens(family, net, both, picture)
+    both = as_tokens(family, net, both, picture)
     return Seen(both[:, 0], both[:, 1:])
 
 
@@ -85,7 +84,7 @@ def _qwen_heads(attention: nn.Module, caught: dict) -> tuple[Tensor, Tensor]:
     return turn(q), turn(k)
 
 
-def _as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
+def as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
     """A signal of the tower `[tiles, patches, d]` per visual token `[n, d]`."""
     (rows, cols), width = picture.grid, signal.shape[-1]
     if family == "llava":
@@ -223,7 +222,6 @@ def dense(
     source = torch.where(visual, visual.long().cumsum(0) - 1, -1)
     row_of = visual.nonzero()[:, 0]
     cells = row_of[_cells(family, sample)]
-    allowed = torch.ones(n, n, dtype=torch.bool).tril()
     weights: dict[int, Tensor] = {}
     entering, h, added = [], h[None], deepstack(family, sample)
     for i, layer in enumerate(lm.layers):
@@ -237,10 +235,13 @@ def dense(
                 if cut.positions == "compact":
                     position = torch.where(alive, alive.long().cumsum(0) - 1, position)
         entering.append(source[visual & alive])
-        see = allowed & (alive[None] | torch.eye(n, dtype=torch.bool))
+        see = _pattern(family, i, sample, n)
+        see = see & (alive[None] | torch.eye(n, dtype=torch.bool))
         mask = torch.zeros(n, n).masked_fill(~see, torch.finfo(torch.float32).min)
-        rope = lm.rotary_emb(h, position_ids=position[:, None] if position.dim() == 2
-                             else position[None])  # fmt: skip
+        kind = (lm.config.layer_types[i],) if family == "gemma3" else ()
+        rope = lm.rotary_emb(
+            h, position[:, None] if position.dim() == 2 else position[None], *kind
+        )
         handle = layer.self_attn.register_forward_hook(
             lambda _, args, out, i=i: weights.__setitem__(i, out[1])
         )
@@ -249,6 +250,22 @@ def dense(
         if i < len(added):
             h[0, visual] += added[i]
     return Dense(net.lm_head(lm.norm(h))[0], entering, alive)
+
+
+def _pattern(family: str, layer: int, sample: Sample, n: int) -> Tensor:
+    """What each row may see if nothing is dropped: bool `[n, n]`."""
+    see = torch.ones(n, n, dtype=torch.bool).tril()
+    if family != "gemma3":
+        return see
+    visual = torch.zeros(n, dtype=torch.bool)
+    visual[: len(sample.ids)] = sample.visual
+    image = torch.where(visual, (~visual).long().cumsum(0), -1)  # images are never neighbours
+    see |= visual[:, None] & (image[:, None] == image)
+    config = reference(family).config.text_config
+    if config.layer_types[layer] == "sliding_attention":
+        row = torch.arange(n)
+        see &= row[:, None] - row < config.sliding_window
+    return see
 
 
 def _cells(family: str, sample: Sample) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mllm.errors import DataError
 from mllm.tokens import Layout
 
 
@@ -60,6 +61,7 @@ class Family:
         hybrid: decoder layers of several kinds see differently; the base model makes a mask of
             each kind.
         first_cut: first decoder layer before which rows may leave.
+        needs: tensors that pictures come as, and the dimensions that each may have.
     """
 
     prefix = 0
@@ -70,6 +72,7 @@ class Family:
     mrope = False
     hybrid = False
     first_cut = 0
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4,)}
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -129,6 +132,23 @@ class Family:
     def cls_feature(self, tower_output: Any) -> Tensor:
         """The [CLS] feature beside the patch features that are projected: `[images, 1, width]`."""
         raise NotImplementedError
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse pictures that the processor of another model made.
+
+        Raises:
+            DataError: a tensor is missing or has another number of dimensions.
+        """
+        for name, dims in self.needs.items():
+            value = inputs.get(name)
+            if not isinstance(value, Tensor) or value.dim() not in dims:
+                kind = type(self.model).__name__
+                raise DataError(
+                    f"these are no pictures for {kind}: another model's processor made them",
+                    argument=name,
+                    given=list(value.shape) if isinstance(value, Tensor) else value,
+                    expected=f"a tensor of {' or '.join(map(str, dims))} dimensions",
+                )
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels of every image, in prompt order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +18,8 @@ class Idefics3(Family):
 
     A tile is an image of its own.
     """
+
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (5,)}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

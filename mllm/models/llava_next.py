@@ -27,6 +27,7 @@ class LlavaNext(Llava):
         "Pool": "its images are several grids with separators",
         "Resize": "it fixes the size of its tiles",
     }
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4, 5), "image_sizes": (2,)}
 
     def native_grid(self) -> None:
         return None

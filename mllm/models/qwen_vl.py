@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm import flops
+from mllm.errors import DataError
 from mllm.models.base import Family, shrink
 from mllm.tokens import Layout
 
@@ -18,6 +19,7 @@ class Qwen2VL(Family):
 
     packed = True
     mrope = True
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (2,), "image_grid_thw": (2,)}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -27,6 +29,17 @@ class Qwen2VL(Family):
 
     def block_attention(self, block: int) -> nn.Module:
         return self.blocks[block].attn
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        super().check(inputs)
+        told = int(inputs["image_grid_thw"].prod(-1).sum())
+        if told != len(inputs["pixel_values"]):
+            raise DataError(
+                f"image_grid_thw speaks of {told} patches",
+                argument="pixel_values",
+                given=list(inputs["pixel_values"].shape),
+                expected=f"{told} patches",
+            )
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         patches = inputs["image_grid_thw"].prod(-1).tolist()
