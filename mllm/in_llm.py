@@ -15,7 +15,17 @@ from mllm.cache import adopt, note_rows
 from mllm.compressors.base import AttentionRows, Context, LayerPruner
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber, split_images
+from mllm.tokens import (
+    Counts,
+    TokenTable,
+    choose_rows,
+    count_rows,
+    gather_rows,
+    on_device,
+    places_of,
+    renumber,
+    split_images,
+)
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -30,6 +40,9 @@ class DecoderRun:
         visual: bool `[batch, rows]`, image placeholders of this forward; None without any.
         reduction: what the pre-LLM stages decided; set before the decoder runs.
         mask: the attention mask that the base model was given.
+        call: the call of the model around this one, if there was one.
+        counts: rows of every sample, as far as the base model's hooks have counted them.
+        answering: whether all rows are tokens that generate() has appended.
         full: table of the rows as the caller gave them.
         table: table of the rows of the current stage.
         tables: (first layer, table) of every stage.
@@ -49,7 +62,9 @@ class DecoderRun:
     visual: Tensor | None
     reduction: Reduction | None
     mask: Any
-    outer: DecoderRun | None
+    call: Any = None
+    counts: Counts | None = None
+    answering: bool = False
     full: TokenTable | None = None
     table: TokenTable | None = None
     tables: list[tuple[int, TokenTable]] = field(default_factory=list)
@@ -67,6 +82,10 @@ class DecoderRun:
     selection_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
+    lengths: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    at: Tensor | None = None
+    itemsize: int = 0
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -106,6 +125,10 @@ class DecoderRun:
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
         if mask is not None:
             valid = mask[:, -rows:].to(valid)
+        if self.counts is None or mask is not self.mask:
+            self.counts = self._counted(valid, mask is None or self.answering)
+        self.lengths, self.seen = self.counts.valid, self.counts.seen
+        self.itemsize = embeds.element_size()
         self._make_table(valid)
         self.prompt = self._prompt_rows(prompt_length, labels)
         self._drop_rows(kwargs)
@@ -129,6 +152,13 @@ class DecoderRun:
                 expected="a cache of a plan with the same cuts, or a new cache",
             )
 
+    def _counted(self, valid: Tensor, unpadded: bool) -> Counts:
+        if self.visual is not None:
+            return count_rows(self.visual, valid)
+        batch, rows = valid.shape
+        lengths = [rows] * batch if unpadded else valid.sum(1).tolist()
+        return Counts([0] * batch, lengths, [0] * batch)
+
     def _make_table(self, valid: Tensor) -> None:
         start = self.past_logical
         if self.visual is None:
@@ -136,7 +166,9 @@ class DecoderRun:
             self.images = [[] for _ in range(valid.shape[0])]
             return
         layouts = self.reduction.layouts
-        self.images = split_images(self.visual.sum(1).tolist(), self.reduction.sizes)
+        self.visual = self.visual.to(valid.device)
+        self.at = places_of(self.visual, sum(self.counts.visual))
+        self.images = split_images(self.counts.visual, self.reduction.sizes)
         self.full = self.table = TokenTable.prompt(
             valid, self.visual, start, [[layouts[i] for i in own] for own in self.images]
         )
@@ -182,7 +214,8 @@ class DecoderRun:
                     delta = (position - moved).gather(1, last)
                     first.shifts["llm"] = delta if shift is None else shift + delta
                 position = moved
-            rows = choose_rows(keep, table.valid, order if compact else None)
+            self._count(keep, None)
+            rows = choose_rows(keep, table.valid, order if compact else None, max(self.lengths))
             self.table = table.take(rows, keep.gather(1, rows))
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
             self.patched.family.take_rows(kwargs, rows, self.table.valid)
@@ -211,24 +244,37 @@ class DecoderRun:
         """Rows that stay, and their order if it is not the grid's: `[batch, rows]` each."""
         table, reduction = self.table, self.reduction
         images = [i for own in self.images for i in own]
-        starts, sizes, device = reduction.starts, reduction.sizes, reduction.keep.device
-        token = torch.cat([torch.arange(sizes[i]) + starts[i] for i in images]).to(device)
+        sizes = torch.tensor([reduction.sizes[i] for i in images])
+        token = torch.cat([torch.arange(reduction.sizes[i]) + reduction.starts[i] for i in images])
+        token = on_device(token, reduction.keep)
         keep = ~table.visual
-        keep[table.visual] = reduction.keep[token]
+        keep = keep.flatten().index_copy(0, self.at, reduction.keep[token]).view_as(keep)
         order = None
         if reduction.order is not None:
-            order = table.index.clone()
-            lengths = torch.tensor([sizes[i] for i in images])
-            ends = lengths.cumsum(0)
-            first = order[table.visual][(ends - lengths).to(device)]
-            first = first.repeat_interleave(lengths.to(device), output_size=int(ends[-1]))
-            order[table.visual] = first + reduction.order[token]
+            order = table.index.flatten()
+            # Per visual row, the first row of its image.
+            first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            place = order[self.at[on_device(first, keep)]] + reduction.order[token]
+            order = order.index_copy(0, self.at, place).view_as(table.index)
         return keep & table.valid, order
+
+    def _count(self, keep: Tensor, visual: list[int] | None) -> None:
+        """Count the rows that stay, `visual` of them visual; None asks the device."""
+        texts = [n - v for n, v in zip(self.lengths, self.seen, strict=True)]
+        if visual is None:
+            visual = [n - t for n, t in zip(keep.sum(1).tolist(), texts, strict=True)]
+        self.seen = visual
+        self.lengths = [t + v for t, v in zip(texts, visual, strict=True)]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row of the current stage is padding."""
+        return min(self.lengths) < self.table.valid.shape[1]
 
     def _slot_valid(self, layer: int) -> Tensor | None:
         """Validity of a layer's slots with this forward's rows; None if nothing is padded."""
         valid = self.table.valid
-        padded = not bool(valid.all())
+        padded = self.padded
         old = None if self.cache is None else self.cache.layers[layer]
         if old is not None and old.slots:
             # The cache may have been told of the new rows already.
@@ -243,9 +289,8 @@ class DecoderRun:
             return
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
-        padded = not bool(self.table.valid.all())
         advance = self.full.valid.shape[1]
-        note_rows(self.cache.layers[layer:stop], self.table, padded, advance)
+        note_rows(self.cache.layers[layer:stop], self.table, self.padded, advance)
 
     def taps(self) -> dict[nn.Module, list[Any]]:
         """Taps for the signals that in-LLM stages declared."""
@@ -377,8 +422,10 @@ class DecoderRun:
             for number, stage in stages:
                 keep &= ~table.visual | table.newline | self._select(number, stage, keep)
             if self.spaced:
-                keep = table.with_newlines(keep)
-            rows = choose_rows(keep, table.valid)
+                lines = max(layout.lines for layout in self.reduction.layouts)
+                keep = table.with_newlines(keep, lines, max(map(len, self.images)))
+            self._count(keep, None)
+            rows = choose_rows(keep, table.valid, None, max(self.lengths))
             if compact:
                 moved = renumber(position, keep, table.valid)
                 last = keep.long().cumsum(1).argmax(1, keepdim=True)
@@ -420,14 +467,23 @@ class DecoderRun:
         self.selection_flops += ctx.flops
         return action.mask
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """The decoder's output at the length the caller knows.
+    def restore(self, hidden: Tensor, table: TokenTable | None = None) -> Tensor:
+        """What came out of a layer, by default the last, at the length the caller knows.
 
         Dropped rows are zero. Padding rows keep what they had, so that keeping everything
         changes nothing.
         """
-        table, full = self.table, self.full
+        table, full = table or self.table, self.full
         written = table.valid | ~full.valid.gather(1, table.index)
         hidden = hidden.masked_fill(~written[..., None], 0)
         out = hidden.new_zeros(hidden.shape[0], full.valid.shape[1], hidden.shape[2])
         return out.scatter(1, table.index[..., None].expand_as(hidden), hidden)
+
+    def restore_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """`hidden_states` of the decoder: what enters the first layer, and what leaves each."""
+        restored, tables = [], dict(self.tables)
+        table = tables[0]
+        for i, hidden in enumerate(states):
+            table = tables.get(max(0, i - 1), table)
+            restored.append(None if hidden is None else self.restore(hidden, table))
+        return tuple(restored)

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mllm import attention, compat
@@ -35,7 +34,6 @@ from mllm.pre_llm import VisionRun
 from mllm.running import running
 from mllm.tokens import count_rows, split_images
 from mllm.validate import check_plan, family_notes
-
 
 
 @dataclass
@@ -267,7 +265,6 @@ class Patched:
                 given=chunk,
                 expected="None",
             )
-        self._forget()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         token = _PROMPT.set(None if ids is None else (self, ids.shape[1]))
         try:

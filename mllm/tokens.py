@@ -53,6 +53,11 @@ class Layout:
         return self.cells + {"none": 0, "rows": self.grids[-1][0], "end": 1}[self.newline]
 
     @property
+    def lines(self) -> int:
+        """More than the highest line of its separators."""
+        return len(self.grids) + self.grids[-1][0]
+
+    @property
     def places(self) -> Places:
         """Where each token is, on the CPU."""
         return _places(self)
@@ -263,7 +268,9 @@ class TokenTable:
         return TokenTable(**{**columns, "valid": valid})
 
 
-def choose_rows(keep: Tensor, valid: Tensor, order: Tensor | None = None) -> Tensor:
+def choose_rows(
+    keep: Tensor, valid: Tensor, order: Tensor | None = None, count: int | None = None
+) -> Tensor:
     """Rows that stay, as a rectangle: int64 `[batch, most kept in the batch]`.
 
     Samples that keep fewer rows are filled up, first with their padding rows and then with rows
@@ -274,8 +281,10 @@ def choose_rows(keep: Tensor, valid: Tensor, order: Tensor | None = None) -> Ten
         keep: bool `[batch, rows]`, valid rows that stay.
         valid: bool `[batch, rows]`.
         order: int64 `[batch, rows]`, another sequence order; must be distinct per sample.
+        count: the most kept in the batch; None asks the device.
     """
-    count = int(keep.sum(1).max())
+    if count is None:
+        count = int(keep.sum(1).max())
     rank = torch.where(keep, 2, torch.where(valid, 0, 1))
     rows = rank.argsort(dim=1, descending=True, stable=True)[:, :count]
     key = rows if order is None else order.gather(1, rows)
@@ -310,12 +319,13 @@ def renumber(
         position: int64 `[batch, rows]`.
         keep: bool `[batch, rows]`, a subset of `valid`.
         valid: bool `[batch, rows]`.
-        order: int64 `[batch, rows]`, sequence order, if it is not that of the columns.
+        order: int64 `[batch, rows]` below the number of rows, sequence order, if it is not that
+            of the columns.
     """
     if order is None:
         place = keep.long().cumsum(1) - 1
     else:
-        last = int(order.max()) + 1
+        last = order.shape[1]
         place = order.masked_fill(~keep, last).argsort(dim=1, stable=True).argsort(dim=1)
     first = valid.int().argmax(1, keepdim=True)
     return torch.where(keep, position.gather(1, first) + place, position)

@@ -34,8 +34,9 @@ def test_remove_restores_everything(spec, attn):
     assert anatomy(model) == before
     assert torch.equal(model(**inputs).logits, plain)
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), answer)
-    patched.remove()
-    assert anatomy(model) == before, "a second remove() does nothing"
+    with pytest.raises(PlanError, match="removed before"):
+        patched.remove()
+    assert anatomy(model) == before, "a second remove() changes nothing"
 
 
 @few
