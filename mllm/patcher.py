@@ -45,10 +45,22 @@ class _Call:
     logits_to_keep: Any
 
 
+@dataclass
+class _Prompt:
+    """What generate() knows: the length of the prompt, and whether it drafts for assisted decoding.
+
+    transformers gives no pictures to a model that drafts.
+    """
+
+    patched: Patched
+    length: int | None
+    drafts: bool
+
+
 _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
 _CALL: ContextVar[_Call | None] = ContextVar("mllm_call", default=None)
 _VISION: ContextVar[VisionRun | None] = ContextVar("mllm_vision", default=None)
-_PROMPT: ContextVar[tuple[Patched, int] | None] = ContextVar("mllm_prompt", default=None)
+_PROMPT: ContextVar[_Prompt | None] = ContextVar("mllm_prompt", default=None)
 
 _MISSING = object()
 _HOOKS = (
@@ -266,7 +278,8 @@ class Patched:
                 expected="None",
             )
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        token = _PROMPT.set(None if ids is None else (self, ids.shape[1]))
+        length = None if ids is None else ids.shape[1]
+        token = _PROMPT.set(_Prompt(self, length, getattr(config, "is_assistant", False)))
         try:
             return generate(*args, **kwargs)
         finally:
@@ -280,10 +293,11 @@ class Patched:
             expected="generate() with a padded batch",
         )
 
-    def _prompt_length(self) -> int | None:
-        """Tokens of the prompt, while generate() of this model runs."""
+    def _prompt(self) -> _Prompt:
+        """The call of this model's generate() that is going on in this thread."""
         prompt = _PROMPT.get()
-        return prompt[1] if prompt is not None and prompt[0] is self else None
+        here = prompt is not None and prompt.patched is self
+        return prompt if here else _Prompt(self, None, False)
 
     def _top_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
         labels, outer = kwargs.get("labels"), _CALL.get()
@@ -341,7 +355,7 @@ class Patched:
             visual = ids == self.family.image_token_id
             plain = isinstance(mask, Tensor) and mask.dim() == 2
             counts = count_rows(visual, mask[:, -ids.shape[1] :] if plain else None)
-            found = any(counts.visual)
+            found = any(counts.visual) and (has_pixels or not self._prompt().drafts)
             if found != has_pixels:
                 raise DataError(
                     "the prompt has image placeholders but no pixels were given"
@@ -371,7 +385,7 @@ class Patched:
 
     def _answering(self, cache: Any) -> bool:
         """Whether all rows are tokens that generate() has added: none is padding or visual."""
-        length = self._prompt_length()
+        length = self._prompt().length
         return length is not None and cache is not None and 0 < length <= cache.get_seq_length()
 
     def _check_counts(
@@ -444,7 +458,7 @@ class Patched:
             return None
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
         call = run.call
-        run.start(kwargs, self._prompt_length(), None if call is None else call.labels)
+        run.start(kwargs, self._prompt().length, None if call is None else call.labels)
         if run.visual is not None and self.pruners:
             attention.open_taps(run.taps())
         return (), kwargs
@@ -479,7 +493,9 @@ class Patched:
 
     def _book_text(self, run: DecoderRun) -> None:
         """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
-        past, rows, length = run.past_logical, run.full.valid.shape[1], self._prompt_length()
+        if self._prompt().drafts:
+            return
+        past, rows, length = run.past_logical, run.full.valid.shape[1], self._prompt().length
         # Within generate(), several rows behind the prompt are candidates to verify.
         new_turn = rows > 1 if length is None else past < length
         if not past or new_turn:

@@ -245,7 +245,7 @@ def dense(
                 if cut.positions == "compact":
                     position = torch.where(alive, alive.long().cumsum(0) - 1, position)
         entering.append(source[visual & alive])
-        see = _pattern(family, i, sample, n)
+        see = _pattern(family, i, sample, n, turns[0][1])
         see = see & (alive[None] | torch.eye(n, dtype=torch.bool))
         mask = torch.zeros(n, n).masked_fill(~see, torch.finfo(torch.float32).min)
         kind = (lm.config.layer_types[i],) if family == "gemma3" else ()
@@ -272,13 +272,18 @@ def _pictures(sample: Sample, start: int, end: int) -> int:
     return sum(at in seen for at in list(starts)[:-1])
 
 
-def _pattern(family: str, layer: int, sample: Sample, n: int) -> Tensor:
-    """What each row may see if nothing is dropped: bool `[n, n]`."""
+def _pattern(family: str, layer: int, sample: Sample, n: int, first: int) -> Tensor:
+    """What each row may see if nothing is dropped: bool `[n, n]`.
+
+    The images of a conversation's first turn, `first` rows, see both ways in Gemma 3; with a
+    filled cache transformers puts the blocks of an image at the wrong rows, or at none.
+    """
     see = torch.ones(n, n, dtype=torch.bool).tril()
     if family != "gemma3":
         return see
     visual = torch.zeros(n, dtype=torch.bool)
     visual[: len(sample.ids)] = sample.visual
+    visual[first:] = False
     image = torch.where(visual, (~visual).long().cumsum(0), -1)  # images are never neighbours
     see |= visual[:, None] & (image[:, None] == image)
     config = reference(family).config.text_config
