@@ -304,8 +304,10 @@ def _cells(family: str, sample: Sample) -> list[int]:
 
 def _positions(family: str, sample: Sample, n: int) -> Tensor:
     """Positions of the prompt and what follows it: `[n]`, or `[3, n]` under M-RoPE."""
-    if not KITS[family].mrope or not sample.pictures:
+    if not KITS[family].mrope:
         return torch.arange(n)
+    if not sample.pictures:
+        return torch.arange(n).expand(3, -1)
     fields = KITS[family].join([sample.pictures])
     position, _ = reference(family).model.get_rope_index(
         sample.ids[None],
