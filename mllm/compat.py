@@ -34,6 +34,7 @@ __all__ = [
     "best_resolution",
     "causal_mask",
     "dynamic_cache",
+    "encodes_first",
     "mask_like",
     "register_attention",
     "serve",
@@ -96,6 +97,11 @@ def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:
     if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
         return False
     return bool(decoder.config.use_cache if asked is None else asked)
+
+
+def encodes_first(base: nn.Module) -> bool:
+    """Whether generate() computes features before the prompt is read (5.17 does it in forward)."""
+    return "mm_encoder_outputs" in inspect.signature(base.forward).parameters
 
 
 def dynamic_cache(decoder: nn.Module) -> DynamicCache:

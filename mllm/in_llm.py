@@ -37,8 +37,10 @@ class DecoderRun:
 
     Attributes:
         patched: the patched model (its plan, stages and family).
-        visual: bool `[batch, rows]`, image placeholders of this forward; None without any.
-        reduction: what the pre-LLM stages decided; set before the decoder runs.
+        visual: bool `[batch, rows]`, placeholders of this forward; None without any.
+        reduction: what the pre-LLM stages decided; set when the decoder starts.
+        marks: `visual` by kind, `image` or `video`.
+        reductions: by kind, set before the decoder runs.
         mask: the attention mask that the base model was given.
         call: the call of the model around this one, if there was one.
         counts: rows of every sample, as far as the base model's hooks have counted them.
@@ -86,6 +88,8 @@ class DecoderRun:
     seen: list[int] = field(default_factory=list)
     at: Tensor | None = None
     itemsize: int = 0
+    marks: dict[str, Tensor] = field(default_factory=dict)
+    reductions: dict[str, Reduction] = field(default_factory=dict)
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -153,11 +157,11 @@ class DecoderRun:
             )
 
     def _counted(self, valid: Tensor, unpadded: bool) -> Counts:
-        if self.visual is not None:
-            return count_rows(self.visual, valid)
+        if self.marks:
+            return count_rows(self.marks, valid)
         batch, rows = valid.shape
         lengths = [rows] * batch if unpadded else valid.sum(1).tolist()
-        return Counts([0] * batch, lengths, [0] * batch)
+        return Counts({}, lengths, [0] * batch)
 
     def _make_table(self, valid: Tensor) -> None:
         start = self.past_logical
@@ -165,13 +169,32 @@ class DecoderRun:
             self.full = self.table = TokenTable.text(valid, start)
             self.images = [[] for _ in range(valid.shape[0])]
             return
+        parts = [self.reductions[kind] for kind in self.marks]
+        if len(parts) == 1:
+            self.reduction = parts[0]
+            self.images = split_images(self.counts.visual, self.reduction.sizes)
+        else:
+            self.reduction, self.images = Reduction.join(parts), self._both(parts)
         layouts = self.reduction.layouts
         self.visual = self.visual.to(valid.device)
         self.at = places_of(self.visual, sum(self.counts.visual))
-        self.images = split_images(self.counts.visual, self.reduction.sizes)
         self.full = self.table = TokenTable.prompt(
             valid, self.visual, start, [[layouts[i] for i in own] for own in self.images]
         )
+
+    def _both(self, parts: list[Reduction]) -> list[list[int]]:
+        """Images and videos of every sample, in prompt order, as ordinals among both."""
+        found: list[list[tuple[int, int]]] = [[] for _ in self.visual]
+        first = 0
+        for (kind, visual), part in zip(self.marks.items(), parts, strict=True):
+            own = split_images(self.counts.marked[kind], part.sizes)
+            for b, images in enumerate(own):
+                rows = visual[b].nonzero()[:, 0].tolist()
+                for i in images:
+                    found[b].append((rows[0], first + i))
+                    rows = rows[part.sizes[i] :]
+            first += len(part.sizes)
+        return [[image for _, image in sorted(sample)] for sample in found]
 
     @property
     def spaced(self) -> bool:

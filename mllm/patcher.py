@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mllm import attention, compat
@@ -29,6 +30,7 @@ from mllm.errors import DataError, NoEffectError, PlanError
 from mllm.in_llm import DecoderRun
 from mllm.ledger import Ledger, Record, Reduction
 from mllm.models import resolve as resolve_family
+from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.running import running
@@ -83,6 +85,7 @@ class Patched:
     def __init__(self, model: nn.Module, plan: Any, *, unvalidated: bool = False) -> None:
         self.model = model
         self.family = resolve_family(model)
+        self.kinds = {"image": self.family, "video": self.family.of_videos()}
         self.layers = list(self.family.layers)
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
         requested = Plan.of(plan)
@@ -108,7 +111,6 @@ class Patched:
         self.plan_notes += family_notes(self)
         self.cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
-        self._features_signature = inspect.signature(self.family.base.get_image_features)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
         self._handles: list[Any] = []
@@ -171,7 +173,9 @@ class Patched:
         for top in {id(m): m for m in (self.model, family.model)}.values():
             wrap(top, "forward", self._top_forward)
         wrap(family.base, "forward", self._base_forward)
-        wrap(family.base, "get_image_features", self._image_features)
+        for kind in [kind for kind, of in self.kinds.items() if of is not None]:
+            features = functools.partial(self._features, kind)
+            wrap(family.base, f"get_{kind}_features", features)
         wrap(family.model, "generate", self._generate)
         for name in compat.CONTINUOUS:
             if hasattr(family.model, name):
@@ -330,57 +334,53 @@ class Patched:
         Raises:
             DataError: pictures and placeholders disagree.
         """
-        ids, pixels = given.get("input_ids"), given.get("pixel_values")
-        encoders = given.get("mm_encoder_outputs") or {}
-        encoded = encoders.get("image")
-        if given.get("pixel_values_videos") is not None or encoders.get("video") is not None:
+        ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
+        mask, visual, counts = given.get("attention_mask"), None, None
+        families = {kind: family for kind, family in self.kinds.items() if family is not None}
+        if "video" not in families and (
+            given.get("pixel_values_videos") is not None or encoders.get("video") is not None
+        ):
             raise DataError(
-                "the tokens of videos cannot be reduced",
+                f"the tokens of videos cannot be reduced in {type(self.model).__name__}",
                 argument="pixel_values_videos",
                 given="a video",
                 expected="images",
             )
-        has_pixels = pixels is not None or encoded is not None
-        if ids is None and has_pixels:
+        brought = [
+            kind
+            for kind, family in families.items()
+            if given.get(family.pixels) is not None or encoders.get(kind) is not None
+        ]
+        if ids is None and brought:
             raise DataError(
                 "visual rows cannot be found without input_ids",
                 argument="input_ids",
                 given=None,
                 expected="input_ids with the pixels",
             )
-        visual, counts = None, None
         answering = self._answering(given.get("past_key_values"))
-        mask = given.get("attention_mask")
-        if ids is not None and not answering and (has_pixels or ids.shape[1] > 1):
-            visual = ids == self.family.image_token_id
+        marks: dict[str, Tensor] = {}
+        reductions: dict[str, Reduction] = {}
+        if ids is not None and not answering and (brought or ids.shape[1] > 1):
+            marks = {k: ids == family.image_token_id for k, family in families.items()}
             plain = isinstance(mask, Tensor) and mask.dim() == 2
-            counts = count_rows(visual, mask[:, -ids.shape[1] :] if plain else None)
-            found = any(counts.visual) and (has_pixels or not self._prompt().drafts)
-            if found != has_pixels:
-                raise DataError(
-                    "the prompt has image placeholders but no pixels were given"
-                    if found
-                    else "pixels were given but the prompt has no image placeholder",
-                    argument="pixel_values" if found else "input_ids",
-                    given=None if found else f"no token {self.family.image_token_id}",
-                    expected="as many image placeholders as visual tokens",
-                )
-            visual = visual if found else None
-        reduction = getattr(encoded, "mllm_reduction", None)
-        if encoded is not None and reduction is None:
-            raise DataError(
-                "mm_encoder_outputs were not computed by the patched model",
-                argument="mm_encoder_outputs",
-                given=type(encoded).__name__,
-                expected="get_image_features of the patched model, or pixel_values",
-            )
-        if visual is not None:
-            self._check_counts(counts.visual, given, encoded, reduction)
+            counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
+            if brought or not self._prompt().drafts:
+                for kind, family in families.items():
+                    self._check_counts(
+                        kind, family, counts.marked[kind], given, encoders.get(kind)
+                    )
+            marks = {kind: marks[kind] for kind in brought}
+            reductions = {
+                kind: encoders[kind].mllm_reduction for kind in brought if encoders.get(kind)
+            }
+        if marks:
+            visual = functools.reduce(torch.logical_or, marks.values())
         call = _CALL.get()
         return DecoderRun(
-            self, visual, reduction, mask,
+            self, visual, None, mask,
             call=call if call is not None and call.patched is self else None,
-            counts=counts, answering=answering,
+            counts=counts, answering=answering, marks=marks, reductions=reductions,
         )
 
     def _answering(self, cache: Any) -> bool:
@@ -389,29 +389,51 @@ class Patched:
         return length is not None and cache is not None and 0 < length <= cache.get_seq_length()
 
     def _check_counts(
-        self, counts: list[int], given: dict[str, Any], encoded: Any, reduction: Reduction | None
+        self, kind: str, family: Family, counts: list[int], given: dict[str, Any], encoded: Any
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
+        found, brought = any(counts), given.get(family.pixels) is not None or encoded is not None
+        if found != brought:
+            raise DataError(
+                f"the prompt has {kind} placeholders but no pixels were given"
+                if found
+                else f"pixels were given but the prompt has no {kind} placeholder",
+                argument=family.pixels if found else "input_ids",
+                given=None if found else f"no token {family.image_token_id}",
+                expected="as many placeholders as visual tokens",
+            )
+        if not found:
+            return
         if encoded is None:
-            self.family.check(given)
-            sizes = [layout.tokens for layout in self.family.layouts(given)]
+            family.check(given)
+            sizes = [layout.tokens for layout in family.layouts(given)]
             total = sum(sizes)
+        elif (reduction := getattr(encoded, "mllm_reduction", None)) is None:
+            raise DataError(
+                "mm_encoder_outputs were not computed by the patched model",
+                argument="mm_encoder_outputs",
+                given=type(encoded).__name__,
+                expected=f"get_{kind}_features of the patched model, or {family.pixels}",
+            )
         else:
             sizes, total = reduction.sizes, sum(len(f) for f in encoded.pooler_output)
         if sum(counts) != total or split_images(counts, sizes) is None:
             tokens = " or ".join(str(n) for n in dict.fromkeys(sizes))
             raise DataError(
-                f"the samples have {counts} image placeholders for {len(sizes)} images of "
+                f"the samples have {counts} {kind} placeholders for {len(sizes)} {kind}s of "
                 f"{tokens} visual tokens",
                 argument="input_ids",
                 given=counts,
-                expected=f"{tokens} placeholders per image, {total} in the batch",
+                expected=f"{tokens} placeholders per {kind}, {total} in the batch",
             )
 
-    # Pre-LLM stages: around get_image_features
+    # Pre-LLM stages: around get_image_features and get_video_features
 
-    def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
-        inputs = compat.arguments(self._features_signature, args, kwargs)
+    def _features(self, kind: str, original: Any, args: tuple, kwargs: dict) -> Any:
+        inside = _VISION.get()
+        if inside is not None and inside.patched is self:  # videos read by the method for images
+            return original(*args, **kwargs)
+        inputs = compat.arguments(inspect.signature(original), args, kwargs)
         for name in (
             "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"
         ):
@@ -423,7 +445,7 @@ class Patched:
                     given=inputs[name],
                     expected="set it in the config before mllm.patch",
                 )
-        run = VisionRun(self, inputs)
+        run = VisionRun(self, self.kinds[kind], inputs)
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
@@ -434,7 +456,7 @@ class Patched:
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
         if (decoder_run := self._run()) is not None:
-            decoder_run.reduction = run.reduction
+            decoder_run.reductions[kind] = run.reduction
         return output
 
     def _projector_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:

@@ -36,11 +36,18 @@ class Layout:
         newline: separators of the last grid: `"rows"` one token behind each of its rows, `"end"`
             one token behind the image.
         tiling: the tiles that the last grid was put together from.
+        video: whether the grids are frames.
     """
 
     grids: tuple[tuple[int, int], ...]
     newline: Literal["none", "rows", "end"] = "none"
     tiling: Tiling | None = None
+    video: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """One grid without separators."""
+        return len(self.grids) == 1 and self.newline == "none"
 
     @property
     def cells(self) -> int:
@@ -69,13 +76,14 @@ class Places:
 
     Attributes:
         newline: bool, separators.
-        tile, row, col: int64 grid and place in it; a separator stands behind its row.
+        tile, frame, row, col: int64 grid and place in it; a separator stands behind its row.
         line: int64, what a separator separates: it stays while a cell of its line stays.
         cell: int64 `[cells]`, tokens that are no separators.
     """
 
     newline: Tensor
     tile: Tensor
+    frame: Tensor
     row: Tensor
     col: Tensor
     line: Tensor
@@ -84,21 +92,22 @@ class Places:
 
 @lru_cache(maxsize=256)
 def _places(layout: Layout) -> Places:
-    rows = []  # (newline, tile, row, col, line)
+    rows = []  # (newline, tile, frame, row, col, line)
     line = 0
-    for tile, (height, width) in enumerate(layout.grids):
-        last = tile == len(layout.grids) - 1
+    for grid, (height, width) in enumerate(layout.grids):
+        last = grid == len(layout.grids) - 1
+        which = (0, grid) if layout.video else (grid, 0)
         for r in range(height):
-            rows += [(0, tile, r, c, line) for c in range(width)]
+            rows += [(0, *which, r, c, line) for c in range(width)]
             if last and layout.newline == "rows":
-                rows.append((1, tile, r, width, line))
+                rows.append((1, *which, r, width, line))
                 line += 1
         if last and layout.newline == "end":
-            rows.append((1, tile, height - 1, width, line))
+            rows.append((1, *which, height - 1, width, line))
         if not last and layout.newline == "rows":
             line += 1
-    newline, tile, row, col, line_of = torch.tensor(rows).unbind(1)
-    return Places(newline.bool(), tile, row, col, line_of, (newline == 0).nonzero()[:, 0])
+    newline, *place = torch.tensor(rows).unbind(1)
+    return Places(newline.bool(), *place, (newline == 0).nonzero()[:, 0])
 
 
 def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]] | None:
@@ -132,28 +141,33 @@ class Counts:
     """Rows of every sample of a forward, known without asking the device again.
 
     Attributes:
-        visual: placeholders.
+        marked: placeholders by kind, `image` or `video`.
         valid: rows that are no padding.
         seen: placeholders that are no padding.
     """
 
-    visual: list[int]
+    marked: dict[str, list[int]]
     valid: list[int]
     seen: list[int]
 
+    @property
+    def visual(self) -> list[int]:
+        """Placeholders of all kinds."""
+        return [sum(own) for own in zip(*self.marked.values(), strict=True)]
 
-def count_rows(visual: Tensor, mask: Tensor | None) -> Counts:
+
+def count_rows(marks: dict[str, Tensor], mask: Tensor | None) -> Counts:
     """Count in one read from the device.
 
     Args:
-        visual: bool `[batch, rows]`.
+        marks: bool `[batch, rows]` by kind, placeholders.
         mask: `[batch, rows]`, zero at padding; None is no padding.
     """
-    if mask is None:
-        counts = visual.sum(1).tolist()
-        return Counts(counts, [visual.shape[1]] * len(counts), counts)
-    valid = mask.to(visual)
-    return Counts(*torch.stack([visual.sum(1), valid.sum(1), (visual & valid).sum(1)]).tolist())
+    visual = torch.stack(list(marks.values()))
+    valid = torch.ones_like(visual[0]) if mask is None else mask.to(visual)
+    seen = visual.any(0) & valid
+    *marked, valid, seen = torch.cat([visual, valid[None], seen[None]]).sum(2).tolist()
+    return Counts(dict(zip(marks, marked, strict=True)), valid, seen)
 
 
 def on_device(values: Tensor, like: Tensor) -> Tensor:
@@ -227,20 +241,19 @@ class TokenTable:
         """
         table = cls.text(valid, start)
         table.visual = visual
-        columns, images = [], [x for sample in layouts for x in sample]
-        ordinals = [i for sample in layouts for i in range(len(sample))]
-        for ordinal, layout in zip(ordinals, images, strict=True):
-            p = layout.places
-            ordinal = torch.full_like(p.tile, ordinal)
-            columns.append(
-                torch.stack([p.newline.long(), p.tile, p.row, p.col, p.line, ordinal, 0 * ordinal])
-            )
-        if not columns:
+        images = [(i, layout) for sample in layouts for i, layout in enumerate(sample)]
+        if not images:
             return table
-        at = places_of(visual, sum(x.tokens for x in images))
+        names = ("newline", "tile", "frame", "row", "col", "line")
+        columns = [
+            torch.stack(
+                [torch.full_like(x.places.tile, i), *(getattr(x.places, n).long() for n in names)]
+            )
+            for i, x in images
+        ]
+        at = places_of(visual, sum(x.tokens for _, x in images))
         values = on_device(torch.cat(columns, 1), visual)
-        names = ("newline", "tile", "row", "col", "line", "image", "frame")
-        for name, own in zip(names, values, strict=True):
+        for name, own in zip(("image", *names), values, strict=True):
             column = getattr(table, name)
             own = own.to(column.dtype)
             setattr(table, name, column.flatten().index_copy(0, at, own).view_as(column))

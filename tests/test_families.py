@@ -9,9 +9,9 @@ import oracles
 import pytest
 import tiny
 import torch
-from families import KITS, LAYERS, Sample, collate, model, reference, samples
+from families import KITS, LAYERS, Sample, collate, model, pairwise, reference, samples
 from family_oracles import as_tokens, avgpool, dense, features, seen, visionzip
-from matrix import CLOSE_CALL, equal
+from matrix import CLOSE_CALL, PRECOMPUTED, equal
 from oracles import Cut
 from test_flops import counted
 
@@ -24,9 +24,15 @@ from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mllm.pre_llm import VisionRun
 from mllm.tokens import TokenTable
 
-FAMILIES = list(KITS)
+#: Videos go by names of their own; some of their prompts have an image too.
+VIDEOS = [f for f in KITS if f.endswith("_video") and ("qwen" in f or PRECOMPUTED)]
+FAMILIES = [f for f in KITS if not f.endswith("_video")]
 family_ = pytest.mark.parametrize("family", FAMILIES)
-attn_ = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+ANY = [*FAMILIES, *VIDEOS]
+any_ = pytest.mark.parametrize("family", ANY)
+ATTN = ["sdpa", "eager"]
+attn_ = pytest.mark.parametrize("attn", ATTN)
+LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 IDENTITY = [
     "random:keep=1.0:positions=original",
@@ -60,8 +66,14 @@ def refused(family: str, spec: str) -> bool:
     from mllm.models import families
 
     names = {"avgpool": "Pool", "downsample": "Resize"}
-    early = family == "qwen3_vl" and "layer=1" in spec
-    return early or names.get(spec.split(":")[0]) in families()[family].refuses
+    early, name = family.startswith("qwen3_vl") and "layer=1" in spec, names.get(spec.split(":")[0])
+    if family in VIDEOS:
+        return early or name is not None
+    return early or name in families()[family].refuses
+
+
+def possible(family: str, spec: str, **rest) -> bool:
+    return not refused(family, spec)
 
 
 def compact(family: str, spec: str) -> bool:
@@ -69,15 +81,10 @@ def compact(family: str, spec: str) -> bool:
     return not KITS[family].mrope and "original" not in spec and not spec.startswith("fastv")
 
 
-@pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
-                                        ("padded", "right"), ("text", "left")])
-@attn_
-@pytest.mark.parametrize("spec", IDENTITY)
-@family_
+@pairwise(possible, family=ANY, spec=IDENTITY, attn=ATTN, layout=[*LAYOUTS, "text-left"])
 @torch.no_grad()
-def test_identity(family, spec, attn, kind, side):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
+def test_identity(family, spec, attn, layout):
+    kind, side = layout.split("-")
     inputs = collate(family, samples(family, kind), side)
     net = model(family, attn)
     options = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
@@ -112,15 +119,10 @@ def check(family, spec, sample, logits, kept, entering, more=None):
     assert not logits[sample.visual & ~want.alive].any()
 
 
-@pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
-                                        ("padded", "right")])
-@attn_
-@pytest.mark.parametrize("spec", DROPS)
-@family_
+@pairwise(possible, family=ANY, spec=list(DROPS), attn=ATTN, layout=LAYOUTS)
 @torch.no_grad()
-def test_dropping_is_masking(family, spec, attn, kind, side):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
+def test_dropping_is_masking(family, spec, attn, layout):
+    kind, side = layout.split("-")
     batch = samples(family, kind)
     inputs = collate(family, batch, side)
     net = model(family, attn)
@@ -132,14 +134,9 @@ def test_dropping_is_masking(family, spec, attn, kind, side):
         check(family, spec, sample, logits[b], entering[0], entering)
 
 
-@pytest.mark.parametrize("kind", ["alone", "padded"])
-@attn_
-@pytest.mark.parametrize("spec", DROPS)
-@family_
+@pairwise(possible, family=ANY, spec=list(DROPS), attn=ATTN, kind=["alone", "padded"])
 @torch.no_grad()
 def test_generation(family, spec, attn, kind, steps=10):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
     batch = samples(family, kind)
     inputs = collate(family, batch)
     net = model(family, attn)
@@ -154,13 +151,9 @@ def test_generation(family, spec, attn, kind, steps=10):
         check(family, spec, sample, logits[b], kept[b], None, out.sequences[b, -steps:])
 
 
-@attn_
-@pytest.mark.parametrize("spec", [*DROPS, *CHANGES])
-@family_
+@pairwise(possible, family=ANY, spec=[*DROPS, *CHANGES], attn=ATTN)
 @torch.no_grad()
 def test_batched_equals_alone(family, spec, attn):
-    if refused(family, spec):
-        pytest.skip("the family refuses it")
     batch = samples(family)
     inputs = collate(family, batch)
     net = model(family, attn)
@@ -180,7 +173,7 @@ def test_batched_equals_alone(family, spec, attn):
             assert torch.equal(out.sequences[0, -8:][clear], answers[b][clear])
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_divprune_chooses_per_image(family):
     batch = samples(family)
@@ -200,7 +193,7 @@ def test_divprune_chooses_per_image(family):
 
 @attn_
 @pytest.mark.parametrize("method", ["visionzip", "avgpool"])
-@family_
+@any_
 @torch.no_grad()
 def test_merging_is_rebuilding(family, method, attn):
     """What is written at the rows that stay, worked out picture by picture."""
@@ -254,7 +247,7 @@ def test_beams_share_their_images(family):
             assert torch.equal(together[b], alone)
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_the_oracle_is_the_model(family):
     batch = samples(family)
@@ -284,7 +277,7 @@ COSTS = ["divprune:keep=1.0", "divprune:keep=3", "visionzip:keep=4", "avgpool:ke
 
 
 @pytest.mark.parametrize("spec", COSTS)
-@family_
+@any_
 @torch.no_grad()
 def test_flops_are_those_counted(family, spec):
     """Tower, projector, decoder, head and selection under eager; one picture, two unequal ones."""
@@ -301,7 +294,7 @@ def test_flops_are_those_counted(family, spec):
         assert data["baseline_prefill_flops"] == [pytest.approx(plain, rel=0.01)]
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_kv_bytes_are_those_stored(family):
     inputs = collate(family, samples(family))
@@ -320,12 +313,15 @@ def test_kv_bytes_are_those_stored(family):
         assert data["baseline_kv_bytes"] == plain
 
 
-@family_
+@any_
 @torch.no_grad()
 def test_tower_signals_reach_their_tokens(family):
     """Windows, merged patches, tiles: several images of one call, against one by one."""
     own = resolve(model(family))
     batch = samples(family)
+    if family in VIDEOS:
+        own = own.of_videos()
+        batch = [Sample(s.ids, [p for p in s.pictures if p.frames]) for s in batch]
     pictures = [p for sample in batch for p in sample.pictures]
     layouts = own.layouts(KITS[family].join([sample.pictures for sample in batch]))
     assert [layout.tokens for layout in layouts] == [p.tokens for p in pictures]
@@ -521,8 +517,7 @@ def separators_dropped(mp):
     mp.setattr(TokenTable, "with_newlines", lambda self, keep: keep & ~self.newline)
 
 
-DROP, CUT = "divprune:keep=3", "fastv:layer=2:keep=0.5"
-RANDOM = "random:keep=0.5:positions=original"
+CUT, RANDOM = "fastv:layer=2:keep=0.5", "random:keep=0.5:positions=original"
 
 
 @pytest.mark.parametrize(
@@ -530,7 +525,7 @@ RANDOM = "random:keep=0.5:positions=original"
     [
         (slots_for_windows, "gemma3", lambda: test_generation("gemma3", RANDOM, "sdpa", "alone")),
         (causal_blocks, "gemma3",
-         lambda: test_dropping_is_masking("gemma3", CUT, "sdpa", "alone", "left")),
+         lambda: test_dropping_is_masking("gemma3", CUT, "sdpa", "alone-left")),
         (one_rope, "gemma3", lambda: test_compact_cut_of_hybrid_layers("sdpa")),
         (windows_left_permuted, "qwen2_5_vl",
          lambda: test_tower_signals_reach_their_tokens("qwen2_5_vl")),
@@ -540,12 +535,14 @@ RANDOM = "random:keep=0.5:positions=original"
             for f in ("qwen2_vl", "internvl", "idefics3", "gemma3")
         ),
         (deepstack_of_other_tokens, "qwen3_vl",
-         lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone", "left")),
+         lambda: test_dropping_is_masking("qwen3_vl", RANDOM, "sdpa", "alone-left")),
         *(
             (separators_dropped, f,
-             lambda f=f, s=s: test_dropping_is_masking(f, s, "sdpa", "alone", "left"))
-            for f in ("llava_next", "llava_onevision") for s in (DROP, CUT)
+             lambda f=f: test_dropping_is_masking(f, CUT, "sdpa", "alone-left"))
+            for f in ("llava_next", "llava_onevision")
         ),
+        (separators_dropped, "llava_next",
+         lambda: test_divprune_chooses_per_image("llava_next")),
     ],
 )  # fmt: skip
 def test_a_broken_adapter_is_caught(monkeypatch, mutate, family, check):
@@ -566,3 +563,17 @@ def test_compact_cut_of_hybrid_layers(attn):
     for mine, sample in zip(logits, batch, strict=True):
         want = dense("gemma3", sample, cuts=[Cut(1, 0.5, "compact")]).logits
         equal(mine[~sample.visual], want[~sample.visual], "text rows")
+
+
+@torch.no_grad()
+def test_a_picture_of_zeros():
+    """It fills up a sample; SmolVLM takes it for a picture if there is no other."""
+    inputs = collate("smolvlm", samples("smolvlm", "alone"))
+    inputs["pixel_values"].zero_()
+    net = model("smolvlm")
+    plain = net(**inputs).logits
+    with mllm.patch(net, "divprune:keep=1.0"):
+        assert torch.equal(net(**inputs).logits, plain)
+    with mllm.patch(model("idefics3"), "divprune:keep=3") as patched:
+        with pytest.raises(DataError, match="for 0 images"):
+            patched.model(**inputs)

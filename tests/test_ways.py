@@ -9,7 +9,7 @@ import threading
 import pytest
 import tiny
 import torch
-from families import KITS, LAYERS, Sample, collate, model, samples
+from families import KITS, LAYERS, VIDEO, Sample, collate, model, samples
 from family_oracles import _positions, dense
 from matrix import anatomy, equal
 from oracles import Cut
@@ -282,7 +282,7 @@ def test_a_second_picture(family, spec):
     one, two = samples(family, "alone")[0], samples(family, "alone", seed=9)[0]
     net = model(family)
     with mllm.patch(net, spec) as patched:
-        first = generate(net, collate(family, [one]), **FULL)
+        first = generate(net, collate(family, [one]), **FULL, suppress_tokens=[tiny.IMAGE, VIDEO])
         kept = [patched.ledger.kept("llm")[0]]
         talk = torch.cat([first.sequences[0], two.ids[1:]])
         whole = Sample(talk, [*one.pictures, *two.pictures])

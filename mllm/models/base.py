@@ -54,7 +54,7 @@ class Family:
         prefix: tower tokens before the patches ([CLS]).
         per_token: every projected token comes from one tower token, and an image is one plain
             grid: stages before the projector can run there.
-        plain: an image is one grid without separators.
+        pixels: the argument that has the pixels.
         refuses: actions that the family cannot do, with the reason.
         packed: the tower takes all pictures as one sequence.
         mrope: rotary positions have a row and a column; they cannot be renumbered.
@@ -66,7 +66,7 @@ class Family:
 
     prefix = 0
     per_token = False
-    plain = True
+    pixels = "pixel_values"
     refuses: ClassVar[dict[str, str]] = {}
     packed = False
     mrope = False
@@ -94,6 +94,10 @@ class Family:
     def vision_config(self) -> Any:
         """Config of the tower."""
         return self.model.config.vision_config
+
+    def of_videos(self) -> Family | None:
+        """The adapter of the same model for the inputs of `get_video_features`, if it has any."""
+        return None
 
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a decoder layer."""
@@ -152,7 +156,7 @@ class Family:
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels of every image, in prompt order."""
-        return list(inputs["pixel_values"])
+        return list(inputs[self.pixels])
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         """How the visual tokens of every image lie."""
