@@ -134,6 +134,10 @@ class DecoderRun:
         self.lengths, self.seen = self.counts.valid, self.counts.seen
         self.itemsize = embeds.element_size()
         self._make_table(valid)
+        position = kwargs.get("position_ids")
+        flat = position is None or position.dim() < 3
+        if self.patched.family.mrope and self.visual is not None and flat:
+            self.notes.append("positions without rows and columns: mm_token_type_ids is missing")
         self.prompt = self._prompt_rows(prompt_length, labels)
         self._drop_rows(kwargs)
         self.tables.append((0, self.table))

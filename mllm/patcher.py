@@ -28,13 +28,13 @@ from mllm.compressors.base import (
 )
 from mllm.errors import DataError, NoEffectError, PlanError
 from mllm.in_llm import DecoderRun
-from mllm.ledger import Ledger, Record, Reduction
+from mllm.ledger import Ledger, Record
 from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.running import running
-from mllm.tokens import count_rows, split_images
+from mllm.tokens import Counts, count_rows, split_images
 from mllm.validate import check_plan, family_notes
 
 
@@ -282,8 +282,12 @@ class Patched:
                 expected="None",
             )
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        drafts = bool(getattr(config, "is_assistant", False))
+        if self.family.mrope and ids is not None and kwargs.get("past_key_values") is None:
+            # Positions come from the pictures, before the prompt is read.
+            self._placeholders(ids, kwargs, drafts)
         length = None if ids is None else ids.shape[1]
-        token = _PROMPT.set(_Prompt(self, length, getattr(config, "is_assistant", False)))
+        token = _PROMPT.set(_Prompt(self, length, drafts))
         try:
             return generate(*args, **kwargs)
         finally:
@@ -336,21 +340,7 @@ class Patched:
         """
         ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
         mask, visual, counts = given.get("attention_mask"), None, None
-        families = {kind: family for kind, family in self.kinds.items() if family is not None}
-        if "video" not in families and (
-            given.get("pixel_values_videos") is not None or encoders.get("video") is not None
-        ):
-            raise DataError(
-                f"the tokens of videos cannot be reduced in {type(self.model).__name__}",
-                argument="pixel_values_videos",
-                given="a video",
-                expected="images",
-            )
-        brought = [
-            kind
-            for kind, family in families.items()
-            if given.get(family.pixels) is not None or encoders.get(kind) is not None
-        ]
+        brought = self._brought(given)
         if ids is None and brought:
             raise DataError(
                 "visual rows cannot be found without input_ids",
@@ -360,28 +350,54 @@ class Patched:
             )
         answering = self._answering(given.get("past_key_values"))
         marks: dict[str, Tensor] = {}
-        reductions: dict[str, Reduction] = {}
         if ids is not None and not answering and (brought or ids.shape[1] > 1):
-            marks = {k: ids == family.image_token_id for k, family in families.items()}
-            plain = isinstance(mask, Tensor) and mask.dim() == 2
-            counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
-            if brought or not self._prompt().drafts:
-                for kind, family in families.items():
-                    self._check_counts(
-                        kind, family, counts.marked[kind], given, encoders.get(kind)
-                    )
-            marks = {kind: marks[kind] for kind in brought}
-            reductions = {
-                kind: encoders[kind].mllm_reduction for kind in brought if encoders.get(kind)
-            }
+            marks, counts = self._placeholders(ids, given, self._prompt().drafts)
         if marks:
             visual = functools.reduce(torch.logical_or, marks.values())
         call = _CALL.get()
         return DecoderRun(
             self, visual, None, mask,
             call=call if call is not None and call.patched is self else None,
-            counts=counts, answering=answering, marks=marks, reductions=reductions,
+            counts=counts, answering=answering, marks=marks,
+            reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
+
+    def _brought(self, given: dict[str, Any]) -> list[str]:
+        """Whether a call has images, videos, or both, as pixels or as features."""
+        encoders, found = given.get("mm_encoder_outputs") or {}, []
+        for kind, family in self.kinds.items():
+            pixels = "pixel_values_videos" if family is None else family.pixels
+            if given.get(pixels) is None and encoders.get(kind) is None:
+                continue
+            if family is None:
+                raise DataError(
+                    f"the tokens of videos cannot be reduced in {type(self.model).__name__}",
+                    argument="pixel_values_videos",
+                    given="a video",
+                    expected="images",
+                )
+            found.append(kind)
+        return found
+
+    def _placeholders(
+        self, ids: Tensor, given: dict[str, Any], drafts: bool
+    ) -> tuple[dict[str, Tensor], Counts]:
+        """Placeholders of images and of videos, bool `[batch, rows]`, and all counts.
+
+        Raises:
+            DataError: there are others than the pictures given have; a model that drafts is
+                given none.
+        """
+        families = {kind: family for kind, family in self.kinds.items() if family is not None}
+        mask, encoders = given.get("attention_mask"), given.get("mm_encoder_outputs") or {}
+        plain = isinstance(mask, Tensor) and mask.dim() == 2
+        marks = {kind: ids == family.image_token_id for kind, family in families.items()}
+        counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
+        brought = self._brought(given)
+        if brought or not drafts:
+            for kind, family in families.items():
+                self._check_counts(kind, family, counts.marked[kind], given, encoders.get(kind))
+        return {kind: marks[kind] for kind in brought}, counts
 
     def _answering(self, cache: Any) -> bool:
         """Whether all rows are tokens that generate() has added: none is padding or visual."""

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from families import KITS, LAYERS, VIDEO, Sample, collate, model, samples
-from family_oracles import _positions, dense
+from family_oracles import positions, dense
 from matrix import anatomy, equal
 from oracles import Cut
 from torch import nn
@@ -291,7 +291,7 @@ def test_a_second_picture(family, spec):
         fields = collate(family, [new])
         fields["attention_mask"] = torch.ones(1, len(talk), dtype=torch.long)
         if KITS[family].mrope:
-            fields["position_ids"] = _positions(family, whole, len(talk))[:, None, start:]
+            fields["position_ids"] = positions(family, whole, len(talk))[:, None, start:]
         logits = net(**fields, past_key_values=first.past_key_values).logits[0]
         kept.append(patched.ledger.kept("llm")[0] + one.pictures[0].tokens)
         assert patched.ledger.history[0].kept("llm")[0].tolist() == kept[0].tolist()
