@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import attention, compat
-from mllm.cache import adopt, note_rows
+from mllm.cache import SlotLayer, adopt, note_rows
 from mllm.compressors.base import AttentionRows, Context, LayerPruner
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
@@ -121,6 +121,7 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
+            self._check_foreign(cache)
             adopt(cache, self.patched.windows, None if mask is None else mask[:, :-rows])
             self.past = [layer.slots for layer in cache.layers]
             self._check_cache()
@@ -142,6 +143,18 @@ class DecoderRun:
         self._drop_rows(kwargs)
         self.tables.append((0, self.table))
         self._note(0)
+
+    @staticmethod
+    def _check_foreign(cache: Any) -> None:
+        """What an unpatched model has stored was not reduced, and nobody would notice."""
+        foreign = [x for x in getattr(cache, "layers", ()) if not isinstance(x, SlotLayer)]
+        if stored := max((int(x.get_seq_length()) for x in foreign), default=0):
+            raise CacheMismatchError(
+                f"this cache was filled with {stored} tokens without a plan",
+                argument="past_key_values",
+                given=type(cache).__name__,
+                expected="a new cache, or one that this plan has filled",
+            )
 
     def _check_cache(self) -> None:
         """Layers that this plan gives the same rows must hold equally many slots."""
