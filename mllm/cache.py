@@ -95,7 +95,8 @@ class SlotLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots + query_length, self.seen - self.slots
+        # More slots than tokens: a plan has inserted rows, and makes the masks itself.
+        return self.slots + query_length, max(0, self.seen - self.slots)
 
     def crop(self, tokens_to_remove: int) -> None:
         # The newest tokens are never evicted, so logical and stored tokens go one for one.

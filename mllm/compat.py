@@ -62,6 +62,7 @@ __all__ = [
     "dynamic_cache",
     "encodes_first",
     "mask_like",
+    "reentrant",
     "register_attention",
     "serve",
     "tensor_parallel",
@@ -164,6 +165,13 @@ def encodes_first(base: nn.Module) -> bool:
 def dynamic_cache(decoder: nn.Module) -> DynamicCache:
     """An empty cache for the decoder."""
     return DynamicCache(config=decoder.config)
+
+
+def reentrant(layer: nn.Module) -> bool:
+    """Whether a layer is about to run under reentrant gradient checkpointing."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return False
+    return bool(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"))
 
 
 def causal_mask(

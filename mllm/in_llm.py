@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mllm import attention, compat
+from mllm import compat
+from mllm.actions import Insert, Keep, Merge, Protect, Write
 from mllm.cache import SlotLayer, adopt, note_rows
-from mllm.compressors.base import AttentionRows, Context, LayerPruner
+from mllm.capture import Captures
+from mllm.changes import Changes
+from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
 from mllm.tokens import (
@@ -21,6 +25,7 @@ from mllm.tokens import (
     choose_rows,
     count_rows,
     gather_rows,
+    locate,
     on_device,
     places_of,
     renumber,
@@ -57,7 +62,14 @@ class DecoderRun:
             own masks and rotary tables have; None is all of them.
         replaced: by kind of layer, arguments that layers of the current stage get instead of the
             parent's.
-        replay: by first layer of a stage, its row choice and arguments.
+        moves, given: by layer, what was done to its hidden states and its arguments, for a
+            recompute.
+        captures: declared signals. changes: actions inside of layers.
+        reached: the layer that runs, or is about to.
+        attention_table, attention_rotary: rows of its attention, and their rotary tables.
+        protected: bool, by the rows of `full`; None is none.
+        has_inserted: whether there are rows without a source.
+        states: by stage number, what a method remembers.
     """
 
     patched: Patched
@@ -78,9 +90,17 @@ class DecoderRun:
     position: Tensor | None = None
     compacted: bool = False
     rows: Tensor | None = None
-    replaced: dict[str, dict[str, Any]] = field(default_factory=dict)
-    replay: dict[int, tuple[Tensor | None, dict]] = field(default_factory=dict)
-    signals: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    replaced: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    moves: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    given: dict[int, dict[str, Any]] = field(default_factory=dict)
+    captures: Captures | None = None
+    changes: Changes | None = None
+    reached: int = 0
+    attention_table: TokenTable | None = None
+    attention_rotary: Any = None
+    protected: Tensor | None = None
+    has_inserted: bool = False
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
     selection_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
@@ -142,7 +162,18 @@ class DecoderRun:
         self.prompt = self._prompt_rows(prompt_length, labels)
         self._drop_rows(kwargs)
         self.tables.append((0, self.table))
-        self._note(0)
+        if 0 not in self.patched.cuts:
+            self._note(0)
+        self.captures = Captures(self)
+        self.changes = Changes(self, getattr(cache, "mllm_lasting", {}))
+        self.attention_table = self.table
+        if self.reduction is not None and self.reduction.protected is not None:
+            self.protected = torch.zeros_like(valid)
+            own = self.reduction.protected[self._tokens()]
+            flat = self.protected.flatten().index_copy(0, self.at, own)
+            self.protected = flat.view_as(valid)
+        if self.visual is not None and self.patched.reads_embeds:
+            self.captures.embeds = kwargs["inputs_embeds"], self.table.index
 
     @staticmethod
     def _check_foreign(cache: Any) -> None:
@@ -158,6 +189,8 @@ class DecoderRun:
 
     def _check_cache(self) -> None:
         """Layers that this plan gives the same rows must hold equally many slots."""
+        if self.patched.apart:
+            return
         bounds, kind = [0, *self.patched.cuts, len(self.past)], self.patched.family.kind
         found = {
             (a, kind(i), self.past[i])
@@ -214,6 +247,12 @@ class DecoderRun:
         return [[image for _, image in sorted(sample)] for sample in found]
 
     @property
+    def pictured(self) -> Tensor | None:
+        """Samples with images, which alone methods speak of: bool `[batch]`; None is all."""
+        there = [bool(own) for own in self.images]
+        return None if all(there) else torch.tensor(there, device=self.full.valid.device)
+
+    @property
     def spaced(self) -> bool:
         """Whether images have separators."""
         return any(layout.newline != "none" for layout in self.reduction.layouts)
@@ -235,7 +274,7 @@ class DecoderRun:
         table, cache = self.table, self.cache
         first = None if cache is None else cache.layers[0]
         shift = None if first is None else first.shifts.get("llm")
-        drops = self.patched.reducers and self.visual is not None
+        drops = self.patched.before and self.visual is not None
         if not drops and shift is None and (first is None or not first.compressed):
             return
         position = kwargs.get("position_ids")
@@ -246,7 +285,7 @@ class DecoderRun:
             position = position - shift
         if drops:
             keep, order = self._kept_rows()
-            compact = self.patched.positions(self.patched.reducers[0][1]) == "compact"
+            compact = self.patched.positions(self.patched.before[0][1]) == "compact"
             if compact:
                 moved = renumber(position, keep, table.valid, order)
                 if first is not None:
@@ -283,20 +322,25 @@ class DecoderRun:
     def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
         """Rows that stay, and their order if it is not the grid's: `[batch, rows]` each."""
         table, reduction = self.table, self.reduction
-        images = [i for own in self.images for i in own]
-        sizes = torch.tensor([reduction.sizes[i] for i in images])
-        token = torch.cat([torch.arange(reduction.sizes[i]) + reduction.starts[i] for i in images])
-        token = on_device(token, reduction.keep)
+        token = self._tokens()
         keep = ~table.visual
         keep = keep.flatten().index_copy(0, self.at, reduction.keep[token]).view_as(keep)
         order = None
         if reduction.order is not None:
+            sizes = torch.tensor([reduction.sizes[i] for own in self.images for i in own])
             order = table.index.flatten()
             # Per visual row, the first row of its image.
             first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             place = order[self.at[on_device(first, keep)]] + reduction.order[token]
             order = order.index_copy(0, self.at, place).view_as(table.index)
         return keep & table.valid, order
+
+    def _tokens(self) -> Tensor:
+        """The visual token, in the reduction, of every visual row: int64 `[visual rows]`."""
+        starts, sizes = self.reduction.starts, self.reduction.sizes
+        images = [i for own in self.images for i in own]
+        tokens = [torch.arange(sizes[i]) + starts[i] for i in images]
+        return on_device(torch.cat(tokens), self.reduction.keep)
 
     def _count(self, keep: Tensor, visual: list[int] | None) -> None:
         """Count the rows that stay, `visual` of them visual; None asks the device."""
@@ -332,45 +376,60 @@ class DecoderRun:
         advance = self.full.valid.shape[1]
         note_rows(self.cache.layers[layer:stop], self.table, self.padded, advance)
 
-    def taps(self) -> dict[nn.Module, list[Any]]:
-        """Taps for the signals that in-LLM stages declared."""
-        found: dict[nn.Module, list[Any]] = {}
-        for number, stage in self.patched.pruners:
-            for name, signal in stage.reads().items():
-                module = self.patched.family.attention(signal.layer)
-                tap = functools.partial(self._tap, (number, name), signal)
-                found.setdefault(module, []).append(tap)
-        return found
+    def prompt_of(self, table: TokenTable) -> Tensor:
+        """Rows of the prompt among those of a table: bool `[batch, rows]`."""
+        return self.prompt.gather(1, table.index) & table.valid & ~table.inserted
 
-    def _tap(
-        self, slot: tuple[int, str], signal: AttentionRows,
-        query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None,
-    ) -> None:
-        table = self.table
-        prompt = self.prompt.gather(1, table.index) & table.valid
-        last = prompt.long().cumsum(1).argmax(1, keepdim=True)
-        rows = attention.row_attention(query, key, last, mask, scaling)
-        reduce = {"mean": rows.mean, "sum": rows.sum, "max": rows.amax}[signal.heads]
-        scores = reduce(1)[..., -table.valid.shape[1] :]
-        # Kept by the caller's rows: a cut may lie between this layer and the one that asks.
-        full = scores.new_zeros(*scores.shape[:2], self.full.valid.shape[1])
-        self.signals[slot] = full.scatter(2, table.index[:, None].expand_as(scores), scores)
-        self.selection_flops += 2 * query.shape[1] * key.shape[2] * query.shape[3]
+    def protected_of(self, table: TokenTable) -> Tensor:
+        """Protected rows among those of a table: bool `[batch, rows]`."""
+        if self.protected is None:
+            return torch.zeros_like(table.valid)
+        return self.protected.gather(1, table.index) & table.valid & ~table.inserted
 
     def layer(self, layer: int, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What decoder layer `layer` is given instead of its parent's arguments."""
         if training:
             # Lives as long as the arguments of a recompute; see `replayed`.
             kwargs["position_embeddings"][0].mllm_run = self
-        if layer in self.patched.cuts:
-            args = (self._cut(layer, args[0], kwargs), *args[1:])
+        hidden, self.reached = args[0], layer
+        self.moves[layer] = []
+        if self.visual is not None:
+            self.captures.hidden(layer, "layer", hidden)
+            self.captures.before(layer, hidden, kwargs)
+        if layer in self.patched.acts:
+            hidden = self._cut(layer, hidden, kwargs)
+        with _kept():
+            injected = self.changes.injected(layer)
+        for move in injected:
+            hidden = self._move(layer, hidden, move)
+        given = self.given[layer] = self._replaced(layer, hidden, kwargs)
+        final = {**kwargs, **given}
+        rotary = final["position_embeddings"]
+        self.attention_table, self.attention_rotary = self.table, rotary
+        with _kept():
+            inside = self.changes.inside(layer, hidden, kwargs)
+        if inside is not None:
+            rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
+        return (hidden, *args[1:]), final
+
+    def _replaced(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of a layer that differ from its parent's; layers alike share them."""
+        if len(self.tables) == 1 and not self.patched.apart:
+            return {}
         kind = self.patched.family.kind(layer)
-        if kind not in self.replaced:
-            self.replaced[kind] = self._arguments(layer, kind, args[0], kwargs)
-        return args, {**kwargs, **self.replaced[kind]}
+        key = (kind, layer) if self.patched.apart else kind
+        if key not in self.replaced:
+            self.replaced[key] = self._arguments(layer, kind, hidden, kwargs)
+        return self.replaced[key]
 
     def _arguments(self, layer: int, kind: str, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
-        """Mask and positions of the layers of one kind until the next cut."""
+        """Mask and positions of a layer for the current rows.
+
+        Args:
+            layer: the layer, of `kind`.
+            hidden: its input, for shape, type and device.
+            kwargs: the arguments of its parent, for all rows that the decoder was given.
+        """
         family, rotary = self.patched.family, kwargs["position_embeddings"]
         if self.compacted:
             rotary = family.rotary(hidden, self.position, kind)
@@ -378,15 +437,68 @@ class DecoderRun:
             rotary = tuple(gather_rows(t, self.rows, dim=t.dim() - 2) for t in rotary)
         if kind:
             mask = self._mask_of_kind(layer, kwargs.get("attention_mask"))
+        elif self.patched.inserts:
+            mask = self._mask_in_order(layer, kwargs.get("attention_mask"))
         else:
             mask = compat.causal_mask(
                 family.text_config, hidden, self._slot_valid(layer), self.cache, layer
             )
+        position = self.position
+        if position is None and self.rows is None:
+            position = kwargs.get("position_ids")
+        elif position is None and (position := kwargs.get("position_ids")) is not None:
+            position = gather_rows(position, self.rows, dim=position.dim() - 1)
         return {
             "attention_mask": mask,
             "position_embeddings": rotary,
-            "position_ids": self.position,
+            "position_ids": position,
         }
+
+    def alone(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of a layer's attention over the current rows, without stored tokens."""
+        run = dataclasses.replace(self, cache=None, past_logical=0)
+        return run.attend(layer, hidden, kwargs)
+
+    def narrow(self, rows: Tensor, valid: Tensor, stored: bool) -> DecoderRun:
+        """This run for some of its rows alone, as one layer's attention sees them.
+
+        Args:
+            rows: int64 `[batch, n]`, current rows.
+            valid: bool `[batch, n]`.
+            stored: whether they see stored tokens, and are stored.
+        """
+        position = self.position
+        return dataclasses.replace(
+            self,
+            table=self.table.take(rows, valid),
+            rows=rows if self.rows is None else self.rows.gather(1, rows),
+            position=None if position is None
+            else gather_rows(position, rows, dim=position.dim() - 1),
+            cache=self.cache if stored else None,
+            lengths=valid.sum(1).tolist(),
+        )  # fmt: skip
+
+    def attend(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of a layer's attention for the current rows."""
+        return self._arguments(layer, self.patched.family.kind(layer), hidden, kwargs)
+
+    def _mask_in_order(self, layer: int, mask: Tensor | None) -> Tensor | None:
+        """A causal mask by the order of rows, some of which have no place of their own.
+
+        Args:
+            layer: index of the layer.
+            mask: the decoder's own mask, for its format.
+        """
+        old = None if self.cache is None else self.cache.layers[layer]
+        slots, rows = 0 if old is None else old.slots, self.table.valid.shape[1]
+        padded = self._slot_valid(layer) is not None
+        if mask is None and not padded and (not slots or rows == 1):
+            return None
+        own = torch.ones(rows, rows, dtype=torch.bool, device=self.table.valid.device).tril()
+        own = own & self.table.valid[:, None]
+        if slots:
+            own = torch.cat([old.valid[:, None, :slots].expand(-1, rows, -1), own], 2)
+        return compat.mask_like(own[:, None], mask)
 
     def _mask_of_kind(self, layer: int, mask: Tensor | None) -> Tensor | None:
         """The mask of a layer in a decoder whose layers see differently.
@@ -415,6 +527,9 @@ class DecoderRun:
                 own = own.gather(1, self.rows[:, :, None].expand(-1, -1, own.shape[2]))
                 own = own.gather(2, self.rows[:, None].expand(-1, own.shape[1], -1))
         own = own & table.valid[:, None]
+        if self.has_inserted:  # rows that stand behind others are not seen by these
+            order = torch.ones_like(own[0]).tril()
+            own = own & (order | ~table.inserted[:, None])
         if slots:
             there = old.valid[:, None, :slots]
             if window is not None:
@@ -424,9 +539,7 @@ class DecoderRun:
         return compat.mask_like(own[:, None], mask)
 
     @staticmethod
-    def replayed(
-        cuts: list[int], layer: int, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
+    def replayed(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """What a layer had in the forward pass, when it is recomputed in the backward.
 
         transformers 5.17 recomputes a checkpointed layer with its hooks, newer versions without.
@@ -435,77 +548,237 @@ class DecoderRun:
         run = getattr(kwargs["position_embeddings"][0], "mllm_run", None)
         if run is None:
             return None
-        first = max(cut for cut in cuts if cut <= layer)
-        rows, replaced = run.replay[first]
-        replaced = replaced[run.patched.family.kind(layer)]
-        if layer == first and rows is not None:
-            args = (gather_rows(args[0], rows), *args[1:])
-        return args, {**kwargs, **replaced}
+        hidden = args[0]
+        for move in run.moves[layer]:
+            hidden = move(hidden)
+        return (hidden, *args[1:]), {**kwargs, **run.given[layer]}
 
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Run the stages of this layer and prepare what the layers from here on are given."""
-        stages = [(n, s) for n, s in self.patched.pruners if s.layer == layer]
-        first = len(self.tables) == 1
-        position = kwargs.get("position_ids") if first else self.position
+        stages = [(n, s) for n, s in self.patched.pruners if layer in s.at()]
+        cut = layer in self.patched.cuts
+        position = kwargs.get("position_ids") if len(self.tables) == 1 else self.position
         kind = f"layer {layer}"
-        compact = any(self.patched.positions(s) == "compact" for _, s in stages)
-        cached = None if self.cache is None else self.cache.layers[layer]
+        compact = cut and any(self.patched.positions(s) == "compact" for _, s in stages)
+        cached = None if self.cache is None or not cut else self.cache.layers[layer]
         shift = None if cached is None else cached.shifts.get(kind)
         if position is not None:
             position = position.expand(hidden.shape[0], -1) if position.dim() == 2 else position
             if shift is not None:
                 position = position - shift
-        rows = None
         if self.visual is not None:
-            table = self.table
-            keep = table.valid.clone()
-            for number, stage in stages:
-                keep &= ~table.visual | table.newline | self._select(number, stage, keep)
-            if self.spaced:
-                lines = max(layout.lines for layout in self.reduction.layouts)
-                keep = table.with_newlines(keep, lines, max(map(len, self.images)))
-            self._count(keep, None)
-            rows = choose_rows(keep, table.valid, None, max(self.lengths))
-            if compact:
-                moved = renumber(position, keep, table.valid)
-                last = keep.long().cumsum(1).argmax(1, keepdim=True)
-                if cached is not None:
-                    delta = (position - moved).gather(1, last)
-                    cached.shifts[kind] = delta if shift is None else shift + delta
-                position = moved
-            hidden = gather_rows(hidden, rows)
-            self.table = table.take(rows, keep.gather(1, rows))
-            if position is not None:
-                position = gather_rows(position, rows, dim=position.dim() - 1)
-            self.rows = rows if self.rows is None else self.rows.gather(1, rows)
-        self.position = position
-        self.compacted |= compact
-        self._note(layer)
-        self.tables.append((layer, self.table))
-        self.replaced = {}
-        self.replay[layer] = rows, self.replaced
+            keep, moves, inserts = self._act(layer, stages)
+            for move in moves:
+                hidden = self._move(layer, hidden, move)
+            if cut:
+                before = dataclasses.replace(self, position=position)
+                hidden = self._leave(layer, keep, hidden, position)
+                for insert in inserts:
+                    hidden = self._insert(layer, insert, hidden, before)
+                if compact:
+                    position, valid = self.position, self.table.valid
+                    self.position = renumber(position, valid, valid)
+                    last = valid.long().cumsum(1).argmax(1, keepdim=True)
+                    if cached is not None:
+                        delta = (position - self.position).gather(1, last)
+                        cached.shifts[kind] = delta if shift is None else shift + delta
+        else:
+            self.position = position
+        if cut:
+            self.compacted |= compact
+            self._note(layer)
+            self.tables.append((layer, self.table))
+            self.replaced = {}
         return hidden
 
-    def _select(self, number: int, stage: LayerPruner, keep: Tensor) -> Tensor:
+    def _leave(
+        self, layer: int, keep: Tensor, hidden: Tensor, position: Tensor | None
+    ) -> Tensor:
+        """Let rows leave before a layer; returns the hidden states of the others."""
         table = self.table
-        signals = {}
-        for name in stage.reads():
-            scores = attention.captured(self.signals, (number, name), stage.info.name)
-            at = table.index[:, None].expand(-1, scores.shape[1], -1)
-            signals[name] = scores.gather(2, at)
-        images = torch.tensor([len(s) for s in self.images], device=keep.device)
+        if self.spaced:
+            lines = max(layout.lines for layout in self.reduction.layouts)
+            keep = table.with_newlines(keep, lines, max(map(len, self.images)))
+        self._count(keep, None)
+        rows = choose_rows(keep, table.valid, None, max(self.lengths))
+        self.table = table.take(rows, keep.gather(1, rows))
+        if position is not None:
+            position = gather_rows(position, rows, dim=position.dim() - 1)
+        self.position = position
+        self.rows = rows if self.rows is None else self.rows.gather(1, rows)
+        return self._move(layer, hidden, lambda x: gather_rows(x, rows))
+
+    def _move(self, layer: int, hidden: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """Do something to the hidden states that enter a layer, and remember it."""
+        self.moves[layer].append(move)
+        return move(hidden)
+
+    def _act(
+        self, layer: int, stages: list[tuple[int, LayerMethod]]
+    ) -> tuple[Tensor, list[Callable[[Tensor], Tensor]], list[Insert]]:
+        """Ask the stages of a layer: rows that stay, changes of hidden states, and new rows."""
+        table = self.table
+        keep, writes, inserts = table.valid.clone(), [], []
+        for number, stage in stages:
+            for action in self._select(number, stage, layer, keep):
+                self._check(stage, action)
+                if isinstance(action, Keep):
+                    keep &= ~table.visual | table.newline | action.mask
+                elif isinstance(action, Merge):
+                    self._merge(action.into)
+                elif isinstance(action, Write):
+                    writes.append(action)
+                elif isinstance(action, Insert):
+                    inserts.append(action)
+                elif isinstance(action, Protect):
+                    self._protect(action.rows)
+                else:
+                    self.changes.add(number, action, table)
+        keep |= self.protected_of(table)
         visual = table.visual & ~table.newline & keep
-        ctx = Context(stage, signals, visual=visual, images=images)
-        if isinstance(stage.keep, int) and bool((ctx.visual.sum(1) < stage.keep * images).any()):
+        moves = []
+        for write in writes:
+            rows = visual if write.rows is None else write.rows & table.valid
+            if self.pictured is not None:
+                rows = rows & self.pictured[:, None]
+            moves.append(
+                lambda x, rows=rows, values=write.values: torch.where(
+                    rows[..., None], values.to(x.dtype), x
+                )
+            )
+        return keep, moves, inserts
+
+    @staticmethod
+    def _check(stage: LayerMethod, action: Any) -> None:
+        if type(action).__name__ not in stage.actions:
+            raise PlanError(
+                f"{stage.info.name} returns {type(action).__name__} but does not list it in "
+                "its actions",
+                argument="actions",
+                given=type(action).__name__,
+                expected=", ".join(stage.actions),
+            )
+
+    def _merge(self, into: Tensor) -> None:
+        """Book what tokens stand for when others go into them."""
+        table = self.table
+        own = torch.arange(into.shape[1], device=into.device)
+        goes = table.visual & table.valid & (into >= 0) & (into != own)
+        size = table.size.masked_fill(goes, 0)
+        size = size.scatter_add(1, into.clamp(min=0), table.size.masked_fill(~goes, 0))
+        self.table = dataclasses.replace(table, size=size)
+
+    def _protect(self, rows: Tensor) -> None:
+        """Protect rows of the current table."""
+        full = torch.zeros_like(self.full.valid)
+        rows = (rows & self.table.valid & ~self.table.inserted).long()
+        full = full.long().scatter_add(1, self.table.index, rows) > 0
+        self.protected = full if self.protected is None else self.protected | full
+
+    def _insert(
+        self, layer: int, insert: Insert, hidden: Tensor, before: DecoderRun
+    ) -> Tensor:
+        """Put new rows behind others; returns the hidden states with them.
+
+        Args:
+            layer: index of the layer.
+            insert: the action.
+            hidden: `[batch, rows, width]`.
+            before: this run as the action saw it, before rows left.
+        """
+        values = insert.rows.to(hidden)
+        values = values.expand(len(hidden), *values.shape[-2:])
+        after = insert.after if self.pictured is None else insert.after.where(self.pictured, -1)
+        after = after[:, None].expand(-1, values.shape[1])
+        there, at = after >= 0, after.clamp(min=0)
+        new = before.table.take(at, there & before.table.valid.gather(1, at))
+        no, none = torch.zeros_like(new.valid), torch.full_like(new.image, -1)
+        new = dataclasses.replace(
+            new, visual=no, newline=no, inserted=~no, image=none, tile=none, frame=none,
+            line=none, row=none.float(), col=none.float(), size=torch.zeros_like(new.size),
+        )  # fmt: skip
+        # Both are ordered by the rows that the action saw; what is new comes behind.
+        place = locate(self.table.index, before.table.index, self.full.valid.shape[1])
+        order = torch.cat([place, after], 1).argsort(dim=1, stable=True)
+        self.table = TokenTable(
+            **{
+                f.name: torch.cat([getattr(self.table, f.name), getattr(new, f.name)], 1).gather(
+                    1, order
+                )
+                for f in dataclasses.fields(TokenTable)
+            }
+        )
+        rows = at if before.rows is None else before.rows.gather(1, at)
+        self.lengths = self.table.valid.sum(1).tolist()
+        self.rows = torch.cat([self.rows, rows], 1).gather(1, order)
+        if self.position is not None:
+            dim = self.position.dim() - 1
+            position = gather_rows(before.position, at, dim=dim)
+            self.position = gather_rows(torch.cat([self.position, position], dim), order, dim=dim)
+        self.has_inserted = True
+        return self._move(
+            layer, hidden, lambda x: gather_rows(torch.cat([x, values.to(x)], 1), order)
+        )
+
+    def context(
+        self, number: int, stage: LayerMethod, layer: int, table: TokenTable, *,
+        keep: Tensor | None = None, known: bool = False,
+    ) -> LayerContext:
+        """What a stage may read at a layer over the rows of `table`.
+
+        Args:
+            number: of the stage in its plan.
+            stage: the stage.
+            layer: the layer.
+            table: the rows.
+            keep: bool `[batch, rows]`, rows that other stages of this layer leave; None is all.
+            known: whether signals that are yet to come may be missing.
+        """
+        signals, queries = self.captures.read(number, stage, layer, table, known)
+        visual = table.visual & ~table.newline & table.valid
+        entered = self.tables[0][1]
+        return LayerContext(
+            stage, signals, queries=queries,
+            layer=layer, num_layers=len(self.patched.layers), table=table,
+            visual=visual if keep is None else visual & keep,
+            prompt=self.prompt_of(table), protected=self.protected_of(table),
+            images=torch.tensor([len(s) for s in self.images], device=visual.device),
+            entered=(entered.visual & ~entered.newline & entered.valid).sum(1),
+            state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
+        )  # fmt: skip
+
+    def _select(self, number: int, stage: LayerMethod, layer: int, keep: Tensor) -> list[Any]:
+        """The actions of a stage."""
+        ctx = self.context(number, stage, layer, self.table, keep=keep)
+        budget = getattr(stage, "keep", None)
+        if isinstance(budget, int) and bool((ctx.visual.sum(1) < budget * ctx.images).any()):
             self.notes.append(
-                f"{stage.info.name}: fewer than keep={stage.keep} tokens per image arrive at "
-                f"layer {stage.layer}"
+                f"{stage.info.name}: fewer than keep={budget} tokens per image arrive at "
+                f"layer {layer}"
             )
         self.ran.add(number)
-        with torch.no_grad():
-            action = stage.select(ctx)
+        if stage.differentiable and compat.reentrant(self.patched.layers[layer - 1]):
+            raise PlanError(
+                f"{stage.info.name} is learnt, and reentrant checkpointing gives it no gradient",
+                argument="use_reentrant",
+                given=True,
+                expected="False",
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and stage.differentiable), _kept():
+            actions = stage.act(ctx)
         self.selection_flops += ctx.flops
-        return action.mask
+        return actions
+
+    def finish(self, hidden: Tensor) -> None:
+        """The last layer has run: stages behind it, and what was put off until now."""
+        depth = len(self.patched.layers)
+        self.reached = depth
+        if depth in self.patched.acts:
+            self.captures.hidden(depth, "layer", hidden)
+            stages = [(n, s) for n, s in self.patched.pruners if depth in s.at()]
+            self._act(depth, stages)
+        self.changes.finish()
+        self.selection_flops += self.captures.flops
 
     def restore(self, hidden: Tensor, table: TokenTable | None = None) -> Tensor:
         """What came out of a layer, by default the last, at the length the caller knows.
@@ -514,6 +787,10 @@ class DecoderRun:
         changes nothing.
         """
         table, full = table or self.table, self.full
+        if self.has_inserted:  # equally many in every sample
+            count = table.inserted.shape[1] - int(table.inserted[0].sum())
+            rows = table.inserted.int().argsort(dim=1, stable=True)[:, :count]
+            table, hidden = table.take(rows, table.valid.gather(1, rows)), gather_rows(hidden, rows)
         written = table.valid | ~full.valid.gather(1, table.index)
         hidden = hidden.masked_fill(~written[..., None], 0)
         out = hidden.new_zeros(hidden.shape[0], full.valid.shape[1], hidden.shape[2])
@@ -527,3 +804,11 @@ class DecoderRun:
             table = tables.get(max(0, i - 1), table)
             restored.append(None if hidden is None else self.restore(hidden, table))
         return tuple(restored)
+
+
+def _kept() -> Any:
+    """While open, what autograd saves is kept, and no business of a checkpoint around it.
+
+    transformers 5.17 checkpoints a layer with its hooks, but nothing of a plan is computed again.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

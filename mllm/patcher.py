@@ -19,10 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from mllm import attention, compat
+from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
+from mllm.capture import declared
 from mllm.compressors.base import (
-    AttentionRows,
-    LayerPruner,
+    Hidden,
+    LayerMethod,
+    TextEmbeds,
     TokenReducer,
+    TowerReducer,
     VisionAttention,
     VisionKeys,
 )
@@ -92,24 +96,42 @@ class Patched:
         self.plan = Plan(
             [
                 s.at_depth(len(self.layers), self.family.first_cut)
-                if isinstance(s, LayerPruner)
+                if isinstance(s, LayerMethod)
                 else s
                 for s in requested.stages
             ],
             requested.seed,
         )
         self.plan_notes = [
-            f"{s.info.name}: layer {s.paper_layer} of {s.info.reference_layers} scaled to "
-            f"layer {now.layer} of {len(self.layers)}"
+            note
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
-            if isinstance(s, LayerPruner) and s.layer is None
+            if isinstance(s, LayerMethod) and (note := s.scaled(now, len(self.layers)))
         ]
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
-        self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
+        self.mergers = [(i, s) for i, s in stages if isinstance(s, TowerReducer)]
+        self.before = [*self.mergers, *self.reducers]
+        self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerMethod)]
+        self.signals = declared(self.pruners)
+        self.reads_embeds = any(
+            isinstance(signal, TextEmbeds)
+            for _, s in self.pruners
+            for signal in s.reads().values()
+        )
+        self.acts = sorted({layer for _, s in self.pruners for layer in s.at()})
+        self.cuts = sorted(
+            {
+                layer
+                for _, s in self.pruners
+                if MOVES_ROWS & set(s.actions)
+                for layer in s.at()
+                if layer < len(self.layers)
+            }
+        )
+        self.apart = bool(SETS_APART & self._actions())
+        self.inserts = "Insert" in self._actions()
         check_plan(self, unvalidated)
         self.plan_notes += family_notes(self)
-        self.cuts = sorted({s.layer for _, s in self.pruners})
         self._base_signature = inspect.signature(self.family.base.forward)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
@@ -128,15 +150,29 @@ class Patched:
         joined = stage.site == "pre_projector" and not self.family.per_token
         return "post_projector" if joined else stage.site
 
+    def _actions(self) -> set[str]:
+        """Actions that in-LLM stages may return."""
+        return {action for _, s in self.pruners for action in s.actions}
+
+    def _layers_of(self, actions: set[str]) -> range:
+        """Decoder layers in which some of these actions may work."""
+        first = [min(s.at()) for _, s in self.pruners if actions & set(s.actions)]
+        return range(min(first, default=len(self.layers)), len(self.layers))
+
     def tapped(self) -> list[nn.Module]:
-        """Attention modules that some stage reads from."""
+        """Attention modules that some stage reads from, or changes something in."""
         found = []
-        for _, stage in [*self.reducers, *self.pruners]:
+        for _, stage in self.reducers:
             for signal in stage.reads().values():
                 if isinstance(signal, VisionAttention | VisionKeys):
                     found.append(self.family.block_attention(self.family.block(signal.block)))
-                elif isinstance(signal, AttentionRows):
-                    found.append(self.family.attention(signal.layer))
+        for _, stage in self.mergers:
+            blocks = stage.blocks(len(self.family.blocks))
+            found += [self.family.block_attention(block) for block in blocks]
+        for _, signal in self.signals:
+            if not isinstance(signal, Hidden):
+                found.append(self.family.attention(signal.layer))
+        found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
 
     # Installing and removing
@@ -182,12 +218,16 @@ class Patched:
                 wrap(family.model, name, self._refuse_continuous)
         pre(family.decoder, self._decoder_pre)
         post(family.decoder, self._decoder_post)
-        for i in range(self.cuts[0] if self.cuts else len(self.layers), len(self.layers)):
+        for i in range(self._first_hooked(), len(self.layers)):
             pre(self.layers[i], functools.partial(self._layer_pre, i))
-        if any(self.site(stage) == "pre_projector" for _, stage in self.reducers):
+        self._install_branches(pre, post)
+        if self.mergers or any(self.site(s) == "pre_projector" for _, s in self.reducers):
             pre(family.projector, self._projector_pre)
             post(family.projector, self._projector_post)
             post(family.tower, self._tower_post)
+        for block, forward in self._tower_blocks():
+            self._set(block, "forward", forward)
+            touched[block] = None
         self._set(family.base, "mllm_patched", True)
         for module in touched:
             self._set(module, "__deepcopy__", functools.partial(self._plain_copy, module))
@@ -221,6 +261,42 @@ class Patched:
                 given=type(self.model).__name__,
                 expected="patch and remove between forward passes",
             )
+
+    def _first_hooked(self) -> int:
+        """The first decoder layer whose arguments a plan may change or look at."""
+        if self.apart:
+            return 0
+        read = [signal.layer for _, signal in self.signals]
+        return min([*self.acts, *read, len(self.layers)])
+
+    def _install_branches(self, pre: Any, post: Any) -> None:
+        """Hooks inside of decoder layers, where actions or signals need them."""
+        family = self.family
+        changed = self._layers_of({"BranchGate", "BranchRows", *IN_ATTENTION})
+        read = {(s.layer, s.of) for _, s in self.signals if isinstance(s, Hidden)}
+        for i in range(len(self.layers)):
+            for branch, module in (("attn", family.attention(i)), ("mlp", family.mlp(i))):
+                if i in changed or (i, branch) in read:
+                    pre(module, functools.partial(self._branch_pre, i, branch))
+                if i in changed:
+                    post(family.branch(i, branch), functools.partial(self._branch_post, i, branch))
+
+    def _tower_blocks(self) -> list[tuple[nn.Module, Any]]:
+        """Tower blocks in which tokens merge, and what runs instead of their forward."""
+        if not self.mergers:
+            return []
+
+        def replace(i: int, block: nn.Module) -> Any:
+            @functools.wraps(block.forward)
+            def forward(hidden_states, attention_mask=None, **kwargs):
+                run = _VISION.get()
+                if run is None:
+                    return type(block).forward(block, hidden_states, attention_mask, **kwargs)
+                return run.tower.block(i, hidden_states, attention_mask, kwargs)
+
+            return forward
+
+        return [(block, replace(i, block)) for i, block in enumerate(self.family.blocks)]
 
     def remove(self) -> None:
         """Take the plan out; the model is exactly what it was.
@@ -325,6 +401,7 @@ class Patched:
             return forward(*args, **kwargs)
         finally:
             attention.close_taps()
+            attention.set_change(None)
             _FORWARD.reset(token)
 
     def _run(self) -> DecoderRun | None:
@@ -498,14 +575,42 @@ class Patched:
         call = run.call
         run.start(kwargs, self._prompt().length, None if call is None else call.labels)
         if run.visual is not None and self.pruners:
-            attention.open_taps(run.taps())
+            attention.open_taps(run.captures.taps())
         return (), kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         run = self._run()
         if run is None:
-            return DecoderRun.replayed(self.cuts, layer, args, kwargs)
+            return DecoderRun.replayed(layer, args, kwargs)
         return run.layer(layer, module.training, args, kwargs)
+
+    def _branch_pre(
+        self, layer: int, branch: str, module: nn.Module, args: tuple, kwargs: dict
+    ) -> Any:
+        hidden, run = args[0] if args else kwargs["hidden_states"], self._run()
+        if run is not None and run.visual is not None:
+            run.captures.hidden(layer, branch, hidden)
+        if branch == "attn":
+            # A recompute finds it on the same tensor as the forward did.
+            on = getattr(kwargs["position_embeddings"][0], "mllm_inside", {})
+            attention.set_change(on.get(layer))
+        inside = attention.change()
+        if inside is None or inside.layer != layer or branch not in inside.rows:
+            return None
+        hidden = inside.enter(branch, hidden)
+        if branch == "attn":
+            kwargs = {k: inside.given.get(k, value) for k, value in kwargs.items()}
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _branch_post(
+        self, layer: int, branch: str, module: nn.Module, args: tuple, output: Any
+    ) -> Any:
+        inside = attention.change()
+        if inside is None or inside.layer != layer:
+            return None
+        return inside.leave(branch, output)
 
     def _decoder_post(self, module: nn.Module, args: tuple, output: Any) -> Any:
         run = self._run()
@@ -514,6 +619,7 @@ class Patched:
         if run.visual is None:
             self._book_text(run)
             return output
+        run.finish(output.last_hidden_state)
         ran = run.ran | run.reduction.ran
         missing = [s.info.name for n, s in enumerate(self.plan.stages) if n not in ran]
         if missing:
@@ -567,6 +673,7 @@ class Patched:
             itemsize=run.itemsize,
             cached=bool(tensors),
             selection_flops=run.selection_flops,
+            branch_rows=run.changes.counts,
             notes=notes,
         )
         self._records.append(record)

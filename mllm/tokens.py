@@ -89,6 +89,14 @@ class Places:
     line: Tensor
     cell: Tensor
 
+    def cells(self) -> Places:
+        """The tokens that are no separators alone."""
+        here = self.cell
+        return Places(
+            self.newline[here], self.tile[here], self.row[here], self.col[here], self.line[here],
+            here,
+        )
+
 
 @lru_cache(maxsize=256)
 def _places(layout: Layout) -> Places:
@@ -194,6 +202,8 @@ class TokenTable:
         valid: bool, false for padding and for rows kept only to fill the rectangle.
         visual: bool, placeholders of visual tokens (newline tokens included).
         newline: bool, visual rows that separate lines of a tile; outside every budget.
+        inserted: bool, rows without a source; they have the logical index and the input row of
+            the row that they stand behind.
         image: int32 ordinal of the image within its sample, -1 for text.
         tile, frame: int32 ordinals within the image, -1 for text.
         row, col: float32 place in the image's grid, -1 for text.
@@ -206,6 +216,7 @@ class TokenTable:
     valid: Tensor
     visual: Tensor
     newline: Tensor
+    inserted: Tensor
     image: Tensor
     tile: Tensor
     frame: Tensor
@@ -225,7 +236,7 @@ class TokenTable:
         minus = torch.full_like(index, -1, dtype=torch.int32)
         place = torch.full_like(index, -1, dtype=torch.float32)
         return cls(
-            valid=valid, visual=no, newline=no, image=minus, tile=minus, frame=minus,
+            valid=valid, visual=no, newline=no, inserted=no, image=minus, tile=minus, frame=minus,
             row=place, col=place, line=minus, size=torch.ones_like(place), logical=index + start,
             index=index,
         )
@@ -305,6 +316,28 @@ def choose_rows(
     rows = rank.argsort(dim=1, descending=True, stable=True)[:, :count]
     key = rows if order is None else order.gather(1, rows)
     return rows.gather(1, key.argsort(dim=1, stable=True))
+
+
+def locate(rows: Tensor, among: Tensor, size: int) -> Tensor:
+    """Where each of `rows` is in `among`: int64 `[batch, n]`; the first place if in several.
+
+    Args:
+        rows: int64 `[batch, n]`, 0 <= rows < size; each is somewhere in `among`.
+        among: int64 `[batch, m]`.
+        size: exclusive upper bound of both.
+    """
+    place = torch.arange(among.shape[1], device=among.device).expand_as(among)
+    table = among.new_zeros(among.shape[0], size)
+    return table.scatter_reduce(1, among, place, "amin", include_self=False).gather(1, rows)
+
+
+def along(x: Tensor, at: Tensor, dim: int) -> Tensor:
+    """`x` `[batch, ...]` with axis `dim` replaced by the chosen places, int64 `[batch, n]`."""
+    dim %= x.dim()
+    shape, view = list(x.shape), [1] * x.dim()
+    shape[dim] = view[dim] = at.shape[1]
+    view[0] = at.shape[0]
+    return x.gather(dim, at.view(view).expand(shape))
 
 
 def gather_rows(x: Tensor, rows: Tensor, dim: int = 1) -> Tensor:

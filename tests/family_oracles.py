@@ -339,18 +339,20 @@ def _pictures(sample: Sample, start: int, end: int) -> int:
     return sum(at in seen for at in list(starts)[:-1])
 
 
-def _pattern(family: str, layer: int, sample: Sample, n: int, first: int) -> Tensor:
+def _pattern(
+    family: str, layer: int, sample: Sample, n: int, first: int | None = None
+) -> Tensor:
     """What each row may see if nothing is dropped: bool `[n, n]`.
 
-    The images of a conversation's first turn, `first` rows, see both ways in Gemma 3; with a
-    filled cache transformers puts the blocks of an image at the wrong rows, or at none.
+    Only images in the `first` rows, of a conversation's first turn, see both ways in Gemma 3: with
+    a filled cache transformers puts the block of an image at the wrong rows, or at none.
     """
     see = torch.ones(n, n, dtype=torch.bool).tril()
     if family != "gemma3":
         return see
     visual = torch.zeros(n, dtype=torch.bool)
     visual[: len(sample.ids)] = sample.visual
-    visual[first:] = False
+    visual[len(sample.ids) if first is None else first :] = False
     image = torch.where(visual, (~visual).long().cumsum(0), -1)  # images are never neighbours
     see |= visual[:, None] & (image[:, None] == image)
     config = reference(family).config.text_config
