@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import attention, compat
-from mllm.cache import adopt, note_rows
-from mllm.compressors.base import AttentionRows, Context, LayerPruner
+from mllm.cache import SlotTable, adopt, note_rows, refuse_flash
+from mllm.cache.events import CacheEvents
+from mllm.compressors.base import AttentionRows, CacheCompressor, Context, LayerPruner
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
 from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber, split_images
@@ -36,12 +37,15 @@ class DecoderRun:
         prompt: bool `[batch, rows]`, rows that a method may look at.
         images: per sample, its images in `reduction`.
         past, past_logical: stored slots per layer, and tokens seen, before this forward.
+        held: per layer what its slots stood for before this forward.
+        events: tells cache methods what happens; None without a cache or such methods.
         position: position ids of the current stage's rows.
+        place: int64 `[1 or 3, batch, rows]`, what keys of the current stage's rows are rotated by.
         compacted: whether positions were renumbered inside the decoder.
         rows: int64 `[batch, rows]`, rows of the current stage among those that the decoder's
             own masks and rotary tables have; None is all of them.
-        replaced: by kind of layer, arguments that layers of the current stage get instead of the
-            parent's.
+        replaced: by kind of layer and by what is stored, arguments that layers of the current
+            stage get instead of the parent's.
         replay: by first layer of a stage, its row choice and arguments.
     """
 
@@ -58,10 +62,13 @@ class DecoderRun:
     cache: Any = None
     past: list[int] = field(default_factory=list)
     past_logical: int = 0
+    held: list[SlotTable | None] = field(default_factory=list)
+    events: CacheEvents | None = None
     position: Tensor | None = None
+    place: Tensor | None = None
     compacted: bool = False
     rows: Tensor | None = None
-    replaced: dict[str, dict[str, Any]] = field(default_factory=dict)
+    replaced: dict[tuple[str, SlotTable | None], dict[str, Any]] = field(default_factory=dict)
     replay: dict[int, tuple[Tensor | None, dict]] = field(default_factory=dict)
     signals: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     selection_flops: float = 0.0
@@ -98,36 +105,54 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
-            adopt(cache, self.patched.windows, None if mask is None else mask[:, :-rows])
+            past_valid = None if mask is None else mask[:, :-rows]
+            adopt(cache, self.patched.windows, past_valid, self.patched.new_mark())
+            CacheEvents.verified(self.patched, cache)
             self.past = [layer.slots for layer in cache.layers]
-            self._check_cache()
+            self.held = [layer.table for layer in cache.layers]
             self.past_logical = cache.get_seq_length()
+            self._check_cache(cache)
         self.cache = cache
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
         if mask is not None:
             valid = mask[:, -rows:].to(valid)
         self._make_table(valid)
         self.prompt = self._prompt_rows(prompt_length, labels)
+        if self.patched.compressors:
+            if cache is None:
+                self._nothing_stored()
+            else:
+                self.events = CacheEvents(self, prompt_length)
         self._drop_rows(kwargs)
+        self.place = self._rotated_by(kwargs.get("position_ids"))
         self.tables.append((0, self.table))
         self._note(0)
 
-    def _check_cache(self) -> None:
-        """Layers that this plan gives the same rows must hold equally many slots."""
-        bounds, kind = [0, *self.patched.cuts, len(self.past)], self.patched.family.kind
-        found = {
-            (a, kind(i), self.past[i])
-            for a, b in zip(bounds, bounds[1:], strict=False)
-            for i in range(a, b)
-        }
-        if len(found) > len({(a, k) for a, k, _ in found}):
+    @staticmethod
+    def _check_cache(cache: Any) -> None:
+        """Every forward adds the same tokens to all layers."""
+        seen = [layer.seen for layer in cache.layers]
+        if len(set(seen)) > 1:
             raise CacheMismatchError(
-                f"the cache holds {self.past} tokens per layer, which "
-                f"{self.patched.plan.spec!r} did not make",
+                f"a forward pass broke off and left {seen} tokens in the layers",
                 argument="past_key_values",
-                given=self.past,
-                expected="a cache of a plan with the same cuts, or a new cache",
+                given=seen,
+                expected="a new cache",
             )
+
+    def _nothing_stored(self) -> None:
+        for number, stage in self.patched.compressors:
+            self.notes.append(f"{stage.info.name}: no cache, nothing to do")
+            self.ran.add(number)
+
+    def _rotated_by(self, position: Tensor | None) -> Tensor:
+        """Position ids of the current rows as the rotary embedding takes them."""
+        table = self.table
+        if position is None:
+            position = table.index + self.past_logical
+        position = position[None] if position.dim() == 2 else position[-3:]  # without text's row
+        axes = 3 if self.patched.family.mrope else 1
+        return position.expand(axes, *table.valid.shape)
 
     def _make_table(self, valid: Tensor) -> None:
         start = self.past_logical
@@ -164,7 +189,10 @@ class DecoderRun:
         first = None if cache is None else cache.layers[0]
         shift = None if first is None else first.shifts.get("llm")
         drops = self.patched.reducers and self.visual is not None
-        if not drops and shift is None and (first is None or not first.compressed):
+        stored = first is not None and (
+            first.compressed or (first.planned and self.patched.family.hybrid)
+        )
+        if not drops and shift is None and not stored:
             return
         position = kwargs.get("position_ids")
         if position is None:
@@ -227,15 +255,20 @@ class DecoderRun:
         return keep & table.valid, order
 
     def _slot_valid(self, layer: int) -> Tensor | None:
-        """Validity of a layer's slots with this forward's rows; None if nothing is padded."""
+        """Validity of a layer's slots with this forward's rows; None if nothing is padded.
+
+        bool `[batch, slots]`, or `[batch, kv_heads, slots]` where heads hold different tokens.
+        """
         valid = self.table.valid
         padded = not bool(valid.all())
         old = None if self.cache is None else self.cache.layers[layer]
         if old is not None and old.slots:
-            # The cache may have been told of the new rows already.
-            return (
-                torch.cat([old.valid[:, : old.slots], valid], 1) if padded or old.padded else None
-            )
+            held = self.held[layer]
+            if not (padded or held.padded):
+                return None
+            if held.headwise:
+                valid = valid[:, None].expand(-1, held.valid.shape[1], -1)
+            return torch.cat([held.valid, valid], -1)
         return valid if padded else None
 
     def _note(self, layer: int) -> None:
@@ -246,12 +279,17 @@ class DecoderRun:
         stop = later[0] if later else len(self.patched.layers)
         padded = not bool(self.table.valid.all())
         advance = self.full.valid.shape[1]
-        note_rows(self.cache.layers[layer:stop], self.table, padded, advance)
+        intact = self.past_logical
+        if self.visual is not None and self.table.valid.shape[1] != advance:
+            intact += int(self.visual.any(0).nonzero().max()) + 1  # only visual rows leave
+        note_rows(
+            self.cache, range(layer, stop), self.table, self.place, padded, advance, intact
+        )
 
     def taps(self) -> dict[nn.Module, list[Any]]:
         """Taps for the signals that in-LLM stages declared."""
         found: dict[nn.Module, list[Any]] = {}
-        for number, stage in self.patched.pruners:
+        for number, stage in [*self.patched.pruners, *self.patched.compressors]:
             for name, signal in stage.reads().items():
                 module = self.patched.family.attention(signal.layer)
                 tap = functools.partial(self._tap, (number, name), signal)
@@ -267,6 +305,10 @@ class DecoderRun:
         last = prompt.long().cumsum(1).argmax(1, keepdim=True)
         rows = attention.row_attention(query, key, last, mask, scaling)
         reduce = {"mean": rows.mean, "sum": rows.sum, "max": rows.amax}[signal.heads]
+        if isinstance(self.patched.plan.stages[slot[0]], CacheCompressor):
+            self.signals[slot] = reduce(1)
+            self.selection_flops += 2 * query.shape[1] * key.shape[2] * query.shape[3]
+            return
         scores = reduce(1)[..., -table.valid.shape[1] :]
         # Kept by the caller's rows: a cut may lie between this layer and the one that asks.
         full = scores.new_zeros(*scores.shape[:2], self.full.valid.shape[1])
@@ -280,10 +322,21 @@ class DecoderRun:
             kwargs["position_embeddings"][0].mllm_run = self
         if layer in self.patched.cuts:
             args = (self._cut(layer, args[0], kwargs), *args[1:])
+        held = self.held[layer] if self.held else None
         kind = self.patched.family.kind(layer)
-        if kind not in self.replaced:
-            self.replaced[kind] = self._arguments(layer, kind, args[0], kwargs)
-        return args, {**kwargs, **self.replaced[kind]}
+        if len(self.tables) == 1 and not self._differs(held, kind):
+            return args, kwargs  # what the parent made is right
+        if (kind, held) not in self.replaced:
+            self.replaced[kind, held] = self._arguments(layer, kind, args[0], kwargs)
+        return args, {**kwargs, **self.replaced[kind, held]}
+
+    def _differs(self, held: SlotTable | None, kind: str) -> bool:
+        """Whether a layer before the first cut stores other tokens than the parent thinks.
+
+        The parent looks at the first layer of every kind, and cannot tell heads apart.
+        """
+        first = self.patched.first_layer[kind]
+        return held is not None and (held is not self.held[first] or held.headwise)
 
     def _arguments(self, layer: int, kind: str, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Mask and positions of the layers of one kind until the next cut."""
@@ -295,16 +348,21 @@ class DecoderRun:
         if kind:
             mask = self._mask_of_kind(layer, kwargs.get("attention_mask"))
         else:
-            mask = compat.causal_mask(
-                family.text_config, hidden, self._slot_valid(layer), self.cache, layer
-            )
+            valid = self._slot_valid(layer)
+            if valid is not None and valid.dim() == 3:
+                mask = self._mask_of_kind(layer, None, kwargs.get("attention_mask"))
+            else:
+                mask = compat.causal_mask(family.text_config, hidden, valid, self.cache, layer)
+        first = len(self.tables) == 1
         return {
             "attention_mask": mask,
             "position_embeddings": rotary,
-            "position_ids": self.position,
+            "position_ids": kwargs.get("position_ids") if first else self.position,
         }
 
-    def _mask_of_kind(self, layer: int, mask: Tensor | None) -> Tensor | None:
+    def _mask_of_kind(
+        self, layer: int, mask: Tensor | None, like: Tensor | None = None
+    ) -> Tensor | None:
         """The mask of a layer in a decoder whose layers see differently.
 
         Among the new rows it is the model's own pattern; stored slots are seen if they are valid
@@ -314,6 +372,7 @@ class DecoderRun:
             layer: index of the layer.
             mask: the model's own mask `[batch or 1, 1, rows, slots]`, before rows left; None is
                 causal.
+            like: a mask of the model's format, where that is not `mask`.
         """
         table, window = self.table, self.patched.windows[layer]
         old = None if self.cache is None else self.cache.layers[layer]
@@ -330,14 +389,19 @@ class DecoderRun:
             if self.rows is not None:
                 own = own.gather(1, self.rows[:, :, None].expand(-1, -1, own.shape[2]))
                 own = own.gather(2, self.rows[:, None].expand(-1, own.shape[1], -1))
-        own = own & table.valid[:, None]
+        own = (own & table.valid[:, None])[:, None]
         if slots:
-            there = old.valid[:, None, :slots]
+            held = self.held[layer]
+            there, at = (t if held.headwise else t[:, None] for t in (held.valid, held.logical))
+            there = there[:, :, None].expand(-1, -1, own.shape[2], -1)
             if window is not None:
-                far = table.logical[:, :, None] - old.logical[:, None, :slots]
-                there = there & (far < window)
-            own = torch.cat([there.expand(-1, own.shape[1], -1), own], 2)
-        return compat.mask_like(own[:, None], mask)
+                there = there & (table.logical[:, None, :, None] - at[:, :, None] < window)
+            if held.headwise:
+                refuse_flash(self.patched.family)
+                config = self.patched.family.text_config
+                there = there.repeat_interleave(config.num_attention_heads // there.shape[1], 1)
+            own = torch.cat([there, own.expand(-1, there.shape[1], -1, -1)], 3)
+        return compat.mask_like(own, mask if like is None else like)
 
     @staticmethod
     def replayed(
@@ -351,9 +415,11 @@ class DecoderRun:
         run = getattr(kwargs["position_embeddings"][0], "mllm_run", None)
         if run is None:
             return None
-        first = max(cut for cut in cuts if cut <= layer)
+        first = max((cut for cut in cuts if cut <= layer), default=None)
+        if first is None:
+            return None
         rows, replaced = run.replay[first]
-        replaced = replaced[run.patched.family.kind(layer)]
+        replaced = replaced[run.patched.family.kind(layer), run.held[layer] if run.held else None]
         if layer == first and rows is not None:
             args = (gather_rows(args[0], rows), *args[1:])
         return args, {**kwargs, **replaced}
@@ -392,8 +458,11 @@ class DecoderRun:
             if position is not None:
                 position = gather_rows(position, rows, dim=position.dim() - 1)
             self.rows = rows if self.rows is None else self.rows.gather(1, rows)
+            self.place = gather_rows(self.place, rows, dim=2)
         self.position = position
         self.compacted |= compact
+        if self.compacted:
+            self.place = position[None]
         self._note(layer)
         self.tables.append((layer, self.table))
         self.replaced = {}

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mllm import attention, compat
+from mllm.cache import CacheMark, KVCache, cache_bytes
 from mllm.compressors.base import (
     AttentionRows,
+    CacheCompressor,
     LayerPruner,
     TokenReducer,
     VisionAttention,
@@ -76,6 +78,7 @@ class Patched:
         self.family = resolve_family(model)
         self.layers = list(self.family.layers)
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
+        self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
         requested = Plan.of(plan)
         self.plan = Plan(
             [
@@ -96,8 +99,10 @@ class Patched:
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
+        self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
         check_plan(self, unvalidated)
         self.cuts = sorted({s.layer for _, s in self.pruners})
+        self.mark = CacheMark(compat.config_sha256(model), self.plan.sha256)
         self._base_signature = inspect.signature(self.family.base.forward)
         self._features_signature = inspect.signature(self.family.base.get_image_features)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
@@ -120,7 +125,7 @@ class Patched:
     def tapped(self) -> list[nn.Module]:
         """Attention modules that some stage reads from."""
         found = []
-        for _, stage in [*self.reducers, *self.pruners]:
+        for _, stage in [*self.reducers, *self.pruners, *self.compressors]:
             for signal in stage.reads().values():
                 if isinstance(signal, VisionAttention | VisionKeys):
                     found.append(self.family.block_attention(self.family.block(signal.block)))
@@ -149,8 +154,10 @@ class Patched:
         post(family.base, self._base_post, always=True)
         pre(family.decoder, self._decoder_pre)
         post(family.decoder, self._decoder_post)
-        for i in range(self.cuts[0] if self.cuts else len(self.layers), len(self.layers)):
-            pre(self.layers[i], functools.partial(self._layer_pre, i))
+        for i, layer in enumerate(self.layers):
+            pre(layer, functools.partial(self._layer_pre, i))
+            if self.compressors:
+                post(layer, functools.partial(self._layer_post, i))
         if any(self.site(stage) == "pre_projector" for _, stage in self.reducers):
             pre(family.projector, self._projector_pre)
             post(family.projector, self._projector_post)
@@ -204,6 +211,21 @@ class Patched:
     def __repr__(self) -> str:
         state = "active" if self._handles else "removed"
         return f"Patched({type(self.model).__name__}, {self.plan.spec!r}, {state})"
+
+    def new_mark(self) -> CacheMark:
+        """What a new cache is told of the model and plan that fill it."""
+        return CacheMark(self.mark.config_sha256, self.mark.plan_sha256)
+
+    def kv(self, cache: Any) -> KVCache:
+        """Look at a cache that this model has filled, and change it, by logical index.
+
+        Args:
+            cache: `past_key_values` of a forward or of `generate()`.
+
+        Raises:
+            CacheMismatchError: a cache that no patched model has used.
+        """
+        return KVCache(cache, self.family)
 
     @property
     def ledger(self) -> Ledger:
@@ -371,8 +393,8 @@ class Patched:
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
         call = _CALL.get()
         run.start(kwargs, _PROMPT.get(), None if call is None else call.labels)
-        if run.visual is not None and self.pruners:
-            if call is None and module.training and torch.is_grad_enabled():
+        if self.compressors or (run.visual is not None and self.pruners):
+            if self.pruners and call is None and module.training and torch.is_grad_enabled():
                 raise PlanError(
                     "the model was wrapped after it was patched, so supervised tokens cannot be "
                     "told from the prompt",
@@ -389,10 +411,17 @@ class Patched:
             return DecoderRun.replayed(self.cuts, layer, args, kwargs)
         return run.layer(layer, module.training, args, kwargs)
 
+    def _layer_post(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        run = _FORWARD.get()
+        if run is not None and run.events is not None:
+            run.events.layer_end(layer)
+
     def _decoder_post(self, module: nn.Module, args: tuple, output: Any) -> Any:
         run = _FORWARD.get()
         if run is None:
             return None
+        if run.events is not None:
+            run.events.forward_end()
         if run.visual is None:
             self._book_text(run)
             return output
@@ -425,9 +454,7 @@ class Patched:
         cache = run.cache
         if not run.past_logical:
             self._records.clear()  # a new conversation
-        layers = [] if cache is None else cache.layers
-        tensors = [t for x in layers for t in (x.keys, x.values) if t is not None]
-        meta = {id(t): t for x in layers for t in (x.valid, x.logical) if t is not None}
+        stored, meta = cache_bytes(cache)
         call = _CALL.get()
         rows = run.full.valid.shape[1]
         asked = call.logits_to_keep if call is not None else 0
@@ -442,10 +469,10 @@ class Patched:
             images=run.images,
             reduction=run.reduction,
             logit_rows=min(asked, rows) if asked else rows,
-            kv_bytes=sum(t.nbytes for t in tensors),
-            kv_meta_bytes=sum(t.nbytes for t in meta.values()),
-            itemsize=tensors[0].element_size() if tensors else itemsize,
-            cached=bool(tensors),
+            kv_bytes=stored,
+            kv_meta_bytes=meta,
+            itemsize=cache.layers[0].dtype.itemsize if stored else itemsize,
+            cached=stored > 0,
             selection_flops=run.selection_flops,
             notes=notes,
         )
