@@ -228,6 +228,8 @@ class DecoderRun:
             return
         self.rows = None
         mask = self._slot_valid(0)
+        if mask is not None and mask.dim() == 3:
+            mask = None  # every layer that has heads apart gets a mask of its own
         if mask is None and cache is None:
             # Without a mask or cache, transformers takes gaps in positions for packed sequences.
             mask = self.table.valid
@@ -306,7 +308,8 @@ class DecoderRun:
         rows = attention.row_attention(query, key, last, mask, scaling)
         reduce = {"mean": rows.mean, "sum": rows.sum, "max": rows.amax}[signal.heads]
         if isinstance(self.patched.plan.stages[slot[0]], CacheCompressor):
-            self.signals[slot] = reduce(1)
+            if self.cache is not None:
+                self.signals[slot] = self._by_token(rows[:, :, 0], signal)
             self.selection_flops += 2 * query.shape[1] * key.shape[2] * query.shape[3]
             return
         scores = reduce(1)[..., -table.valid.shape[1] :]
@@ -314,6 +317,24 @@ class DecoderRun:
         full = scores.new_zeros(*scores.shape[:2], self.full.valid.shape[1])
         self.signals[slot] = full.scatter(2, table.index[:, None].expand_as(scores), scores)
         self.selection_flops += 2 * query.shape[1] * key.shape[2] * query.shape[3]
+
+    def _by_token(self, rows: Tensor, signal: AttentionRows) -> Tensor:
+        """Attention `[batch, heads, slots]` by logical index, then reduced over heads."""
+        table, held = self.table, self.held[signal.layer]
+        length = self.past_logical + self.full.valid.shape[1]
+        at = table.logical.masked_fill(~table.valid, length)
+        if held is not None:
+            old = held.logical.masked_fill(~held.valid, length)
+            if held.headwise:
+                group = rows.shape[1] // old.shape[1]
+                old = old.repeat_interleave(group, 1)
+                at = at[:, None].expand(-1, rows.shape[1], -1)
+            at = torch.cat([old, at], -1)
+        at = at if at.dim() == 3 else at[:, None].expand(rows.shape)
+        found = rows.new_zeros(*rows.shape[:2], length + 1).scatter(2, at, rows)[..., :length]
+        return {"mean": found.mean, "sum": found.sum, "max": found.amax}[signal.heads](
+            1, keepdim=True
+        )
 
     def layer(self, layer: int, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What decoder layer `layer` is given instead of its parent's arguments."""

@@ -285,9 +285,8 @@ class LayerPruner(_Method):
 class CacheEvent:
     """What has happened to a cache; ``event["name"]`` is a declared signal.
 
-    A signal of a decoder layer has one value per slot of that layer, `[batch, heads, slots]`, in
-    the columns of ``event.cache.view(layer)`` as they were when the layer ran. It is there from
-    that layer's `layer_end` on.
+    A signal of a decoder layer has one value per token, `[batch, heads, length]` by logical index,
+    zero where the layer does not store it. It is there from that layer's `layer_end` on.
 
     Attributes:
         cache: the :class:`mllm.cache.KVCache` to look at and to change.
