@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import ClassVar
 
 import families
@@ -80,3 +81,146 @@ def test_evicting_is_masking(family, name, attn, kind):
                 stored = valid[b, head % valid.shape[1]].sum()
                 assert int(stored) == len(oracle.alive(i, head)), f"layer {i}, head {head}"
     assert out.past_key_values.get_seq_length() == prompt + 9
+
+
+# One layer against naive lists
+
+HEADS, DIM = 2, 4
+
+
+class Naive:
+    """What a layer must hold: per sample and head, a list of (token, key, value)."""
+
+    def __init__(self, batch: int) -> None:
+        self.cells = [[[] for _ in range(HEADS)] for _ in range(batch)]
+        self.seen = 0
+
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor) -> None:
+        for b, sample in enumerate(self.cells):
+            for h, cells in enumerate(sample):
+                for t in range(keys.shape[2]):
+                    if valid[b, t]:
+                        cells.append((self.seen + t, keys[b, h, t], values[b, h, t]))
+        self.seen += keys.shape[2]
+
+    def take(self, samples: list[int]) -> None:
+        self.cells = [[list(cells) for cells in self.cells[b]] for b in samples]
+
+    def filter(self, stays) -> None:
+        self.cells = [
+            [[c for c in cells if stays(b, h, c[0])] for h, cells in enumerate(sample)]
+            for b, sample in enumerate(self.cells)
+        ]
+
+
+def stub(attn: str = "sdpa", **more) -> SimpleNamespace:
+    """A family that knows its attention."""
+    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attn))
+    return SimpleNamespace(attention=lambda layer: module, **more)
+
+
+def toy(batch: int = 2) -> tuple[DynamicCache, KVCache]:
+    cache = DynamicCache()
+    mllm.cache.adopt(cache, [None, None], None, mllm.cache.CacheMark("model", "plan"))
+    return cache, KVCache(cache, stub())
+
+
+def feed(cache: DynamicCache, keys: Tensor, values: Tensor, valid: Tensor) -> None:
+    """What a forward does to every layer."""
+    start = cache.get_seq_length()
+    logical = torch.arange(start, start + valid.shape[1]).expand(valid.shape)
+    columns = {"valid": valid, "visual": ~valid, "logical": logical, "position0": logical * 2}
+    new = SlotTable(columns, not bool(valid.all()))
+    for i, layer in enumerate(cache.layers):
+        table = new if layer.table is None else layer.table.cat(new)
+        layer.note(table, valid.shape[1], start)
+        cache.update(keys + i, values + i, i)
+
+
+def check(kv: KVCache, naive: Naive) -> None:
+    assert kv.length == naive.seen
+    for i in range(kv.depth):
+        view = kv.view(i) if kv.cache.layers[i].segments else None
+        for b, sample in enumerate(naive.cells):
+            for h, cells in enumerate(sample):
+                if view is None:
+                    assert not cells
+                    continue
+                there = view.valid[b, h]
+                order = view.logical[b, h][there]
+                assert order.tolist() == [token for token, _, _ in cells], f"layer {i}"
+                assert view.position[0, b, h][there].tolist() == [2 * t for t, _, _ in cells]
+                for got, at in ((view.keys, 1), (view.values, 2)):
+                    want = [cell[at] + i for cell in cells]
+                    want = torch.stack(want) if want else torch.zeros(0, DIM)
+                    assert torch.equal(got[b, h][there], want)
+
+
+def scenario(seed: int) -> None:
+    """Random operations, one after another."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=g))
+
+    def coins(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=g) < (0.3 + 0.6 * torch.rand(1, generator=g))
+
+    batch = 1 + draw(3)
+    (cache, kv), naive = toy(batch), Naive(batch)
+    saved: list = []
+    for _ in range(14):
+        batch, length = len(naive.cells), naive.seen
+        what = draw(11) if length else 0
+        if what <= 3:
+            new = 1 if draw(2) else 1 + draw(9)
+            keys, values = torch.randn(2, batch, HEADS, new, DIM, generator=g)
+            valid = torch.ones(batch, new, dtype=torch.bool) if draw(3) else coins(batch, new)
+            feed(cache, keys, values, valid)
+            naive.append(keys, values, valid)
+        elif what == 4:
+            keep = coins(batch, length)
+            kv.evict(keep=keep)
+            naive.filter(lambda b, h, t, keep=keep: keep[b, t])
+        elif what == 5:
+            drop = coins(batch, HEADS, length)
+            kv.evict([0, 1], drop=drop)
+            naive.filter(lambda b, h, t, drop=drop: not drop[b, h, t])
+        elif what == 6:
+            named = torch.randint(-1, length, (batch, 3), generator=g)
+            kv.evict(drop=named, heads=[1])
+            naive.filter(lambda b, h, t, named=named: h != 1 or t not in named[b].tolist())
+        elif what == 7:
+            left = max(0, length - draw(4))
+            kv.crop(left)
+            naive.filter(lambda b, h, t, left=left: t < left)
+            naive.seen = left
+        elif what == 8:
+            index = torch.randint(0, batch, (1 + draw(3),), generator=g)
+            [kv.select, kv.reorder][draw(2)](index)
+            naive.take(index.tolist())
+            saved = []
+        elif what == 9:
+            kv.offload(part=["both", "keys", "values"][draw(3)], leave=draw(3))
+        elif saved and draw(2):
+            at = draw(len(saved))
+            kv.rollback(saved[at][0])
+            naive = copy.deepcopy(saved[at][1])
+        else:
+            saved.append((kv.snapshot(), copy.deepcopy(naive)))
+        check(kv, naive)
+    if naive.seen and all(layer.segments for layer in cache.layers):
+        kv.repeat(2)
+        naive.take([b for b in range(len(naive.cells)) for _ in range(2)])
+        check(kv, naive)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_operations_against_lists(seed):
+    scenario(seed)
+
+
+@pytest.mark.slow
+def test_many_operations_against_lists():
+    for seed in range(40, 1500):
+        scenario(seed)

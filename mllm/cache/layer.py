@@ -310,6 +310,8 @@ class SlotLayer(DynamicLayer):
                 layers that keep the same slots.
         """
         self.remember(as_of)
+        if not self.segments:
+            return
         keep = keep & _as_wide(self.table.valid, keep)
         if self.table.headwise and keep.dim() == 2:
             keep = keep[:, None].expand(self.table.valid.shape)

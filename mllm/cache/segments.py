@@ -205,7 +205,8 @@ class Packed:
         return self._gathered(self.buffer.values)
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self.place.flatten()).view(*self.place.shape, -1)
+        found = rows.index_select(0, self.place.flatten())
+        return found.view(*self.place.shape, rows.shape[1])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         cells = keys.shape[:3]
