@@ -36,6 +36,7 @@ __all__ = [
     "causal_mask",
     "config_sha256",
     "dynamic_cache",
+    "encodes_first",
     "mask_like",
     "register_attention",
     "serve",
@@ -110,6 +111,11 @@ def config_sha256(model: nn.Module) -> str:
 
     config = plain(model.config.to_dict())
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def encodes_first(base: nn.Module) -> bool:
+    """Whether generate() computes features before the prompt is read (5.17 does it in forward)."""
+    return "mm_encoder_outputs" in inspect.signature(base.forward).parameters
 
 
 def dynamic_cache(decoder: nn.Module) -> DynamicCache:

@@ -28,8 +28,10 @@ class DecoderRun:
 
     Attributes:
         patched: the patched model (its plan, stages and family).
-        visual: bool `[batch, rows]`, image placeholders of this forward; None without any.
-        reduction: what the pre-LLM stages decided; set before the decoder runs.
+        visual: bool `[batch, rows]`, placeholders of this forward; None without any.
+        reduction: what the pre-LLM stages decided; set when the decoder starts.
+        seen, reductions: both by kind, `image` or `video`; the latter are set before the
+            decoder runs.
         mask: the attention mask that the base model was given.
         full: table of the rows as the caller gave them.
         table: table of the rows of the current stage.
@@ -74,6 +76,8 @@ class DecoderRun:
     selection_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    reductions: dict[str, Reduction] = field(default_factory=dict)
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -160,11 +164,30 @@ class DecoderRun:
             self.full = self.table = TokenTable.text(valid, start)
             self.images = [[] for _ in range(valid.shape[0])]
             return
+        parts = [self.reductions[kind] for kind in self.seen]
+        if len(parts) == 1:
+            self.reduction = parts[0]
+            self.images = split_images(self.visual.sum(1).tolist(), self.reduction.sizes)
+        else:
+            self.reduction, self.images = Reduction.join(parts), self._both(parts)
         layouts = self.reduction.layouts
-        self.images = split_images(self.visual.sum(1).tolist(), self.reduction.sizes)
         self.full = self.table = TokenTable.prompt(
             valid, self.visual, start, [[layouts[i] for i in own] for own in self.images]
         )
+
+    def _both(self, parts: list[Reduction]) -> list[list[int]]:
+        """Images and videos of every sample, in prompt order, as ordinals among both."""
+        found: list[list[tuple[int, int]]] = [[] for _ in self.visual]
+        first = 0
+        for visual, part in zip(self.seen.values(), parts, strict=True):
+            own = split_images(visual.sum(1).tolist(), part.sizes)
+            for b, images in enumerate(own):
+                rows = visual[b].nonzero()[:, 0].tolist()
+                for i in images:
+                    found[b].append((rows[0], first + i))
+                    rows = rows[part.sizes[i] :]
+            first += len(part.sizes)
+        return [[image for _, image in sorted(sample)] for sample in found]
 
     @property
     def spaced(self) -> bool:
@@ -219,10 +242,9 @@ class DecoderRun:
         kwargs["position_ids"] = position
         prepared = kwargs.get("attention_mask")
         if isinstance(prepared, dict):
-            layer_of = {self.patched.family.kind(i): i for i in range(len(self.past))[::-1]}
+            kinds = [self.patched.family.kind(i) for i in range(len(self.past))]
             kwargs["attention_mask"] = {
-                kind: self._mask_of_kind(layer_of[kind], mask)
-                for kind, mask in prepared.items()
+                kind: self._mask_of_kind(kinds.index(kind), prepared[kind]) for kind in set(kinds)
             }
             self.rows = None
             return

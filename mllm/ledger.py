@@ -38,6 +38,21 @@ class Reduction:
     selection_flops: list[float] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
 
+    @classmethod
+    def join(cls, parts: list[Reduction]) -> Reduction:
+        """Pictures and videos of one prompt, one kind after the other."""
+        orders = [part.order for part in parts]
+        return cls(
+            layouts=[x for part in parts for x in part.layouts],
+            keep=torch.cat([part.keep for part in parts]),
+            into=torch.cat([part.into for part in parts]),
+            order=None if None in orders else torch.cat(orders),
+            vision_flops=[x for part in parts for x in part.vision_flops],
+            baseline_vision_flops=[x for part in parts for x in part.baseline_vision_flops],
+            selection_flops=[x for part in parts for x in part.selection_flops],
+            ran=set.intersection(*(part.ran for part in parts)),
+        )
+
     @property
     def sizes(self) -> list[int]:
         """Tokens of each image."""

@@ -30,6 +30,7 @@ from mllm.errors import DataError, NoEffectError, PlanError
 from mllm.in_llm import DecoderRun
 from mllm.ledger import Ledger, Record, Reduction
 from mllm.models import resolve as resolve_family
+from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.tokens import split_images
@@ -76,6 +77,7 @@ class Patched:
     def __init__(self, model: nn.Module, plan: Any, *, unvalidated: bool = False) -> None:
         self.model = model
         self.family = resolve_family(model)
+        self.kinds = {"image": self.family, "video": self.family.of_videos()}
         self.layers = list(self.family.layers)
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
         self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
@@ -95,16 +97,15 @@ class Patched:
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
             if isinstance(s, LayerPruner) and s.layer is None
         ]
-        self.plan_notes += family_notes(self)
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
         self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
         check_plan(self, unvalidated)
+        self.plan_notes += family_notes(self)
         self.cuts = sorted({s.layer for _, s in self.pruners})
         self.mark = CacheMark(compat.config_sha256(model), self.plan.sha256)
         self._base_signature = inspect.signature(self.family.base.forward)
-        self._features_signature = inspect.signature(self.family.base.get_image_features)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
         self._handles: list[Any] = []
@@ -163,25 +164,22 @@ class Patched:
             post(family.projector, self._projector_post)
             post(family.tower, self._tower_post)
 
-        features = family.base.get_image_features
-        generate = family.model.generate
+        for kind in [kind for kind, of in self.kinds.items() if of is not None]:
+            self._wrap(family.base, f"get_{kind}_features", self._features, kind)
+        self._wrap(family.model, "generate", self._generate)
+        family.base.mllm_patched = True
+
+    def _wrap(self, owner: nn.Module, name: str, around: Any, *more: Any) -> None:
+        """Put `around(*more, original, args, kwargs)` in place of a method of this instance."""
+        original = getattr(owner, name)
 
         # generate() reads the signature of get_image_features to choose its arguments.
-        @functools.wraps(features)
-        def get_image_features(*args, **kwargs):
-            return self._image_features(features, args, kwargs)
+        @functools.wraps(original)
+        def wrapper(*args, **kwargs):
+            return around(*more, original, args, kwargs)
 
-        @functools.wraps(generate)
-        def patched_generate(*args, **kwargs):
-            return self._generate(generate, args, kwargs)
-
-        for owner, name, wrapper in (
-            (family.base, "get_image_features", get_image_features),
-            (family.model, "generate", patched_generate),
-        ):
-            self._wrapped.append((owner, name, owner.__dict__.get(name)))
-            setattr(owner, name, wrapper)
-        family.base.mllm_patched = True
+        self._wrapped.append((owner, name, owner.__dict__.get(name)))
+        setattr(owner, name, wrapper)
 
     def remove(self) -> None:
         """Take the plan out; the model is exactly what it was. May be called twice."""
@@ -273,17 +271,36 @@ class Patched:
 
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = compat.arguments(self._base_signature, args, kwargs)
-        ids, pixels = given.get("input_ids"), given.get("pixel_values")
-        encoders = given.get("mm_encoder_outputs") or {}
-        encoded = encoders.get("image")
-        if given.get("pixel_values_videos") is not None or encoders.get("video") is not None:
-            raise DataError(
-                "the tokens of videos cannot be reduced",
-                argument="pixel_values_videos",
-                given="a video",
-                expected="images",
-            )
-        has_pixels = pixels is not None or encoded is not None
+        ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
+        seen: dict[str, Tensor] = {}
+        reductions: dict[str, Reduction] = {}
+        for kind, family in self.kinds.items():
+            encoded = encoders.get(kind)
+            if family is None:
+                if given.get("pixel_values_videos") is not None or encoded is not None:
+                    raise DataError(
+                        f"the tokens of videos cannot be reduced in {type(self.model).__name__}",
+                        argument="pixel_values_videos",
+                        given="a video",
+                        expected="images",
+                    )
+                continue
+            visual = self._placeholders(kind, family, ids, given, encoded)
+            if visual is not None:
+                seen[kind] = visual
+                if encoded is not None:
+                    reductions[kind] = encoded.mllm_reduction
+        visual = None if not seen else functools.reduce(torch.logical_or, seen.values())
+        mask = given.get("attention_mask")
+        outer = _outer(_FORWARD, self)
+        run = DecoderRun(self, visual, None, mask, outer=outer, seen=seen, reductions=reductions)
+        _FORWARD.set(run)
+
+    def _placeholders(
+        self, kind: str, family: Family, ids: Tensor | None, given: dict[str, Any], encoded: Any
+    ) -> Tensor | None:
+        """Rows of images or of videos: bool `[batch, rows]`, None without any."""
+        has_pixels = given.get(family.pixels) is not None or encoded is not None
         if ids is None and has_pixels:
             raise DataError(
                 "visual rows cannot be found without input_ids",
@@ -291,52 +308,57 @@ class Patched:
                 given=None,
                 expected="input_ids with the pixels",
             )
-        visual = None
-        if ids is not None and (has_pixels or ids.shape[1] > 1):
-            visual = ids == self.family.image_token_id
-            found = bool(visual.any())
-            if found != has_pixels:
-                raise DataError(
-                    "the prompt has image placeholders but no pixels were given"
-                    if found
-                    else "pixels were given but the prompt has no image placeholder",
-                    argument="pixel_values" if found else "input_ids",
-                    given=None if found else f"no token {self.family.image_token_id}",
-                    expected="as many image placeholders as visual tokens",
-                )
-            visual = visual if found else None
+        if ids is None or not (has_pixels or ids.shape[1] > 1):
+            return None
+        visual = ids == family.image_token_id
+        found = bool(visual.any())
+        if found != has_pixels:
+            raise DataError(
+                f"the prompt has {kind} placeholders but no pixels were given"
+                if found
+                else f"pixels were given but the prompt has no {kind} placeholder",
+                argument=family.pixels if found else "input_ids",
+                given=None if found else f"no token {family.image_token_id}",
+                expected="as many placeholders as visual tokens",
+            )
+        if not found:
+            return None
         reduction = getattr(encoded, "mllm_reduction", None)
         if encoded is not None and reduction is None:
             raise DataError(
                 "mm_encoder_outputs were not computed by the patched model",
                 argument="mm_encoder_outputs",
                 given=type(encoded).__name__,
-                expected="get_image_features of the patched model, or pixel_values",
+                expected=f"get_{kind}_features of the patched model, or {family.pixels}",
             )
-        if visual is not None:
-            self._check_counts(visual, given, encoded, reduction)
-        mask = given.get("attention_mask")
-        outer = _outer(_FORWARD, self)
-        _FORWARD.set(DecoderRun(self, visual, reduction, mask, outer=outer))
+        self._check_counts(family, kind, visual, given, encoded, reduction)
+        return visual
 
     def _check_counts(
-        self, visual: Tensor, given: dict[str, Any], encoded: Any, reduction: Reduction | None
+        self,
+        family: Family,
+        kind: str,
+        visual: Tensor,
+        given: dict[str, Any],
+        encoded: Any,
+        reduction: Reduction | None,
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
         counts = visual.sum(1).tolist()
         if encoded is None:
-            sizes = [layout.tokens for layout in self.family.layouts(given)]
+            family.check(given)
+            sizes = [layout.tokens for layout in family.layouts(given)]
             total = sum(sizes)
         else:
             sizes, total = reduction.sizes, sum(len(f) for f in encoded.pooler_output)
         if sum(counts) != total or split_images(counts, sizes) is None:
             tokens = " or ".join(str(n) for n in dict.fromkeys(sizes))
             raise DataError(
-                f"the samples have {counts} image placeholders for {len(sizes)} images of "
+                f"the samples have {counts} {kind} placeholders for {len(sizes)} {kind}s of "
                 f"{tokens} visual tokens",
                 argument="input_ids",
                 given=counts,
-                expected=f"{tokens} placeholders per image, {total} in the batch",
+                expected=f"{tokens} placeholders per {kind}, {total} in the batch",
             )
 
     def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -344,11 +366,16 @@ class Patched:
             attention.close_taps()
             _FORWARD.set(run.outer)
 
-    # Pre-LLM stages: around get_image_features
+    # Pre-LLM stages: around get_image_features and get_video_features
 
-    def _image_features(self, original: Any, args: tuple, kwargs: dict) -> Any:
-        inputs = compat.arguments(self._features_signature, args, kwargs)
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+    def _features(self, kind: str, original: Any, args: tuple, kwargs: dict) -> Any:
+        inside = _VISION.get()
+        if inside is not None and inside.patched is self:  # videos read by the method for images
+            return original(*args, **kwargs)
+        inputs = compat.arguments(inspect.signature(original), args, kwargs)
+        for name in (
+            "vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"
+        ):
             configured = getattr(self.family.model.config, name, None)
             if inputs.get(name) not in (None, configured):
                 raise PlanError(
@@ -357,7 +384,7 @@ class Patched:
                     given=inputs[name],
                     expected="set it in the config before mllm.patch",
                 )
-        run = VisionRun(self, inputs)
+        run = VisionRun(self, self.kinds[kind], inputs)
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
@@ -368,7 +395,7 @@ class Patched:
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
         if (decoder_run := _FORWARD.get()) is not None:
-            decoder_run.reduction = run.reduction
+            decoder_run.reductions[kind] = run.reduction
         return output
 
     def _projector_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:

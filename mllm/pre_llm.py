@@ -29,6 +29,7 @@ from mllm.ledger import Reduction
 from mllm.tokens import Layout, choose_rows, gather_rows
 
 if TYPE_CHECKING:
+    from mllm.models.base import Family
     from mllm.patcher import Patched
 
 
@@ -54,9 +55,10 @@ class VisionRun:
     equal images.
     """
 
-    def __init__(self, patched: Patched, inputs: Mapping[str, Any]) -> None:
-        self.patched, self.family, self.inputs = patched, patched.family, inputs
-        device = inputs["pixel_values"].device
+    def __init__(self, patched: Patched, family: Family, inputs: Mapping[str, Any]) -> None:
+        self.patched, self.family, self.inputs = patched, family, inputs
+        family.check(inputs)
+        device = inputs[family.pixels].device
         layouts = self.family.layouts(inputs)
         full = [self.family.vision_flops(x, x.cells) for x in layouts]
         into = torch.cat([torch.arange(x.tokens) for x in layouts]).to(device)
@@ -159,6 +161,13 @@ class VisionRun:
         self, number: int, stage: TokenReducer, group: Group, features: Tensor | None
     ) -> list[Any]:
         """Actions of a stage for a group; features are `[images, cells, width]`."""
+        if not group.layout.plain and {"Pool", "Resize"} & set(stage.actions):
+            raise PlanError(
+                f"{stage.info.name} cannot work on a video, which is several grids",
+                argument="plan",
+                given=stage.info.name,
+                expected="a method that chooses tokens",
+            )
         signals: dict[str, Tensor] = {}
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
@@ -168,7 +177,7 @@ class VisionRun:
             else:
                 signals[name] = self._signal(signal, stage.info.name)[group.at]
         ctx = Context(
-            stage, signals, grid=group.layout.grids[0] if self.family.plain else None,
+            stage, signals, grid=group.layout.grids[0] if group.layout.plain else None,
             valid=self.reduction.keep[group.at],
             seeds=functools.partial(self._seeds, number, group),
         )
@@ -193,7 +202,7 @@ class VisionRun:
                 reduction.into[at] = into
             elif isinstance(action, Write):
                 features = action.values
-                if action.order is not None and self.family.plain:
+                if action.order is not None and group.layout.plain:
                     if reduction.order is None:
                         reduction.order = torch.zeros_like(reduction.into)
                     reduction.order[at] = action.order

@@ -36,11 +36,18 @@ class Layout:
         newline: separators of the last grid: `"rows"` one token behind each of its rows, `"end"`
             one token behind the image.
         tiling: the tiles that the last grid was put together from.
+        video: whether the grids are frames.
     """
 
     grids: tuple[tuple[int, int], ...]
     newline: Literal["none", "rows", "end"] = "none"
     tiling: Tiling | None = None
+    video: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """One grid without separators."""
+        return len(self.grids) == 1 and self.newline == "none"
 
     @property
     def cells(self) -> int:
@@ -64,13 +71,14 @@ class Places:
 
     Attributes:
         newline: bool, separators.
-        tile, row, col: int64 grid and place in it; a separator stands behind its row.
+        tile, frame, row, col: int64 grid and place in it; a separator stands behind its row.
         line: int64, what a separator separates: it stays while a cell of its line stays.
         cell: int64 `[cells]`, tokens that are no separators.
     """
 
     newline: Tensor
     tile: Tensor
+    frame: Tensor
     row: Tensor
     col: Tensor
     line: Tensor
@@ -79,21 +87,22 @@ class Places:
 
 @lru_cache(maxsize=256)
 def _places(layout: Layout) -> Places:
-    rows = []  # (newline, tile, row, col, line)
+    rows = []  # (newline, tile, frame, row, col, line)
     line = 0
-    for tile, (height, width) in enumerate(layout.grids):
-        last = tile == len(layout.grids) - 1
+    for grid, (height, width) in enumerate(layout.grids):
+        last = grid == len(layout.grids) - 1
+        which = (0, grid) if layout.video else (grid, 0)
         for r in range(height):
-            rows += [(0, tile, r, c, line) for c in range(width)]
+            rows += [(0, *which, r, c, line) for c in range(width)]
             if last and layout.newline == "rows":
-                rows.append((1, tile, r, width, line))
+                rows.append((1, *which, r, width, line))
                 line += 1
         if last and layout.newline == "end":
-            rows.append((1, tile, height - 1, width, line))
+            rows.append((1, *which, height - 1, width, line))
         if not last and layout.newline == "rows":
             line += 1
-    newline, tile, row, col, line_of = torch.tensor(rows).unbind(1)
-    return Places(newline.bool(), tile, row, col, line_of, (newline == 0).nonzero()[:, 0])
+    newline, *place = torch.tensor(rows).unbind(1)
+    return Places(newline.bool(), *place, (newline == 0).nonzero()[:, 0])
 
 
 def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]] | None:
@@ -180,8 +189,8 @@ class TokenTable:
         """
         table = cls.text(valid, start)
         table.visual = visual
-        names = ("newline", "tile", "row", "col", "line")
-        for name in (*names, "image", "frame"):
+        names = ("newline", "tile", "frame", "row", "col", "line")
+        for name in (*names, "image"):
             setattr(table, name, getattr(table, name).clone())
         device = visual.device
         for b, sample in enumerate(layouts):
@@ -195,7 +204,6 @@ class TokenTable:
             sizes = torch.tensor([x.tokens for x in sample])
             image = torch.arange(len(sample)).repeat_interleave(sizes)
             table.image[b, rows] = image.to(device, torch.int32)
-            table.frame[b, rows] = 0
         return table
 
     def with_newlines(self, keep: Tensor) -> Tensor:

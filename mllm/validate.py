@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm import compat
-from mllm.compressors.base import TokenReducer
+from mllm.compressors.base import AttentionRows, TokenReducer
 from mllm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -90,6 +90,14 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=", ".join(sorted(kinds)),
             expected="full_attention",
         )
+    attend = compat.attention_name(family.attention(0))
+    if family.hybrid and attend not in ("sdpa", "eager"):
+        raise PlanError(
+            f"{attend} measures windows in stored slots, not in tokens",
+            argument="attn_implementation",
+            given=attend,
+            expected="sdpa or eager",
+        )
     tapped = patched.tapped()
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
     other = [m for m in tapped if compat.attention_name(m) not in compat.SERVED]
@@ -138,4 +146,11 @@ def family_notes(patched: Patched) -> list[str]:
                 f"{stage.info.name}: works behind the projector of {name}, without [CLS] as a "
                 "token"
             )
+        for signal in stage.reads().values():
+            window = isinstance(signal, AttentionRows) and patched.windows[signal.layer]
+            if window:
+                notes.append(
+                    f"{stage.info.name}: layer {signal.layer} of {name} sees {window} tokens; "
+                    "visual tokens further back score 0"
+                )
     return notes

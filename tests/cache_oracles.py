@@ -74,11 +74,19 @@ class Oracle:
         self.gone[layer] = F.pad(old, (0, self.length - old.shape[1]))
         self.gone[layer][head, tokens] = True
 
+    def first(self, layer: int) -> int:
+        """The oldest token that a later one sees."""
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        sliding = kinds and kinds[layer] == "sliding_attention"
+        return max(0, self.length - config.sliding_window + 1) if sliding else 0
+
     def alive(self, layer: int, head: int) -> list[int]:
+        every = range(self.first(layer), self.length)
         if layer not in self.gone:
-            return list(range(self.length))
+            return list(every)
         gone = F.pad(self.gone[layer], (0, self.length - self.gone[layer].shape[1]))
-        return [t for t in range(self.length) if not gone[head, t]]
+        return [t for t in every if not gone[head, t]]
 
     @torch.no_grad()
     def generate(self, **inputs):
@@ -120,9 +128,8 @@ class Norms(CacheCompressor):
         oracle.done.add(self)
         for layer, keys in oracle.keys.items():
             for head, own in enumerate(keys):
-                # A sliding layer stores the newest tokens only.
-                first = oracle.length - len(own)
-                norms = {first + t: k.norm().item() for t, k in enumerate(own)}
+                start = oracle.length - len(own)
+                norms = {t: own[t - start].norm().item() for t in oracle.alive(layer, head)}
                 best = sorted(norms, key=norms.get)[: self.budget + self.more * head]
                 oracle.drop(layer, head, [t for t in norms if t not in best])
 
@@ -152,13 +159,11 @@ class Snap(CacheCompressor):
             return
         oracle.done.add(self)
         for layer, weights in oracle.last.items():
-            first = oracle.length - weights.shape[1]
+            start = oracle.length - weights.shape[1]
             mean = [w.item() for w in weights.mean(0)]
             heads = range(oracle.keys[layer].shape[0])
-            stored = {t for head in heads for t in oracle.alive(layer, head) if t >= first}
-            score = {
-                t: sum(mean[max(0, t - first - 1) : t - first + 2]) for t in sorted(stored)
-            }
+            stored = {t for head in heads for t in oracle.alive(layer, head)}
+            score = {t: sum(mean[max(0, t - start - 1) : t - start + 2]) for t in sorted(stored)}
             best = sorted(score, key=lambda t: -score[t])[: self.budget - self.less * layer]
             for head in heads:
                 oracle.drop(layer, head, [t for t in range(oracle.length) if t not in best])
@@ -173,8 +178,7 @@ class Sinks(CacheCompressor):
     info: ClassVar = MethodInfo(name="sinks", stage="cache")
 
     def prefill_end(self, event: CacheEvent) -> None:
-        view = event.cache.view(0)
-        first = view.logical[:, 0].masked_fill(~view.valid[:, 0], event.cache.length).amin(1)
+        first = event.cache.state.setdefault("first", event.prompt.long().argmax(1))
         token = torch.arange(event.cache.length)
         keep = (token >= first[:, None]) & (token < first[:, None] + self.sinks)
         event.cache.evict(keep=keep | (token >= event.cache.length - self.recent))

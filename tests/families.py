@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
 import transformers as hf
 from tiny import IMAGE, PAD, VOCAB
@@ -25,17 +28,25 @@ def _text(**more) -> dict:
 
 @dataclass
 class Picture:
-    """One image: what a processor gives for it, and its visual tokens.
+    """One image or video: what a processor gives for it, and its visual tokens.
 
     Attributes:
         fields: tensors by argument name; `collate` of the family joins those of a batch.
         tokens: visual tokens.
-        grid: (rows, cols); under anyres those of the tiled view.
+        grid: (rows, cols), of every frame; under anyres those of the tiled view.
+        frames: of a video, 0 for an image.
+        runs: neighbouring placeholders in the prompt.
     """
 
     fields: dict[str, Tensor]
     tokens: int
     grid: tuple[int, int] = (4, 4)
+    frames: int = 0
+    runs: tuple[int, ...] = ()
+
+    @property
+    def token(self) -> int:
+        return VIDEO if self.frames else IMAGE
 
 
 @dataclass
@@ -45,7 +56,7 @@ class Sample:
 
     @property
     def visual(self) -> Tensor:
-        return self.ids == IMAGE
+        return (self.ids == IMAGE) | (self.ids == VIDEO)
 
 
 @dataclass
@@ -71,7 +82,8 @@ class Kit:
 
 def _cat(samples: list[list[Picture]]) -> dict[str, Tensor]:
     pictures = [p for sample in samples for p in sample]
-    return {k: torch.cat([p.fields[k] for p in pictures]) for k in pictures[0].fields}
+    names = dict.fromkeys(name for p in pictures for name in p.fields)
+    return {k: torch.cat([p.fields[k] for p in pictures if k in p.fields]) for k in names}
 
 
 # Qwen
@@ -112,6 +124,25 @@ def _qwen_picture(size: int, g: torch.Generator) -> Picture:
     grid = torch.tensor([[1, height, width]])
     shape = (height // 2, width // 2)
     return Picture(dict(pixel_values=pixels, image_grid_thw=grid), height * width // 4, shape)
+
+
+def _qwen_video(size: int, g: torch.Generator, split: bool = False) -> Picture:
+    """Videos of unequal length, and an image among them."""
+    if size == 1:
+        return _qwen_picture(size, g)
+    frames, height, width = [(2, 4, 6), (), (3, 4, 4)][size]
+    patches, tokens = frames * height * width, height * width // 4
+    fields = dict(
+        pixel_values_videos=torch.randn(patches, 3 * 2 * 14 * 14, generator=g),
+        video_grid_thw=torch.tensor([[frames, height, width]]),
+    )
+    runs = (tokens,) * frames if split else (tokens * frames,)
+    return Picture(fields, tokens * frames, (height // 2, width // 2), frames, runs)
+
+
+def _qwen3_video(size: int, g: torch.Generator) -> Picture:
+    """Frames with a time between them."""
+    return _qwen_video(size, g, split=True)
 
 
 # Square pictures: LLaVA, InternVL, Idefics3
@@ -233,7 +264,17 @@ def _anyres(shapes):
     return picture
 
 
+def _onevision_video(size: int, g: torch.Generator) -> Picture:
+    """Frames of 2 x 2 tokens, all videos equally long, and an image among them."""
+    if size == 1:
+        return _anyres(_SHRUNK)(size, g)
+    pixels = torch.randn(1, 3, 3, 56, 56, generator=g)
+    return Picture(dict(pixel_values_videos=pixels), 3 * 4 + 1, (2, 2), 3)
+
+
 def _anyres_cells(picture: Picture) -> list[int]:
+    if picture.frames:
+        return list(range(picture.tokens - 1))
     rows, cols = picture.grid
     return [*range(16), *(16 + r * (cols + 1) + c for r in range(rows) for c in range(cols))]
 
@@ -242,7 +283,10 @@ def _anyres_separators(sample: Sample, kept: list[int]) -> list[int]:
     found, at = [], 0
     for picture in sample.pictures:
         rows, cols = picture.grid
-        for r in range(rows):
+        end = at + picture.tokens - 1
+        if picture.frames and any(at <= t < end for t in kept):
+            found.append(end)
+        for r in range(0 if picture.frames else rows):
             first = at + 16 + r * (cols + 1)
             if any(first <= t < first + cols for t in kept):
                 found.append(first + cols)
@@ -265,6 +309,13 @@ KITS: dict[str, Kit] = {
     "llava_onevision": Kit(
         _llava_onevision, _anyres(_SHRUNK), _cat, cells=_anyres_cells, separators=_anyres_separators
     ),
+    "qwen2_vl_video": Kit(_qwen2_vl, _qwen_video, _cat, mrope=True),
+    "qwen2_5_vl_video": Kit(_qwen2_5_vl, _qwen_video, _cat, mrope=True),
+    "qwen3_vl_video": Kit(_qwen3_vl, _qwen3_video, _cat, mrope=True),
+    "llava_onevision_video": Kit(
+        _llava_onevision, _onevision_video, _cat, cells=_anyres_cells,
+        separators=_anyres_separators,
+    ),
 }
 
 
@@ -286,7 +337,8 @@ def model(family: str, attn: str = "sdpa") -> nn.Module:
             elif "qkv" in name:
                 weight[: 2 * weight.shape[1]].mul_(12.0)
             elif "embed_tokens" in name:
-                weight.mul_(20.0)
+                # Gemma 3 scales embeddings by itself, and its head shares them.
+                weight.mul_(2.0 if family == "gemma3" else 20.0)
             elif weight.dim() >= 2 and "embed" not in name:
                 weight.mul_(3.0)
     net.generation_config.eos_token_id = None
@@ -315,8 +367,9 @@ def samples(family: str, kind: str = "padded", seed: int = 1) -> list[Sample]:
         text = torch.randint(10, VOCAB, (n_text,), generator=g).tolist()
         ids, pictures = [1] + text[:3], []
         for size in sizes:
-            pictures.append(KITS[family].picture(size, g))
-            ids += [START] + [IMAGE] * pictures[-1].tokens + [END]
+            pictures.append(picture := KITS[family].picture(size, g))
+            for run in picture.runs or (picture.tokens,):
+                ids += [START] + [picture.token] * run + [END]
         out.append(Sample(torch.tensor(ids + text[3:]), pictures))
     return out
 
@@ -335,5 +388,39 @@ def collate(family: str, batch: Sequence[Sample], side: str = "left") -> dict[st
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
     if KITS[family].mrope:
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        inputs["mm_token_type_ids"] = token_types(ids)
     return inputs
+
+
+def token_types(ids: Tensor) -> Tensor:
+    """1 for images, 2 for videos."""
+    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+
+
+def pairwise(
+    when: Callable[..., bool] = lambda **values: True, **axes: Sequence
+) -> pytest.MarkDecorator:
+    """Parametrise over a full product; rows that are not needed to meet every pair are slow.
+
+    Args:
+        when: says of a row, by name, whether it exists.
+        axes: values by parameter.
+    """
+    rows = [
+        row for row in itertools.product(*axes.values())
+        if when(**dict(zip(axes, row, strict=True)))
+    ]
+    order = random.Random(0).sample(rows, len(rows))
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    met, fast = set(), set()
+    for least in range(len(axes) * (len(axes) - 1) // 2, 0, -1):
+        for row in order:
+            if len(pairs[row] - met) >= least:
+                met |= pairs[row]
+                fast.add(row)
+    return pytest.mark.parametrize(list(axes), [
+        pytest.param(
+            *row, id="-".join(map(str, row)), marks=[] if row in fast else [pytest.mark.slow]
+        )
+        for row in rows
+    ])  # fmt: skip

@@ -11,10 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from families import KITS, Picture, Sample, reference
+from families import KITS, Picture, Sample, reference, token_types
 from oracles import Cut
-from tiny import IMAGE
 from torch import Tensor, nn
+
+
+@torch.no_grad()
+def encode(family: str, pictures: Sequence[Picture]) -> list[list[Tensor]]:
+    """Features of each picture by the unpatched model, `[tokens, width]`.
+
+    Behind them what the decoder adds to the visual rows after each of its first layers.
+    """
+    net, out = reference(family).base_model, {}
+    for kind in ("image", "video"):
+        own = [i for i, p in enumerate(pictures) if bool(p.frames) == (kind == "video")]
+        if not own:
+            continue
+        fields = KITS[family].join([[pictures[i] for i in own]])
+        result = getattr(net, f"get_{kind}_features")(**fields, return_dict=True)
+        sizes = [pictures[i].tokens for i in own]
+        made = [result.pooler_output, *(getattr(result, "deepstack_features", None) or [])]
+        made = [x if isinstance(x, Tensor) else torch.cat(list(x)) for x in made]
+        parts = [x.reshape(-1, x.shape[-1]).split(sizes) for x in made]
+        out |= {i: list(of) for i, of in zip(own, zip(*parts, strict=True), strict=True)}
+    return [out[i] for i in range(len(pictures))]
+
 
 # The tower, for methods that read it
 
@@ -36,15 +57,14 @@ class Seen:
 def seen(family: str, sample: Sample, ordinal: int) -> Seen:
     """Read the block before the projector (for Qwen2.5-VL the last that sees everything)."""
     net, picture = reference(family), sample.pictures[ordinal]
-    fields = KITS[family].join([[picture]])
+    family, whole = family.removesuffix("_video"), family
     tower = net.base_model.get_encoder("image")
     caught = {}
     if KITS[family].mrope:
         attention = tower.blocks[1 if family == "qwen2_5_vl" else -1].attn
     else:
         encoder = getattr(tower, "vision_model", tower).encoder
-        last = -1 if "onevision" in family or not hasattr(encoder, "layers") else -2
-        last = -1 if family in ("idefics3", "smolvlm") else last
+        last = -2 if family in ("llava", "llava_next") else -1
         block = getattr(encoder, "layers", getattr(encoder, "layer", None))[last]
         attention = getattr(block, "self_attn", getattr(block, "attention", None))
     handle = attention.register_forward_pre_hook(
@@ -53,10 +73,13 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
         ),
         with_kwargs=True,
     )
-    net.base_model.get_image_features(**fields, return_dict=True)
+    encode(whole, [picture])
     handle.remove()
     if KITS[family].mrope:
-        q, k = _qwen_heads(attention, caught)
+        q, k = (  # frames do not see each other
+            x.unflatten(2, (picture.frames or 1, -1)).transpose(1, 2).flatten(0, 1)
+            for x in _qwen_heads(attention, caught)
+        )
     else:
         x, n = caught["x"], attention.num_heads
         q, k = (
@@ -69,7 +92,7 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
     else:
         score, keys = weights.sum((1, 2)), k.mean(1)
     both = torch.cat([score[..., None], keys], -1)  # [tiles, patches, 1 + dim]
-    both = _as_tokens(family, net, both, picture)
+    both = as_tokens(family, net, both, picture)
     return Seen(both[:, 0], both[:, 1:])
 
 
@@ -85,11 +108,14 @@ def _qwen_heads(attention: nn.Module, caught: dict) -> tuple[Tensor, Tensor]:
     return turn(q), turn(k)
 
 
-def _as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
+def as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
     """A signal of the tower `[tiles, patches, d]` per visual token `[n, d]`."""
     (rows, cols), width = picture.grid, signal.shape[-1]
+    family = family.removesuffix("_video")
     if family == "llava":
         return signal[0]
+    if picture.frames and family == "llava_onevision":
+        return net.model.apply_pooling(signal).flatten(0, 1)
     if family.startswith("llava_"):
         packed, _ = net.model.pack_image_features(
             [signal], picture.fields["image_sizes"], image_newline=None,
@@ -100,11 +126,15 @@ def _as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) ->
     if not KITS[family].mrope:
         grid = signal[0].view(rows, 2, cols, 2, width)
         return grid.mean((1, 3)).reshape(-1, width)
-    tokens = signal[0].view(-1, 4, width).mean(1)
+    tokens = signal.reshape(-1, 4, width).mean(1)
     if family != "qwen2_5_vl":
         return tokens
-    # Windows of 2 x 2 tokens, from left to right and from the top.
-    order = sorted(range(rows * cols), key=lambda t: (t // cols // 2, t % cols // 2, t))
+    # Windows of 2 x 2 tokens, from left to right and from the top, frame after frame.
+    area = rows * cols
+    order = sorted(
+        range(len(tokens)),
+        key=lambda t: (t // area, t % area // cols // 2, t % cols // 2, t),
+    )
     out = torch.empty_like(tokens)
     out[order] = tokens
     return out
@@ -152,23 +182,13 @@ def avgpool(features: Tensor, grid: tuple[int, int], seats: list[int]) -> Tensor
 @torch.no_grad()
 def deepstack(family: str, sample: Sample) -> list[Tensor]:
     """What the decoder adds to the visual rows behind each of its first layers."""
-    if family != "qwen3_vl" or not sample.pictures:
-        return []
-    fields = KITS[family].join([sample.pictures])
-    out = reference(family).model.get_image_features(**fields, return_dict=True)
-    return [x if isinstance(x, Tensor) else torch.cat(list(x)) for x in out.deepstack_features]
+    added = [of[1:] for of in encode(family, sample.pictures)]
+    return [torch.cat(layer) for layer in zip(*added, strict=True)]
 
 
-@torch.no_grad()
 def features(family: str, sample: Sample) -> list[Tensor]:
     """What the unpatched model makes of each picture, `[tokens, width]`."""
-    if not sample.pictures:
-        return []
-    net = reference(family)
-    fields = KITS[family].join([sample.pictures])
-    out = net.base_model.get_image_features(**fields, return_dict=True).pooler_output
-    flat = out.flatten(0, 1) if isinstance(out, Tensor) else torch.cat(list(out))
-    return list(flat.split([p.tokens for p in sample.pictures]))
+    return [of[0] for of in encode(family, sample.pictures)]
 
 
 @dataclass
@@ -223,7 +243,6 @@ def dense(
     source = torch.where(visual, visual.long().cumsum(0) - 1, -1)
     row_of = visual.nonzero()[:, 0]
     cells = row_of[_cells(family, sample)]
-    allowed = torch.ones(n, n, dtype=torch.bool).tril()
     weights: dict[int, Tensor] = {}
     entering, h, added = [], h[None], deepstack(family, sample)
     for i, layer in enumerate(lm.layers):
@@ -237,10 +256,13 @@ def dense(
                 if cut.positions == "compact":
                     position = torch.where(alive, alive.long().cumsum(0) - 1, position)
         entering.append(source[visual & alive])
-        see = allowed & (alive[None] | torch.eye(n, dtype=torch.bool))
+        see = _pattern(family, i, sample, n)
+        see = see & (alive[None] | torch.eye(n, dtype=torch.bool))
         mask = torch.zeros(n, n).masked_fill(~see, torch.finfo(torch.float32).min)
-        rope = lm.rotary_emb(h, position_ids=position[:, None] if position.dim() == 2
-                             else position[None])  # fmt: skip
+        kind = (lm.config.layer_types[i],) if family == "gemma3" else ()
+        rope = lm.rotary_emb(
+            h, position[:, None] if position.dim() == 2 else position[None], *kind
+        )
         handle = layer.self_attn.register_forward_hook(
             lambda _, args, out, i=i: weights.__setitem__(i, out[1])
         )
@@ -249,6 +271,22 @@ def dense(
         if i < len(added):
             h[0, visual] += added[i]
     return Dense(net.lm_head(lm.norm(h))[0], entering, alive)
+
+
+def _pattern(family: str, layer: int, sample: Sample, n: int) -> Tensor:
+    """What each row may see if nothing is dropped: bool `[n, n]`."""
+    see = torch.ones(n, n, dtype=torch.bool).tril()
+    if family != "gemma3":
+        return see
+    visual = torch.zeros(n, dtype=torch.bool)
+    visual[: len(sample.ids)] = sample.visual
+    image = torch.where(visual, (~visual).long().cumsum(0), -1)  # images are never neighbours
+    see |= visual[:, None] & (image[:, None] == image)
+    config = reference(family).config.text_config
+    if config.layer_types[layer] == "sliding_attention":
+        row = torch.arange(n)
+        see &= row[:, None] - row < config.sliding_window
+    return see
 
 
 def _cells(family: str, sample: Sample) -> list[int]:
@@ -263,12 +301,13 @@ def _cells(family: str, sample: Sample) -> list[int]:
 def _positions(family: str, sample: Sample, n: int) -> Tensor:
     """Positions of the prompt and what follows it: `[n]`, or `[3, n]` under M-RoPE."""
     if not KITS[family].mrope or not sample.pictures:
-        return torch.arange(n)
+        return torch.arange(n).expand(3, -1) if KITS[family].mrope else torch.arange(n)
     fields = KITS[family].join([sample.pictures])
     position, _ = reference(family).model.get_rope_index(
         sample.ids[None],
-        mm_token_type_ids=(sample.ids == IMAGE).int()[None],
-        image_grid_thw=fields["image_grid_thw"],
+        mm_token_type_ids=token_types(sample.ids)[None],
+        image_grid_thw=fields.get("image_grid_thw"),
+        video_grid_thw=fields.get("video_grid_thw"),
         attention_mask=torch.ones_like(sample.ids)[None],
     )
     position = position[:, 0]

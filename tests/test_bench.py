@@ -103,20 +103,56 @@ def test_inputs_have_the_stated_length(model):
     assert inputs["pixel_values"].shape == (6, 3, 56, 56)
 
 
+def test_unequal_prompts_are_padded_on_the_left(model):
+    inputs = bench.random_inputs(model, images=1, text=16, batch=4, unequal=True)
+    mask = inputs["attention_mask"]
+    assert mask.sum(1).tolist() == [32, 29, 26, 23]
+    assert (mask.diff(dim=1) >= 0).all()
+    assert ((inputs["input_ids"] == model.config.image_token_id).sum(1) == 16).all()
+    with mllm.patch(bench.twin(model), "fastv:layer=2:keep=0.5") as patched:
+        patched.model(**inputs)
+        assert patched.ledger.tokens(3) == [24, 21, 18, 15]
+
+
 def test_pairs_alternate_their_order(monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "_timed", lambda which, inputs: seen.append(which) or (1.0, 0.5))
-    times = bench.time_pairs("a", "b", {}, 3, warmup=1)
+    times, others = bench.time_pairs("a", "b", {}, 3, warmup=1)
     assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
-    assert times.shape == (3, 2, 2)
+    assert times.shape == (3, 2, 2) and others.shape == (3, 0)
 
 
 def test_each_time_is_booked_to_its_model(monkeypatch):
     cost = {"base": (4.0, 2.0), "other": (1.0, 0.5)}
     monkeypatch.setattr(bench, "_timed", lambda which, inputs: cost[which])
-    times = bench.time_pairs("base", "other", {}, 2)
+    times, _ = bench.time_pairs("base", "other", {}, 2)
     assert np.array_equal(times[..., 0], [[4.0, 1.0], [4.0, 1.0]])
     assert np.array_equal(times[..., 1], [[2.0, 0.5], [2.0, 0.5]])
+
+
+def test_attainable_is_the_unpatched_tower_and_layers_at_the_plans_lengths(model, monkeypatch):
+    # 41 tokens until the cut before layer 2 of 4, then 9 text and 8 visual ones.
+    def timed(which, inputs):
+        llm = inputs["input_ids"].shape[1] / 10 if which is model else 3.0
+        return (llm + 1.0, llm)
+
+    monkeypatch.setattr(bench, "_timed", timed)
+    row = bench._row(
+        model, "fastv:layer=2:keep=0.25", bench.random_inputs(model, images=2, text=9, batch=1),
+        3, None, "", None,
+    )  # fmt: skip
+    assert row["attainable"] == pytest.approx(5.1 / (1.0 + (4.1 + 1.7) / 2))
+    assert row["ratio"] == pytest.approx(5.1 / 4.0)
+    assert row["attainable_share"] == pytest.approx(row["ratio"] / row["attainable"])
+
+
+def test_results_are_given_after_each_row():
+    seen = []
+    bench.prefill(
+        model=TINY, plans=["random:keep=4", "stride:keep=4"], visual=[16], text=9, pairs=1,
+        dtype="float32", on_row=lambda results: seen.append(len(results["rows"])),
+    )  # fmt: skip
+    assert seen == [1, 2]
 
 
 def test_peak_counts_weights_and_grows_with_the_batch(model):

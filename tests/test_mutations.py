@@ -24,12 +24,11 @@ def around(monkeypatch, owner, name, change):
 def parent_mask(mp):
     """Layers after the cut are given what the parent passes to all layers."""
 
-    def cut(original, self, layer, hidden, kwargs):
-        out = original(self, layer, hidden, kwargs)
-        self.replaced["attention_mask"] = kwargs.get("attention_mask")
-        return out
+    def arguments(original, self, layer, kind, hidden, kwargs):
+        out = original(self, layer, kind, hidden, kwargs)
+        return {**out, "attention_mask": kwargs.get("attention_mask")}
 
-    around(mp, DecoderRun, "_cut", cut)
+    around(mp, DecoderRun, "_arguments", arguments)
 
 
 def no_mask(mp):
@@ -54,15 +53,14 @@ def no_padding_mask(mp):
 def renumbered_after_the_cut(mp):
     """Kept rows are numbered from zero although the plan keeps their positions."""
 
-    def cut(original, self, layer, hidden, kwargs):
-        out = original(self, layer, hidden, kwargs)
+    def arguments(original, self, layer, kind, hidden, kwargs):
+        out = original(self, layer, kind, hidden, kwargs)
         if self.visual is not None:
-            rows = torch.arange(out.shape[1]).expand(out.shape[0], -1)
-            rotary = self.patched.family.decoder.rotary_emb(out, rows)
-            self.replaced["position_embeddings"] = rotary
+            rows = torch.arange(hidden.shape[1]).expand(hidden.shape[0], -1)
+            out["position_embeddings"] = self.patched.family.decoder.rotary_emb(hidden, rows)
         return out
 
-    around(mp, DecoderRun, "_cut", cut)
+    around(mp, DecoderRun, "_arguments", arguments)
 
 
 def renumbered_before_the_decoder(mp):

@@ -85,7 +85,8 @@ def _compare(
         prefill_s = None
         if pairs:
             status.update("timing the prefill")
-            times = np.median(time_pairs(model, other, inputs, pairs, warmup=1)[..., 0], axis=0)
+            times, _ = time_pairs(model, other, inputs, pairs, warmup=1)
+            times = np.median(times[..., 0], axis=0)
             prefill_s = {"unpatched": times[0], "patched": times[1], "pairs": pairs}
     return {
         "model": model_path,

@@ -32,6 +32,7 @@ from mllm.loading import load_model, pick_device
 
 Inputs = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # what runs, pairs done, pairs in all
+OnRow = Callable[[dict[str, Any]], None]  # the results so far, after each row
 
 DTYPES = ("bfloat16", "float16", "float32")
 CLAIM_PAIRS = 30  # fewer pairs are a look, not a figure to quote
@@ -123,11 +124,13 @@ def prefill(
     visual: Sequence[int] | None = None,
     text: int = 63,
     batch: Sequence[int] = (1,),
+    unequal: bool = False,
     pairs: int = CLAIM_PAIRS,
     dtype: str = "bfloat16",
     device: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    on_row: OnRow | None = None,
 ) -> dict[str, Any]:
     """Time the prefill: one forward with pictures, vision tower and cache included.
 
@@ -137,16 +140,23 @@ def prefill(
         visual: visual tokens per sample, whole images; None for one and two images.
         text: text tokens per sample.
         batch: batch sizes.
+        unequal: whether prompts of a batch have unequal lengths, left padded: the first has
+            `text` words, each further one fewer, down to about a quarter.
         pairs: interleaved pairs per row.
         dtype: of the weights.
         device: torch device; None for the GPU when there is one.
         threads: CPU threads; None leaves torch's choice.
         progress: called after each pair.
+        on_row: called with the results so far after each row, so that a long run can be saved.
 
     Returns:
         The bench results object, schema 1. Times in seconds, `peak_bytes` in bytes: the largest
         sum of live tensors during one forward, weights included. `ratio` is unpatched time /
         patched time; `share` = ratio / ideal. `llm_*` leave the tower and projector out.
+        `attainable` is the ratio of the unpatched model's own times: its tower as it is, its
+        decoder layers at the lengths that the plan leaves them. Between `ideal` and `attainable`
+        lies what tower and short matrices lose per FLOP, between `attainable` and `ratio` what
+        the plan's own machinery costs.
 
     Raises:
         DataError: `visual` is no whole number of images, a count is below one, or there is no
@@ -176,29 +186,8 @@ def prefill(
             raise _bad("visual", count, f"a multiple of {per_image}, the tokens of one image")
 
     targets = PREFILL_PLANS if plans is None else {p: PREFILL_PLANS.get(p) for p in plans}
-    rows = []
-    for size in batch:
-        for count in visual:
-            inputs = random_inputs(base, images=count // per_image, text=text, batch=size)
-            for plan, target in targets.items():
-                label = f"{plan}, {count} visual tokens, batch {size}"
-                try:
-                    row = _row(base, plan, inputs, pairs, target, label, progress)
-                except torch.OutOfMemoryError:
-                    row = {"status": "oom", "words": "out of memory"}
-                rows.append(
-                    {
-                        "plan": plan,
-                        "batch": size,
-                        "visual": count,
-                        "text": text,
-                        "dtype": str(base.dtype).removeprefix("torch."),
-                        "backend": base.config.text_config._attn_implementation,
-                        "pairs": pairs,
-                        **row,
-                    }
-                )
-    return {
+    rows: list[dict[str, Any]] = []
+    results = {
         "schema": 1,
         "suite": "prefill",
         "model_shape": shape,
@@ -209,6 +198,35 @@ def prefill(
         "load_before": load_before,
         "rows": rows,
     }
+    for size in batch:
+        for count in visual:
+            inputs = random_inputs(
+                base, images=count // per_image, text=text, batch=size, unequal=unequal
+            )
+            base_peak = peak_bytes(base, inputs)
+            for plan, target in targets.items():
+                label = f"{plan}, {count} visual tokens, batch {size}"
+                try:
+                    row = _row(base, plan, inputs, pairs, target, label, progress)
+                    row["baseline_peak_bytes"] = base_peak
+                except torch.OutOfMemoryError:
+                    row = {"status": "oom", "words": "out of memory"}
+                rows.append(
+                    {
+                        "plan": plan,
+                        "batch": size,
+                        "visual": count,
+                        "text": text,
+                        "unequal": unequal,
+                        "dtype": str(base.dtype).removeprefix("torch."),
+                        "backend": base.config.text_config._attn_implementation,
+                        "pairs": pairs,
+                        **row,
+                    }
+                )
+                if on_row is not None:
+                    on_row(results)
+    return results
 
 
 def _row(
@@ -222,12 +240,23 @@ def _row(
 ) -> dict[str, Any]:
     other = twin(base)
     with mllm.patch(other, plan) as patched:
-        times = time_pairs(
-            base, other, inputs, pairs, lambda done: progress and progress(label, done, pairs)
-        )
-        ledger = patched.ledger.as_dict()
         peak = peak_bytes(other, inputs)
+        ledger = patched.ledger.as_dict()
+        lengths = [max(layer["tokens"]) for layer in ledger["layers"]]
+        full = inputs["input_ids"].shape[1]
+        shorter = sorted(set(lengths) - {full})
+        times, short = time_pairs(
+            base,
+            other,
+            inputs,
+            pairs,
+            lambda done: progress and progress(label, done, pairs),
+            beside=[text_inputs(base, inputs, n) for n in shorter],
+        )
     total, llm = times[..., 0], times[..., 1]
+    by_length = {full: llm[:, 0], **dict(zip(shorter, short.T, strict=True))}
+    floor = total[:, 0] - llm[:, 0] + np.mean([by_length[n] for n in lengths], 0)
+    attainable, *attainable_ci = median_interval(total[:, 0] / floor)
     ratio, *ratio_ci = median_interval(total[:, 0] / total[:, 1])
     llm_ratio, *llm_ci = median_interval(llm[:, 0] / llm[:, 1])
     ideal = sum(ledger["baseline_prefill_flops"]) / sum(ledger["prefill_flops"])
@@ -241,7 +270,9 @@ def _row(
         "status": status,
         "baseline_s": float(np.median(total[:, 0])),
         "patched_s": float(np.median(total[:, 1])),
-        "baseline_peak_bytes": peak_bytes(base, inputs),
+        "attainable": attainable,
+        "attainable_ci": attainable_ci,
+        "attainable_share": ratio / attainable,
         "llm_ratio": llm_ratio,
         "llm_ratio_ci": llm_ci,
         "llm_ideal": _llm_ideal(base.config.text_config, ledger),
@@ -296,8 +327,13 @@ def tokens_per_image(config: Any) -> int:
     return patches + (config.vision_feature_select_strategy == "full")
 
 
-def random_inputs(model: Any, *, images: int, text: int, batch: int, seed: int = 0) -> Inputs:
-    """Unpadded inputs of exact length: noise pictures first, then random words.
+def random_inputs(
+    model: Any, *, images: int, text: int, batch: int, unequal: bool = False, seed: int = 0
+) -> Inputs:
+    """Inputs of exact length: noise pictures first, then random words.
+
+    Without `unequal` nothing is padded; with it each sample after the first has fewer words and
+    is padded on the left.
 
     Returns:
         `input_ids` and `attention_mask` int64 `[batch, images * tokens + text]`, `pixel_values`
@@ -309,11 +345,29 @@ def random_inputs(model: Any, *, images: int, text: int, batch: int, seed: int =
     words[words == placeholder] = 3
     visual = torch.full((batch, images * tokens_per_image(config)), placeholder)
     ids = torch.cat([words[:, :1], visual, words[:, 1:]], 1)
+    mask = torch.ones_like(ids)
+    if unequal:
+        for sample in range(batch):
+            gone = sample * text * 3 // (4 * batch)
+            ids[sample, gone:] = ids[sample, : ids.shape[1] - gone].clone()
+            ids[sample, :gone], mask[sample, :gone] = 0, 0
     pixels = torch.randn(batch * images, 3, size, size, generator=draw)
     return {
         "input_ids": ids.to(model.device),
-        "attention_mask": torch.ones_like(ids).to(model.device),
+        "attention_mask": mask.to(model.device),
         "pixel_values": pixels.to(model.device, model.dtype),
+    }
+
+
+def text_inputs(model: Any, inputs: Inputs, length: int) -> Inputs:
+    """Unpadded inputs of `length` words without pictures, for the batch of `inputs`."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (len(inputs["input_ids"]), length)
+    ids = torch.randint(3, model.config.text_config.vocab_size - 1, shape, generator=draw)
+    ids[ids == model.config.image_token_id] = 3
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
     }
 
 
@@ -324,23 +378,32 @@ def time_pairs(
     pairs: int,
     on_pair: Callable[[int], Any] | None = None,
     warmup: int = 2,
-) -> np.ndarray:
+    beside: Sequence[Inputs] = (),
+) -> tuple[np.ndarray, np.ndarray]:
     """Time two models on the same inputs in interleaved pairs, the order alternating.
 
+    Args:
+        beside: other inputs that `base` runs after each pair.
+
     Returns:
-        Seconds, float64 `[pairs, 2, 2]`: pair, (base, other), (whole forward, from the decoder on).
+        Seconds, float64 `[pairs, 2, 2]`: pair, (base, other), (whole forward, from the decoder
+        on); and `[pairs, len(beside)]`, from the decoder on.
     """
     models = (base, other)
     for _ in range(warmup):
         for model in models:
             _timed(model, inputs)
-    times = np.empty((pairs, 2, 2))
+        for more in beside:
+            _timed(base, more)
+    times, others = np.empty((pairs, 2, 2)), np.empty((pairs, len(beside)))
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             times[pair, which] = _timed(models[which], inputs)
+        for i, more in enumerate(beside):
+            others[pair, i] = _timed(base, more)[1]
         if on_pair is not None:
             on_pair(pair + 1)
-    return times
+    return times, others
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from mllm.models.base import Family
 def families() -> dict[str, type[Family]]:
     """Supported families by `config.model_type`."""
     from mllm.models.gemma3 import Gemma3
-    from mllm.models.idefics3 import Idefics3
+    from mllm.models.idefics3 import Idefics3, SmolVLM
     from mllm.models.internvl import InternVL
     from mllm.models.llava import Llava
     from mllm.models.llava_next import LlavaNext, LlavaOnevision
@@ -30,7 +30,7 @@ def families() -> dict[str, type[Family]]:
         "internvl": InternVL,
         "gemma3": Gemma3,
         "idefics3": Idefics3,
-        "smolvlm": Idefics3,
+        "smolvlm": SmolVLM,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mllm.errors import DataError
 from mllm.tokens import Layout
 
 
@@ -53,23 +54,25 @@ class Family:
         prefix: tower tokens before the patches ([CLS]).
         per_token: every projected token comes from one tower token, and an image is one plain
             grid: stages before the projector can run there.
-        plain: an image is one grid without separators.
+        pixels: the argument that has the pixels.
         refuses: actions that the family cannot do, with the reason.
         packed: the tower takes all pictures as one sequence.
         mrope: rotary positions have a row and a column; they cannot be renumbered.
         hybrid: decoder layers of several kinds see differently; the base model makes a mask of
             each kind.
         first_cut: first decoder layer before which rows may leave.
+        needs: tensors that pictures come as, and the dimensions that each may have.
     """
 
     prefix = 0
     per_token = False
-    plain = True
+    pixels = "pixel_values"
     refuses: ClassVar[dict[str, str]] = {}
     packed = False
     mrope = False
     hybrid = False
     first_cut = 0
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4,)}
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -91,6 +94,10 @@ class Family:
     def vision_config(self) -> Any:
         """Config of the tower."""
         return self.model.config.vision_config
+
+    def of_videos(self) -> Family | None:
+        """The adapter of the same model for the inputs of `get_video_features`, if it has any."""
+        return None
 
     def attention(self, layer: int) -> nn.Module:
         """Attention module of a decoder layer."""
@@ -130,9 +137,26 @@ class Family:
         """The [CLS] feature beside the patch features that are projected: `[images, 1, width]`."""
         raise NotImplementedError
 
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse pictures that the processor of another model made.
+
+        Raises:
+            DataError: a tensor is missing or has another number of dimensions.
+        """
+        for name, dims in self.needs.items():
+            value = inputs.get(name)
+            if not isinstance(value, Tensor) or value.dim() not in dims:
+                kind = type(self.model).__name__
+                raise DataError(
+                    f"these are no pictures for {kind}: another model's processor made them",
+                    argument=name,
+                    given=list(value.shape) if isinstance(value, Tensor) else value,
+                    expected=f"a tensor of {' or '.join(map(str, dims))} dimensions",
+                )
+
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The pixels of every image, in prompt order."""
-        return list(inputs["pixel_values"])
+        return list(inputs[self.pixels])
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         """How the visual tokens of every image lie."""

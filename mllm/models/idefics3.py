@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,10 +14,9 @@ from mllm.tokens import Layout
 
 
 class Idefics3(Family):
-    """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`.
+    """`Idefics3ForConditionalGeneration`; a tile is an image of its own."""
 
-    A tile is an image of its own.
-    """
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (5,)}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -30,9 +29,12 @@ class Idefics3(Family):
         return side, side
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        # Pictures of zeros only fill up the samples.
         pixels = inputs["pixel_values"].flatten(0, 1)
-        return [p for p, real in zip(pixels, (pixels != 0).flatten(1).any(1), strict=True) if real]
+        return [x for x, real in zip(pixels, self._real(pixels), strict=True) if real]
+
+    def _real(self, pixels: Tensor) -> list[bool]:
+        """Pictures of zeros only fill up the samples."""
+        return (pixels != 0).flatten(1).any(1).tolist()
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         side = self.vision_config.patch_size * self.join
@@ -66,3 +68,11 @@ class Idefics3(Family):
         width = config.hidden_size * self.join**2
         connector = 2 * projected * width * self.text_config.hidden_size
         return flops.vision_tower(config, self.patches(layout), 0) + connector
+
+
+class SmolVLM(Idefics3):
+    """`SmolVLMForConditionalGeneration`."""
+
+    def _real(self, pixels: Tensor) -> list[bool]:
+        real = super()._real(pixels)
+        return real if any(real) else [True, *real[1:]]

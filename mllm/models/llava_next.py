@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import compat, flops
@@ -22,11 +22,11 @@ class LlavaNext(Llava):
     """
 
     per_token = False
-    plain = False
     refuses: ClassVar[dict[str, str]] = {
         "Pool": "its images are several grids with separators",
         "Resize": "it fixes the size of its tiles",
     }
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4, 5), "image_sizes": (2,)}
 
     def native_grid(self) -> None:
         return None
@@ -69,21 +69,25 @@ class LlavaNext(Llava):
         return self._side**2 * (1 + (tiling.rows * tiling.cols if tiling else 0))
 
     def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
-        side, out, start = self._side, [], 0
+        out, start = [], 0
         for layout in layouts:
             here = signal[start : start + self.patches(layout)]
             start += len(here)
-            cells = [here[: side**2]]
-            if tiling := layout.tiling:
-                x = here[side**2 :].unflatten(0, (tiling.rows, tiling.cols, side, side))
-                x = x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-                top, left = (x.shape[0] - tiling.height) // 2, (x.shape[1] - tiling.width) // 2
-                x = x[top : top + tiling.height, left : left + tiling.width]
-                cells.append(self._shrunk(x, layout.grids[1]).flatten(0, 1))
-            cells = torch.cat(cells)
+            cells = self._cells(here, layout)
             full = cells.new_zeros(layout.tokens, *cells.shape[1:])
             out.append(full.index_copy(0, layout.places.cell.to(cells.device), cells))
         return torch.cat(out)
+
+    def _cells(self, signal: Tensor, layout: Layout) -> Tensor:
+        """A signal of one image per visual token that is no separator."""
+        side, tiling = self._side, layout.tiling
+        if tiling is None:
+            return signal
+        x = signal[side**2 :].unflatten(0, (tiling.rows, tiling.cols, side, side))
+        x = x.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        top, left = (x.shape[0] - tiling.height) // 2, (x.shape[1] - tiling.width) // 2
+        x = x[top : top + tiling.height, left : left + tiling.width]
+        return torch.cat([signal[: side**2], self._shrunk(x, layout.grids[1]).flatten(0, 1)])
 
     def _shrunk(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """A signal `[rows, cols, ...]` of the tiled view at the size in the sequence."""
@@ -103,10 +107,14 @@ class LlavaNext(Llava):
 
 
 class LlavaOnevision(LlavaNext):
-    """`LlavaOnevisionForConditionalGeneration`, images.
+    """`LlavaOnevisionForConditionalGeneration`.
 
     Large tiled views are made smaller; images among others have their base view alone.
     """
+
+    def of_videos(self) -> OnevisionVideo | None:
+        # Older versions put the separator behind a video outside of get_video_features.
+        return OnevisionVideo(self.model) if compat.encodes_first(self.base) else None
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         layouts, among = super().layouts(inputs), inputs.get("batch_num_images")
@@ -122,3 +130,30 @@ class LlavaOnevision(LlavaNext):
         most = int(self.model.config.vision_aspect_ratio.rsplit("_", 1)[-1])
         ratio = math.sqrt(height * width / (most * self._side**2))
         return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)
+
+
+class OnevisionVideo(LlavaOnevision):
+    """Videos of LLaVA-OneVision: every frame at half the side, one separator behind the video."""
+
+    pixels = "pixel_values_videos"
+    needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values_videos": (5,)}
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.image_token_id = model.config.video_token_id
+
+    def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        return list(inputs[self.pixels])
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        videos, frames = inputs[self.pixels].shape[:2]
+        half = -(-self._side // 2)
+        return [Layout(((half, half),) * frames, "end", video=True)] * videos
+
+    def patches(self, layout: Layout) -> int:
+        return self._side**2 * len(layout.grids)
+
+    def _cells(self, signal: Tensor, layout: Layout) -> Tensor:
+        frames = signal.unflatten(0, (-1, self._side, self._side))
+        small = [self._shrunk(x, grid) for x, grid in zip(frames, layout.grids, strict=True)]
+        return torch.cat([x.flatten(0, 1) for x in small])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm import flops
+from mllm.errors import DataError
 from mllm.models.base import Family, shrink
 from mllm.tokens import Layout
 
@@ -18,24 +20,44 @@ class Qwen2VL(Family):
 
     packed = True
     mrope = True
+    sizes = "image_grid_thw"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.needs = {self.pixels: (2,), self.sizes: (2,)}
         self.blocks = self.tower.blocks
         self.projector = self.tower.merger
         self.merge: int = self.vision_config.spatial_merge_size
 
+    def of_videos(self) -> Qwen2VL:
+        own = copy.copy(self)
+        own.pixels, own.sizes = "pixel_values_videos", "video_grid_thw"
+        own.needs = {own.pixels: (2,), own.sizes: (2,)}
+        own.image_token_id = self.model.config.video_token_id
+        return own
+
     def block_attention(self, block: int) -> nn.Module:
         return self.blocks[block].attn
 
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        super().check(inputs)
+        told = int(inputs[self.sizes].prod(-1).sum())
+        if told != len(inputs[self.pixels]):
+            raise DataError(
+                f"{self.sizes} speaks of {told} patches",
+                argument=self.pixels,
+                given=list(inputs[self.pixels].shape),
+                expected=f"{told} patches",
+            )
+
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        patches = inputs["image_grid_thw"].prod(-1).tolist()
-        return list(inputs["pixel_values"].split(patches))
+        patches = inputs[self.sizes].prod(-1).tolist()
+        return list(inputs[self.pixels].split(patches))
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         return [
-            Layout(((frames * height // self.merge, width // self.merge),))
-            for frames, height, width in inputs["image_grid_thw"].tolist()
+            Layout(((height // self.merge, width // self.merge),) * frames, video=frames > 1)
+            for frames, height, width in inputs[self.sizes].tolist()
         ]
 
     def patches(self, layout: Layout) -> int:
@@ -78,7 +100,9 @@ class Qwen2VL(Family):
 
     def _blocks_flops(self, layout: Layout) -> float:
         width, mlp, _ = self._width()
-        return len(self.blocks) * flops.vision_block(self.patches(layout), width, mlp)
+        spans = [rows * cols * self.merge**2 for rows, cols in layout.grids]
+        block = flops.vision_block(self.patches(layout), width, mlp, spans=spans)
+        return len(self.blocks) * block
 
     def _merger_flops(self, tokens: int) -> float:
         width, _, out = self._width()
@@ -103,11 +127,13 @@ class Qwen25VL(Qwen2VL):
 
     def _windows(self, layout: Layout) -> tuple[Tensor, list[int]]:
         """Tokens of one image in the tower's order, and the tokens of each window."""
-        config = self.vision_config
+        config, windows, count = self.vision_config, [], 0
         side = config.window_size // self.merge // config.patch_size
-        ((rows, cols),) = layout.grids
-        row, col = torch.arange(rows)[:, None] // side, torch.arange(cols) // side
-        window = (row * -(-cols // side) + col).flatten()
+        for rows, cols in layout.grids:
+            row, col = torch.arange(rows)[:, None] // side, torch.arange(cols) // side
+            windows.append((count + row * -(-cols // side) + col).flatten())
+            count = int(windows[-1][-1]) + 1
+        window = torch.cat(windows)
         return window.argsort(stable=True), window.bincount().tolist()
 
     def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
@@ -126,10 +152,11 @@ class Qwen25VL(Qwen2VL):
     def _blocks_flops(self, layout: Layout) -> float:
         (width, mlp, _), patches = self._width(), self.patches(layout)
         spans = [n * self.merge**2 for n in self._windows(layout)[1]]
+        frames = [rows * cols * self.merge**2 for rows, cols in layout.grids]
         whole = set(self.vision_config.fullatt_block_indexes)
         return sum(
             flops.vision_block(
-                patches, width, mlp, gated=True, spans=None if i in whole else spans
+                patches, width, mlp, gated=True, spans=frames if i in whole else spans
             )
             for i in range(len(self.blocks))
         )
