@@ -252,6 +252,7 @@ class Patched:
             )
         self._forget()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._carry_on(kwargs.get("past_key_values"))
         token = _PROMPT.set(None if ids is None else ids.shape[1])
         try:
             return generate(*args, **kwargs)
@@ -269,9 +270,23 @@ class Patched:
         if (call := _CALL.get()) is not None:
             _CALL.set(call.outer)
 
+    def _carry_on(self, cache: Any) -> None:
+        """Give the base model back what it remembered of this conversation.
+
+        In between it may have had another one, or the cache comes from a file.
+        """
+        mark = getattr(cache, "mllm", None)
+        for name, value in ({} if mark is None else mark.carried).items():
+            setattr(self.family.base, name, value)
+
     def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = compat.arguments(self._base_signature, args, kwargs)
+        if _PROMPT.get() is None:  # generate() has done so
+            self._carry_on(given.get("past_key_values"))
         ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
+        length, cache = _PROMPT.get(), given.get("past_key_values")
+        if length is not None and cache is not None and cache.get_seq_length() >= length:
+            ids = None  # an image token behind the prompt is a candidate copied from it
         seen: dict[str, Tensor] = {}
         reductions: dict[str, Reduction] = {}
         for kind, family in self.kinds.items():
@@ -449,6 +464,10 @@ class Patched:
             return None
         if run.events is not None:
             run.events.forward_end()
+        if run.cache is not None:
+            base, names = self.family.base, self.family.carried
+            carried = {name: getattr(base, name) for name in names}
+            run.cache.mllm.carried = {k: v for k, v in carried.items() if v is not None}
         if run.visual is None:
             self._book_text(run)
             return output

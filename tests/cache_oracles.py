@@ -150,7 +150,8 @@ class Snap(CacheCompressor):
             view = event.cache.view(layer)
             stored = _only(view.valid, view.logical, event.cache.length).any(1)
             score = F.avg_pool1d(event[f"rows{layer}"], 3, 1, 1)[:, 0].masked_fill(~stored, -1)
-            top = score.topk(self.budget - self.less * layer, -1).indices
+            budget = min(self.budget - self.less * layer, score.shape[1])
+            top = score.topk(budget, -1).indices
             named = top.masked_fill(~stored.gather(1, top), -1)
             event.cache.evict(layer, keep=named)
 

@@ -226,3 +226,397 @@ def test_operations_against_lists(seed):
 def test_many_operations_against_lists():
     for seed in range(40, 1500):
         scenario(seed)
+
+
+# Storage
+
+
+def test_a_uniform_layer_is_one_view_and_grows_in_place():
+    """The prompt is stored once and seen as it lies; new tokens seldom move old ones."""
+    cache, kv = toy(2)
+    keys, values = torch.randn(2, 2, HEADS, 40, DIM)
+    feed(cache, keys, values, torch.ones(2, 40, dtype=torch.bool))
+    layer = cache.layers[0]
+    assert layer.keys.is_contiguous() and torch.equal(layer.keys, keys)
+    assert cache_bytes(cache)[0] == 2 * 2 * keys.nbytes, "no room is kept behind a prompt"
+    assert layer.keys.data_ptr() == layer.segments[0].buffer.keys.data_ptr()
+    moved, at = 0, layer.keys.data_ptr()
+    for _ in range(100):
+        step = torch.randn(2, HEADS, 1, DIM)
+        feed(cache, step, step, torch.ones(2, 1, dtype=torch.bool))
+        moved += layer.keys.data_ptr() != at
+        at = layer.keys.data_ptr()
+    assert moved <= 5 and layer.keys.shape[2] == 140
+    assert torch.equal(layer.keys[:, :, :40], keys) and torch.equal(layer.keys[:, :, 139:], step)
+    room = cache_bytes(cache)[0] / (2 * 2 * 2 * HEADS * 140 * DIM * 4)
+    assert 1 <= room < 1.3
+
+
+def test_unequal_heads_free_memory():
+    cache, kv = toy(1)
+    keys, values = torch.randn(2, 1, HEADS, 64, DIM)
+    feed(cache, keys, values, torch.ones(1, 64, dtype=torch.bool))
+    full = cache_bytes(cache)[0]
+    kv.evict(drop=torch.arange(60)[None], heads=[0])
+    assert cache_bytes(cache)[0] == full * 68 // 128, "head 0 holds 4 of 64 tokens"
+    assert isinstance(cache.layers[0].segments[0], Packed)
+    kv.evict(drop=torch.arange(60)[None], heads=[1])
+    assert isinstance(cache.layers[0].segments[0], Dense), "equal again: a view again"
+    assert cache_bytes(cache)[0] == full * 4 // 64
+
+
+def test_dropping_one_token_a_step_seldom_copies():
+    """A flat buffer lets idle rows lie until they are worth a copy."""
+    cache, kv = toy(1)
+    step = torch.randn(1, HEADS, 1, DIM)
+    feed(cache, *torch.randn(2, 1, HEADS, 80, DIM), torch.ones(1, 80, dtype=torch.bool))
+    kv.evict(drop=torch.arange(40)[None], heads=[0])
+    moved, at = 0, None
+    for i in range(40):
+        feed(cache, step, step, torch.ones(1, 1, dtype=torch.bool))
+        kv.evict(drop=torch.tensor([[[i + 40], [i]]]))
+        now = cache.layers[0].segments[0].buffer.keys.data_ptr()
+        moved, at = moved + (now != at), now
+    assert moved <= 15
+    rows = cache.layers[0].segments[0].buffer.keys.shape[0]
+    assert rows <= 2 * 120, "idle rows do not pile up"
+
+
+def test_gradients_flow_through_a_cache():
+    """Buffers are not written in place while autograd looks."""
+    cache, kv = toy(1)
+    keys = torch.randn(1, HEADS, 4, DIM, requires_grad=True)
+    feed(cache, keys, keys, torch.ones(1, 4, dtype=torch.bool))
+    feed(cache, keys[:, :, :1], keys[:, :, :1], torch.ones(1, 1, dtype=torch.bool))
+    cache.layers[0].keys.square().sum().backward()
+    want = 2 * keys.detach()
+    want[:, :, 0] *= 2
+    assert torch.equal(keys.grad, want)
+
+
+def test_a_segment_of_another_form():
+    """The protocol is enough: half precision stands for any lossy form, newest tokens stay."""
+
+    @dataclass
+    class Half(Offloaded):
+        def __init__(self, keys, values, device=None):
+            super().__init__(keys.half(), values.half(), device)
+
+        def keys(self):
+            return self._keys.float()
+
+        def values(self):
+            return self._values.float()
+
+        def _map(self, change):
+            return Half(change(self._keys), change(self._values))
+
+    cache, kv = toy(2)
+    keys, values = torch.randn(2, 2, HEADS, 20, DIM)
+    feed(cache, keys, values, torch.ones(2, 20, dtype=torch.bool))
+    kv.convert(0, lambda k, v, valid: Half(k, v), leave=4)
+    half, plain = cache.layers[0].segments
+    assert (half.slots, plain.slots) == (16, 4)
+    feed(cache, keys[:, :, :1], values[:, :, :1], torch.ones(2, 1, dtype=torch.bool))
+    kv.convert(0, lambda k, v, valid: Half(k, v), leave=4)
+    assert [s.slots for s in cache.layers[0].segments] == [16, 1, 4]
+    assert cache.layers[0].segments[0] is half, "what was converted stays as it is"
+    kv.evict(0, drop=torch.arange(0, 20, 2)[None].expand(2, -1))
+    view = kv.view(0)
+    want = torch.cat([keys[:, :, 1:17:2].half().float(), keys[:, :, 17::2], keys[:, :, :1]], 2)
+    assert view.logical[0, 0].tolist() == [*range(1, 20, 2), 20]
+    assert torch.equal(view.keys, want)
+
+
+@torch.no_grad()
+def test_the_ledger_counts_the_tensors_that_are_held():
+    batch, inputs = batch_of("llava", "padded")
+    model = families.model("llava")
+    with mllm.patch(model, [FastV(layer=2, keep=0.5), Norms(budget=4, more=8)]) as patched:
+        cache = model(**inputs, use_cache=True).past_key_values
+        data = patched.ledger.as_dict()
+    held, meta = {}, {}
+    for layer in cache.layers:
+        for segment in layer.segments:
+            held |= {t.untyped_storage().data_ptr(): t for t in segment.tensors()}
+            meta |= {t.untyped_storage().data_ptr(): t for t in segment.meta()}
+        meta |= {t.untyped_storage().data_ptr(): t for t in layer.table.columns.values()}
+    assert data["kv_bytes"] == sum(t.untyped_storage().nbytes() for t in held.values())
+    assert data["kv_meta_bytes"] == sum(t.untyped_storage().nbytes() for t in meta.values())
+    slots = 2 * (4 + 12) + 4 + 6  # the sample without a picture has 6 tokens
+    assert data["kv_bytes"] == 4 * slots * 2 * 12 * 4
+    assert data["kv_bytes"] < data["baseline_kv_bytes"] / 2
+
+
+# Operations
+
+
+def test_merging_against_loops():
+    g = torch.Generator().manual_seed(0)
+    cache, kv = toy(2)
+    keys, values = torch.randn(2, 2, HEADS, 12, DIM, generator=g)
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, :3] = False
+    feed(cache, keys, values, valid)
+    kv.evict(drop=torch.tensor([[5], [6]]))
+    into = torch.arange(12).expand(2, HEADS, 12).clone()
+    into[0, 0, [2, 3, 5]] = 4  # 5 is not stored any more
+    into[0, 1, 7] = 5  # its receiver is not stored
+    into[1, :, 8] = -1
+    into[1, 1, [4, 10]] = 11
+    weight = torch.rand(2, HEADS, 12, generator=g) + 0.1
+    kv.merge(1, into, weight, part="values")
+    view = kv.view(1)
+    for b in range(2):
+        for h in range(HEADS):
+            stored = [t for t in range(12) if valid[b, t] and t != (5, 6)[b]]
+            stays = [t for t in stored if into[b, h, t] == t]
+            there = view.valid[b, h]
+            assert view.logical[b, h][there].tolist() == stays
+            assert torch.equal(view.keys[b, h][there], keys[b, h, stays] + 1)
+            for at, t in enumerate(stays):
+                own = [s for s in stored if into[b, h, s] == t]
+                share = weight[b, h, own]
+                mean = (share[:, None] * (values[b, h, own] + 1)).sum(0) / share.sum()
+                assert torch.allclose(view.values[b, h][there][at], mean, atol=1e-6)
+    assert kv.view(0).valid.sum() == 2 * HEADS * 12 - 3 * HEADS - 2 * HEADS
+
+
+def test_columns_of_a_method_follow():
+    cache, kv = toy(2)
+    feed(cache, *torch.randn(2, 2, HEADS, 6, DIM), torch.ones(2, 6, dtype=torch.bool))
+    kv.annotate(0, score=torch.arange(12.0).view(2, 6))
+    kv.evict(drop=torch.tensor([[0], [3]]))
+    feed(cache, *torch.randn(2, 2, HEADS, 1, DIM), torch.ones(2, 1, dtype=torch.bool))
+    kv.select(torch.tensor([1]))
+    assert kv.view(0).columns["score"][0].tolist() == [[6.0, 7, 8, 10, 11, 0]] * HEADS
+    kv.annotate(0, score=torch.ones(1, HEADS, 6), more=torch.zeros(1, 6))
+    kv.evict(0, drop=torch.tensor([[0]]), heads=[1])
+    assert kv.view(0).columns["score"].shape == (1, HEADS, 6)
+    for bad in ({"valid": torch.ones(1, 6)}, {"x": torch.ones(1, 5)}, {"x": torch.ones(1, 3, 6)}):
+        with pytest.raises(CacheMismatchError):
+            kv.annotate(0, **bad)
+
+
+def test_evictions_on_the_strength_of_rejected_tokens_come_back():
+    """Journalled as in assisted decoding; a decision that looked at the prompt alone stays."""
+    cache, kv = toy(1)
+    feed(cache, *torch.randn(2, 1, HEADS, 10, DIM), torch.ones(1, 10, dtype=torch.bool))
+    for layer in cache.layers:
+        layer.journals = True
+    feed(cache, *torch.randn(2, 1, HEADS, 4, DIM), torch.ones(1, 4, dtype=torch.bool))
+    KVCache(cache, stub(), length=10).evict(drop=torch.tensor([[1]]))
+    kv.evict(0, drop=torch.tensor([[2, 12]]))
+    cache.crop(-3)
+    assert kv.view(0).logical[0, 0].tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    kv.evict(0, drop=torch.tensor([[2]]))
+    cache.crop(0)
+    assert kv.view(0).logical[0, 0].tolist() == [0, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert kv.view(1).logical[0, 0].tolist() == [0, *range(2, 11)]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@torch.no_grad()
+def test_unrotated_keys_are_the_projection(family):
+    """Every layer's own rotary module: 1-D, M-RoPE, and Gemma 3's two bases."""
+    batch, inputs = batch_of(family, "padded")
+    model = families.model(family)
+    before: dict[int, Tensor] = {}
+
+    def keep(layer):
+        def hook(module, args, out):
+            shape = (*inputs["input_ids"].shape, 2, 12)
+            before[layer] = out.view(shape).transpose(1, 2) if out.dim() == 3 else (
+                out if out.shape[1] == 2 else out.transpose(1, 2)
+            )
+
+        return hook
+
+    for i, layer in enumerate(model.get_decoder().layers):
+        own = layer.self_attn
+        getattr(own, "k_norm", own.k_proj).register_forward_hook(keep(i))
+    with mllm.patch(model, "stride:keep=1.0:positions=original") as patched:
+        kv = patched.kv(model(**inputs, use_cache=True).past_key_values)
+        for i in range(kv.depth):
+            view = kv.view(i)
+            plain = kv.unrotate(i, view.keys, view.position)
+            there = view.valid
+            want = before[i][:, :, -view.keys.shape[2] :]
+            assert (plain[there] - want[there]).abs().max() < 1e-4, f"layer {i}"
+            assert (plain - view.keys)[there].abs().max() > 0.1
+            again = kv.rotate(i, plain, view.position[:, :, 0])
+            assert (again - view.keys)[there].abs().max() < 1e-5
+
+
+def test_partial_rotary_with_scaled_tables():
+    """Channels behind the rotary ones stay; tables that are scaled (yarn) are undone too."""
+    angle = torch.randn(1, 5, 2)
+    cos, sin = (1.3 * f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
+    family = stub(mrope=False, kind=lambda layer: "", rotary=lambda x, p, kind: (cos, sin))
+    cache, _ = toy(1)
+    feed(cache, *torch.randn(2, 1, HEADS, 5, 6), torch.ones(1, 5, dtype=torch.bool))
+    kv, k, at = KVCache(cache, family), torch.randn(1, HEADS, 5, 6), torch.zeros(1, 1, 5).long()
+    turned = kv.rotate(0, k, at)
+    a, b = k[..., :2], k[..., 2:4]
+    assert torch.equal(turned[..., 4:], k[..., 4:])
+    assert torch.allclose(turned[..., :2], a * cos[..., :2] - b * sin[..., :2], atol=1e-6)
+    assert torch.allclose(kv.unrotate(0, turned, at), k, atol=1e-6)
+
+
+# Ways of running
+
+
+@pytest.mark.parametrize("name", ["norms", "snap", "sinks"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_budget_above_the_prompt_changes_no_bit(attn, name):
+    batch, inputs = batch_of("llava", "padded")
+    model = families.model("llava", attn)
+    options = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True,
+                   output_logits=True)  # fmt: skip
+    plain = model.generate(**inputs, **options)
+    large = {"norms": Norms(99, 0), "snap": Snap(28, 0), "sinks": Sinks(99, 99)}[name]
+    if name == "snap":
+        large = Snap(inputs["input_ids"].shape[1], 0)
+    with mllm.patch(model, [large]):
+        mine = model.generate(**inputs, **options)
+    # Padding goes with the first eviction, so only rows of the longest sample lie as they did.
+    longest = int(inputs["attention_mask"].sum(1).argmax())
+    assert torch.equal(mine.sequences, plain.sequences)
+    for a, b in zip(mine.logits, plain.logits, strict=True):
+        assert torch.equal(a[longest], b[longest])
+        equal(a, b, "padded samples", 1e-5)
+
+
+@pytest.mark.parametrize("name", ["norms", "snap", "sinks"])
+@torch.no_grad()
+def test_beams(name):
+    """Beams of a batch are the beams of its samples alone."""
+    batch, inputs = batch_of("llava", "padded")
+    model = families.model("llava")
+    options = dict(max_new_tokens=8, do_sample=False, num_beams=3)
+    batch = [batch[0], batch[2]]
+    inputs = families.collate("llava", batch)
+    with mllm.patch(model, METHODS[name]):
+        out = model.generate(**inputs, **options)
+        for b, sample in enumerate(batch):
+            alone = model.generate(**families.collate("llava", [sample]), **options)
+            assert torch.equal(alone[0, -8:], out[b, -8:])
+        several = model.generate(
+            **inputs, max_new_tokens=4, do_sample=True, num_return_sequences=3
+        )
+    assert several.shape == (6, inputs["input_ids"].shape[1] + 4)
+
+
+@dataclass(frozen=True)
+class Recorder(CacheCompressor):
+    """Writes down its events."""
+
+    seen: list = field(default_factory=list, compare=False)
+    info: ClassVar = MethodInfo(name="recorder", stage="cache")
+    group: ClassVar[int] = 3
+
+    def _note(name):
+        def event(self, event):
+            self.seen.append((name, event.phase, event.layer, event.cache.length, event.accepted))
+
+        return event
+
+    layer_end, group_end, prefill_end = _note("layer"), _note("group"), _note("prefill")
+    decode_step, verify_end = _note("step"), _note("verify")
+
+
+@torch.no_grad()
+def test_events_come_in_order():
+    recorder = Recorder()
+    batch, inputs = batch_of("llava", "padded")
+    prompt = inputs["input_ids"].shape[1]
+    run("llava", "sdpa", [recorder], inputs, steps=3)
+    layers = [("layer", "prefill", i, prompt, None) for i in range(4)]
+    layers.insert(3, ("group", "prefill", 2, prompt, None))
+    layers.append(("group", "prefill", 3, prompt, None))
+    assert recorder.seen == [
+        *layers,
+        ("prefill", "prefill", None, prompt, None),
+        ("step", "decode", None, prompt + 1, None),
+        ("step", "decode", None, prompt + 2, None),
+    ]
+
+
+@pytest.mark.parametrize("name", ["norms", "snap", "retro+snap"])
+@torch.no_grad()
+def test_assisted_decoding_is_greedy_decoding(name):
+    """Cut by the prompt alone, though its first forward holds candidates; crops after that."""
+    sample = families.samples("llava", "alone")[0]
+    ids = torch.cat([sample.ids, sample.ids[-3:], sample.ids[-3:], sample.ids[-3:-1]])
+    inputs = families.collate("llava", [families.Sample(ids, sample.pictures)])
+    recorder = Recorder()
+    _, greedy = run("llava", "sdpa", METHODS[name], inputs, steps=20)
+    patched, out = run(
+        "llava", "sdpa", [*METHODS[name], recorder], inputs, steps=20, prompt_lookup_num_tokens=4
+    )
+    assert torch.equal(out.sequences, greedy.sequences)
+    prompt, cache = len(ids), out.past_key_values
+    verified = [e for e in recorder.seen if e[0] == "verify"]
+    assert recorder.seen[6] == ("prefill", "prefill", None, prompt, None)
+    assert verified and any(e[4] < 4 for e in verified), "some candidates were rejected"
+    assert all(e[1] == "verify" for e in verified) and verified[0][3] == prompt + verified[0][4]
+    assert cache.get_seq_length() == prompt + 19
+    for i in range(4):
+        mine, theirs = (patched.kv(c).view(i) for c in (cache, greedy.past_key_values))
+        for h in range(2):
+            a, b = (v.logical[0, h][v.valid[0, h]].tolist() for v in (mine, theirs))
+            assert a == b
+
+
+@torch.no_grad()
+def test_a_second_turn_brings_a_picture():
+    """The oracle keeps everything and masks what both turns evicted."""
+    first, second = (families.samples("llava", "alone", seed)[0] for seed in (1, 9))
+    options = dict(max_new_tokens=6)
+    model, oracle = families.model("llava"), Oracle("llava", [Twice(8)])
+
+    def turns(generate):
+        one = generate(**families.collate("llava", [first]), **options)
+        ids = torch.cat([one.sequences[0], second.ids])
+        later = families.collate("llava", [families.Sample(ids, second.pictures)])
+        return one, generate(**later, past_key_values=one.past_key_values, **options)
+
+    def patched_generate(**inputs):
+        return model.generate(
+            **inputs, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+
+    with mllm.patch(model, [Twice(8)]):
+        mine = turns(patched_generate)
+    want = turns(oracle.generate)
+    for turn, (a, b) in enumerate(zip(mine, want, strict=True)):
+        assert torch.equal(a.sequences, b.sequences)
+        equal(torch.stack(a.logits, 1), torch.stack(b.logits, 1), f"turn {turn}")
+    cache = mine[1].past_key_values
+    assert cache.get_seq_length() == mine[1].sequences.shape[1] - 1
+    assert cache.layers[0].slots == 8 + 5
+
+
+@dataclass(frozen=True)
+class Twice(Norms):
+    """After each prompt, every head keeps as many of all tokens so far."""
+
+    more: int = 0
+
+    def decide(self, oracle: Oracle) -> None:
+        fed = oracle.length - getattr(oracle, "before", 0)
+        oracle.before = oracle.length
+        if fed > 1:
+            oracle.done.discard(self)
+            super().decide(oracle)
+
+
+@torch.no_grad()
+def test_a_plan_without_a_cache_says_so():
+    batch, inputs = batch_of("llava", "padded")
+    model = families.model("llava")
+    want = model(**inputs, use_cache=False).logits
+    with mllm.patch(model, [Norms()]) as patched:
+        assert torch.equal(model(**inputs, use_cache=False).logits, want)
+        assert any("no cache" in note for note in patched.ledger.notes)

@@ -72,11 +72,12 @@ class CacheEvents:
         run = self.run
         ran = None if layer is None else layer + 1
         cache = KVCache(run.cache, run.patched.family, ran, self.certain)
+        rows = self.certain - run.past_logical
         for number, stage in run.patched.compressors:
             if only is not None and number != only:
                 continue
             signals = {
-                key: run.signals[number, key]
+                key: run.signals[number, key][..., : self.certain]
                 for key in stage.reads()
                 if (number, key) in run.signals
             }
@@ -84,8 +85,8 @@ class CacheEvents:
                 cache,
                 phase=self.phase,
                 layer=layer,
-                prompt=run.prompt,
-                visual=run.full.visual,
+                prompt=run.prompt[:, :rows],
+                visual=run.full.visual[:, :rows],
                 start=run.past_logical,
                 signals=signals,
             )

@@ -402,7 +402,7 @@ class SlotLayer(DynamicLayer):
                 expected=f"at least {self.intact} tokens",
             )
         else:
-            self.retain(self.table.logical < length)
+            self.retain(self.table.logical < length, as_of=-1)
         self.seen, self.intact = length, min(self.intact, length)
 
     def reset(self) -> None:

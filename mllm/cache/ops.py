@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mllm import compat
 from mllm.cache.layer import LayerState, SlotLayer, SlotTable, cache_bytes
@@ -63,14 +64,15 @@ class KVCache:
         cache: a cache that the patched model has filled or adopted.
         family: the model's adapter.
         ran: layers that have run in the current forward; None is all.
-        as_of: see :meth:`SlotLayer.retain`.
+        length: tokens that are certain; None is all. Candidates of assisted decoding behind them
+            are neither shown nor evicted.
 
     Raises:
         CacheMismatchError: a cache that no patched model has used.
     """
 
     def __init__(
-        self, cache: Any, family: Family, ran: int | None = None, as_of: int | None = None
+        self, cache: Any, family: Family, ran: int | None = None, length: int | None = None
     ) -> None:
         layers = getattr(cache, "layers", ())
         if not layers or not all(type(layer) is SlotLayer for layer in layers):
@@ -81,12 +83,18 @@ class KVCache:
                 expected="past_key_values of a forward or generate() under the patch",
             )
         self.cache, self._family = cache, family
-        self._ran, self._as_of = len(layers) if ran is None else ran, as_of
+        self._ran, self._certain = len(layers) if ran is None else ran, length
 
     @property
     def length(self) -> int:
         """Logical length: tokens seen."""
-        return self.cache.get_seq_length()
+        seen = self.cache.get_seq_length()
+        return seen if self._certain is None else min(seen, self._certain)
+
+    @property
+    def _hidden(self) -> int:
+        """Newest slots of every layer that are candidates."""
+        return self.cache.get_seq_length() - self.length
 
     @property
     def depth(self) -> int:
@@ -126,13 +134,17 @@ class KVCache:
         Keys and values are zero-copy while all heads and samples hold equally many slots.
         """
         stored = self.cache.layers[layer]
-        columns = {name: _headwise(t, stored.heads) for name, t in stored.table.columns.items()}
+        shown = stored.slots - self._hidden
+        columns = {
+            name: _headwise(t, stored.heads)[..., :shown]
+            for name, t in stored.table.columns.items()
+        }
         positions = [t for name, t in columns.items() if name.startswith("position")]
         named = {name: columns.pop(name) for name in ("valid", "visual", "logical")}
         rest = {name: t for name, t in columns.items() if not name.startswith("position")}
         return SlotView(
-            keys=stored.keys,
-            values=stored.values,
+            keys=stored.keys[:, :, :shown],
+            values=stored.values[:, :, :shown],
             position=torch.stack(positions),
             columns=rest,
             **named,
@@ -144,12 +156,10 @@ class KVCache:
         They follow every operation; tokens that come get zero.
         """
         (stored,) = self._chosen(layer)
+        batch, slots = stored.table.valid.shape[0], stored.slots - self._hidden
         for name, column in columns.items():
             given = tuple(column.shape)
-            wide = (given[0], stored.heads, given[-1])
-            if name in _OWN or (given[0], given[-1]) != _ends(stored.table) or (
-                len(given) == 3 and given != wide
-            ):
+            if name in _OWN or given not in ((batch, slots), (batch, stored.heads, slots)):
                 raise CacheMismatchError(
                     f"{name} is no column for this layer",
                     argument=name,
@@ -157,6 +167,7 @@ class KVCache:
                     expected=f"another name than {', '.join(_OWN)}, one value per slot",
                 )
         table = stored.table
+        columns = {n: F.pad(t, (0, self._hidden)) for n, t in columns.items()}
         if any(t.dim() == 3 for t in columns.values()) or table.headwise:
             heads = stored.heads
             table = SlotTable(
@@ -204,17 +215,16 @@ class KVCache:
         for layer in self._chosen(layers):
             table = layer.table
             if table not in stays:
-                named = self._named(layer, tokens, heads)
-                stays[table] = named == (drop is None) if heads is None else self._others(
-                    layer, named == (drop is None), heads
-                )
+                stays[table] = self._stays(layer, tokens, drop is None, heads)
             if stays[table].dim() == 3:
-                self._refuse_flash()
-            layer.retain(stays[table], self._as_of, shared)
+                refuse_flash(self._family)
+            layer.retain(stays[table], self._certain, shared)
         self._mark()
 
-    def _named(self, layer: SlotLayer, tokens: Tensor, heads: list[int] | None) -> Tensor:
-        """Whether each slot is among `tokens`: bool, with an axis of `heads` where one is due."""
+    def _stays(
+        self, layer: SlotLayer, tokens: Tensor, wanted: bool, heads: list[int] | None
+    ) -> Tensor:
+        """Which slots stay if `tokens` do (`wanted`), or go: bool, with heads where they differ."""
         logical = layer.table.logical
         wide = heads is not None or tokens.dim() == 3 or logical.dim() == 3
         count = layer.heads if heads is None else len(heads)
@@ -234,11 +244,11 @@ class KVCache:
             marks = logical.new_zeros(*tokens.shape[:-1], self.length + 1, dtype=torch.bool)
             tokens = marks.scatter(-1, tokens.masked_fill(tokens < 0, self.length), True)
             tokens = tokens[..., :-1]
-        known = logical < tokens.shape[-1]
-        return tokens.gather(-1, logical.clamp(max=tokens.shape[-1] - 1)) & known
-
-    def _others(self, layer: SlotLayer, stays: Tensor, heads: list[int]) -> Tensor:
-        """`stays` of some heads as a selection of all heads."""
+        named = tokens.gather(-1, logical.clamp(max=tokens.shape[-1] - 1))
+        named = named & (logical < tokens.shape[-1])
+        stays = (named == wanted) | (logical >= self.length)
+        if heads is None:
+            return stays
         every = stays.new_ones(stays.shape[0], layer.heads, stays.shape[2])
         every[:, heads] = stays
         return every
@@ -274,23 +284,24 @@ class KVCache:
                 _headwise(t, layer.heads) for t in (layer.table.logical, layer.table.valid)
             )
             chosen = list(range(layer.heads)) if heads is None else heads
-            receiver = logical.clone()
-            receiver[:, chosen] = self._per_slot(into, logical[:, chosen])
+            receiver, own = logical.clone(), logical[:, chosen]
+            receiver[:, chosen] = self._per_slot(into, own, own)
             share = torch.ones_like(logical, dtype=torch.float32)
             if weight is not None:
-                share[:, chosen] = self._per_slot(weight.float(), logical[:, chosen])
-            layer.remember(self._as_of)
+                ones = torch.ones_like(own, dtype=torch.float32)
+                share[:, chosen] = self._per_slot(weight.float(), own, ones)
+            layer.remember(self._certain)
             keys, values = _merged(layer, receiver, share, logical, valid, part)
             layer.segments = [Dense.of(keys, values)]
             stays = receiver == logical
             if into.dim() == 2 and heads is None and not layer.table.headwise:
                 stays = stays[:, 0]
             else:
-                self._refuse_flash()
+                refuse_flash(self._family)
             layer.retain(stays, as_of=-1, shared=shared)
         self._mark()
 
-    def _per_slot(self, tokens: Tensor, logical: Tensor) -> Tensor:
+    def _per_slot(self, tokens: Tensor, logical: Tensor, otherwise: Tensor) -> Tensor:
         """Values by logical index, `[batch, (heads,) length]`, as one per slot."""
         if tokens.shape[-1] != self.length or tokens.shape[0] != logical.shape[0]:
             raise CacheMismatchError(
@@ -301,7 +312,8 @@ class KVCache:
             )
         tokens = tokens.to(logical.device)
         tokens = tokens if tokens.dim() == 3 else tokens[:, None].expand(-1, logical.shape[1], -1)
-        return tokens.gather(-1, logical)
+        found = tokens.gather(-1, logical.clamp(max=self.length - 1))
+        return torch.where(logical < self.length, found, otherwise)
 
     def convert(
         self,
@@ -320,11 +332,12 @@ class KVCache:
                 `[batch, kv_heads, slots]`, a :class:`Segment` of as many slots.
             leave: newest slots that stay plain.
         """
+        leave += self._hidden
         for layer in self._chosen(layers):
             plain = layer.segments[-1]
             if not plain.grows or plain.slots <= leave:
                 continue
-            layer.remember(self._as_of)
+            layer.remember(self._certain)
             start, stop = layer.slots - plain.slots, layer.slots - leave
             valid = _headwise(layer.table.valid, layer.heads)[..., start:stop]
             old = plain.first(stop - start)
@@ -403,9 +416,6 @@ class KVCache:
         for layer in self.cache.layers:
             layer.planned = True
 
-    def _refuse_flash(self) -> None:
-        refuse_flash(self._family)
-
 
 _OWN = ("valid", "visual", "logical", "position0", "position1", "position2")
 
@@ -420,10 +430,6 @@ def refuse_flash(family: Family) -> None:
             given=name,
             expected="sdpa or eager, or the same tokens for all heads",
         )
-
-
-def _ends(table: SlotTable) -> tuple[int, int]:
-    return table.valid.shape[0], table.slots
 
 
 def _headwise(x: Tensor, heads: int) -> Tensor:

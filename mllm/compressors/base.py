@@ -293,7 +293,7 @@ class CacheEvent:
         phase: `"prefill"` (a later turn's too), `"decode"` or `"verify"`.
         layer: the layer that has run; None where all have.
         prompt: bool `[batch, rows]`, rows of this forward that belong to the prompt: no padding,
-            no candidate, nothing supervised.
+            nothing supervised. Candidates of assisted decoding are not among the rows.
         visual: bool `[batch, rows]`, visual rows of this forward.
         start: logical index of the first row.
         accepted: candidates that stayed (`verify_end`).
