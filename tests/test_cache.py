@@ -22,7 +22,6 @@ from mllm.cache import (
     KVCache,
     Offloaded,
     Packed,
-    SlotLayer,
     SlotTable,
     cache_bytes,
     load_prefix,
@@ -620,3 +619,239 @@ def test_a_plan_without_a_cache_says_so():
     with mllm.patch(model, [Norms()]) as patched:
         assert torch.equal(model(**inputs, use_cache=False).logits, want)
         assert any("no cache" in note for note in patched.ledger.notes)
+
+
+# Prefixes on disk
+
+
+QUESTIONS = [[11, 23, 31], [42, 17, 9, 60]]
+
+
+def _ask(model, prefix_ids, cache, question, **more):
+    ids = torch.cat([prefix_ids, torch.tensor(question)[None]], 1)
+    return model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+        max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family, plan",
+    [
+        ("llava", "fastv:layer=2:keep=0.5"),
+        ("llava", "divprune:keep=6"),
+        ("llava", [Norms(4, 8)]),
+        ("llava", [FastV(layer=1, keep=0.5), Retro()]),
+        ("qwen2_5_vl", [Snap()]),
+        ("gemma3", [Norms(4, 8)]),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_many_questions_share_a_prefix(tmp_path, family, plan):
+    """Bit for bit what the cache would have said had it never been on disk."""
+    batch, inputs = batch_of(family, "alone")
+    model = families.model(family)
+    with mllm.patch(model, plan) as patched:
+        prefix = model(**inputs, use_cache=True).past_key_values
+        assert save_prefix(prefix, tmp_path / "a") == tmp_path / "a"
+        want = [_ask(model, inputs["input_ids"], copy.deepcopy(prefix), q) for q in QUESTIONS]
+        # Something else happens in between.
+        model.generate(**batch_of(family, "padded")[1], max_new_tokens=2)
+    model = families.model(family)
+    with mllm.patch(model, plan) as patched:
+        for question, answer in zip(QUESTIONS, want, strict=True):
+            cache = load_prefix(tmp_path / "a", patched)
+            assert cache_bytes(cache)[0] <= cache_bytes(prefix)[0]
+            mine = _ask(model, inputs["input_ids"], cache, question)
+            assert torch.equal(mine.sequences, answer.sequences)
+            for a, b in zip(mine.logits, answer.logits, strict=True):
+                assert torch.equal(a, b)
+        # One loaded prefix serves several questions by rolling back.
+        cache = load_prefix(tmp_path / "a", patched)
+        kv = patched.kv(cache)
+        start = kv.snapshot()
+        for question, answer in zip(QUESTIONS, want, strict=True):
+            kv.rollback(start)
+            mine = _ask(model, inputs["input_ids"], cache, question)
+            assert torch.equal(mine.sequences, answer.sequences)
+        # Saving what was loaded changes nothing.
+        kv.rollback(start)
+        save_prefix(cache, tmp_path / "b")
+    assert (tmp_path / "a/prefix.json").read_text() == (tmp_path / "b/prefix.json").read_text()
+    header = json.loads((tmp_path / "a/prefix.json").read_text())
+    assert set(header) == {"config_sha256", "plan_sha256", "dtype", "logical_length", "layers"}
+    assert header["logical_length"] == inputs["input_ids"].shape[1] and len(header["layers"]) == 4
+    assert header["plan_sha256"] == patched.plan.sha256
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "prefix.json", "prefix.safetensors",
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_prefix_of_something_else_is_refused(tmp_path):
+    batch, inputs = batch_of("llava", "alone")
+    model = families.model("llava")
+    with mllm.patch(model, "fastv:layer=2:keep=0.5"):
+        cache = model(**inputs, use_cache=True).past_key_values
+        save_prefix(cache, tmp_path)
+    other = families.model("internvl")
+    for net, plan, argument in (
+        (model, "fastv:layer=2:keep=0.25", "plan_sha256"),
+        (model, "visionzip:keep=10", "plan_sha256"),
+        (other, "fastv:layer=2:keep=0.5", "config_sha256"),
+        (families.model("llava").bfloat16(), "fastv:layer=2:keep=0.5", "dtype"),
+    ):
+        with mllm.patch(net, plan) as patched:
+            with pytest.raises(CacheMismatchError) as caught:
+                load_prefix(tmp_path, patched)
+            assert caught.value.argument == argument and caught.value.expected
+    with pytest.raises(CacheMismatchError):
+        save_prefix(DynamicCache(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@torch.no_grad()
+def test_a_damaged_prefix_is_no_prefix(tmp_path, monkeypatch):
+    batch, inputs = batch_of("llava", "alone")
+    model = families.model("llava")
+    with mllm.patch(model, [Norms(6)]) as patched:
+        one, two = (model(**inputs, use_cache=True).past_key_values for _ in range(2))
+        _ask(model, inputs["input_ids"], two, QUESTIONS[0])
+
+        def refused():
+            with pytest.raises(DataError) as caught:
+                load_prefix(tmp_path, patched)
+            assert caught.value.argument == "folder"
+
+        refused()
+        save_prefix(one, tmp_path)
+        # Power goes off between the two files of a second call.
+        with monkeypatch.context() as broken:
+            broken.setattr("pathlib.Path.write_text", lambda *a, **k: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                save_prefix(two, tmp_path)
+        refused()
+        save_prefix(two, tmp_path)
+        assert load_prefix(tmp_path, patched).get_seq_length() == two.get_seq_length()
+        whole = (tmp_path / "prefix.safetensors").read_bytes()
+        (tmp_path / "prefix.safetensors").write_bytes(whole[:-100])
+        refused()
+        (tmp_path / "prefix.safetensors").write_bytes(whole)
+        (tmp_path / "prefix.json").write_text("{")
+        refused()
+
+
+# What cannot work
+
+
+@torch.no_grad()
+def test_a_cache_belongs_to_its_plan_and_model():
+    batch, inputs = batch_of("llava", "alone")
+    model = families.model("llava")
+    token = torch.tensor([[7]])
+    plain = model(**inputs, use_cache=True).past_key_values
+    with mllm.patch(model, "fastv:layer=2:keep=0.5") as patched:
+        cache = model(**inputs, use_cache=True).past_key_values
+        want = model(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(CacheMismatchError, match="used can be worked on"):
+            patched.kv(plain)
+    before = cache_bytes(cache), cache.layers[0].slots
+    with pytest.raises(CacheMismatchError):
+        model(input_ids=token, past_key_values=cache)
+    assert (cache_bytes(cache), cache.layers[0].slots) == before, "nothing was appended"
+    with mllm.patch(model, "fastv:layer=2:keep=0.25"):
+        with pytest.raises(CacheMismatchError) as caught:
+            model(input_ids=token, past_key_values=cache)
+        assert caught.value.argument == "past_key_values"
+        model(**inputs)
+    with mllm.patch(model, "fastv:layer=2:keep=0.5"):
+        assert torch.equal(model(input_ids=token, past_key_values=cache).logits, want)
+    assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 26
+
+
+@torch.no_grad()
+def test_what_an_unpatched_model_appends_is_learnt():
+    """Nothing was compressed, so a plan may come and go; padding is taken from the mask."""
+    batch, inputs = batch_of("llava", "text")
+    more = torch.randint(10, 90, (3, 2, 4), generator=torch.Generator().manual_seed(0))
+    mask = inputs["attention_mask"]
+
+    def turn(model, cache, ids):
+        nonlocal mask
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        position = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+        return model(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache
+        ).logits
+
+    model = families.model("llava")
+    cache = model(**inputs, use_cache=True).past_key_values
+    want = [turn(model, cache, ids) for ids in more]
+    mask, cache = inputs["attention_mask"], model(**inputs, use_cache=True).past_key_values
+    with mllm.patch(model, "fastv:layer=2:keep=0.5"):
+        mine = [turn(model, cache, more[0])]
+    mine.append(turn(model, cache, more[1]))
+    with mllm.patch(model, "fastv:layer=2:keep=0.5") as patched:
+        mine.append(turn(model, cache, more[2]))
+        view = patched.kv(cache).view(0)
+    for a, b in zip(mine, want, strict=True):
+        equal(a[:, -1], b[:, -1], "turn", 1e-5)
+    assert torch.equal(view.valid[:, 0], mask.bool())
+
+
+@torch.no_grad()
+def test_a_forward_that_broke_off_spoils_its_cache():
+    batch, inputs = batch_of("llava", "alone")
+    model = families.model("llava")
+    with mllm.patch(model, [Norms()]):
+        cache = model(**inputs, use_cache=True).past_key_values
+        want = model(input_ids=torch.tensor([[7]]), past_key_values=copy.deepcopy(cache)).logits
+        good = copy.deepcopy(cache)
+        broken = model.get_decoder().layers[2].mlp.register_forward_pre_hook(
+            lambda *a: (_ for _ in ()).throw(KeyError("stop"))
+        )
+        with pytest.raises(KeyError):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        broken.remove()
+        with pytest.raises(CacheMismatchError, match="broke off"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        assert torch.equal(
+            model(input_ids=torch.tensor([[7]]), past_key_values=good).logits, want
+        )
+
+
+def test_misuse_says_what_would_work():
+    cache, kv = toy(2)
+    feed(cache, *torch.randn(2, 2, HEADS, 6, DIM), torch.ones(2, 6, dtype=torch.bool))
+    some = torch.ones(2, 6, dtype=torch.bool)
+    mid = KVCache(cache, stub(), ran=1)
+    for call in (
+        lambda: kv.evict(keep=some, drop=some),
+        lambda: kv.evict(),
+        lambda: kv.evict(7, keep=some),
+        lambda: mid.evict(1, keep=some),
+        lambda: kv.evict(keep=some[:1]),
+        lambda: kv.evict(keep=some[:, None].expand(-1, 3, -1)),
+        lambda: kv.merge(0, torch.zeros(2, 5).long()),
+    ):
+        with pytest.raises(CacheMismatchError) as caught:
+            call()
+        assert caught.value.argument and caught.value.expected
+    flash = KVCache(cache, stub("flash_attention_2"))
+    with pytest.raises(PlanError) as caught:
+        flash.evict(drop=some[:, None], heads=[0])
+    assert caught.value.argument == "attn_implementation"
+    assert cache.layers[0].slots == 6
+    flash.evict(drop=torch.tensor([[2], [3]]))
+    assert cache.layers[0].slots == 5
+
+
+def test_a_compact_prompt_cannot_be_cut_in_two():
+    cache, kv = toy(1)
+    feed(cache, *torch.randn(2, 1, HEADS, 6, DIM), torch.ones(1, 6, dtype=torch.bool))
+    kv.evict(drop=torch.tensor([[2]]))
+    cache.layers[0].shifts["llm"] = torch.tensor([[1]])
+    with pytest.raises(CacheMismatchError):
+        kv.crop(3)
+    assert kv.length == 6
