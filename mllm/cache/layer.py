@@ -372,6 +372,7 @@ class SlotLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         target = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
         target = max(0, min(target, self.seen))
         undone = [state for seen, state in self._journal if seen > target]
