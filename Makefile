@@ -25,13 +25,14 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
-.PHONY: help demo test test-all lint install clean
+.PHONY: help demo test test-all lint docs install clean
 
 help:
 	@echo "make demo      the whole job on the embedded model; leaves demo/report.html"
 	@echo "make test      the fast tests"
-	@echo "make test-all  every test, the slow ones too"
+	@echo "make test-all  every test: all combinations of the invariant matrix, 2,000 drawn plans; an hour"
 	@echo "make lint      ruff"
+	@echo "make docs      write the machine-made pages of docs/ anew"
 
 install:
 ifneq ($(VENV),none)
@@ -50,6 +51,9 @@ test-all: install
 
 lint: install
 	$(PY) -m ruff check mllm tests scripts
+
+docs: install
+	$(PY) scripts/make_models_doc.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache

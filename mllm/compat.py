@@ -1,34 +1,60 @@
-"""The only file that touches unstable names of transformers (tested: 5.17 and 5.23)."""
+"""The only file that touches unstable names of transformers."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
-from transformers.image_processing_utils import select_best_resolution
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mllm.errors import MllmError
+
+#: Oldest and newest release of transformers that the tests pass on.
+TESTED = ("5.17", "5.23")
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.cache_utils import (
+        Cache,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    )
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.masking_utils import create_causal_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    _taken = inspect.signature(create_causal_mask).parameters
+    if missing := {"inputs_embeds", "past_key_values", "layer_idx"} - set(_taken):
+        raise ImportError(f"create_causal_mask takes no {', '.join(sorted(missing))}")
+except ImportError as error:
+    raise MllmError(
+        f"mllm cannot run on transformers {transformers.__version__} ({error}); releases "
+        f"{TESTED[0]} to {TESTED[1]} work",
+        argument="transformers",
+        given=transformers.__version__,
+        expected=f"{TESTED[0]} to {TESTED[1]}",
+    ) from error
 
 __all__ = [
     "Cache",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "PREFIX_CHECKPOINT_DIR",
     "SERVED",
+    "TESTED",
     "arguments",
     "attention_name",
     "base_attention",
@@ -40,10 +66,32 @@ __all__ = [
     "mask_like",
     "register_attention",
     "serve",
+    "tested",
     "uses_cache",
+    "warn_if_untested",
 ]
 
 SERVED = ("sdpa", "eager", "flash_attention_2")
+
+
+def tested(version: str = transformers.__version__) -> bool:
+    """Whether the tests pass on this release of transformers."""
+    oldest, newest, given = (
+        tuple(int(part) for part in re.findall(r"\d+", text)[:2]) for text in (*TESTED, version)
+    )
+    return oldest <= given <= newest
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Say once in a process that transformers is older or newer than what was tested."""
+    if not tested(transformers.__version__):
+        warnings.warn(
+            f"mllm is tested with transformers {TESTED[0]} to {TESTED[1]}; "
+            f"{transformers.__version__} may give wrong results. `make test` tells, or install "
+            f"'transformers=={TESTED[1]}.*'",
+            stacklevel=2,
+        )
 
 
 def arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -83,6 +131,15 @@ def serve(module: nn.Module, name: str) -> Any:
     original = module.config
     module.config = copy.copy(original)
     module.config._attn_implementation_internal = name
+    if attention_name(module) != name:  # nothing would be read, and nothing would say so
+        module.config = original
+        raise MllmError(
+            f"transformers {transformers.__version__} chooses the attention of a module in "
+            "another way than the releases that mllm knows",
+            argument="transformers",
+            given=transformers.__version__,
+            expected=f"{TESTED[0]} to {TESTED[1]}",
+        )
     return original
 
 

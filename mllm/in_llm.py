@@ -121,6 +121,10 @@ class DecoderRun:
         if mask is not None:
             valid = mask[:, -rows:].to(valid)
         self._make_table(valid)
+        position = kwargs.get("position_ids")
+        flat = position is None or position.dim() < 3
+        if self.patched.family.mrope and self.visual is not None and flat:
+            self.notes.append("positions without rows and columns: mm_token_type_ids is missing")
         self.prompt = self._prompt_rows(prompt_length, labels)
         if self.patched.compressors:
             if cache is None:

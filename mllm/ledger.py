@@ -159,7 +159,7 @@ class Ledger:
 
     @property
     def grid(self) -> list[list[tuple[int, int]]]:
-        """Per sample, (rows, cols) of each of its grids: one per image, two under anyres."""
+        """Per sample, (rows, cols) of its grids: one per image or frame, two under anyres."""
         record = self._record
         if record is None:
             return []

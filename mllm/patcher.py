@@ -253,6 +253,12 @@ class Patched:
         self._forget()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self._carry_on(kwargs.get("past_key_values"))
+        if self.family.mrope and ids is not None and kwargs.get("past_key_values") is None:
+            # Positions come from the pictures, before the prompt is read.
+            encoders = kwargs.get("mm_encoder_outputs") or {}
+            for kind, family in self.kinds.items():
+                if family is not None:
+                    self._placeholders(kind, family, ids, kwargs, encoders.get(kind))
         token = _PROMPT.set(None if ids is None else ids.shape[1])
         try:
             return generate(*args, **kwargs)
@@ -326,7 +332,8 @@ class Patched:
         if ids is None or not (has_pixels or ids.shape[1] > 1):
             return None
         visual = ids == family.image_token_id
-        found = bool(visual.any())
+        counts = visual.sum(1).tolist()
+        found = any(counts)
         if found != has_pixels:
             raise DataError(
                 f"the prompt has {kind} placeholders but no pixels were given"
@@ -346,20 +353,19 @@ class Patched:
                 given=type(encoded).__name__,
                 expected=f"get_{kind}_features of the patched model, or {family.pixels}",
             )
-        self._check_counts(family, kind, visual, given, encoded, reduction)
+        self._check_counts(family, kind, counts, given, encoded, reduction)
         return visual
 
     def _check_counts(
         self,
         family: Family,
         kind: str,
-        visual: Tensor,
+        counts: list[int],
         given: dict[str, Any],
         encoded: Any,
         reduction: Reduction | None,
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
-        counts = visual.sum(1).tolist()
         if encoded is None:
             family.check(given)
             sizes = [layout.tokens for layout in family.layouts(given)]

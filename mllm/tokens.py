@@ -87,22 +87,25 @@ class Places:
 
 @lru_cache(maxsize=256)
 def _places(layout: Layout) -> Places:
-    rows = []  # (newline, tile, frame, row, col, line)
-    line = 0
+    parts, line = [], 0  # newline, tile, frame, row, col, line: int64 [6, tokens] each
     for grid, (height, width) in enumerate(layout.grids):
         last = grid == len(layout.grids) - 1
-        which = (0, grid) if layout.video else (grid, 0)
-        for r in range(height):
-            rows += [(0, *which, r, c, line) for c in range(width)]
-            if last and layout.newline == "rows":
-                rows.append((1, *which, r, width, line))
-                line += 1
-        if last and layout.newline == "end":
-            rows.append((1, *which, height - 1, width, line))
-        if not last and layout.newline == "rows":
+        spaced = last and layout.newline == "rows"
+        wide = width + spaced
+        row = torch.arange(height).repeat_interleave(wide)
+        col = torch.arange(wide).repeat(height)
+        part = torch.zeros(6, height * wide, dtype=torch.long)
+        part[2 if layout.video else 1] = grid
+        part[0], part[3], part[4], part[5] = col == width, row, col, line + spaced * row
+        parts.append(part)
+        if layout.newline == "rows":
             line += 1
-    newline, *place = torch.tensor(rows).unbind(1)
-    return Places(newline.bool(), *place, (newline == 0).nonzero()[:, 0])
+    if layout.newline == "end":
+        end = parts[-1][:, -1:].clone()
+        end[0], end[4] = 1, end[4] + 1
+        parts.append(end)
+    newline, *place = torch.cat(parts, 1).unbind()
+    return Places(newline.bool(), *place, newline.logical_not().nonzero()[:, 0])
 
 
 def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]] | None:

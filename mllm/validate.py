@@ -23,6 +23,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
         PlanError: says what would work.
     """
     family, plan = patched.family, patched.plan
+    compat.warn_if_untested()
     if "mllm_patched" in family.base.__dict__:
         raise PlanError(
             "the model is already patched",
@@ -82,7 +83,11 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 given=keep,
                 expected=f"1 <= keep <= {grid[0] * grid[1]}",
             )
-    kinds = set(getattr(family.text_config, "layer_types", None) or ()) - {"full_attention"}
+    config = family.text_config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None and getattr(config, "sliding_window", None):
+        kinds = ["sliding_attention"]  # Mistral's
+    kinds = set(kinds or ()) - {"full_attention"}
     if kinds - ({"sliding_attention"} if family.hybrid else set()):
         raise PlanError(
             "decoder layers that do not see everything are not supported",

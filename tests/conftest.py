@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before transformers is imported by any test: no network, no fork warnings, no surprises.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: part of the full product, left out of the fast suite")
+def pytest_terminal_summary(terminalreporter):
+    """How much of the invariant matrix ran."""
+    invariants = sys.modules.get("invariants")
+    if invariants is None or not invariants.COUNTS:
+        return
+    counts = dict(invariants.COUNTS)
+    failed = sum(
+        "test_invariants.py" in report.nodeid for report in terminalreporter.stats.get("failed", [])
+    )
+    terminalreporter.write_line(
+        f"invariants: {counts.pop('matrix', 0)} cases of the matrix, "
+        f"{counts.pop('drawn', 0)} drawn, {counts.pop('sequences', 0)} sequences "
+        f"against the oracle, {failed} mismatches; "
+        + ", ".join(f"{way} {n}" for way, n in sorted(counts.items()))
+    )

@@ -36,6 +36,7 @@ class Picture:
         grid: (rows, cols), of every frame; under anyres those of the tiled view.
         frames: of a video, 0 for an image.
         runs: neighbouring placeholders in the prompt.
+        end: whether one separator stands behind it.
     """
 
     fields: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Picture:
     grid: tuple[int, int] = (4, 4)
     frames: int = 0
     runs: tuple[int, ...] = ()
+    end: bool = False
 
     @property
     def token(self) -> int:
@@ -199,16 +201,23 @@ def _square(side: int, tokens: int):
     return picture
 
 
+def _masked(size: int, g: torch.Generator) -> Picture:
+    """Idefics3: pictures of sizes 1 and 2 do not fill their square."""
+    picture = _square(112, 16)(size, g)
+    mask = torch.ones(1, 112, 112, dtype=torch.bool)
+    mask[:, (112, 84, 56)[size] :] = False
+    picture.fields["pixel_attention_mask"] = mask
+    return picture
+
+
 def _stack(samples: list[list[Picture]]) -> dict[str, Tensor]:
     """Idefics3: `[batch, most images, 3, height, width]`, filled up with zeros."""
-    most = max(map(len, samples))
-    any_one = next(p for sample in samples for p in sample).fields["pixel_values"]
-    empty = torch.zeros_like(any_one)
-    rows = [
-        torch.cat([p.fields["pixel_values"] for p in s] + [empty] * (most - len(s)))
-        for s in samples
-    ]
-    return {"pixel_values": torch.stack(rows)}
+    most, out = max(map(len, samples)), {}
+    for name, one in next(p for sample in samples for p in sample).fields.items():
+        empty = torch.zeros_like(one)
+        rows = [torch.cat([p.fields[name] for p in s] + [empty] * (most - len(s))) for s in samples]
+        out[name] = torch.stack(rows)
+    return out
 
 
 def _gemma3():
@@ -269,11 +278,22 @@ def _onevision_video(size: int, g: torch.Generator) -> Picture:
     if size == 1:
         return _anyres(_SHRUNK)(size, g)
     pixels = torch.randn(1, 3, 3, 56, 56, generator=g)
-    return Picture(dict(pixel_values_videos=pixels), 3 * 4 + 1, (2, 2), 3)
+    return Picture(dict(pixel_values_videos=pixels), 3 * 4 + 1, (2, 2), 3, end=True)
+
+
+def _onevision_many(size: int, g: torch.Generator) -> Picture:
+    """Images of sizes 1 and 2 are among others: their base view alone."""
+    picture = _anyres(_SHRUNK)(size, g)
+    return Picture(picture.fields, 17, end=True) if size else picture
+
+
+def _count(samples: list[list[Picture]]) -> dict[str, Tensor]:
+    counts = [n for s in samples for n in ([2] if any(p.end for p in s) else [1] * len(s))]
+    return _cat(samples) | {"batch_num_images": torch.tensor(counts)}
 
 
 def _anyres_cells(picture: Picture) -> list[int]:
-    if picture.frames:
+    if picture.end:
         return list(range(picture.tokens - 1))
     rows, cols = picture.grid
     return [*range(16), *(16 + r * (cols + 1) + c for r in range(rows) for c in range(cols))]
@@ -284,9 +304,9 @@ def _anyres_separators(sample: Sample, kept: list[int]) -> list[int]:
     for picture in sample.pictures:
         rows, cols = picture.grid
         end = at + picture.tokens - 1
-        if picture.frames and any(at <= t < end for t in kept):
+        if picture.end and any(at <= t < end for t in kept):
             found.append(end)
-        for r in range(0 if picture.frames else rows):
+        for r in range(0 if picture.end else rows):
             first = at + 16 + r * (cols + 1)
             if any(first <= t < first + cols for t in kept):
                 found.append(first + cols)
@@ -300,7 +320,7 @@ KITS: dict[str, Kit] = {
     "qwen2_5_vl": Kit(_qwen2_5_vl, _qwen_picture, _cat, mrope=True),
     "qwen3_vl": Kit(_qwen3_vl, _qwen_picture, _cat, mrope=True),
     "internvl": Kit(_internvl, _square(112, 16), _cat),
-    "idefics3": Kit(_idefics3, _square(112, 16), _stack),
+    "idefics3": Kit(_idefics3, _masked, _stack),
     "smolvlm": Kit(_smolvlm, _square(112, 16), _stack),
     "gemma3": Kit(_gemma3, _square(112, 16), _cat),
     "llava_next": Kit(
@@ -308,6 +328,10 @@ KITS: dict[str, Kit] = {
     ),
     "llava_onevision": Kit(
         _llava_onevision, _anyres(_SHRUNK), _cat, cells=_anyres_cells, separators=_anyres_separators
+    ),
+    "llava_onevision_many": Kit(
+        _llava_onevision, _onevision_many, _count, cells=_anyres_cells,
+        separators=_anyres_separators,
     ),
     "qwen2_vl_video": Kit(_qwen2_vl, _qwen_video, _cat, mrope=True),
     "qwen2_5_vl_video": Kit(_qwen2_5_vl, _qwen_video, _cat, mrope=True),
@@ -356,14 +380,17 @@ def reference(family: str) -> nn.Module:
 SPECS = {
     "alone": (((0,), 7),),
     "padded": (((0,), 6), ((1, 2), 9), ((), 5)),
+    "single": (((0,), 6), ((1,), 9), ((), 5)),
+    "several": (((2, 0, 1), 8),),
     "text": (((), 6), ((), 9)),
 }
 
 
-def samples(family: str, kind: str = "padded", seed: int = 1) -> list[Sample]:
+def samples(family: str, kind: str | Sequence = "padded", seed: int = 1) -> list[Sample]:
+    """Random conversations: a name in `SPECS`, or such a value."""
     g = torch.Generator().manual_seed(seed)
     out = []
-    for sizes, n_text in SPECS[kind]:
+    for sizes, n_text in SPECS[kind] if isinstance(kind, str) else kind:
         text = torch.randint(10, VOCAB, (n_text,), generator=g).tolist()
         ids, pictures = [1] + text[:3], []
         for size in sizes:

@@ -14,6 +14,7 @@ import torch
 from families import KITS, Picture, Sample, reference, token_types
 from oracles import Cut
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @torch.no_grad()
@@ -37,6 +38,11 @@ def encode(family: str, pictures: Sequence[Picture]) -> list[list[Tensor]]:
     return [out[i] for i in range(len(pictures))]
 
 
+def base_name(family: str) -> str:
+    """The model behind a kit."""
+    return family.removesuffix("_video").removesuffix("_many")
+
+
 # The tower, for methods that read it
 
 
@@ -57,7 +63,7 @@ class Seen:
 def seen(family: str, sample: Sample, ordinal: int) -> Seen:
     """Read the block before the projector (for Qwen2.5-VL the last that sees everything)."""
     net, picture = reference(family), sample.pictures[ordinal]
-    family, whole = family.removesuffix("_video"), family
+    family, whole = base_name(family), family
     tower = net.base_model.get_encoder("image")
     caught = {}
     if KITS[family].mrope:
@@ -86,7 +92,10 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
             p(x).unflatten(-1, (n, -1)).transpose(1, 2)
             for p in (attention.q_proj, attention.k_proj)
         )
-    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # [tiles, heads, n, n]
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [tiles, heads, n, n]
+    if caught.get("attention_mask") is not None:  # of a picture that does not fill its square
+        logits = logits + caught["attention_mask"]
+    weights = logits.softmax(-1)
     if family in ("llava", "llava_next", "internvl"):
         score, keys = weights[:, :, 0, 1:].sum(1), k.mean(1)[:, 1:]
     else:
@@ -111,11 +120,13 @@ def _qwen_heads(attention: nn.Module, caught: dict) -> tuple[Tensor, Tensor]:
 def as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
     """A signal of the tower `[tiles, patches, d]` per visual token `[n, d]`."""
     (rows, cols), width = picture.grid, signal.shape[-1]
-    family = family.removesuffix("_video")
+    family = base_name(family)
     if family == "llava":
         return signal[0]
     if picture.frames and family == "llava_onevision":
         return net.model.apply_pooling(signal).flatten(0, 1)
+    if picture.end:
+        return signal[0]
     if family.startswith("llava_"):
         packed, _ = net.model.pack_image_features(
             [signal], picture.fields["image_sizes"], image_newline=None,
@@ -174,6 +185,41 @@ def avgpool(features: Tensor, grid: tuple[int, int], seats: list[int]) -> Tensor
         assert top <= seat // grid[1] < bottom and left <= seat % grid[1] < right
         out[seat] = x[top:bottom, left:right].mean((0, 1))
     return out
+
+
+@torch.no_grad()
+def smaller(family: str, picture: Picture, seats: list[int]) -> Tensor:
+    """Features of a picture made smaller, as many as there are seats on its grid."""
+    net, (height, width) = reference(family), picture.grid
+    rows, cols = len({t // width for t in seats}), len({t % width for t in seats})
+    fields, more = dict(picture.fields), {}
+    pixels, side = fields["pixel_values"], 14 * (1 if family == "llava" else 2)
+    if KITS[family].mrope:
+        # Patches lie token by token; within one [channel, frame, row, col].
+        canvas = torch.zeros(6, height * side, width * side)
+        for t in range(height * width):
+            for i in range(4):
+                top, left = t // width * 28 + i // 2 * 14, t % width * 28 + i % 2 * 14
+                patch = pixels[4 * t + i].view(6, 14, 14)
+                canvas[:, top : top + 14, left : left + 14] = patch
+        pixels = canvas[None]
+    pixels = F.interpolate(pixels, (rows * side, cols * side), mode="bilinear", antialias=True)
+    if KITS[family].mrope:
+        patches = []
+        for t in range(rows * cols):
+            for i in range(4):
+                top, left = t // cols * 28 + i // 2 * 14, t % cols * 28 + i % 2 * 14
+                patches.append(pixels[0, :, top : top + 14, left : left + 14].flatten())
+        pixels = torch.stack(patches)
+        fields["image_grid_thw"] = torch.tensor([[1, 2 * rows, 2 * cols]])
+    if "pixel_attention_mask" in fields:
+        mask = fields["pixel_attention_mask"][None].float()
+        fields["pixel_attention_mask"] = F.interpolate(mask, (rows * side, cols * side))[0].bool()
+    if family == "llava":
+        more = {"interpolate_pos_encoding": True}
+    fields = KITS[family].join([[Picture(fields | {"pixel_values": pixels}, rows * cols)]])
+    out = net.base_model.get_image_features(**fields, **more, return_dict=True).pooler_output
+    return out[0] if isinstance(out, Tensor) else torch.cat(list(out))
 
 
 # The oracle
@@ -237,7 +283,7 @@ def dense(
         gone = torch.ones(int(visual.sum()), dtype=torch.bool)
         gone[kept] = False
         alive[visual.nonzero()[gone, 0]] = False
-    position = _positions(family, sample, n)
+    position = positions(family, sample, n)
     if compact:
         position = torch.where(alive, alive.long().cumsum(0) - 1, position)
     source = torch.where(visual, visual.long().cumsum(0) - 1, -1)
@@ -298,7 +344,7 @@ def _cells(family: str, sample: Sample) -> list[int]:
     return found
 
 
-def _positions(family: str, sample: Sample, n: int) -> Tensor:
+def positions(family: str, sample: Sample, n: int) -> Tensor:
     """Positions of the prompt and what follows it: `[n]`, or `[3, n]` under M-RoPE."""
     if not KITS[family].mrope or not sample.pictures:
         return torch.arange(n).expand(3, -1) if KITS[family].mrope else torch.arange(n)

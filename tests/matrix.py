@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -181,6 +182,27 @@ def covering(**axes: Sequence) -> pytest.MarkDecorator:
             name = "-".join(map(str, [*values, attn]))
             rows.append(pytest.param(*values, attn, marks=marks, id=name))
     return pytest.mark.parametrize([*axes, "attn"], rows)
+
+
+def pairwise(rows: Sequence[tuple]) -> list[tuple]:
+    """A few of `rows` in which all values meet that meet in any of them. Always the same few.
+
+    Args:
+        rows: what is possible, one value per axis.
+    """
+    # Of equally good rows the first is taken: shuffled, or the first values would be everywhere.
+    rows = random.Random(0).sample(rows, len(rows))
+    numbers: dict[tuple, int] = {}
+    pairs = []  # bits of the pairs of each row
+    for row in rows:
+        ends = itertools.combinations(enumerate(row), 2)
+        pairs.append(sum(1 << numbers.setdefault(pair, len(numbers)) for pair in ends))
+    chosen, left = [], (1 << len(numbers)) - 1
+    while left:
+        best = max(range(len(rows)), key=lambda i: (pairs[i] & left).bit_count())
+        chosen.append(rows[best])
+        left &= ~pairs[best]
+    return chosen
 
 
 def anatomy(model) -> dict:

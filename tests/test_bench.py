@@ -12,22 +12,27 @@ import mllm
 from mllm import flops
 from mllm.cli import app
 from mllm.errors import DataError, PlanError
-from mllm.eval import bench
+from mllm.eval import bench, bench_shapes
+from mllm.eval.bench_shapes import Shape
 
-TINY = bench.Shape(
+TINY = Shape(
     name="tiny",
-    vision_hidden=32,
-    vision_layers=2,
-    vision_heads=4,
-    image=56,
-    patch=14,
-    hidden=64,
-    ffn=128,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    vocab=128,
-)
+    vision=dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                image_size=56, patch_size=14),
+    text=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+              num_key_value_heads=2, vocab_size=128, max_position_embeddings=8192),
+    visual=(16, 32),
+)  # fmt: skip
+TINY_QWEN = Shape(
+    name="tiny-qwen",
+    family="qwen2_5_vl",
+    vision=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=48,
+                patch_size=14, window_size=56, fullatt_block_indexes=[1]),
+    text=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+              num_key_value_heads=2, vocab_size=128, max_position_embeddings=2048,
+              rope_parameters=dict(rope_type="default", mrope_section=[2, 2, 2], rope_theta=1e4)),
+    visual=(20,),
+)  # fmt: skip
 PROMISED = {
     "plan", "batch", "visual", "text", "dtype", "backend", "pairs", "ratio", "ratio_ci", "ideal",
     "share", "peak_bytes", "status",
@@ -73,10 +78,8 @@ def test_ideal_is_the_ratio_of_flops(model):
 
 def test_the_bench_shape_is_the_promised_one():
     shape = bench.BENCH_CPU
-    assert (shape.vision_hidden, shape.vision_layers, shape.patch, shape.image) == (512, 6, 14, 336)
-    assert (shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads, shape.vocab) == (
-        1024, 2816, 16, 16, 16, 8192,
-    )  # fmt: skip
+    assert list(shape.vision.values()) == [512, 2048, 6, 8, 336, 14]
+    assert list(shape.text.values())[:6] == [1024, 2816, 16, 16, 16, 8192]
     assert set(bench.PREFILL_PLANS) == {
         "fastv:layer=2:keep=1.0", "fastv:layer=2:keep=0.5", "fastv:layer=2:keep=0.25",
         "fastv:layer=2:keep=0.11", "visionzip:keep=64",
@@ -84,7 +87,7 @@ def test_the_bench_shape_is_the_promised_one():
 
 
 def test_twin_shares_weights_and_is_patched_alone(model):
-    inputs = bench.random_inputs(model, images=1, text=9, batch=2)
+    inputs = bench.random_inputs(model, visual=16, text=9, batch=2)
     twin = bench.twin(model)
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     with torch.inference_mode():
@@ -97,14 +100,14 @@ def test_twin_shares_weights_and_is_patched_alone(model):
 
 
 def test_inputs_have_the_stated_length(model):
-    inputs = bench.random_inputs(model, images=2, text=9, batch=3)
+    inputs = bench.random_inputs(model, visual=32, text=9, batch=3)
     assert inputs["input_ids"].shape == (3, 2 * 16 + 9)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 3 * 32
     assert inputs["pixel_values"].shape == (6, 3, 56, 56)
 
 
 def test_unequal_prompts_are_padded_on_the_left(model):
-    inputs = bench.random_inputs(model, images=1, text=16, batch=4, unequal=True)
+    inputs = bench.random_inputs(model, visual=16, text=16, batch=4, unequal=True)
     mask = inputs["attention_mask"]
     assert mask.sum(1).tolist() == [32, 29, 26, 23]
     assert (mask.diff(dim=1) >= 0).all()
@@ -138,12 +141,31 @@ def test_attainable_is_the_unpatched_tower_and_layers_at_the_plans_lengths(model
 
     monkeypatch.setattr(bench, "_timed", timed)
     row = bench._row(
-        model, "fastv:layer=2:keep=0.25", bench.random_inputs(model, images=2, text=9, batch=1),
+        model, "fastv:layer=2:keep=0.25", bench.random_inputs(model, visual=32, text=9, batch=1),
         3, None, "", None,
     )  # fmt: skip
     assert row["attainable"] == pytest.approx(5.1 / (1.0 + (4.1 + 1.7) / 2))
     assert row["ratio"] == pytest.approx(5.1 / 4.0)
     assert row["attainable_share"] == pytest.approx(row["ratio"] / row["attainable"])
+
+
+def test_pictures_of_any_size_are_drawn_for_qwen():
+    results = bench.prefill(
+        model=TINY_QWEN, plans=["fastv:layer=2:keep=0.5", "divprune:keep=5"], text=9, batch=(2,),
+        unequal=True, pairs=1, dtype="float32", sdpa="math",
+    )  # fmt: skip
+    assert [row["visual"] for row in results["rows"]] == [20, 20]
+    assert all(row["ideal"] > 1 for row in results["rows"]) and results["sdpa"] == "math"
+
+
+def test_the_shapes_of_7b_models_are_theirs():
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in shape.build(torch.bfloat16, "meta").parameters())
+            for name, shape in bench_shapes.SHAPES.items()
+        }
+    assert sizes["llava-1.5-7b"] == pytest.approx(7.06e9, rel=0.01)
+    assert sizes["qwen2.5-vl-7b"] == pytest.approx(8.29e9, rel=0.01)
 
 
 def test_results_are_given_after_each_row():
@@ -156,8 +178,8 @@ def test_results_are_given_after_each_row():
 
 
 def test_peak_counts_weights_and_grows_with_the_batch(model):
-    small = bench.peak_bytes(model, bench.random_inputs(model, images=1, text=9, batch=1))
-    large = bench.peak_bytes(model, bench.random_inputs(model, images=1, text=9, batch=8))
+    small = bench.peak_bytes(model, bench.random_inputs(model, visual=16, text=9, batch=1))
+    large = bench.peak_bytes(model, bench.random_inputs(model, visual=16, text=9, batch=8))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     logits = 8 * 128 * 4
     assert weights < small < large - logits
@@ -189,6 +211,8 @@ def test_verdicts(ratio, ci, ideal, target, pairs, status, part):
         ({"threads": 0}, DataError, "threads=0"),
         ({"dtype": "int8"}, DataError, "bfloat16"),
         ({"device": "toaster"}, DataError, "toaster"),
+        ({"sdpa": "slow"}, DataError, "flash"),
+        ({"model": TINY_QWEN, "visual": [0]}, DataError, "1 or more"),
         ({"plans": ["fastw:keep=0.5"]}, PlanError, "fastw"),
         ({"plans": ["fastv:layer=9:keep=0.5"]}, PlanError, "layer"),
     ],
@@ -199,7 +223,7 @@ def test_bad_input_is_named(options, error, part):
 
 
 def test_command_writes_the_same_results_to_a_file(tmp_path, monkeypatch, cli):
-    monkeypatch.setattr(bench, "BENCH_CPU", TINY)
+    monkeypatch.setitem(bench_shapes.SHAPES, "tiny", TINY)
     output = tmp_path / "bench.json"
     words = ["bench", "--model", "tiny", "--plan", "random:keep=4", "--visual", "16", "--text", "9"]
     words += ["--pairs", "1", "--dtype", "float32"]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import invariants
 import pytest
 import torch
 from matrix import CASES, check_generate, check_logits
 
 from mllm import attention, compat, in_llm
+from mllm.cache import SlotLayer
 from mllm.compressors import fastv, visionzip
 from mllm.in_llm import DecoderRun
+from mllm.models import gemma3, internvl
+from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mllm.patcher import Patched
+from mllm.pre_llm import VisionRun
+from mllm.tokens import TokenTable
 
 FASTV, TWO = "fastv:layer=2:keep=0.5", "fastv:layer=1:keep=0.5+fastv:layer=3:keep=2"
 ZIP, DIV = "visionzip:keep=10", "divprune:keep=6:positions=original"
@@ -227,3 +233,184 @@ def test_a_broken_engine_is_caught(monkeypatch, mutate, spec, kind, check, attn)
 def test_the_same_checks_pass_on_the_engine(spec):
     check_logits(CASES[spec], "sdpa", "padded")
     check_generate(CASES[spec], "sdpa", "padded", steps=6)
+
+
+# Parts that only some families have
+
+
+def separators_stay_after_a_cut(mp):
+    """Every separator stays in the decoder, also where its whole row has gone."""
+    around(mp, TokenTable, "with_newlines", lambda original, self, keep: keep)
+
+
+def separators_stay_before_the_decoder(mp):
+    around(mp, VisionRun, "_keep_newlines", lambda original, self: None)
+
+
+def separators_use_up_the_budget(mp):
+    """Separators are candidates like any other visual token."""
+
+    def prompt(original, *a):
+        table = original(*a)
+        table.newline = torch.zeros_like(table.newline)
+        return table
+
+    original = TokenTable.prompt
+    mp.setattr(TokenTable, "prompt", classmethod(lambda cls, *a: prompt(original, *a)))
+
+
+def first_rows_of_deepstack(mp):
+    """Inner features are cut to length instead of following the rows that stay."""
+
+    def take(original, self, arguments, rows, valid):
+        whole = arguments["deepstack_visual_embeds"]
+        original(self, arguments, rows, valid)
+        count = int(arguments["visual_pos_masks"].sum())
+        arguments["deepstack_visual_embeds"] = [x[:count] for x in whole]
+
+    around(mp, Qwen3VL, "take_rows", take)
+
+
+def windows_in_the_tower_s_order(mp):
+    """Signals of a windowed tower as they come, next to features in reading order."""
+    mp.setattr(Qwen25VL, "to_rows", Qwen2VL.to_rows)
+
+
+def one_patch_of_each_token(mp):
+    """The first of the patches that a merger joins speaks for all of them."""
+
+    def rows(original, self, signal, layouts):
+        first = signal.unflatten(0, (-1, self.merge**2))[:, :1]
+        return original(self, first.expand(-1, self.merge**2, *first.shape[2:]).flatten(0, 1),
+                        layouts)
+
+    around(mp, Qwen2VL, "to_rows", rows)
+
+
+def patches_joined_in_reading_order(mp):
+    """Neighbours in the sequence are averaged instead of neighbours in the picture."""
+
+    def join(signal, layouts, side):
+        return signal.unflatten(0, (-1, side**2)).mean(1)
+
+    for module in (gemma3, internvl):
+        mp.setattr(module, "join_patches", join)
+
+
+def window_in_slots(mp):
+    """A sliding window counts the stored tokens, and not those that were dropped between them."""
+
+    def mask(original, self, layer, parent):
+        old = None if self.cache is None else self.cache.layers[layer]
+        if old is None or not old.slots:
+            return original(self, layer, parent)
+        logical = old.logical
+        slots = torch.arange(logical.shape[1]) + self.past_logical - old.slots
+        old.logical = slots.expand_as(logical)
+        try:
+            return original(self, layer, parent)
+        finally:
+            old.logical = logical
+
+    around(mp, DecoderRun, "_mask_of_kind", mask)
+    mp.setattr(SlotLayer, "_forget", lambda self: None)
+
+
+def window_forgotten(mp):
+    """Sliding layers see everything that is stored."""
+
+    def mask(original, self, layer, parent):
+        windows = self.patched.windows
+        self.patched.windows = [None] * len(windows)
+        try:
+            return original(self, layer, parent)
+        finally:
+            self.patched.windows = windows
+
+    around(mp, DecoderRun, "_mask_of_kind", mask)
+    mp.setattr(SlotLayer, "_forget", lambda self: None)
+
+
+def images_see_forwards_only_back(mp):
+    """Rows of an image see only earlier rows of it."""
+
+    def mask(original, self, layer, parent):
+        if parent is not None and parent.shape[2] > 1:
+            own = torch.ones(parent.shape[2:], dtype=torch.bool).tril()
+            lowest = False if parent.dtype == torch.bool else torch.finfo(parent.dtype).min
+            parent = parent.masked_fill(~own, lowest)
+        return original(self, layer, parent)
+
+    around(mp, DecoderRun, "_mask_of_kind", mask)
+
+
+def rotary_tables_cut_to_length(mp):
+    """Rows that stay take the rotary tables of the first rows."""
+
+    def arguments(original, self, layer, kind, hidden, kwargs):
+        out = original(self, layer, kind, hidden, kwargs)
+        whole = kwargs["position_embeddings"]
+        out["position_embeddings"] = tuple(t[..., : hidden.shape[1], :] for t in whole)
+        return out
+
+    around(mp, DecoderRun, "_arguments", arguments)
+
+
+def rows_and_columns_lost(mp):
+    """Positions of the rows that stay are those of the sequence alone."""
+
+    def drop(original, self, kwargs):
+        original(self, kwargs)
+        if self.visual is not None:
+            position = kwargs["position_ids"]
+            kwargs["position_ids"] = position[:1].expand_as(position)
+
+    around(mp, DecoderRun, "_drop_rows", drop)
+
+
+def positions_cut_to_length(mp):
+    def drop(original, self, kwargs):
+        whole = kwargs["position_ids"]
+        original(self, kwargs)
+        if self.visual is not None:
+            kwargs["position_ids"] = whole[..., : kwargs["position_ids"].shape[-1]]
+
+    around(mp, DecoderRun, "_drop_rows", drop)
+
+
+FAMILY_MUTATIONS = [
+    (separators_stay_after_a_cut, "llava_next", "left", "cut", "forward"),
+    (separators_stay_after_a_cut, "llava_onevision", "alone", "two", "forward"),
+    (separators_stay_before_the_decoder, "llava_next", "left", "keep", "forward"),
+    (separators_stay_before_the_decoder, "llava_onevision", "several", "keep", "forward"),
+    (separators_use_up_the_budget, "llava_next", "several", "cut", "forward"),
+    (first_rows_of_deepstack, "qwen3_vl", "left", "keep", "forward"),
+    (first_rows_of_deepstack, "qwen3_vl", "alone", "stacked", "greedy"),
+    (windows_in_the_tower_s_order, "qwen2_5_vl", "several", "write", "forward"),
+    (one_patch_of_each_token, "qwen2_vl", "alone", "write", "forward"),
+    (one_patch_of_each_token, "qwen3_vl", "several", "write", "forward"),
+    (patches_joined_in_reading_order, "internvl", "alone", "write", "forward"),
+    (patches_joined_in_reading_order, "gemma3", "alone", "write", "forward"),
+    (window_in_slots, "gemma3", "left", "two", "greedy"),
+    (window_forgotten, "gemma3", "left", "cut", "greedy"),
+    (images_see_forwards_only_back, "gemma3", "alone", "cut", "forward"),
+    (images_see_forwards_only_back, "gemma3", "left", "keep", "forward"),
+    (rotary_tables_cut_to_length, "qwen2_5_vl", "alone", "cut", "forward"),
+    (rotary_tables_cut_to_length, "qwen3_vl", "left", "two", "greedy"),
+    (rows_and_columns_lost, "qwen2_vl", "alone", "keep", "forward"),
+    (positions_cut_to_length, "qwen2_5_vl", "left", "keep", "forward"),
+]
+
+
+@pytest.mark.parametrize(
+    "mutate, row", [pytest.param(m, row, id=f"{m.__name__}-{'-'.join(row)}")
+                    for m, *row in FAMILY_MUTATIONS],
+)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_broken_family_is_caught(monkeypatch, mutate, row, attn):
+    family, shape, stage, way = row
+    draw = invariants.draw(family, attn, shape, stage, way)
+    invariants.check(draw)
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError):
+        invariants.check(draw)

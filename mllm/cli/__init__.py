@@ -19,6 +19,7 @@ from mllm.cli import _common
 SUMMARIES = {
     "demo": "The whole job on the embedded model: table and report.",
     "methods": "List the methods: stage, what they read, parameters, paper.",
+    "doctor": "Say what works with a model, and why the rest does not.",
     "run": "Answer one question with and without a plan, side by side.",
     "inspect": "Draw the kept and merged visual tokens over a picture.",
     "train": "Train or fine-tune from a recipe, with or without a plan.",

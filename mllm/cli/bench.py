@@ -31,7 +31,10 @@ class Suite(str, Enum):
 def command(
     suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.prefill,
     model: Annotated[
-        str, typer.Option(help="bench-cpu (random weights), or a model folder or name.")
+        str,
+        typer.Option(
+            help="bench-cpu, llava-1.5-7b or qwen2.5-vl-7b (random weights), or a model folder."
+        ),
     ] = "bench-cpu",
     plan: Annotated[
         list[str] | None, typer.Option(help="Plan text; repeatable. Default: the suite's plans.")
@@ -51,6 +54,10 @@ def command(
         int | None, typer.Option(help="CPU threads; torch's choice if left out.")
     ] = None,
     device: DeviceOption = None,
+    sdpa: Annotated[
+        str | None,
+        typer.Option(help="Hold torch's sdpa to one kernel: flash, efficient, math, cudnn."),
+    ] = None,
     output: Annotated[
         str | None, typer.Option(help="Also write the results to this file, row by row.")
     ] = None,
@@ -65,6 +72,7 @@ def command(
 
     def measure() -> dict[str, Any]:
         from mllm.eval import bench
+        from mllm.eval.bench_shapes import SHAPES
 
         def save(results: dict[str, Any]) -> None:
             if output is not None:
@@ -82,7 +90,7 @@ def command(
         ) as bar:
             task = bar.add_task("building the model", total=None)
             results = bench.prefill(
-                model=bench.BENCH_CPU if model == bench.BENCH_CPU.name else model,
+                model=SHAPES.get(model, model),
                 plans=plan or None,
                 visual=visual or None,
                 text=text,
@@ -91,6 +99,7 @@ def command(
                 pairs=pairs,
                 dtype=dtype,
                 device=device,
+                sdpa=sdpa,
                 threads=threads,
                 progress=lambda label, done, total: bar.update(
                     task, description=label, completed=done, total=total

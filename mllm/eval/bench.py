@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,88 +24,20 @@ import numpy as np
 import torch
 
 import mllm
-from mllm import flops
+from mllm import compat, flops
 from mllm.errors import DataError
+from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape, random_inputs, text_inputs
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import median_interval
 from mllm.loading import load_model, pick_device
 
-Inputs = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # what runs, pairs done, pairs in all
 OnRow = Callable[[dict[str, Any]], None]  # the results so far, after each row
 
+SDPA = ("flash", "efficient", "math", "cudnn")
 DTYPES = ("bfloat16", "float16", "float32")
 CLAIM_PAIRS = 30  # fewer pairs are a look, not a figure to quote
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A LLaVA built from its config with random weights."""
-
-    name: str
-    vision_hidden: int
-    vision_layers: int
-    vision_heads: int
-    image: int
-    patch: int
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-
-    def build(self, dtype: torch.dtype, device: str) -> Any:
-        """The model in eval mode, sdpa, weights drawn with seed 0."""
-        from transformers import (
-            AutoModelForImageTextToText,
-            CLIPVisionConfig,
-            LlamaConfig,
-            LlavaConfig,
-        )
-
-        config = LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=self.vision_hidden,
-                intermediate_size=4 * self.vision_hidden,
-                num_hidden_layers=self.vision_layers,
-                num_attention_heads=self.vision_heads,
-                image_size=self.image,
-                patch_size=self.patch,
-            ),
-            text_config=LlamaConfig(
-                hidden_size=self.hidden,
-                intermediate_size=self.ffn,
-                num_hidden_layers=self.layers,
-                num_attention_heads=self.heads,
-                num_key_value_heads=self.kv_heads,
-                vocab_size=self.vocab,
-                max_position_embeddings=8192,
-            ),
-            image_token_id=self.vocab - 1,
-        )
-        torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
-        return model.to(device).eval()
-
-
-# Every speed figure on CPU is about this shape: large enough that matrix products dominate.
-BENCH_CPU = Shape(
-    name="bench-cpu",
-    vision_hidden=512,
-    vision_layers=6,
-    vision_heads=8,
-    image=336,
-    patch=14,
-    hidden=1024,
-    ffn=2816,
-    layers=16,
-    heads=16,
-    kv_heads=16,
-    vocab=8192,
-)
 
 # Plan and the share of its ideal that we aim at (1 / 1.03: keeping everything costs at most 3 %).
 PREFILL_PLANS = {
@@ -128,6 +60,7 @@ def prefill(
     pairs: int = CLAIM_PAIRS,
     dtype: str = "bfloat16",
     device: str | None = None,
+    sdpa: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     on_row: OnRow | None = None,
@@ -137,7 +70,8 @@ def prefill(
     Args:
         model: a shape to build with random weights, or a path for `mllm.load_model`.
         plans: spec texts; None for `PREFILL_PLANS`.
-        visual: visual tokens per sample, whole images; None for one and two images.
+        visual: visual tokens per sample: whole images where the model has one size of image, one
+            image of that size where it takes any; None for the shape's own.
         text: text tokens per sample.
         batch: batch sizes.
         unequal: whether prompts of a batch have unequal lengths, left padded: the first has
@@ -145,6 +79,8 @@ def prefill(
         pairs: interleaved pairs per row.
         dtype: of the weights.
         device: torch device; None for the GPU when there is one.
+        sdpa: the only kernel that torch's sdpa may use: flash, efficient, math or cudnn; None
+            leaves torch's choice. A kernel that cannot run is torch's error.
         threads: CPU threads; None leaves torch's choice.
         progress: called after each pair.
         on_row: called with the results so far after each row, so that a long run can be saved.
@@ -159,8 +95,8 @@ def prefill(
         the plan's own machinery costs.
 
     Raises:
-        DataError: `visual` is no whole number of images, a count is below one, or there is no
-            such device, dtype or model.
+        DataError: `visual` is no whole number of images, a count is below one, there is no such
+            device, dtype, kernel or model, or no inputs can be drawn for the model.
         PlanError: a plan cannot work on this model.
     """
     for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
@@ -170,6 +106,8 @@ def prefill(
         raise _bad("threads", threads, "1 or more")
     if dtype not in DTYPES:
         raise _bad("dtype", dtype, " or ".join(DTYPES))
+    if sdpa not in (None, *SDPA):
+        raise _bad("sdpa", sdpa, " or ".join(SDPA))
     if threads is not None:
         torch.set_num_threads(threads)
     load_before = round(os.getloadavg()[0], 2)
@@ -179,12 +117,12 @@ def prefill(
     else:
         base, shape = load_model(model, dtype=dtype, device=device)[0], {"name": model}
     shape["parameters"] = sum(p.numel() for p in base.parameters())
-    per_image = tokens_per_image(base.config)
-    visual = visual or (per_image, 2 * per_image)
-    for count in visual:
-        if count < per_image or count % per_image:
-            raise _bad("visual", count, f"a multiple of {per_image}, the tokens of one image")
-
+    visual = visual or (model.visual if isinstance(model, Shape) else (576, 1152))
+    draw = [
+        (size, count, random_inputs(base, visual=count, text=text, batch=size, unequal=unequal))
+        for size in batch
+        for count in visual
+    ]
     targets = PREFILL_PLANS if plans is None else {p: PREFILL_PLANS.get(p) for p in plans}
     rows: list[dict[str, Any]] = []
     results = {
@@ -195,38 +133,48 @@ def prefill(
         "versions": versions(),
         "commit": commit(),
         "threads": torch.get_num_threads(),
+        "sdpa": sdpa,
         "load_before": load_before,
         "rows": rows,
     }
-    for size in batch:
-        for count in visual:
-            inputs = random_inputs(
-                base, images=count // per_image, text=text, batch=size, unequal=unequal
-            )
+    for size, count, inputs in draw:
+        with _kernel(sdpa):
             base_peak = peak_bytes(base, inputs)
-            for plan, target in targets.items():
-                label = f"{plan}, {count} visual tokens, batch {size}"
-                try:
+        for plan, target in targets.items():
+            label = f"{plan}, {count} visual tokens, batch {size}"
+            try:
+                with _kernel(sdpa):
                     row = _row(base, plan, inputs, pairs, target, label, progress)
-                    row["baseline_peak_bytes"] = base_peak
-                except torch.OutOfMemoryError:
-                    row = {"status": "oom", "words": "out of memory"}
-                rows.append(
-                    {
-                        "plan": plan,
-                        "batch": size,
-                        "visual": count,
-                        "text": text,
-                        "unequal": unequal,
-                        "dtype": str(base.dtype).removeprefix("torch."),
-                        "backend": base.config.text_config._attn_implementation,
-                        "pairs": pairs,
-                        **row,
-                    }
-                )
-                if on_row is not None:
-                    on_row(results)
+                row["baseline_peak_bytes"] = base_peak
+            except torch.OutOfMemoryError:
+                row = {"status": "oom", "words": "out of memory"}
+            rows.append(
+                {
+                    "plan": plan,
+                    "batch": size,
+                    "visual": count,
+                    "text": text,
+                    "unequal": unequal,
+                    "dtype": str(base.dtype).removeprefix("torch."),
+                    "backend": compat.attention_name(base.get_decoder()),
+                    "pairs": pairs,
+                    **row,
+                }
+            )
+            if on_row is not None:
+                on_row(results)
     return results
+
+
+def _kernel(sdpa: str | None) -> contextlib.AbstractContextManager:
+    """torch's sdpa held to one kernel."""
+    if sdpa is None:
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH",
+             "cudnn": "CUDNN_ATTENTION"}  # fmt: skip
+    return sdpa_kernel(getattr(SDPBackend, names[sdpa]))
 
 
 def _row(
@@ -318,57 +266,6 @@ def twin(model: Any) -> Any:
     """
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
-
-
-def tokens_per_image(config: Any) -> int:
-    """Visual tokens that one image becomes in a LLaVA."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return patches + (config.vision_feature_select_strategy == "full")
-
-
-def random_inputs(
-    model: Any, *, images: int, text: int, batch: int, unequal: bool = False, seed: int = 0
-) -> Inputs:
-    """Inputs of exact length: noise pictures first, then random words.
-
-    Without `unequal` nothing is padded; with it each sample after the first has fewer words and
-    is padded on the left.
-
-    Returns:
-        `input_ids` and `attention_mask` int64 `[batch, images * tokens + text]`, `pixel_values`
-        `[batch * images, 3, size, size]` in the model's dtype, on its device.
-    """
-    config, draw = model.config, torch.Generator().manual_seed(seed)
-    size, placeholder = config.vision_config.image_size, config.image_token_id
-    words = torch.randint(3, config.text_config.vocab_size - 1, (batch, text), generator=draw)
-    words[words == placeholder] = 3
-    visual = torch.full((batch, images * tokens_per_image(config)), placeholder)
-    ids = torch.cat([words[:, :1], visual, words[:, 1:]], 1)
-    mask = torch.ones_like(ids)
-    if unequal:
-        for sample in range(batch):
-            gone = sample * text * 3 // (4 * batch)
-            ids[sample, gone:] = ids[sample, : ids.shape[1] - gone].clone()
-            ids[sample, :gone], mask[sample, :gone] = 0, 0
-    pixels = torch.randn(batch * images, 3, size, size, generator=draw)
-    return {
-        "input_ids": ids.to(model.device),
-        "attention_mask": mask.to(model.device),
-        "pixel_values": pixels.to(model.device, model.dtype),
-    }
-
-
-def text_inputs(model: Any, inputs: Inputs, length: int) -> Inputs:
-    """Unpadded inputs of `length` words without pictures, for the batch of `inputs`."""
-    draw = torch.Generator().manual_seed(0)
-    shape = (len(inputs["input_ids"]), length)
-    ids = torch.randint(3, model.config.text_config.vocab_size - 1, shape, generator=draw)
-    ids[ids == model.config.image_token_id] = 3
-    return {
-        "input_ids": ids.to(model.device),
-        "attention_mask": torch.ones_like(ids).to(model.device),
-    }
 
 
 def time_pairs(

@@ -57,11 +57,13 @@ def describe_run(model: nn.Module) -> dict[str, Any]:
     """The part of a run record that holds for every plan: model, device, software."""
     import torch
 
+    from mllm import compat
+
     parameter = next(model.parameters())
     return {
         "weights_sha256": weights_sha256(model),
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "backend": model.config._attn_implementation,
+        "backend": compat.attention_name(model),
         "device": str(parameter.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),

@@ -5,6 +5,7 @@ One short file per family. An adapter says where things are; it never computes.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from mllm.errors import PlanError
@@ -34,6 +35,29 @@ def families() -> dict[str, type[Family]]:
     }
 
 
+def family_of(kind: str | None, given: str) -> type[Family]:
+    """The adapter class of a `config.model_type`.
+
+    Args:
+        kind: the model type.
+        given: name of the model or its class, for the message.
+
+    Raises:
+        PlanError: the family is not supported; names the nearest one that is.
+    """
+    known = families()
+    if kind not in known:
+        nearest = difflib.get_close_matches(kind or "", known, 1, 0.5)
+        raise PlanError(
+            f"{given} is not a supported vision-language model"
+            + (f"; the nearest family is {nearest[0]}" if nearest else ""),
+            argument="model",
+            given=given,
+            expected="a conditional-generation model of type " + ", ".join(known),
+        )
+    return known[kind]
+
+
 def resolve(model: Any) -> Family:
     """The adapter of a model (PEFT wrappers are looked through).
 
@@ -42,12 +66,5 @@ def resolve(model: Any) -> Family:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = getattr(getattr(inner, "config", None), "model_type", None)
-    known = families()
-    if kind not in known or not hasattr(inner, "get_decoder"):
-        raise PlanError(
-            f"{type(inner).__name__} is not a supported vision-language model",
-            argument="model",
-            given=type(inner).__name__,
-            expected="a conditional-generation model of type " + ", ".join(known),
-        )
-    return known[kind](inner)
+    whole = hasattr(inner, "get_decoder")
+    return family_of(kind if whole else None, type(inner).__name__)(inner)

@@ -34,12 +34,15 @@ class Llava(Family):
         self.blocks = inner.encoder.layers
         self.projector = self.base.multi_modal_projector
         self.prefix = 1 if kind == "clip_vision_model" else 0
-        if self.prefix and config.vision_feature_select_strategy != "default":
+        wanted = "default" if self.prefix else "full"
+        if config.vision_feature_select_strategy != wanted:
             raise PlanError(
-                "a tower whose [CLS] is itself a visual token has no grid",
+                "a tower whose [CLS] is itself a visual token has no grid"
+                if self.prefix
+                else "a tower without [CLS] whose first patch is left out has no grid",
                 argument="vision_feature_select_strategy",
                 given=config.vision_feature_select_strategy,
-                expected="default",
+                expected=wanted,
             )
 
     def _feature_layers(self) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import compat, flops
+from mllm.errors import DataError
 from mllm.models.llava import Llava
 from mllm.tokens import Layout, Tiling
 
@@ -115,6 +116,17 @@ class LlavaOnevision(LlavaNext):
     def of_videos(self) -> OnevisionVideo | None:
         # Older versions put the separator behind a video outside of get_video_features.
         return OnevisionVideo(self.model) if compat.encodes_first(self.base) else None
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        super().check(inputs)
+        among = inputs.get("batch_num_images")
+        if among is not None and int(among.sum()) != len(inputs["image_sizes"]):
+            raise DataError(
+                f"batch_num_images speaks of {int(among.sum())} images",
+                argument="batch_num_images",
+                given=among.tolist(),
+                expected=f"{len(inputs['image_sizes'])} images",
+            )
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         layouts, among = super().layouts(inputs), inputs.get("batch_num_images")

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mllm.compat import PREFIX_CHECKPOINT_DIR
 from mllm.errors import RecipeError
 from mllm.eval.files import write_json
 
