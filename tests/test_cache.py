@@ -22,6 +22,7 @@ from mllm.cache import (
     KVCache,
     Offloaded,
     Packed,
+    SlotLayer,
     SlotTable,
     cache_bytes,
     load_prefix,
@@ -30,6 +31,7 @@ from mllm.cache import (
 from mllm.compressors import FastV
 from mllm.compressors.base import CacheCompressor
 from mllm.errors import CacheMismatchError, DataError, PlanError
+from mllm.in_llm import DecoderRun
 from mllm.plan import MethodInfo
 
 METHODS = {
@@ -63,6 +65,11 @@ def run(family, attn, methods, inputs, steps=10, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_evicting_is_masking(family, name, attn, kind):
+    check_masking(family, name, attn, kind)
+
+
+@torch.no_grad()
+def check_masking(family, name, attn, kind):
     """Each sample of a batch, alone in a model that keeps everything and masks what went."""
     batch, inputs = batch_of(family, kind)
     patched, out = run(family, attn, METHODS[name], inputs)
@@ -855,3 +862,105 @@ def test_a_compact_prompt_cannot_be_cut_in_two():
     with pytest.raises(CacheMismatchError):
         kv.crop(3)
     assert kv.length == 6
+
+
+# Break the cache in the ways that caches break
+
+
+def heads_crossed(mp):
+    """Query heads are masked by the wrong KV heads."""
+
+    def mask(original, self, *a):
+        made = original(self, *a)
+        return made if made is None or made.shape[1] == 1 else made.flip(1)
+
+    around(mp, DecoderRun, "_mask_of_kind", mask)
+
+
+def heads_alike(mp):
+    """What one head holds is shown to all of them."""
+
+    def mask(original, self, *a):
+        made = original(self, *a)
+        return made if made is None or made.shape[1] == 1 else made[:, :1]
+
+    around(mp, DecoderRun, "_mask_of_kind", mask)
+
+
+def nothing_evicted(mp):
+    mp.setattr(KVCache, "evict", lambda *a, **k: None)
+
+
+def parent_mask(mp):
+    """Every layer is masked as if it held what layer 0 holds."""
+    mp.setattr(DecoderRun, "_differs", lambda *a: False)
+
+
+def empty_cells_seen(mp):
+    def compact(original, self, keep):
+        index, table = original(self, keep)
+        return index, SlotTable(table.columns | {"valid": torch.ones_like(table.valid)}, False)
+
+    around(mp, SlotTable, "compact", compact)
+
+
+def table_left_behind(mp):
+    """Keys move, and what is written about them does not."""
+
+    def take(original, self, index, kept):
+        return original(self, index.flip(-1), kept)
+
+    around(mp, Dense, "take", take)
+
+
+def physical_length(mp):
+    """Later tokens get the positions of what is left."""
+    mp.setattr(SlotLayer, "get_seq_length", lambda self, *a: self.slots)
+
+
+def journal_forgotten(mp):
+    mp.setattr(SlotLayer, "remember", lambda *a: None)
+
+
+def values_not_moved(mp):
+    def take(original, self, index, kept):
+        made = original(self, index, kept)
+        made.buffer.values = self.buffer.values[:, :, : made.slots].clone()
+        return made
+
+    around(mp, Dense, "take", take)
+
+
+def around(mp, owner, name, change):
+    original = getattr(owner, name)
+    mp.setattr(owner, name, lambda *a, **k: change(original, *a, **k))
+
+
+@pytest.mark.parametrize(
+    "mutate, name, kind",
+    [
+        (heads_crossed, "norms", "alone"),
+        (heads_alike, "norms", "padded"),
+        (nothing_evicted, "norms", "alone"),
+        (nothing_evicted, "sinks", "padded"),
+        (parent_mask, "snap", "padded"),
+        (empty_cells_seen, "norms", "padded"),
+        (table_left_behind, "lists", ""),
+        (journal_forgotten, "journal", ""),
+        (physical_length, "sinks", "alone"),
+        (values_not_moved, "snap", "alone"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_broken_cache_is_caught(monkeypatch, mutate, name, kind, attn):
+    mutate(monkeypatch)
+    # What has the wrong shape is caught by torch before anything is compared.
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        if name == "lists":
+            for seed in range(10):
+                scenario(seed)
+        elif name == "journal":
+            test_evictions_on_the_strength_of_rejected_tokens_come_back()
+        else:
+            check_masking("llava", name, attn, kind)
