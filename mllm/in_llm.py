@@ -140,7 +140,8 @@ class DecoderRun:
         if 0 not in self.patched.cuts:
             self._note(0)
         self.captures = Captures(self)
-        self.changes = Changes(self, getattr(cache, "mllm_lasting", {}))
+        lasting = getattr(cache, "mllm_lasting", {}) if self.past_logical else {}
+        self.changes = Changes(self, lasting)
         self.attention_table = self.table
         if self.reduction is not None and self.reduction.protected is not None:
             self.protected = torch.zeros_like(valid)
