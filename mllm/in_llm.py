@@ -399,18 +399,20 @@ class DecoderRun:
             self.captures.before(layer, hidden, kwargs)
         if layer in self.patched.acts:
             hidden = self._cut(layer, hidden, kwargs)
-        with _kept():
-            injected = self.changes.injected(layer)
-        for move in injected:
-            hidden = self._move(layer, hidden, move)
+        if self.patched.inner:
+            with _kept():
+                injected = self.changes.injected(layer)
+            for move in injected:
+                hidden = self._move(layer, hidden, move)
         given = self.given[layer] = self._replaced(layer, hidden, kwargs)
         final = {**kwargs, **given}
         rotary = final["position_embeddings"]
         self.attention_table, self.attention_rotary = self.table, rotary
-        with _kept():
-            inside = self.changes.inside(layer, hidden, kwargs)
-        if inside is not None:
-            rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
+        if self.patched.inner:
+            with _kept():
+                inside = self.changes.inside(layer, hidden, kwargs)
+            if inside is not None:
+                rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
         return (hidden, *args[1:]), final
 
     def _replaced(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
@@ -420,7 +422,8 @@ class DecoderRun:
         kind = self.patched.family.kind(layer)
         key = (kind, layer) if self.patched.apart else kind
         if key not in self.replaced:
-            self.replaced[key] = self._arguments(layer, kind, hidden, kwargs)
+            given = self._arguments(layer, kind, hidden, kwargs)
+            self.replaced[key] = {k: v for k, v in given.items() if v is not kwargs.get(k)}
         return self.replaced[key]
 
     def _arguments(self, layer: int, kind: str, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
