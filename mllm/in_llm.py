@@ -393,7 +393,7 @@ class DecoderRun:
             # Lives as long as the arguments of a recompute; see `replayed`.
             kwargs["position_embeddings"][0].mllm_run = self
         hidden, self.reached = args[0], layer
-        self.moves[layer] = []
+        self.moves[layer], self.attention_table = [], self.table
         if self.visual is not None:
             self.captures.hidden(layer, "layer", hidden)
             self.captures.before(layer, hidden, kwargs)
