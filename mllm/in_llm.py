@@ -185,7 +185,8 @@ class DecoderRun:
         if 0 not in self.patched.cuts:
             self._note(0)
         self.captures = Captures(self)
-        self.changes = Changes(self, {} if cache is None else cache.mllm.lasting)
+        lasting = cache.mllm.lasting if self.past_logical else {}
+        self.changes = Changes(self, lasting)
         self.attention_table = self.table
         if self.reduction is not None and self.reduction.protected is not None:
             self.protected = torch.zeros_like(valid)
@@ -424,24 +425,26 @@ class DecoderRun:
             # Lives as long as the arguments of a recompute; see `replayed`.
             kwargs["position_embeddings"][0].mllm_run = self
         hidden, self.reached = args[0], layer
-        self.moves[layer] = []
+        self.moves[layer], self.attention_table = [], self.table
         if self.visual is not None:
             self.captures.hidden(layer, "layer", hidden)
             self.captures.before(layer, hidden, kwargs)
         if layer in self.patched.acts:
             hidden = self._cut(layer, hidden, kwargs)
-        with _kept():
-            injected = self.changes.injected(layer)
-        for move in injected:
-            hidden = self._move(layer, hidden, move)
+        if self.patched.inner:
+            with _kept():
+                injected = self.changes.injected(layer)
+            for move in injected:
+                hidden = self._move(layer, hidden, move)
         given = self.given[layer] = self._replaced(layer, hidden, kwargs)
         final = {**kwargs, **given}
         rotary = final["position_embeddings"]
         self.attention_table, self.attention_rotary = self.table, rotary
-        with _kept():
-            inside = self.changes.inside(layer, hidden, kwargs)
-        if inside is not None:
-            rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
+        if self.patched.inner:
+            with _kept():
+                inside = self.changes.inside(layer, hidden, kwargs)
+            if inside is not None:
+                rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
         return (hidden, *args[1:]), final
 
     def _replaced(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
@@ -451,7 +454,8 @@ class DecoderRun:
         kind = self.patched.family.kind(layer)
         key = kind, self.held[layer] if self.held else None, layer * self.patched.apart
         if key not in self.replaced:
-            self.replaced[key] = self._arguments(layer, kind, hidden, kwargs)
+            given = self._arguments(layer, kind, hidden, kwargs)
+            self.replaced[key] = {k: v for k, v in given.items() if v is not kwargs.get(k)}
         return self.replaced[key]
 
     def _differs(self, layer: int) -> bool:

@@ -134,6 +134,7 @@ class Patched:
         )
         self.apart = bool(SETS_APART & self._actions())
         self.inserts = "Insert" in self._actions()
+        self.inner = bool(self._actions() - MOVES_ROWS - {"Write", "Protect", "Evict"})
         check_plan(self, unvalidated)
         self.plan_notes += family_notes(self)
         self.first_hooked = self._first_hooked()
@@ -275,7 +276,11 @@ class Patched:
         """The first decoder layer whose arguments a plan may change or look at."""
         if self.apart:
             return 0
-        read = [signal.layer for _, signal in self.signals]
+        read = [
+            signal.layer
+            for _, signal in self.signals
+            if isinstance(signal, Hidden) or not getattr(signal, "rope", True)
+        ]
         return min([*self.acts, *read, len(self.layers)])
 
     def _install_branches(self, pre: Any, post: Any) -> None:
