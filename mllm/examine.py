@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from mllm import compat
-from mllm.compressors import base as methods
+from mllm.compressors import base
 from mllm.compressors.base import Budget, LayerPruner, Positions, TokenReducer, TowerReducer
 from mllm.doctor import Check, Report
 from mllm.errors import MllmError, PlanError
@@ -39,13 +39,8 @@ def examine(model: nn.Module) -> Report:
         tested=compat.tested(),
         facts=_facts(family),
         methods=[_method(model, family, get_method(m["name"])) for m in known_methods()],
-        signals=[
-            _probe(model, name, kind, probed=signal) for name, (kind, signal) in SIGNALS.items()
-        ],
-        actions=[
-            _probe(model, name, kind, actions=(name.split("(")[0],))
-            for name, kind in ACTIONS.items()
-        ],
+        signals=_signals(model, family),
+        actions=_actions(model, family),
         ways=[],
     )
 
@@ -79,104 +74,131 @@ def _as_if(family: Family, backend: str) -> Iterator[None]:
 
 
 def _method(model: nn.Module, family: Family, cls: type) -> Check:
-    name = cls.info.name
-    error, notes = _refusal(model, cls())
-    stage, verdict, reason = cls(), "yes", ""
+    """One method with its default parameters, or if one of these is at fault with others."""
+    error, _ = _refusal(model, cls())
+    own = {f.name for f in dataclasses.fields(cls)}
+    if error is not None and error.argument in own and cls.identity is not None:
+        # `identity` is a set of parameters that fits any model on which the method can work.
+        other = _check(model, family, cls.info.name, cls(**cls.identity))
+        if other.verdict == "yes":
+            return dataclasses.replace(other, verdict="adjust", reason=_why(error))
+    return _check(model, family, cls.info.name, cls())
+
+
+def _check(model: nn.Module, family: Family, name: str, stage: Any) -> Check:
+    """One stage, under the model's own attention backend and under others."""
+    error, notes = _refusal(model, stage)
     if error is not None:
-        verdict, reason = "no", _why(error)
-        # A parameter of its own may be at fault: `identity` is a set of them that fits any model.
-        own = {f.name for f in dataclasses.fields(cls)}
-        if error.argument in own and cls.identity is not None:
-            stage = cls(**cls.identity)
-            still, notes = _refusal(model, stage)
-            verdict = "adjust" if still is None else "no"
+        return Check(name, "no", _why(error))
     backends = {}
     for backend in compat.SERVED:
         with _as_if(family, backend):
             refused, _ = _refusal(model, stage)
-        if verdict != "no":
-            backends[backend] = "" if refused is None else _why(refused)
-    return Check(name, verdict, reason, notes, backends)
+        backends[backend] = "" if refused is None else _why(refused)
+    return Check(name, "yes", "", notes, backends)
 
 
 # Signals and actions: stages that do nothing but declare them.
 
 
 @dataclass
-class _Reducer(TokenReducer):
-    positions: Positions | None = None
+class _Probe:
+    positions: Positions | None = "original"
 
-    info = MethodInfo(name="probe", stage="pre_llm")
     probed: ClassVar[Any] = None
 
     def reads(self):
-        return {"probed": self.probed} if self.probed is not None else {}
+        return {} if self.probed is None else {"probed": self.probed}
 
 
 @dataclass
-class _Pruner(LayerPruner):
+class _Tower(_Probe, TowerReducer):
+    info = MethodInfo(name="a method", stage="pre_llm")
+
+    def blocks(self, depth: int) -> list[int]:
+        return [0]
+
+
+@dataclass
+class _Reducer(_Probe, TokenReducer):
+    info = MethodInfo(name="a method", stage="pre_llm")
+
+
+@dataclass
+class _Pruner(_Probe, LayerPruner):
     layer: int | None = None
     keep: Budget = 1.0
-    positions: Positions | None = None
 
-    info = MethodInfo(name="probe", stage="llm", reference_layers=32)
-    paper_layer = 1
+    info = MethodInfo(name="a method", stage="llm", reference_layers=1)
     first_layer = 1
-    probed: ClassVar[Any] = None
-
-    def reads(self):
-        return {"probed": self.probed} if self.probed is not None else {}
 
 
-@dataclass
-class _Merger(TowerReducer):
-    positions: Positions | None = None
-
-    info = MethodInfo(name="probe", stage="pre_llm")
-
-    def blocks(self, depth: int) -> Sequence[int]:
-        return (0,)
-
-
-#: What to declare for every signal.
-SIGNALS: dict[str, tuple[type, Any]] = {
-    "VisionAttention(query='cls')": (_Reducer, methods.VisionAttention(query="cls")),
-    "VisionAttention(query='received')": (_Reducer, methods.VisionAttention(query="received")),
-    "VisionKeys": (_Reducer, methods.VisionKeys()),
-    "Features": (_Reducer, methods.Features()),
-    "Grid": (_Reducer, methods.Grid()),
-    "TextEmbeds": (_Pruner, methods.TextEmbeds()),
-    "AttentionRows": (_Pruner, methods.AttentionRows()),
-    "AttentionRows(when='before')": (_Pruner, methods.AttentionRows(when="before")),
-    "AttentionRows(rope=False)": (_Pruner, methods.AttentionRows(rope=False)),
-    "ColumnMass": (_Pruner, methods.ColumnMass()),
-    "Keys": (_Pruner, methods.Keys()),
-    "Values": (_Pruner, methods.Values()),
-    "Hidden": (_Pruner, methods.Hidden()),
+#: What every signal is tried with: the kind of stage that reads it.
+SIGNALS: list[tuple[type, Any]] = [
+    (_Reducer, base.VisionAttention(query="cls")),
+    (_Reducer, base.VisionAttention(query="received")),
+    (_Reducer, base.VisionKeys()),
+    (_Reducer, base.Features()),
+    (_Pruner, base.Grid()),
+    (_Pruner, base.TextEmbeds()),
+    (_Pruner, base.AttentionRows()),
+    (_Pruner, base.AttentionRows(when="before")),
+    (_Pruner, base.AttentionRows(rope=False)),
+    (_Pruner, base.ColumnMass()),
+    (_Pruner, base.Keys()),
+    (_Pruner, base.Values()),
+    (_Pruner, base.Hidden()),
+]
+#: Where every action is returned: the kind of stage, and the place in words.
+ACTIONS: dict[str, list[type]] = {
+    "Keep": [_Reducer, _Pruner],
+    "Merge": [_Tower, _Reducer, _Pruner],
+    "Write": [_Reducer, _Pruner],
+    "Pool": [_Reducer],
+    "Resize": [_Reducer],
+    "Protect": [_Reducer, _Pruner],
+    "Insert": [_Pruner],
+    "BranchGate": [_Pruner],
+    "BranchRows": [_Pruner],
+    "HeadGate": [_Pruner],
+    "LogitBias": [_Pruner],
+    "Inject": [_Pruner],
+    "Evict": [_Pruner],
 }
-#: The kind of stage that returns every action.
-ACTIONS: dict[str, type] = {
-    "Keep": _Pruner,
-    "Merge": _Reducer,
-    "Write": _Reducer,
-    "Pool": _Reducer,
-    "Resize": _Reducer,
-    "Merge(tower)": _Merger,
-    "Protect": _Pruner,
-    "Insert": _Pruner,
-    "BranchGate": _Pruner,
-    "BranchRows": _Pruner,
-    "HeadGate": _Pruner,
-    "LogitBias": _Pruner,
-    "Inject": _Pruner,
-    "Evict": _Pruner,
-}
+PLACES = {_Tower: "in the tower", _Reducer: "before the LLM", _Pruner: "in the LLM"}
 
 
-def _probe(model: nn.Module, name: str, kind: type, **declared: Any) -> Check:
-    stage = type("Probe", (kind,), declared)()
-    error, _ = _refusal(model, stage)
-    return Check(name, "yes" if error is None else "no", "" if error is None else _why(error))
+def _name(signal: Any) -> str:
+    """A signal as it is written, without what is default."""
+    given = [
+        f"{f.name}={getattr(signal, f.name)!r}"
+        for f in dataclasses.fields(signal)
+        if getattr(signal, f.name) != f.default
+    ]
+    return type(signal).__name__ + (f"({', '.join(given)})" if given else "")
+
+
+def _probe(family: Family, kind: type, **declared: Any) -> Any:
+    """A stage that declares something, where rows can leave."""
+    layer = {"layer": max(1, family.first_cut)} if kind is _Pruner else {}
+    return type("Probe", (kind,), declared)(**layer)
+
+
+def _signals(model: nn.Module, family: Family) -> list[Check]:
+    return [
+        _check(model, family, _name(signal), _probe(family, kind, probed=signal))
+        for kind, signal in SIGNALS
+    ]
+
+
+def _actions(model: nn.Module, family: Family) -> list[Check]:
+    return [
+        _check(
+            model, family, f"{action} {PLACES[kind]}", _probe(family, kind, actions=(action,))
+        )
+        for action, kinds in ACTIONS.items()
+        for kind in kinds
+    ]
 
 
 def _facts(family: Family) -> dict[str, Any]:

@@ -199,6 +199,14 @@ def _check_writers(patched: Patched) -> None:
 def _check_fit(patched: Patched, stage: Any) -> None:
     """Refuse a stage that the family cannot do."""
     family, name = patched.family, type(patched.family.model).__name__
+    for signal in stage.reads().values():
+        if isinstance(signal, VisionAttention) and signal.query == "cls" and not family.prefix:
+            raise PlanError(
+                f"{stage.info.name} reads the attention of [CLS], and the tower of {name} has none",
+                argument="query",
+                given="cls",
+                expected="received, or auto",
+            )
     if family.mrope and patched.positions(stage) == "compact":
         raise PlanError(
             f"{name} has rotary positions with rows and columns, which cannot be renumbered",

@@ -71,7 +71,7 @@ def _texts(report: Report, check: Check) -> list[str]:
     notes = [n for n in check.notes if " scaled to " not in n]
     texts = [check.reason, *notes] if check.reason else notes
     texts = [text.replace(report.model, "the model") for text in texts]
-    own = rf"^{check.name}(: | cannot work on the model: )"
+    own = rf"^({check.name}|a method)(: | cannot work on the model: | cannot merge in the tower: )"
     return [re.sub(own, "", text) for text in texts]
 
 

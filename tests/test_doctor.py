@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 from typer.testing import CliRunner
 
 import mllm
-from mllm import compat, examine
+from mllm import actions, compat, examine, signals
 from mllm.cli import app
 from mllm.compressors import base
 from mllm.doctor import skeleton
@@ -70,13 +70,12 @@ def test_what_it_promises_runs(family):
 
 def test_every_signal_and_action_is_tried():
     """A new one in the base module has to be added to the doctor."""
-    kinds = {
-        name
-        for name in base.__all__
-        if dataclasses.is_dataclass(getattr(base, name)) and name != "Context"
-    }
-    tried = {name.split("(")[0] for name in [*examine.SIGNALS, *examine.ACTIONS]}
-    assert tried == kinds
+    for module, tried in (
+        (signals, {type(signal).__name__ for _, signal in examine.SIGNALS}),
+        (actions, set(examine.ACTIONS)),
+    ):
+        public = {name for name in vars(module) if name in base.__all__}
+        assert tried == {n for n in public if dataclasses.is_dataclass(getattr(module, n))}
 
 
 def test_backends_are_tried_without_being_used():
@@ -92,6 +91,17 @@ def test_backends_are_tried_without_being_used():
     by_name = {check.name: check for check in report.methods}
     assert by_name["fastv"].verdict == "no" and "flex_attention" in by_name["fastv"].reason
     assert by_name["divprune"].verdict == "yes"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_class_token_is_read_where_there_is_none(family):
+    net = families.model(family)
+    signals = {check.name: check for check in mllm.doctor(net).signals}
+    check = signals["VisionAttention(query='cls')"]
+    has = family in ("llava", "llava_next", "internvl")
+    assert check.verdict == ("yes" if has else "no")
+    assert has or "[CLS]" in check.reason and "received" in check.reason
+    assert signals["VisionAttention(query='received')"].verdict == "yes"
 
 
 def test_the_report_reads_well():
