@@ -1,7 +1,7 @@
 """Write docs/models.md: what works with which family, as the engine itself says.
 
-    python scripts/make_models_doc.py            write it
-    python scripts/make_models_doc.py --check    exit 1 when it is not up to date
+    python -m scripts.make_models_doc            write it
+    python -m scripts.make_models_doc --check    exit 1 when it is not up to date
 """
 
 from __future__ import annotations
@@ -142,6 +142,6 @@ if __name__ == "__main__":
     made = document()
     if "--check" in sys.argv[1:]:
         if not TARGET.is_file() or TARGET.read_text() != made:
-            sys.exit("docs/models.md is not up to date: run python scripts/make_models_doc.py")
+            sys.exit("docs/models.md is not up to date: run make docs")
     else:
         TARGET.write_text(made)

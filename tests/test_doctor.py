@@ -192,7 +192,7 @@ def test_a_text_model_is_bad_input(tmp_path, cli):
 def test_the_document_is_up_to_date():
     script = runpy.run_path(str(ROOT / "scripts" / "make_models_doc.py"))
     assert script["document"]() == script["TARGET"].read_text(), (
-        "run python scripts/make_models_doc.py"
+        "run make docs"
     )
 
 
