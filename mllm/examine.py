@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ def examine(model: nn.Module) -> Report:
         transformers=transformers.__version__,
         tested=compat.tested(),
         facts=_facts(family),
-        methods=[_method(model, family, get_method(m["name"])) for m in known_methods()],
+        methods=_methods(model, family),
         signals=_signals(model, family),
         actions=_actions(model, family),
         ways=[],
@@ -73,29 +73,42 @@ def _as_if(family: Family, backend: str) -> Iterator[None]:
             module.config = config
 
 
-def _method(model: nn.Module, family: Family, cls: type) -> Check:
-    """One method with its default parameters, or if one of these is at fault with others."""
-    error, _ = _refusal(model, cls())
-    own = {f.name for f in dataclasses.fields(cls)}
-    if error is not None and error.argument in own and cls.identity is not None:
-        # `identity` is a set of parameters that fits any model on which the method can work.
-        other = _check(model, family, cls.info.name, cls(**cls.identity))
-        if other.verdict == "yes":
-            return dataclasses.replace(other, verdict="adjust", reason=_why(error))
-    return _check(model, family, cls.info.name, cls())
-
-
-def _check(model: nn.Module, family: Family, name: str, stage: Any) -> Check:
-    """One stage, under the model's own attention backend and under others."""
-    error, notes = _refusal(model, stage)
-    if error is not None:
-        return Check(name, "no", _why(error))
-    backends = {}
+def _checks(model: nn.Module, family: Family, stages: Sequence[tuple[str, Any]]) -> list[Check]:
+    """Each stage alone, under the model's own attention backend and under others."""
+    said = [_refusal(model, stage) for _, stage in stages]
+    under: list[dict[str, str]] = [{} for _ in stages]
     for backend in compat.SERVED:
         with _as_if(family, backend):
-            refused, _ = _refusal(model, stage)
-        backends[backend] = "" if refused is None else _why(refused)
-    return Check(name, "yes", "", notes, backends)
+            for (_, stage), (error, _), answers in zip(stages, said, under, strict=True):
+                if error is None:
+                    refused, _ = _refusal(model, stage)
+                    answers[backend] = "" if refused is None else _why(refused)
+    return [
+        Check(name, "yes", "", notes, answers) if error is None else Check(name, "no", _why(error))
+        for (name, _), (error, notes), answers in zip(stages, said, under, strict=True)
+    ]
+
+
+def _methods(model: nn.Module, family: Family) -> list[Check]:
+    """Every method with its default parameters, or if one of these is at fault with others."""
+    stages, faults = [], {}
+    for row in known_methods():
+        cls = get_method(row["name"])
+        stage = cls()
+        error, _ = _refusal(model, stage)
+        own = {f.name for f in dataclasses.fields(cls)}
+        if error is not None and error.argument in own and cls.identity is not None:
+            # `identity` is a set of parameters that fits any model on which the method can work.
+            other = cls(**cls.identity)
+            if _refusal(model, other)[0] is None:
+                stage, faults[row["name"]] = other, _why(error)
+        stages.append((row["name"], stage))
+    return [
+        dataclasses.replace(check, verdict="adjust", reason=faults[check.name])
+        if check.name in faults
+        else check
+        for check in _checks(model, family, stages)
+    ]
 
 
 # Signals and actions: stages that do nothing but declare them.
@@ -185,20 +198,17 @@ def _probe(family: Family, kind: type, **declared: Any) -> Any:
 
 
 def _signals(model: nn.Module, family: Family) -> list[Check]:
-    return [
-        _check(model, family, _name(signal), _probe(family, kind, probed=signal))
-        for kind, signal in SIGNALS
-    ]
+    stages = [(_name(signal), _probe(family, kind, probed=signal)) for kind, signal in SIGNALS]
+    return _checks(model, family, stages)
 
 
 def _actions(model: nn.Module, family: Family) -> list[Check]:
-    return [
-        _check(
-            model, family, f"{action} {PLACES[kind]}", _probe(family, kind, actions=(action,))
-        )
+    stages = [
+        (f"{action} {PLACES[kind]}", _probe(family, kind, actions=(action,)))
         for action, kinds in ACTIONS.items()
         for kind in kinds
     ]
+    return _checks(model, family, stages)
 
 
 def _facts(family: Family) -> dict[str, Any]:
