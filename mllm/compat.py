@@ -46,6 +46,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "CONTINUOUS",
     "Cache",
     "DynamicCache",
     "DynamicLayer",
@@ -64,12 +65,15 @@ __all__ = [
     "reentrant",
     "register_attention",
     "serve",
+    "tensor_parallel",
     "tested",
     "uses_cache",
     "warn_if_untested",
 ]
 
 SERVED = ("sdpa", "eager", "flash_attention_2")
+#: Ways into continuous batching, methods of a model.
+CONTINUOUS = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
 def tested(version: str = transformers.__version__) -> bool:
@@ -207,3 +211,8 @@ def mask_like(seen: Tensor, mask: Tensor | None) -> Tensor:
         return seen
     zero = torch.zeros(seen.shape, dtype=mask.dtype, device=seen.device)
     return zero.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def tensor_parallel(model: nn.Module) -> int:
+    """Ranks that the weights of each layer are spread over."""
+    return getattr(model, "_tp_size", None) or 1

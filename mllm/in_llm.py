@@ -13,13 +13,24 @@ from torch.nn import functional as F
 
 from mllm import compat
 from mllm.actions import Insert, Keep, Merge, Protect, Write
-from mllm.cache import adopt, note_rows
+from mllm.cache import SlotLayer, adopt, note_rows
 from mllm.capture import Captures
 from mllm.changes import Changes
 from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import TokenTable, choose_rows, gather_rows, locate, renumber, split_images
+from mllm.tokens import (
+    Counts,
+    TokenTable,
+    choose_rows,
+    count_rows,
+    gather_rows,
+    locate,
+    on_device,
+    places_of,
+    renumber,
+    split_images,
+)
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -33,9 +44,12 @@ class DecoderRun:
         patched: the patched model (its plan, stages and family).
         visual: bool `[batch, rows]`, placeholders of this forward; None without any.
         reduction: what the pre-LLM stages decided; set when the decoder starts.
-        seen, reductions: both by kind, `image` or `video`; the latter are set before the
-            decoder runs.
+        marks: `visual` by kind, `image` or `video`.
+        reductions: by kind, set before the decoder runs.
         mask: the attention mask that the base model was given.
+        call: the call of the model around this one, if there was one.
+        counts: rows of every sample, as far as the base model's hooks have counted them.
+        answering: whether all rows are tokens that generate() has appended.
         full: table of the rows as the caller gave them.
         table: table of the rows of the current stage.
         tables: (first layer, table) of every stage.
@@ -62,7 +76,9 @@ class DecoderRun:
     visual: Tensor | None
     reduction: Reduction | None
     mask: Any
-    outer: DecoderRun | None
+    call: Any = None
+    counts: Counts | None = None
+    answering: bool = False
     full: TokenTable | None = None
     table: TokenTable | None = None
     tables: list[tuple[int, TokenTable]] = field(default_factory=list)
@@ -88,7 +104,11 @@ class DecoderRun:
     selection_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
-    seen: dict[str, Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    at: Tensor | None = None
+    itemsize: int = 0
+    marks: dict[str, Tensor] = field(default_factory=dict)
     reductions: dict[str, Reduction] = field(default_factory=dict)
 
     def start(
@@ -121,6 +141,7 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
+            self._check_foreign(cache)
             adopt(cache, self.patched.windows, None if mask is None else mask[:, :-rows])
             self.past = [layer.slots for layer in cache.layers]
             self._check_cache()
@@ -129,6 +150,10 @@ class DecoderRun:
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
         if mask is not None:
             valid = mask[:, -rows:].to(valid)
+        if self.counts is None or mask is not self.mask:
+            self.counts = self._counted(valid, mask is None or self.answering)
+        self.lengths, self.seen = self.counts.valid, self.counts.seen
+        self.itemsize = embeds.element_size()
         self._make_table(valid)
         position = kwargs.get("position_ids")
         flat = position is None or position.dim() < 3
@@ -144,9 +169,23 @@ class DecoderRun:
         self.attention_table = self.table
         if self.reduction is not None and self.reduction.protected is not None:
             self.protected = torch.zeros_like(valid)
-            self.protected[self.full.visual] = self.reduction.protected[self._tokens()]
+            own = self.reduction.protected[self._tokens()]
+            flat = self.protected.flatten().index_copy(0, self.at, own)
+            self.protected = flat.view_as(valid)
         if self.visual is not None and self.patched.reads_embeds:
             self.captures.embeds = kwargs["inputs_embeds"], self.table.index
+
+    @staticmethod
+    def _check_foreign(cache: Any) -> None:
+        """What an unpatched model has stored was not reduced, and nobody would notice."""
+        foreign = [x for x in getattr(cache, "layers", ()) if not isinstance(x, SlotLayer)]
+        if stored := max((int(x.get_seq_length()) for x in foreign), default=0):
+            raise CacheMismatchError(
+                f"this cache was filled with {stored} tokens without a plan",
+                argument="past_key_values",
+                given=type(cache).__name__,
+                expected="a new cache, or one that this plan has filled",
+            )
 
     def _check_cache(self) -> None:
         """Layers that this plan gives the same rows must hold equally many slots."""
@@ -167,19 +206,28 @@ class DecoderRun:
                 expected="a cache of a plan with the same cuts, or a new cache",
             )
 
+    def _counted(self, valid: Tensor, unpadded: bool) -> Counts:
+        if self.marks:
+            return count_rows(self.marks, valid)
+        batch, rows = valid.shape
+        lengths = [rows] * batch if unpadded else valid.sum(1).tolist()
+        return Counts({}, lengths, [0] * batch)
+
     def _make_table(self, valid: Tensor) -> None:
         start = self.past_logical
         if self.visual is None:
             self.full = self.table = TokenTable.text(valid, start)
             self.images = [[] for _ in range(valid.shape[0])]
             return
-        parts = [self.reductions[kind] for kind in self.seen]
+        parts = [self.reductions[kind] for kind in self.marks]
         if len(parts) == 1:
             self.reduction = parts[0]
-            self.images = split_images(self.visual.sum(1).tolist(), self.reduction.sizes)
+            self.images = split_images(self.counts.visual, self.reduction.sizes)
         else:
             self.reduction, self.images = Reduction.join(parts), self._both(parts)
         layouts = self.reduction.layouts
+        self.visual = self.visual.to(valid.device)
+        self.at = places_of(self.visual, sum(self.counts.visual))
         self.full = self.table = TokenTable.prompt(
             valid, self.visual, start, [[layouts[i] for i in own] for own in self.images]
         )
@@ -188,8 +236,8 @@ class DecoderRun:
         """Images and videos of every sample, in prompt order, as ordinals among both."""
         found: list[list[tuple[int, int]]] = [[] for _ in self.visual]
         first = 0
-        for visual, part in zip(self.seen.values(), parts, strict=True):
-            own = split_images(visual.sum(1).tolist(), part.sizes)
+        for (kind, visual), part in zip(self.marks.items(), parts, strict=True):
+            own = split_images(self.counts.marked[kind], part.sizes)
             for b, images in enumerate(own):
                 rows = visual[b].nonzero()[:, 0].tolist()
                 for i in images:
@@ -245,7 +293,8 @@ class DecoderRun:
                     delta = (position - moved).gather(1, last)
                     first.shifts["llm"] = delta if shift is None else shift + delta
                 position = moved
-            rows = choose_rows(keep, table.valid, order if compact else None)
+            self._count(keep, None)
+            rows = choose_rows(keep, table.valid, order if compact else None, max(self.lengths))
             self.table = table.take(rows, keep.gather(1, rows))
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
             self.patched.family.take_rows(kwargs, rows, self.table.valid)
@@ -273,17 +322,17 @@ class DecoderRun:
     def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
         """Rows that stay, and their order if it is not the grid's: `[batch, rows]` each."""
         table, reduction = self.table, self.reduction
-        sizes, device, token = reduction.sizes, reduction.keep.device, self._tokens()
+        token = self._tokens()
         keep = ~table.visual
-        keep[table.visual] = reduction.keep[token]
+        keep = keep.flatten().index_copy(0, self.at, reduction.keep[token]).view_as(keep)
         order = None
         if reduction.order is not None:
-            order = table.index.clone()
-            lengths = torch.tensor([sizes[i] for own in self.images for i in own])
-            ends = lengths.cumsum(0)
-            first = order[table.visual][(ends - lengths).to(device)]
-            first = first.repeat_interleave(lengths.to(device), output_size=int(ends[-1]))
-            order[table.visual] = first + reduction.order[token]
+            sizes = torch.tensor([reduction.sizes[i] for own in self.images for i in own])
+            order = table.index.flatten()
+            # Per visual row, the first row of its image.
+            first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            place = order[self.at[on_device(first, keep)]] + reduction.order[token]
+            order = order.index_copy(0, self.at, place).view_as(table.index)
         return keep & table.valid, order
 
     def _tokens(self) -> Tensor:
@@ -291,12 +340,25 @@ class DecoderRun:
         starts, sizes = self.reduction.starts, self.reduction.sizes
         images = [i for own in self.images for i in own]
         tokens = [torch.arange(sizes[i]) + starts[i] for i in images]
-        return torch.cat(tokens).to(self.reduction.keep.device)
+        return on_device(torch.cat(tokens), self.reduction.keep)
+
+    def _count(self, keep: Tensor, visual: list[int] | None) -> None:
+        """Count the rows that stay, `visual` of them visual; None asks the device."""
+        texts = [n - v for n, v in zip(self.lengths, self.seen, strict=True)]
+        if visual is None:
+            visual = [n - t for n, t in zip(keep.sum(1).tolist(), texts, strict=True)]
+        self.seen = visual
+        self.lengths = [t + v for t, v in zip(texts, visual, strict=True)]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row of the current stage is padding."""
+        return min(self.lengths) < self.table.valid.shape[1]
 
     def _slot_valid(self, layer: int) -> Tensor | None:
         """Validity of a layer's slots with this forward's rows; None if nothing is padded."""
         valid = self.table.valid
-        padded = not bool(valid.all())
+        padded = self.padded
         old = None if self.cache is None else self.cache.layers[layer]
         if old is not None and old.slots:
             # The cache may have been told of the new rows already.
@@ -311,9 +373,8 @@ class DecoderRun:
             return
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
-        padded = not bool(self.table.valid.all())
         advance = self.full.valid.shape[1]
-        note_rows(self.cache.layers[layer:stop], self.table, padded, advance)
+        note_rows(self.cache.layers[layer:stop], self.table, self.padded, advance)
 
     def prompt_of(self, table: TokenTable) -> Tensor:
         """Rows of the prompt among those of a table: bool `[batch, rows]`."""
@@ -414,6 +475,7 @@ class DecoderRun:
             position=None if position is None
             else gather_rows(position, rows, dim=position.dim() - 1),
             cache=self.cache if stored else None,
+            lengths=valid.sum(1).tolist(),
         )  # fmt: skip
 
     def attend(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
@@ -535,8 +597,10 @@ class DecoderRun:
         """Let rows leave before a layer; returns the hidden states of the others."""
         table = self.table
         if self.spaced:
-            keep = table.with_newlines(keep)
-        rows = choose_rows(keep, table.valid)
+            lines = max(layout.lines for layout in self.reduction.layouts)
+            keep = table.with_newlines(keep, lines, max(map(len, self.images)))
+        self._count(keep, None)
+        rows = choose_rows(keep, table.valid, None, max(self.lengths))
         self.table = table.take(rows, keep.gather(1, rows))
         if position is not None:
             position = gather_rows(position, rows, dim=position.dim() - 1)
@@ -645,6 +709,7 @@ class DecoderRun:
             }
         )
         rows = at if before.rows is None else before.rows.gather(1, at)
+        self.lengths = self.table.valid.sum(1).tolist()
         self.rows = torch.cat([self.rows, rows], 1).gather(1, order)
         if self.position is not None:
             dim = self.position.dim() - 1
@@ -715,13 +780,13 @@ class DecoderRun:
         self.changes.finish()
         self.selection_flops += self.captures.flops
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """The decoder's output at the length the caller knows.
+    def restore(self, hidden: Tensor, table: TokenTable | None = None) -> Tensor:
+        """What came out of a layer, by default the last, at the length the caller knows.
 
         Dropped rows are zero. Padding rows keep what they had, so that keeping everything
         changes nothing.
         """
-        table, full = self.table, self.full
+        table, full = table or self.table, self.full
         if self.has_inserted:  # equally many in every sample
             count = table.inserted.shape[1] - int(table.inserted[0].sum())
             rows = table.inserted.int().argsort(dim=1, stable=True)[:, :count]
@@ -730,6 +795,15 @@ class DecoderRun:
         hidden = hidden.masked_fill(~written[..., None], 0)
         out = hidden.new_zeros(hidden.shape[0], full.valid.shape[1], hidden.shape[2])
         return out.scatter(1, table.index[..., None].expand_as(hidden), hidden)
+
+    def restore_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """`hidden_states` of the decoder: what enters the first layer, and what leaves each."""
+        restored, tables = [], dict(self.tables)
+        table = tables[0]
+        for i, hidden in enumerate(states):
+            table = tables.get(max(0, i - 1), table)
+            restored.append(None if hidden is None else self.restore(hidden, table))
+        return tuple(restored)
 
 
 def _kept() -> Any:

@@ -39,6 +39,14 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=type(patched.model).__name__,
             expected="one plan with all stages, or remove() first",
         )
+    ranks = compat.tensor_parallel(family.model)
+    if ranks > 1:
+        raise PlanError(
+            f"the model's heads are spread over {ranks} ranks, which would choose differently",
+            argument="model",
+            given=f"tensor parallel over {ranks} ranks",
+            expected="one device, device_map, or data parallel",
+        )
     order = ("pixels", "pre_projector", "post_projector")
     sites = [order.index(patched.site(s)) for _, s in patched.reducers]
     if sites != sorted(sites):

@@ -580,7 +580,7 @@ def deepstack_of_other_tokens(mp):
 def separators_dropped(mp):
     mp.setattr(VisionRun, "_keep_newlines", lambda self: self.reduction.keep.logical_and_(
         ~torch.cat([x.places.newline for x in self.reduction.layouts])))  # fmt: skip
-    mp.setattr(TokenTable, "with_newlines", lambda self, keep: keep & ~self.newline)
+    mp.setattr(TokenTable, "with_newlines", lambda self, keep, *_: keep & ~self.newline)
 
 
 CUT, RANDOM = "fastv:layer=2:keep=0.5", "random:keep=0.5:positions=original"
