@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from mllm.models.base import Family
 from mllm.patcher import Patched
 from mllm.plan import MethodInfo, get_method
 from mllm.plan import methods as known_methods
+from mllm.validate import check_generation
 
 
 def examine(model: nn.Module) -> Report:
@@ -41,7 +42,7 @@ def examine(model: nn.Module) -> Report:
         methods=_methods(model, family),
         signals=_signals(model, family),
         actions=_actions(model, family),
-        ways=[],
+        ways=_ways(model, family),
     )
 
 
@@ -209,6 +210,38 @@ def _actions(model: nn.Module, family: Family) -> list[Check]:
         for kind in kinds
     ]
     return _checks(model, family, stages)
+
+
+def _ways(model: nn.Module, family: Family) -> list[Check]:
+    """Ways of running that some model or plan cannot take; all else always works."""
+
+    def generate(**given: Any) -> Callable[[], None]:
+        return lambda: check_generation(family.model.generation_config, given)
+
+    with Patched(model, [_probe(family, _Pruner)]) as patched:
+        asked: dict[str, Callable[[], Any]] = {
+            "generate": generate(),
+            "images": lambda: patched.brought({family.pixels: True}),
+            "videos": lambda: patched.brought({"pixel_values_videos": True}),
+            "static cache": generate(cache_implementation="static"),
+            "quantised cache of transformers": generate(cache_implementation="quantized"),
+            "offloaded cache": generate(cache_implementation="offloaded"),
+            "prefill in chunks": generate(prefill_chunk_size=1024),
+        }
+        for name in compat.CONTINUOUS:
+            if hasattr(family.model, name):  # the patch stands in for it
+                asked["continuous batching"] = getattr(family.model, name)
+        found = []
+        for name, ask in asked.items():
+            try:
+                ask()
+            except MllmError as error:
+                found.append(Check(name, "no", _why(error)))
+            else:
+                found.append(Check(name, "yes"))
+    compact = _probe(family, _Reducer)
+    compact.positions = "compact"
+    return [*found, *_checks(model, family, [("compact positions", compact)])]
 
 
 def _facts(family: Family) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mllm import compat
@@ -230,6 +231,34 @@ def _check_fit(patched: Patched, stage: Any) -> None:
                 given=stage.info.name,
                 expected="a method that chooses tokens",
             )
+
+
+def check_generation(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse ways of generating that no plan can follow.
+
+    Args:
+        config: the generation config.
+        given: further arguments of `generate`, which go before the config.
+
+    Raises:
+        PlanError: another cache than a dynamic one, or a prompt that is read in chunks.
+    """
+    name = given.get("cache_implementation") or config.cache_implementation
+    if name not in (None, "dynamic"):
+        raise PlanError(
+            f"a cache of the kind {name!r} cannot hold a plan's per-layer lengths",
+            argument="cache_implementation",
+            given=name,
+            expected="dynamic",
+        )
+    chunk = given.get("prefill_chunk_size") or config.prefill_chunk_size
+    if chunk:
+        raise PlanError(
+            "a prompt that is read in chunks has no last row to decide by until the end",
+            argument="prefill_chunk_size",
+            given=chunk,
+            expected="None",
+        )
 
 
 def family_notes(patched: Patched) -> list[str]:

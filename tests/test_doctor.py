@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import families
+import invariants
 import pytest
 import tiny
 import torch
@@ -102,6 +103,28 @@ def test_no_class_token_is_read_where_there_is_none(family):
     assert check.verdict == ("yes" if has else "no")
     assert has or "[CLS]" in check.reason and "received" in check.reason
     assert signals["VisionAttention(query='received')"].verdict == "yes"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ways_are_refused_as_when_they_are_taken(family):
+    net = families.model(family)
+    ways = {check.name: check for check in mllm.doctor(net).ways}
+    inputs = families.collate(family, families.samples(family, "alone"))
+    with mllm.patch(net, "stride:keep=4"):
+        for name, given in {
+            "static cache": {"cache_implementation": "static"},
+            "prefill in chunks": {"prefill_chunk_size": 8},
+        }.items():
+            with pytest.raises(PlanError) as caught:
+                net.generate(**inputs, **given, max_new_tokens=1)
+            assert ways[name].verdict == "no" and str(caught.value) in ways[name].reason
+        with pytest.raises(PlanError) as caught:
+            net.generate_batch([[1, 2]])
+        assert str(caught.value) in ways["continuous batching"].reason
+    video = f"{family}_video" in invariants.FAMILIES
+    assert ways["videos"].verdict == ("yes" if video else "no")
+    assert ways["generate"].verdict == ways["images"].verdict == "yes"
+    assert ways["compact positions"].verdict == ("no" if families.KITS[family].mrope else "yes")
 
 
 def test_the_report_reads_well():
