@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
+import json
 import re
 import sys
 import warnings
@@ -59,6 +61,7 @@ __all__ = [
     "base_attention",
     "best_resolution",
     "causal_mask",
+    "config_sha256",
     "dynamic_cache",
     "encodes_first",
     "mask_like",
@@ -155,6 +158,21 @@ def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:
     if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
         return False
     return bool(decoder.config.use_cache if asked is None else asked)
+
+
+def config_sha256(model: nn.Module) -> str:
+    """Hash of a model's architecture: its config without names, versions, dtype and backend."""
+
+    def left_out(name: str) -> bool:
+        return name.startswith("_") or name in ("transformers_version", "dtype", "architectures")
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items() if not left_out(str(k))}
+        return value
+
+    config = plain(model.config.to_dict())
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def encodes_first(base: nn.Module) -> bool:

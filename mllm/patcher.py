@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from mllm import attention, compat
 from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
+from mllm.cache import CacheMark, KVCache, cache_bytes
 from mllm.capture import declared
 from mllm.compressors.base import (
+    CacheCompressor,
     Hidden,
     LayerMethod,
     TextEmbeds,
@@ -92,6 +94,7 @@ class Patched:
         self.kinds = {"image": self.family, "video": self.family.of_videos()}
         self.layers = list(self.family.layers)
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
+        self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
         requested = Plan.of(plan)
         self.plan = Plan(
             [
@@ -112,6 +115,7 @@ class Patched:
         self.mergers = [(i, s) for i, s in stages if isinstance(s, TowerReducer)]
         self.before = [*self.mergers, *self.reducers]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerMethod)]
+        self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
         self.signals = declared(self.pruners)
         self.reads_embeds = any(
             isinstance(signal, TextEmbeds)
@@ -132,6 +136,8 @@ class Patched:
         self.inserts = "Insert" in self._actions()
         check_plan(self, unvalidated)
         self.plan_notes += family_notes(self)
+        self.first_hooked = self._first_hooked()
+        self.mark = CacheMark(compat.config_sha256(model), self.plan.sha256)
         self._base_signature = inspect.signature(self.family.base.forward)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
@@ -172,6 +178,8 @@ class Patched:
         for _, signal in self.signals:
             if not isinstance(signal, Hidden):
                 found.append(self.family.attention(signal.layer))
+        for _, stage in self.compressors:
+            found += [self.family.attention(s.layer) for s in stage.reads().values()]
         found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
 
@@ -218,8 +226,10 @@ class Patched:
                 wrap(family.model, name, self._refuse_continuous)
         pre(family.decoder, self._decoder_pre)
         post(family.decoder, self._decoder_post)
-        for i in range(self._first_hooked(), len(self.layers)):
-            pre(self.layers[i], functools.partial(self._layer_pre, i))
+        for i, layer in enumerate(self.layers):  # a cache may hold other tokens in any of them
+            pre(layer, functools.partial(self._layer_pre, i))
+            if self.compressors:
+                post(layer, functools.partial(self._layer_post, i))
         self._install_branches(pre, post)
         if self.mergers or any(self.site(s) == "pre_projector" for _, s in self.reducers):
             pre(family.projector, self._projector_pre)
@@ -323,6 +333,21 @@ class Patched:
         state = "active" if self._handles else "removed"
         return f"Patched({type(self.model).__name__}, {self.plan.spec!r}, {state})"
 
+    def new_mark(self) -> CacheMark:
+        """What a new cache is told of the model and plan that fill it."""
+        return CacheMark(self.mark.config_sha256, self.mark.plan_sha256)
+
+    def kv(self, cache: Any) -> KVCache:
+        """Look at a cache that this model has filled, and change it, by logical index.
+
+        Args:
+            cache: `past_key_values` of a forward or of `generate()`.
+
+        Raises:
+            CacheMismatchError: a cache that no patched model has used.
+        """
+        return KVCache(cache, self.family)
+
     @property
     def ledger(self) -> Ledger:
         """The account of the newest prefill."""
@@ -335,6 +360,7 @@ class Patched:
         check_generation(config, kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         drafts = bool(getattr(config, "is_assistant", False))
+        self._carry_on(kwargs.get("past_key_values"))
         if self.family.mrope and ids is not None and kwargs.get("past_key_values") is None:
             # Positions come from the pictures, before the prompt is read.
             self._placeholders(ids, kwargs, drafts)
@@ -385,6 +411,15 @@ class Patched:
         run = _FORWARD.get()
         return run if run is not None and run.patched is self else None
 
+    def _carry_on(self, cache: Any) -> None:
+        """Give the base model back what it remembered of this conversation.
+
+        In between it may have had another one, or the cache comes from a file.
+        """
+        mark = getattr(cache, "mllm", None)
+        for name, value in ({} if mark is None else mark.carried).items():
+            setattr(self.family.base, name, value)
+
     def _open(self, given: dict[str, Any]) -> DecoderRun:
         """The state of a forward pass, from the base model's arguments.
 
@@ -393,6 +428,8 @@ class Patched:
         """
         ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
         mask, visual, counts = given.get("attention_mask"), None, None
+        if self._prompt().length is None:  # generate() has done so
+            self._carry_on(given.get("past_key_values"))
         brought = self.brought(given)
         if ids is None and brought:
             raise DataError(
@@ -554,7 +591,7 @@ class Patched:
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
         call = run.call
         run.start(kwargs, self._prompt().length, None if call is None else call.labels)
-        if run.visual is not None and self.pruners:
+        if self.compressors or (run.visual is not None and self.pruners):
             attention.open_taps(run.captures.taps())
         return (), kwargs
 
@@ -563,6 +600,11 @@ class Patched:
         if run is None:
             return DecoderRun.replayed(layer, args, kwargs)
         return run.layer(layer, module.training, args, kwargs)
+
+    def _layer_post(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        run = self._run()
+        if run is not None and run.events is not None:
+            run.events.layer_end(layer)
 
     def _branch_pre(
         self, layer: int, branch: str, module: nn.Module, args: tuple, kwargs: dict
@@ -596,10 +638,16 @@ class Patched:
         run = self._run()
         if run is None:
             return None
+        if run.visual is not None:
+            run.finish(output.last_hidden_state)
+        if run.events is not None:
+            run.events.forward_end()
+        if run.cache is not None:
+            carried = {name: getattr(self.family.base, name) for name in self.family.carried}
+            run.cache.mllm.carried = {k: v for k, v in carried.items() if v is not None}
         if run.visual is None:
             self._book_text(run)
             return output
-        run.finish(output.last_hidden_state)
         ran = run.ran | run.reduction.ran
         missing = [s.info.name for n, s in enumerate(self.plan.stages) if n not in ran]
         if missing:
@@ -631,9 +679,7 @@ class Patched:
         cache = run.cache
         if not run.past_logical:
             self._records.clear()  # a new conversation
-        layers = [] if cache is None else cache.layers
-        tensors = [t for x in layers for t in (x.keys, x.values) if t is not None]
-        meta = {id(t): t for x in layers for t in (x.valid, x.logical) if t is not None}
+        stored, meta = cache_bytes(cache)
         rows = run.full.valid.shape[1]
         asked = run.call.logits_to_keep if run.call is not None else 0
         if isinstance(asked, Tensor):  # places, or a mask of every row
@@ -648,10 +694,10 @@ class Patched:
             images=run.images,
             reduction=run.reduction,
             logit_rows=min(asked, rows) if asked else rows,
-            kv_bytes=sum(t.nbytes for t in tensors),
-            kv_meta_bytes=sum(t.nbytes for t in meta.values()),
+            kv_bytes=stored,
+            kv_meta_bytes=meta,
             itemsize=run.itemsize,
-            cached=bool(tensors),
+            cached=stored > 0,
             selection_flops=run.selection_flops,
             branch_rows=run.changes.counts,
             notes=notes,

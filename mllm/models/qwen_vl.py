@@ -20,6 +20,7 @@ class Qwen2VL(Family):
 
     packed = True
     mrope = True
+    carried = ("rope_deltas",)
     sizes = "image_grid_thw"
 
     def __init__(self, model: nn.Module) -> None:
