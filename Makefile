@@ -53,7 +53,7 @@ lint: install
 	$(PY) -m ruff check mllm tests scripts
 
 docs: install
-	$(PY) scripts/make_models_doc.py
+	$(PY) -m scripts.make_models_doc
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache

@@ -76,8 +76,9 @@ class Report:
         )
         facts = Table(title=title, title_justify="left", box=None, show_header=False)
         for name, value in self.facts.items():
-            facts.add_row(name.replace("_", " "), str(value))
-        found = [facts]
+            shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+            facts.add_row(name.replace("_", " "), shown)
+        found, reasons = [facts], {}
         for what in ("methods", "signals", "actions", "ways"):
             table = Table(title=f"\n{what}", title_justify="left", box=None)
             table.add_column("", no_wrap=True)
@@ -85,10 +86,15 @@ class Report:
             table.add_column("", overflow="fold")
             for check in getattr(self, what):
                 lines = [check.reason, *check.notes]
-                lines += [f"under {name}: {why}" for name, why in check.backends.items() if why]
+                lines += [f"not under {name}" for name, why in check.backends.items() if why]
+                reasons |= {(name, why): None for name, why in check.backends.items() if why}
                 table.add_row(check.name, check.verdict, "\n".join(filter(None, lines)))
-            found.append(table)
-        return found
+            if table.row_count:
+                found.append(table)
+        why_not = Table(title="\nattention", title_justify="left", box=None, show_header=False)
+        for name, why in reasons:
+            why_not.add_row(name, why)
+        return [*found, why_not] if reasons else found
 
     def __str__(self) -> str:
         import io

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from mllm import compat
-from mllm.compressors import base as methods
+from mllm.compressors import base
 from mllm.compressors.base import Budget, LayerPruner, Positions, TokenReducer, TowerReducer
 from mllm.doctor import Check, Report
 from mllm.errors import MllmError, PlanError
@@ -21,6 +21,7 @@ from mllm.models.base import Family
 from mllm.patcher import Patched
 from mllm.plan import MethodInfo, get_method
 from mllm.plan import methods as known_methods
+from mllm.validate import check_generation
 
 
 def examine(model: nn.Module) -> Report:
@@ -38,15 +39,10 @@ def examine(model: nn.Module) -> Report:
         transformers=transformers.__version__,
         tested=compat.tested(),
         facts=_facts(family),
-        methods=[_method(model, family, get_method(m["name"])) for m in known_methods()],
-        signals=[
-            _probe(model, name, kind, probed=signal) for name, (kind, signal) in SIGNALS.items()
-        ],
-        actions=[
-            _probe(model, name, kind, actions=(name.split("(")[0],))
-            for name, kind in ACTIONS.items()
-        ],
-        ways=[],
+        methods=_methods(model, family),
+        signals=_signals(model, family),
+        actions=_actions(model, family),
+        ways=_ways(model, family),
     )
 
 
@@ -78,105 +74,174 @@ def _as_if(family: Family, backend: str) -> Iterator[None]:
             module.config = config
 
 
-def _method(model: nn.Module, family: Family, cls: type) -> Check:
-    name = cls.info.name
-    error, notes = _refusal(model, cls())
-    stage, verdict, reason = cls(), "yes", ""
-    if error is not None:
-        verdict, reason = "no", _why(error)
-        # A parameter of its own may be at fault: `identity` is a set of them that fits any model.
-        own = {f.name for f in dataclasses.fields(cls)}
-        if error.argument in own and cls.identity is not None:
-            stage = cls(**cls.identity)
-            still, notes = _refusal(model, stage)
-            verdict = "adjust" if still is None else "no"
-    backends = {}
+def _checks(model: nn.Module, family: Family, stages: Sequence[tuple[str, Any]]) -> list[Check]:
+    """Each stage alone, under the model's own attention backend and under others."""
+    said = [_refusal(model, stage) for _, stage in stages]
+    under: list[dict[str, str]] = [{} for _ in stages]
     for backend in compat.SERVED:
         with _as_if(family, backend):
-            refused, _ = _refusal(model, stage)
-        if verdict != "no":
-            backends[backend] = "" if refused is None else _why(refused)
-    return Check(name, verdict, reason, notes, backends)
+            for (_, stage), (error, _), answers in zip(stages, said, under, strict=True):
+                if error is None:
+                    refused, _ = _refusal(model, stage)
+                    answers[backend] = "" if refused is None else _why(refused)
+    return [
+        Check(name, "yes", "", notes, answers) if error is None else Check(name, "no", _why(error))
+        for (name, _), (error, notes), answers in zip(stages, said, under, strict=True)
+    ]
+
+
+def _methods(model: nn.Module, family: Family) -> list[Check]:
+    """Every method with its default parameters, or if one of these is at fault with others."""
+    stages, faults = [], {}
+    for row in known_methods():
+        cls = get_method(row["name"])
+        stage = cls()
+        error, _ = _refusal(model, stage)
+        own = {f.name for f in dataclasses.fields(cls)}
+        if error is not None and error.argument in own and cls.identity is not None:
+            # `identity` is a set of parameters that fits any model on which the method can work.
+            other = cls(**cls.identity)
+            if _refusal(model, other)[0] is None:
+                stage, faults[row["name"]] = other, _why(error)
+        stages.append((row["name"], stage))
+    return [
+        dataclasses.replace(check, verdict="adjust", reason=faults[check.name])
+        if check.name in faults
+        else check
+        for check in _checks(model, family, stages)
+    ]
 
 
 # Signals and actions: stages that do nothing but declare them.
 
 
 @dataclass
-class _Reducer(TokenReducer):
-    positions: Positions | None = None
+class _Probe:
+    positions: Positions | None = "original"
 
-    info = MethodInfo(name="probe", stage="pre_llm")
     probed: ClassVar[Any] = None
 
     def reads(self):
-        return {"probed": self.probed} if self.probed is not None else {}
+        return {} if self.probed is None else {"probed": self.probed}
 
 
 @dataclass
-class _Pruner(LayerPruner):
+class _Tower(_Probe, TowerReducer):
+    info = MethodInfo(name="a method", stage="pre_llm")
+
+    def blocks(self, depth: int) -> list[int]:
+        return [0]
+
+
+@dataclass
+class _Reducer(_Probe, TokenReducer):
+    info = MethodInfo(name="a method", stage="pre_llm")
+
+
+@dataclass
+class _Pruner(_Probe, LayerPruner):
     layer: int | None = None
     keep: Budget = 1.0
-    positions: Positions | None = None
 
-    info = MethodInfo(name="probe", stage="llm", reference_layers=32)
-    paper_layer = 1
+    info = MethodInfo(name="a method", stage="llm", reference_layers=1)
     first_layer = 1
-    probed: ClassVar[Any] = None
-
-    def reads(self):
-        return {"probed": self.probed} if self.probed is not None else {}
 
 
-@dataclass
-class _Merger(TowerReducer):
-    positions: Positions | None = None
-
-    info = MethodInfo(name="probe", stage="pre_llm")
-
-    def blocks(self, depth: int) -> Sequence[int]:
-        return (0,)
-
-
-#: What to declare for every signal.
-SIGNALS: dict[str, tuple[type, Any]] = {
-    "VisionAttention(query='cls')": (_Reducer, methods.VisionAttention(query="cls")),
-    "VisionAttention(query='received')": (_Reducer, methods.VisionAttention(query="received")),
-    "VisionKeys": (_Reducer, methods.VisionKeys()),
-    "Features": (_Reducer, methods.Features()),
-    "Grid": (_Reducer, methods.Grid()),
-    "TextEmbeds": (_Pruner, methods.TextEmbeds()),
-    "AttentionRows": (_Pruner, methods.AttentionRows()),
-    "AttentionRows(when='before')": (_Pruner, methods.AttentionRows(when="before")),
-    "AttentionRows(rope=False)": (_Pruner, methods.AttentionRows(rope=False)),
-    "ColumnMass": (_Pruner, methods.ColumnMass()),
-    "Keys": (_Pruner, methods.Keys()),
-    "Values": (_Pruner, methods.Values()),
-    "Hidden": (_Pruner, methods.Hidden()),
+#: What every signal is tried with: the kind of stage that reads it.
+SIGNALS: list[tuple[type, Any]] = [
+    (_Reducer, base.VisionAttention(query="cls")),
+    (_Reducer, base.VisionAttention(query="received")),
+    (_Reducer, base.VisionKeys()),
+    (_Reducer, base.Features()),
+    (_Pruner, base.Grid()),
+    (_Pruner, base.TextEmbeds()),
+    (_Pruner, base.AttentionRows()),
+    (_Pruner, base.AttentionRows(when="before")),
+    (_Pruner, base.AttentionRows(rope=False)),
+    (_Pruner, base.ColumnMass()),
+    (_Pruner, base.Keys()),
+    (_Pruner, base.Values()),
+    (_Pruner, base.Hidden()),
+]
+#: Where every action is returned: the kind of stage, and the place in words.
+ACTIONS: dict[str, list[type]] = {
+    "Keep": [_Reducer, _Pruner],
+    "Merge": [_Tower, _Reducer, _Pruner],
+    "Write": [_Reducer, _Pruner],
+    "Pool": [_Reducer],
+    "Resize": [_Reducer],
+    "Protect": [_Reducer, _Pruner],
+    "Insert": [_Pruner],
+    "BranchGate": [_Pruner],
+    "BranchRows": [_Pruner],
+    "HeadGate": [_Pruner],
+    "LogitBias": [_Pruner],
+    "Inject": [_Pruner],
+    "Evict": [_Pruner],
 }
-#: The kind of stage that returns every action.
-ACTIONS: dict[str, type] = {
-    "Keep": _Pruner,
-    "Merge": _Reducer,
-    "Write": _Reducer,
-    "Pool": _Reducer,
-    "Resize": _Reducer,
-    "Merge(tower)": _Merger,
-    "Protect": _Pruner,
-    "Insert": _Pruner,
-    "BranchGate": _Pruner,
-    "BranchRows": _Pruner,
-    "HeadGate": _Pruner,
-    "LogitBias": _Pruner,
-    "Inject": _Pruner,
-    "Evict": _Pruner,
-}
+PLACES = {_Tower: "in the tower", _Reducer: "before the LLM", _Pruner: "in the LLM"}
 
 
-def _probe(model: nn.Module, name: str, kind: type, **declared: Any) -> Check:
-    stage = type("Probe", (kind,), declared)()
-    error, _ = _refusal(model, stage)
-    return Check(name, "yes" if error is None else "no", "" if error is None else _why(error))
+def _name(signal: Any) -> str:
+    """A signal as it is written, without what is default."""
+    given = [
+        f"{f.name}={getattr(signal, f.name)!r}"
+        for f in dataclasses.fields(signal)
+        if getattr(signal, f.name) != f.default
+    ]
+    return type(signal).__name__ + (f"({', '.join(given)})" if given else "")
+
+
+def _probe(family: Family, kind: type, **declared: Any) -> Any:
+    """A stage that declares something, where rows can leave."""
+    layer = {"layer": max(1, family.first_cut)} if kind is _Pruner else {}
+    return type("Probe", (kind,), declared)(**layer)
+
+
+def _signals(model: nn.Module, family: Family) -> list[Check]:
+    stages = [(_name(signal), _probe(family, kind, probed=signal)) for kind, signal in SIGNALS]
+    return _checks(model, family, stages)
+
+
+def _actions(model: nn.Module, family: Family) -> list[Check]:
+    stages = [
+        (f"{action} {PLACES[kind]}", _probe(family, kind, actions=(action,)))
+        for action, kinds in ACTIONS.items()
+        for kind in kinds
+    ]
+    return _checks(model, family, stages)
+
+
+def _ways(model: nn.Module, family: Family) -> list[Check]:
+    """Ways of running that some model or plan cannot take; all else always works."""
+
+    def generate(**given: Any) -> Callable[[], None]:
+        return lambda: check_generation(family.model.generation_config, given)
+
+    with Patched(model, [_probe(family, _Pruner)]) as patched:
+        asked: dict[str, Callable[[], Any]] = {
+            "generate": generate(),
+            "images": lambda: patched.brought({family.pixels: True}),
+            "videos": lambda: patched.brought({"pixel_values_videos": True}),
+            "static cache": generate(cache_implementation="static"),
+            "quantised cache of transformers": generate(cache_implementation="quantized"),
+            "offloaded cache": generate(cache_implementation="offloaded"),
+            "prefill in chunks": generate(prefill_chunk_size=1024),
+        }
+        for name in compat.CONTINUOUS:
+            if hasattr(family.model, name):  # the patch stands in for it
+                asked["continuous batching"] = getattr(family.model, name)
+        found = []
+        for name, ask in asked.items():
+            try:
+                ask()
+            except MllmError as error:
+                found.append(Check(name, "no", _why(error)))
+            else:
+                found.append(Check(name, "yes"))
+    compact = _probe(family, _Reducer)
+    compact.positions = "compact"
+    return [*found, *_checks(model, family, [("compact positions", compact)])]
 
 
 def _facts(family: Family) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.running import running
 from mllm.tokens import Counts, count_rows, split_images
-from mllm.validate import check_plan, family_notes
+from mllm.validate import check_generation, check_plan, family_notes
 
 
 @dataclass
@@ -362,22 +362,7 @@ class Patched:
 
     def _generate(self, generate: Any, args: tuple, kwargs: dict) -> Any:
         config = kwargs.get("generation_config") or self.family.model.generation_config
-        name = kwargs.get("cache_implementation") or config.cache_implementation
-        if name not in (None, "dynamic"):
-            raise PlanError(
-                f"a {name} cache cannot hold a plan's per-layer lengths",
-                argument="cache_implementation",
-                given=name,
-                expected="dynamic",
-            )
-        chunk = kwargs.get("prefill_chunk_size") or config.prefill_chunk_size
-        if chunk:
-            raise PlanError(
-                "a prompt that is read in chunks has no last row to decide by until the end",
-                argument="prefill_chunk_size",
-                given=chunk,
-                expected="None",
-            )
+        check_generation(config, kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         drafts = bool(getattr(config, "is_assistant", False))
         self._carry_on(kwargs.get("past_key_values"))
@@ -450,7 +435,7 @@ class Patched:
         mask, visual, counts = given.get("attention_mask"), None, None
         if self._prompt().length is None:  # generate() has done so
             self._carry_on(given.get("past_key_values"))
-        brought = self._brought(given)
+        brought = self.brought(given)
         if ids is None and brought:
             raise DataError(
                 "visual rows cannot be found without input_ids",
@@ -472,8 +457,12 @@ class Patched:
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
 
-    def _brought(self, given: dict[str, Any]) -> list[str]:
-        """Whether a call has images, videos, or both, as pixels or as features."""
+    def brought(self, given: dict[str, Any]) -> list[str]:
+        """Whether a call has images, videos, or both, as pixels or as features.
+
+        Raises:
+            DataError: it has videos, and those of this family cannot be reduced.
+        """
         encoders, found = given.get("mm_encoder_outputs") or {}, []
         for kind, family in self.kinds.items():
             pixels = "pixel_values_videos" if family is None else family.pixels
@@ -503,7 +492,7 @@ class Patched:
         plain = isinstance(mask, Tensor) and mask.dim() == 2
         marks = {kind: ids == family.image_token_id for kind, family in families.items()}
         counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
-        brought = self._brought(given)
+        brought = self.brought(given)
         if brought or not drafts:
             for kind, family in families.items():
                 self._check_counts(kind, family, counts.marked[kind], given, encoders.get(kind))

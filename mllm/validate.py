@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mllm import compat
@@ -209,6 +210,14 @@ def _check_writers(patched: Patched) -> None:
 def _check_fit(patched: Patched, stage: Any) -> None:
     """Refuse a stage that the family cannot do."""
     family, name = patched.family, type(patched.family.model).__name__
+    for signal in stage.reads().values():
+        if isinstance(signal, VisionAttention) and signal.query == "cls" and not family.prefix:
+            raise PlanError(
+                f"{stage.info.name} reads the attention of [CLS], and the tower of {name} has none",
+                argument="query",
+                given="cls",
+                expected="received, or auto",
+            )
     if family.mrope and patched.positions(stage) == "compact":
         raise PlanError(
             f"{name} has rotary positions with rows and columns, which cannot be renumbered",
@@ -224,6 +233,34 @@ def _check_fit(patched: Patched, stage: Any) -> None:
                 given=stage.info.name,
                 expected="a method that chooses tokens",
             )
+
+
+def check_generation(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse ways of generating that no plan can follow.
+
+    Args:
+        config: the generation config.
+        given: further arguments of `generate`, which go before the config.
+
+    Raises:
+        PlanError: another cache than a dynamic one, or a prompt that is read in chunks.
+    """
+    name = given.get("cache_implementation") or config.cache_implementation
+    if name not in (None, "dynamic"):
+        raise PlanError(
+            f"a cache of the kind {name!r} cannot hold a plan's per-layer lengths",
+            argument="cache_implementation",
+            given=name,
+            expected="dynamic",
+        )
+    chunk = given.get("prefill_chunk_size") or config.prefill_chunk_size
+    if chunk:
+        raise PlanError(
+            "a prompt that is read in chunks has no last row to decide by until the end",
+            argument="prefill_chunk_size",
+            given=chunk,
+            expected="None",
+        )
 
 
 def family_notes(patched: Patched) -> list[str]:

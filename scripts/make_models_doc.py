@@ -1,7 +1,7 @@
 """Write docs/models.md: what works with which family, as the engine itself says.
 
-    python scripts/make_models_doc.py            write it
-    python scripts/make_models_doc.py --check    exit 1 when it is not up to date
+    python -m scripts.make_models_doc            write it
+    python -m scripts.make_models_doc --check    exit 1 when it is not up to date
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _texts(report: Report, check: Check) -> list[str]:
     notes = [n for n in check.notes if " scaled to " not in n]
     texts = [check.reason, *notes] if check.reason else notes
     texts = [text.replace(report.model, "the model") for text in texts]
-    own = rf"^{check.name}(: | cannot work on the model: )"
+    own = rf"^({check.name}|a method)(: | cannot work on the model: | cannot merge in the tower: )"
     return [re.sub(own, "", text) for text in texts]
 
 
@@ -142,6 +142,6 @@ if __name__ == "__main__":
     made = document()
     if "--check" in sys.argv[1:]:
         if not TARGET.is_file() or TARGET.read_text() != made:
-            sys.exit("docs/models.md is not up to date: run python scripts/make_models_doc.py")
+            sys.exit("docs/models.md is not up to date: run make docs")
     else:
         TARGET.write_text(made)

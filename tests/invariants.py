@@ -76,10 +76,11 @@ def possible(family: str, attn: str, shape: str, stage: str, way: str) -> bool:
         return False  # the next token would follow padding
     if way == "lookup" and shape in ("left", "none"):
         return False  # assisted decoding takes one sample
-    if family == "llava_onevision_many" and shape == "several":
+    repeats = way in ("beams", "returns") and not PRECOMPUTED
+    if family == "llava_onevision_many" and (shape == "several" or repeats):
         return False  # its images are alone, or two of a sample
-    # transformers 5.17 mixes up several images of one sample.
-    return PRECOMPUTED or way not in ("beams", "returns") or shape != "several"
+    # transformers 5.17 mixes up several images of one sample where it repeats samples.
+    return not repeats or shape != "several"
 
 
 def draw(family: str, attn: str, shape: str, stage: str, way: str) -> Draw:

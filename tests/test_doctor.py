@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import families
+import invariants
 import pytest
 import tiny
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 from typer.testing import CliRunner
 
 import mllm
-from mllm import compat, examine
+from mllm import actions, compat, examine, signals
 from mllm.cli import app
 from mllm.compressors import base
 from mllm.doctor import skeleton
@@ -70,13 +71,12 @@ def test_what_it_promises_runs(family):
 
 def test_every_signal_and_action_is_tried():
     """A new one in the base module has to be added to the doctor."""
-    kinds = {
-        name
-        for name in base.__all__
-        if dataclasses.is_dataclass(getattr(base, name)) and name != "Context"
-    }
-    tried = {name.split("(")[0] for name in [*examine.SIGNALS, *examine.ACTIONS]}
-    assert tried == kinds
+    for module, tried in (
+        (signals, {type(signal).__name__ for _, signal in examine.SIGNALS}),
+        (actions, set(examine.ACTIONS)),
+    ):
+        public = {name for name in vars(module) if name in base.__all__}
+        assert tried == {n for n in public if dataclasses.is_dataclass(getattr(module, n))}
 
 
 def test_backends_are_tried_without_being_used():
@@ -92,6 +92,39 @@ def test_backends_are_tried_without_being_used():
     by_name = {check.name: check for check in report.methods}
     assert by_name["fastv"].verdict == "no" and "flex_attention" in by_name["fastv"].reason
     assert by_name["divprune"].verdict == "yes"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_class_token_is_read_where_there_is_none(family):
+    net = families.model(family)
+    signals = {check.name: check for check in mllm.doctor(net).signals}
+    check = signals["VisionAttention(query='cls')"]
+    has = family in ("llava", "llava_next", "internvl")
+    assert check.verdict == ("yes" if has else "no")
+    assert has or "[CLS]" in check.reason and "received" in check.reason
+    assert signals["VisionAttention(query='received')"].verdict == "yes"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ways_are_refused_as_when_they_are_taken(family):
+    net = families.model(family)
+    ways = {check.name: check for check in mllm.doctor(net).ways}
+    inputs = families.collate(family, families.samples(family, "alone"))
+    with mllm.patch(net, "stride:keep=4"):
+        for name, given in {
+            "static cache": {"cache_implementation": "static"},
+            "prefill in chunks": {"prefill_chunk_size": 8},
+        }.items():
+            with pytest.raises(PlanError) as caught:
+                net.generate(**inputs, **given, max_new_tokens=1)
+            assert ways[name].verdict == "no" and str(caught.value) in ways[name].reason
+        with pytest.raises(PlanError) as caught:
+            net.generate_batch([[1, 2]])
+        assert str(caught.value) in ways["continuous batching"].reason
+    video = f"{family}_video" in invariants.FAMILIES
+    assert ways["videos"].verdict == ("yes" if video else "no")
+    assert ways["generate"].verdict == ways["images"].verdict == "yes"
+    assert ways["compact positions"].verdict == ("no" if families.KITS[family].mrope else "yes")
 
 
 def test_the_report_reads_well():
@@ -182,7 +215,7 @@ def test_a_text_model_is_bad_input(tmp_path, cli):
 def test_the_document_is_up_to_date():
     script = runpy.run_path(str(ROOT / "scripts" / "make_models_doc.py"))
     assert script["document"]() == script["TARGET"].read_text(), (
-        "run python scripts/make_models_doc.py"
+        "run make docs"
     )
 
 
