@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from families import KITS, Sample, reference
-from family_oracles import _pattern, positions, deepstack, features
+from family_oracles import _pattern, deepstack, features, positions
 from oracles import rotate
 from torch import Tensor
 
