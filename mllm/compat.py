@@ -197,6 +197,7 @@ def causal_mask(
         attention_mask=valid,
         past_key_values=cache,
         layer_idx=layer,
+        allow_is_causal_skip=valid is None,  # or it would ask the device whether nothing is padded
     )
 
 
