@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.actions import BranchGate, BranchRows, Evict, HeadGate, Inject, LogitBias
-from mllm.cache import SlotLayer
-from mllm.errors import PlanError
+from mllm.cache import KVCache, SlotTable
 from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate
 
 if TYPE_CHECKING:
@@ -193,8 +192,7 @@ class Changes:
         ]
         if inside.bias:
             inside.queries = run.attention_table.logical
-            slots = None if run.cache is None else run.cache.layers[layer]
-            old = [slots.logical[:, : slots.slots]] if slots is not None and slots.slots else []
+            old = [run.held[layer].logical] if run.cache is not None and run.past[layer] else []
             inside.keys = torch.cat([*old, inside.queries], 1)
         changed = inside.rows or inside.scale or inside.bias or inside.heads is not None
         return inside if changed else None
@@ -231,7 +229,7 @@ class Changes:
             inside.meant["attn"] = torch.zeros_like(run.table.valid[:, :1])
         narrow = run.narrow(rows, keep.gather(1, rows), stored=not nobody)
         if run.cache is not None:
-            self._note(run.cache.layers[layer], run.table if nobody else narrow.table, nobody)
+            self._note(layer, narrow, nobody)
             if nobody:
                 _store_nothing(run.cache, layer, hidden, run.patched.family.text_config)
         inside.given = narrow.attend(layer, hidden[:, : rows.shape[1]], kwargs)
@@ -240,13 +238,14 @@ class Changes:
         run.attention_table = narrow.table
         run.attention_rotary = inside.given["position_embeddings"]
 
-    def _note(self, slots: SlotLayer, table: TokenTable, nobody: bool) -> None:
-        """Tell a layer's cache that the rows of `table` come, or none of them."""
-        valid, logical = (x[:, : 0 if nobody else None] for x in (table.valid, table.logical))
-        if slots.slots:
-            valid = torch.cat([slots.valid[:, : slots.slots], valid], 1)
-            logical = torch.cat([slots.logical[:, : slots.slots], logical], 1)
-        slots.note(valid, logical, not bool(valid.all()), self.run.full.valid.shape[1])
+    def _note(self, layer: int, narrow: DecoderRun, nobody: bool) -> None:
+        """Tell a layer's cache that the rows of `narrow` come, or none of them."""
+        run = self.run
+        new = SlotTable.of(narrow.table, narrow.place, narrow.padded)
+        new = new.first(0) if nobody else new
+        held, seen = run.held[layer], run.past_logical + run.full.valid.shape[1]
+        table = new if held is None else held.cat(new)
+        run.cache.layers[layer].note(table, run.full.valid.shape[1], seen)
 
     def _heads(self, inside: Inside) -> None:
         for placed in self._of(HeadGate, inside.layer):
@@ -267,14 +266,18 @@ class Changes:
         for action, layer, table in self._pending:
             self._let_go(action, layer, table)
         if self.run.cache is not None:
-            self.run.cache.mllm_lasting = self.lasting
+            self.run.cache.mllm.lasting = self.lasting
 
     def _let_go(self, action: Evict, layer: int, table: TokenTable) -> None:
-        if self.run.cache is not None:
-            gone = action.rows & table.valid & ~self.run.protected_of(table)
-            if self.run.pictured is not None:
-                gone = gone & self.run.pictured[:, None]
-            evict(self.run.cache.layers[layer], table.logical, gone, action.heads)
+        run = self.run
+        if run.cache is None:
+            return
+        gone = action.rows & table.valid & ~run.protected_of(table)
+        if run.pictured is not None:
+            gone = gone & run.pictured[:, None]
+        cache = KVCache(run.cache, run.patched.family, run.reached, run.certain)
+        drop = table.logical.masked_fill(~gone, -1)
+        cache.evict(layer, drop=drop, heads=None if action.heads is None else list(action.heads))
 
 
 def _lasts(action: Any) -> bool:
@@ -293,34 +296,3 @@ def _store_nothing(cache: Any, layer: int, hidden: Tensor, config: Any) -> None:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     none = hidden.new_zeros(hidden.shape[0], kv_heads, 0, head_dim)
     cache.update(none, none, layer)
-
-
-def evict(layer: SlotLayer, logical: Tensor, gone: Tensor, heads: Any = None) -> None:
-    """Let stored tokens go, by logical index; a rectangle stays, padding where counts differ.
-
-    Args:
-        layer: one layer of a cache.
-        logical: int64 `[batch, rows]`.
-        gone: bool `[batch, rows]`, which of these tokens go.
-        heads: KV heads; None is all of them.
-    """
-    if heads is not None:
-        raise PlanError(
-            "this cache stores the same tokens for all heads of a layer",
-            argument="heads",
-            given=list(heads),
-            expected="None",
-        )
-    if not layer.slots:
-        return
-    size = int(torch.maximum(logical.max(), layer.logical.max())) + 1
-    marks = torch.zeros(gone.shape[0], size, dtype=torch.long, device=gone.device)
-    marks.scatter_reduce_(1, logical, gone.long(), "amax")
-    keep = layer.valid & (marks.gather(1, layer.logical) == 0)
-    slots = choose_rows(keep, layer.valid)
-    layer.keys, layer.values = along(layer.keys, slots, 2), along(layer.values, slots, 2)
-    layer.valid, layer.logical = keep.gather(1, slots), layer.logical.gather(1, slots)
-    layer.padded = not bool(layer.valid.all())
-    layer.compressed = True
-
-

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
+import json
 import re
 import sys
 import warnings
@@ -59,6 +61,7 @@ __all__ = [
     "base_attention",
     "best_resolution",
     "causal_mask",
+    "config_sha256",
     "dynamic_cache",
     "encodes_first",
     "mask_like",
@@ -157,6 +160,21 @@ def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:
     return bool(decoder.config.use_cache if asked is None else asked)
 
 
+def config_sha256(model: nn.Module) -> str:
+    """Hash of a model's architecture: its config without names, versions, dtype and backend."""
+
+    def left_out(name: str) -> bool:
+        return name.startswith("_") or name in ("transformers_version", "dtype", "architectures")
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items() if not left_out(str(k))}
+        return value
+
+    config = plain(model.config.to_dict())
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def encodes_first(base: nn.Module) -> bool:
     """Whether generate() computes features before the prompt is read (5.17 does it in forward)."""
     return "mm_encoder_outputs" in inspect.signature(base.forward).parameters
@@ -197,7 +215,6 @@ def causal_mask(
         attention_mask=valid,
         past_key_values=cache,
         layer_idx=layer,
-        allow_is_causal_skip=valid is None,  # or it would ask the device whether nothing is padded
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from mllm import compat
 from mllm.actions import Insert, Keep, Merge, Protect, Write
-from mllm.cache import SlotLayer, adopt, note_rows
+from mllm.cache import SlotTable, adopt, note_rows, refuse_flash
+from mllm.cache.events import CacheEvents
 from mllm.capture import Captures
 from mllm.changes import Changes
 from mllm.compressors.base import LayerContext, LayerMethod
@@ -21,6 +23,7 @@ from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
 from mllm.tokens import (
     Counts,
+    Layout,
     TokenTable,
     choose_rows,
     count_rows,
@@ -46,6 +49,7 @@ class DecoderRun:
         reduction: what the pre-LLM stages decided; set when the decoder starts.
         marks: `visual` by kind, `image` or `video`.
         reductions: by kind, set before the decoder runs.
+        layouts: by kind, of the pixels that the base model was given.
         mask: the attention mask that the base model was given.
         call: the call of the model around this one, if there was one.
         counts: rows of every sample, as far as the base model's hooks have counted them.
@@ -56,12 +60,17 @@ class DecoderRun:
         prompt: bool `[batch, rows]`, rows that a method may look at.
         images: per sample, its images in `reduction`.
         past, past_logical: stored slots per layer, and tokens seen, before this forward.
+        certain: logical length without candidates of assisted decoding behind the prompt; None
+            if there are none.
+        held: per layer what its slots stood for before this forward.
+        events: tells cache methods what happens; None without a cache or such methods.
         position: position ids of the current stage's rows.
+        place: int64 `[1 or 3, batch, rows]`, what keys of the current stage's rows are rotated by.
         compacted: whether positions were renumbered inside the decoder.
         rows: int64 `[batch, rows]`, rows of the current stage among those that the decoder's
             own masks and rotary tables have; None is all of them.
-        replaced: by kind of layer, arguments that layers of the current stage get instead of the
-            parent's.
+        replaced: by kind of layer and by what is stored, arguments that layers of the current
+            stage get instead of the parent's.
         moves, given: by layer, what was done to its hidden states and its arguments, for a
             recompute.
         captures: declared signals. changes: actions inside of layers.
@@ -87,7 +96,11 @@ class DecoderRun:
     cache: Any = None
     past: list[int] = field(default_factory=list)
     past_logical: int = 0
+    certain: int | None = None
+    held: list[SlotTable | None] = field(default_factory=list)
+    events: CacheEvents | None = None
     position: Tensor | None = None
+    place: Tensor | None = None
     compacted: bool = False
     rows: Tensor | None = None
     replaced: dict[Any, dict[str, Any]] = field(default_factory=dict)
@@ -111,6 +124,7 @@ class DecoderRun:
     entered: list[int] | None = None
     marks: dict[str, Tensor] = field(default_factory=dict)
     reductions: dict[str, Reduction] = field(default_factory=dict)
+    layouts: dict[str, list[Layout]] = field(default_factory=dict)
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -142,11 +156,13 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
-            self._check_foreign(cache)
-            adopt(cache, self.patched.windows, None if mask is None else mask[:, :-rows])
+            past_valid = None if mask is None else mask[:, :-rows]
+            adopt(cache, self.patched.windows, past_valid, self.patched.new_mark())
+            CacheEvents.verified(self.patched, cache)
             self.past = [layer.slots for layer in cache.layers]
-            self._check_cache()
+            self.held = [layer.table for layer in cache.layers]
             self.past_logical = cache.get_seq_length()
+            self._check_cache(cache)
         self.cache = cache
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
         if mask is not None:
@@ -161,13 +177,21 @@ class DecoderRun:
         if self.patched.family.mrope and self.visual is not None and flat:
             self.notes.append("positions without rows and columns: mm_token_type_ids is missing")
         self.prompt = self._prompt_rows(prompt_length, labels)
+        if prompt_length is not None and self.past_logical < prompt_length:
+            self.certain = min(prompt_length, self.past_logical + rows)
+        if self.patched.compressors:
+            if cache is None:
+                self._nothing_stored()
+            else:
+                self.events = CacheEvents(self, prompt_length)
         self._drop_rows(kwargs)
         self.entered = None if self.visual is None or self.spaced else self.seen
+        self.place = self._rotated_by(kwargs.get("position_ids"))
         self.tables.append((0, self.table))
         if 0 not in self.patched.cuts:
             self._note(0)
         self.captures = Captures(self)
-        self.changes = Changes(self, getattr(cache, "mllm_lasting", {}))
+        self.changes = Changes(self, {} if cache is None else cache.mllm.lasting)
         self.attention_table = self.table
         if self.reduction is not None and self.reduction.protected is not None:
             self.protected = torch.zeros_like(valid)
@@ -178,35 +202,30 @@ class DecoderRun:
             self.captures.embeds = kwargs["inputs_embeds"], self.table.index
 
     @staticmethod
-    def _check_foreign(cache: Any) -> None:
-        """What an unpatched model has stored was not reduced, and nobody would notice."""
-        foreign = [x for x in getattr(cache, "layers", ()) if not isinstance(x, SlotLayer)]
-        if stored := max((int(x.get_seq_length()) for x in foreign), default=0):
+    def _check_cache(cache: Any) -> None:
+        """Every forward adds the same tokens to all layers."""
+        seen = [layer.seen for layer in cache.layers]
+        if len(set(seen)) > 1:
             raise CacheMismatchError(
-                f"this cache was filled with {stored} tokens without a plan",
+                f"a forward pass broke off and left {seen} tokens in the layers",
                 argument="past_key_values",
-                given=type(cache).__name__,
-                expected="a new cache, or one that this plan has filled",
+                given=seen,
+                expected="a new cache",
             )
 
-    def _check_cache(self) -> None:
-        """Layers that this plan gives the same rows must hold equally many slots."""
-        if self.patched.apart:
-            return
-        bounds, kind = [0, *self.patched.cuts, len(self.past)], self.patched.family.kind
-        found = {
-            (a, kind(i), self.past[i])
-            for a, b in zip(bounds, bounds[1:], strict=False)
-            for i in range(a, b)
-        }
-        if len(found) > len({(a, k) for a, k, _ in found}):
-            raise CacheMismatchError(
-                f"the cache holds {self.past} tokens per layer, which "
-                f"{self.patched.plan.spec!r} did not make",
-                argument="past_key_values",
-                given=self.past,
-                expected="a cache of a plan with the same cuts, or a new cache",
-            )
+    def _nothing_stored(self) -> None:
+        for number, stage in self.patched.compressors:
+            self.notes.append(f"{stage.info.name}: no cache, nothing to do")
+            self.ran.add(number)
+
+    def _rotated_by(self, position: Tensor | None) -> Tensor:
+        """Position ids of the current rows as the rotary embedding takes them."""
+        table = self.table
+        if position is None:
+            position = table.index + self.past_logical
+        position = position[None] if position.dim() == 2 else position[-3:]  # without text's row
+        axes = 3 if self.patched.family.mrope else 1
+        return position.expand(axes, *table.valid.shape)
 
     def _counted(self, valid: Tensor, unpadded: bool) -> Counts:
         if self.marks:
@@ -277,7 +296,10 @@ class DecoderRun:
         first = None if cache is None else cache.layers[0]
         shift = None if first is None else first.shifts.get("llm")
         drops = self.patched.before and self.visual is not None
-        if not drops and shift is None and (first is None or not first.compressed):
+        stored = first is not None and (
+            first.compressed or (first.planned and self.patched.family.hybrid)
+        )
+        if not drops and shift is None and not stored:
             return
         position = kwargs.get("position_ids")
         if position is None:
@@ -315,6 +337,8 @@ class DecoderRun:
             return
         self.rows = None
         mask = self._slot_valid(0)
+        if mask is not None and mask.dim() == 3:
+            mask = None  # every layer that has heads apart gets a mask of its own
         if mask is None and cache is None:
             # Without a mask or cache, transformers takes gaps in positions for packed sequences.
             mask = self.table.valid
@@ -331,10 +355,11 @@ class DecoderRun:
         keep = keep.flatten().index_copy(0, self.at, reduction.keep[token]).view_as(keep)
         order = None
         if reduction.order is not None:
-            sizes = torch.tensor([reduction.sizes[i] for own in self.images for i in own])
+            sizes = [reduction.sizes[i] for own in self.images for i in own]
+            starts = itertools.accumulate(sizes, initial=0)
             order = table.index.flatten()
             # Per visual row, the first row of its image.
-            first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            first = torch.cat([torch.full((n,), at) for n, at in zip(sizes, starts, strict=False)])
             place = order[self.at[on_device(first, keep)]] + reduction.order[token]
             order = order.index_copy(0, self.at, place).view_as(table.index)
         return keep & table.valid, order
@@ -360,16 +385,19 @@ class DecoderRun:
         return min(self.lengths) < self.table.valid.shape[1]
 
     def _slot_valid(self, layer: int) -> Tensor | None:
-        """Validity of a layer's slots with this forward's rows; None if nothing is padded."""
+        """Validity of a layer's slots with this forward's rows; None if nothing is padded.
+
+        bool `[batch, slots]`, or `[batch, kv_heads, slots]` where heads hold different tokens.
+        """
         valid = self.table.valid
-        padded = self.padded
-        old = None if self.cache is None else self.cache.layers[layer]
-        if old is not None and old.slots:
-            # The cache may have been told of the new rows already.
-            return (
-                torch.cat([old.valid[:, : old.slots], valid], 1) if padded or old.padded else None
-            )
-        return valid if padded else None
+        if self.cache is not None and self.past[layer]:
+            held = self.held[layer]
+            if not (self.padded or held.padded):
+                return None
+            if held.headwise:
+                valid = valid[:, None].expand(-1, held.valid.shape[1], -1)
+            return torch.cat([held.valid, valid], -1)
+        return valid if self.padded else None
 
     def _note(self, layer: int) -> None:
         """Tell the caches of the layers up to the next cut which rows come."""
@@ -378,7 +406,14 @@ class DecoderRun:
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
         advance = self.full.valid.shape[1]
-        note_rows(self.cache.layers[layer:stop], self.table, self.padded, advance)
+        intact: Tensor | int = self.past_logical
+        if self.has_inserted:
+            intact += advance
+        elif self.visual is not None and self.table.valid.shape[1] != advance:
+            intact = intact + self.at.remainder(advance).max() + 1  # only visual rows leave
+        note_rows(
+            self.cache, range(layer, stop), self.table, self.place, self.padded, advance, intact
+        )
 
     def prompt_of(self, table: TokenTable) -> Tensor:
         """Rows of the prompt among those of a table: bool `[batch, rows]`."""
@@ -392,6 +427,8 @@ class DecoderRun:
 
     def layer(self, layer: int, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What decoder layer `layer` is given instead of its parent's arguments."""
+        if layer < self.patched.first_hooked and not self._differs(layer):
+            return args, kwargs
         if training:
             # Lives as long as the arguments of a recompute; see `replayed`.
             kwargs["position_embeddings"][0].mllm_run = self
@@ -418,13 +455,22 @@ class DecoderRun:
 
     def _replaced(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Arguments of a layer that differ from its parent's; layers alike share them."""
-        if len(self.tables) == 1 and not self.patched.apart:
-            return {}
+        if len(self.tables) == 1 and not self.patched.apart and not self._differs(layer):
+            return {}  # what the parent made is right
         kind = self.patched.family.kind(layer)
-        key = (kind, layer) if self.patched.apart else kind
+        key = kind, self.held[layer] if self.held else None, layer * self.patched.apart
         if key not in self.replaced:
             self.replaced[key] = self._arguments(layer, kind, hidden, kwargs)
         return self.replaced[key]
+
+    def _differs(self, layer: int) -> bool:
+        """Whether a layer stores other tokens than its parent thinks.
+
+        The parent looks at the first layer of every kind, and cannot tell heads apart.
+        """
+        held = self.held[layer] if self.held else None
+        first = self.patched.first_layer[self.patched.family.kind(layer)]
+        return held is not None and (held is not self.held[first] or held.headwise)
 
     def _arguments(self, layer: int, kind: str, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Mask and positions of a layer for the current rows.
@@ -444,9 +490,11 @@ class DecoderRun:
         elif self.patched.inserts:
             mask = self._mask_in_order(layer, kwargs.get("attention_mask"))
         else:
-            mask = compat.causal_mask(
-                family.text_config, hidden, self._slot_valid(layer), self.cache, layer
-            )
+            valid = self._slot_valid(layer)
+            if valid is not None and valid.dim() == 3:
+                mask = self._mask_of_kind(layer, None, kwargs.get("attention_mask"))
+            else:
+                mask = compat.causal_mask(family.text_config, hidden, valid, self.cache, layer)
         position = self.position
         if position is None and self.rows is None:
             position = kwargs.get("position_ids")
@@ -478,6 +526,7 @@ class DecoderRun:
             rows=rows if self.rows is None else self.rows.gather(1, rows),
             position=None if position is None
             else gather_rows(position, rows, dim=position.dim() - 1),
+            place=gather_rows(self.place, rows, dim=2),
             cache=self.cache if stored else None,
             lengths=valid.sum(1).tolist(),
         )  # fmt: skip
@@ -493,18 +542,18 @@ class DecoderRun:
             layer: index of the layer.
             mask: the decoder's own mask, for its format.
         """
-        old = None if self.cache is None else self.cache.layers[layer]
-        slots, rows = 0 if old is None else old.slots, self.table.valid.shape[1]
+        rows = self.table.valid.shape[1]
+        slots = 0 if self.cache is None else self.past[layer]
         padded = self._slot_valid(layer) is not None
         if mask is None and not padded and (not slots or rows == 1):
             return None
         own = torch.ones(rows, rows, dtype=torch.bool, device=self.table.valid.device).tril()
-        own = own & self.table.valid[:, None]
-        if slots:
-            own = torch.cat([old.valid[:, None, :slots].expand(-1, rows, -1), own], 2)
-        return compat.mask_like(own[:, None], mask)
+        own = (own & self.table.valid[:, None])[:, None]
+        return compat.mask_like(self._behind_stored(layer, own), mask)
 
-    def _mask_of_kind(self, layer: int, mask: Tensor | None) -> Tensor | None:
+    def _mask_of_kind(
+        self, layer: int, mask: Tensor | None, like: Tensor | None = None
+    ) -> Tensor | None:
         """The mask of a layer in a decoder whose layers see differently.
 
         Among the new rows it is the model's own pattern; stored slots are seen if they are valid
@@ -514,10 +563,9 @@ class DecoderRun:
             layer: index of the layer.
             mask: the model's own mask `[batch or 1, 1, rows, slots]`, before rows left; None is
                 causal.
+            like: a mask of the model's format, where that is not `mask`.
         """
         table, window = self.table, self.patched.windows[layer]
-        old = None if self.cache is None else self.cache.layers[layer]
-        slots = 0 if old is None else old.slots
         seen = self.past_logical + self.full.valid.shape[1]
         if mask is None and (window is None or seen < window) and self._slot_valid(layer) is None:
             return None
@@ -534,13 +582,28 @@ class DecoderRun:
         if self.has_inserted:  # rows that stand behind others are not seen by these
             order = torch.ones_like(own[0]).tril()
             own = own & (order | ~table.inserted[:, None])
-        if slots:
-            there = old.valid[:, None, :slots]
-            if window is not None:
-                far = table.logical[:, :, None] - old.logical[:, None, :slots]
-                there = there & (far < window)
-            own = torch.cat([there.expand(-1, own.shape[1], -1), own], 2)
-        return compat.mask_like(own[:, None], mask)
+        own = self._behind_stored(layer, own[:, None])
+        return compat.mask_like(own, mask if like is None else like)
+
+    def _behind_stored(self, layer: int, own: Tensor) -> Tensor:
+        """What rows see of stored slots, and of each other: bool `[batch, 1 or heads, rows, all]`.
+
+        Args:
+            layer: index of the layer.
+            own: bool `[batch, 1, rows, rows]`.
+        """
+        if self.cache is None or not self.past[layer]:
+            return own
+        held, window = self.held[layer], self.patched.windows[layer]
+        there, at = (t if held.headwise else t[:, None] for t in (held.valid, held.logical))
+        there = there[:, :, None].expand(-1, -1, own.shape[2], -1)
+        if window is not None:
+            there = there & (self.table.logical[:, None, :, None] - at[:, :, None] < window)
+        if held.headwise:
+            refuse_flash(self.patched.family)
+            config = self.patched.family.text_config
+            there = there.repeat_interleave(config.num_attention_heads // there.shape[1], 1)
+        return torch.cat([there, own.expand(-1, there.shape[1], -1, -1)], 3)
 
     @staticmethod
     def replayed(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -553,9 +616,9 @@ class DecoderRun:
         if run is None:
             return None
         hidden = args[0]
-        for move in run.moves[layer]:
+        for move in run.moves.get(layer, ()):
             hidden = move(hidden)
-        return (hidden, *args[1:]), {**kwargs, **run.given[layer]}
+        return (hidden, *args[1:]), {**kwargs, **run.given.get(layer, {})}
 
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Run the stages of this layer and prepare what the layers from here on are given."""
@@ -590,6 +653,8 @@ class DecoderRun:
             self.position = position
         if cut:
             self.compacted |= compact
+            if self.compacted:
+                self.place = self.position[None]
             self._note(layer)
             self.tables.append((layer, self.table))
             self.replaced = {}
@@ -611,6 +676,7 @@ class DecoderRun:
             position = gather_rows(position, rows, dim=position.dim() - 1)
         self.position = position
         self.rows = rows if self.rows is None else self.rows.gather(1, rows)
+        self.place = gather_rows(self.place, rows, dim=2)
         return self._move(layer, hidden, lambda x: gather_rows(x, rows))
 
     def _move(self, layer: int, hidden: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
@@ -711,8 +777,8 @@ class DecoderRun:
             line=none, row=none.float(), col=none.float(), size=torch.zeros_like(new.size),
         )  # fmt: skip
         # Both are ordered by the rows that the action saw; what is new comes behind.
-        place = locate(self.table.index, before.table.index, self.full.valid.shape[1])
-        order = torch.cat([place, after], 1).argsort(dim=1, stable=True)
+        stands = locate(self.table.index, before.table.index, self.full.valid.shape[1])
+        order = torch.cat([stands, after], 1).argsort(dim=1, stable=True)
         self.table = TokenTable(
             **{
                 f.name: torch.cat([getattr(self.table, f.name), getattr(new, f.name)], 1).gather(
@@ -724,6 +790,8 @@ class DecoderRun:
         rows = at if before.rows is None else before.rows.gather(1, at)
         self.lengths = self.table.valid.sum(1).tolist()
         self.rows = torch.cat([self.rows, rows], 1).gather(1, order)
+        place = torch.cat([self.place, gather_rows(before.place, at, dim=2)], 2)
+        self.place = gather_rows(place, order, dim=2)
         if self.position is not None:
             dim = self.position.dim() - 1
             position = gather_rows(before.position, at, dim=dim)

@@ -46,6 +46,12 @@ class Reduction:
     def join(cls, parts: list[Reduction]) -> Reduction:
         """Pictures and videos of one prompt, one kind after the other."""
         orders = [part.order for part in parts]
+        guarded = [part.protected for part in parts]
+        if any(x is not None for x in guarded):
+            guarded = [
+                torch.zeros_like(part.keep) if x is None else x
+                for x, part in zip(guarded, parts, strict=True)
+            ]
         return cls(
             layouts=[x for part in parts for x in part.layouts],
             keep=torch.cat([part.keep for part in parts]),
@@ -56,6 +62,7 @@ class Reduction:
             selection_flops=[x for part in parts for x in part.selection_flops],
             ran=set.intersection(*(part.ran for part in parts)),
             counts=[n for part in parts for n in part.counts],
+            protected=None if None in guarded else torch.cat(guarded),
         )
 
     @property

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from mllm import attention, compat
 from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
+from mllm.cache import CacheMark, KVCache, cache_bytes
 from mllm.capture import declared
 from mllm.compressors.base import (
+    CacheCompressor,
     Hidden,
     LayerMethod,
     TextEmbeds,
@@ -38,7 +40,7 @@ from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.running import running
-from mllm.tokens import Counts, count_rows, split_images
+from mllm.tokens import Counts, Layout, count_rows, split_images
 from mllm.validate import check_plan, family_notes
 
 
@@ -92,6 +94,7 @@ class Patched:
         self.kinds = {"image": self.family, "video": self.family.of_videos()}
         self.layers = list(self.family.layers)
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
+        self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
         requested = Plan.of(plan)
         self.plan = Plan(
             [
@@ -112,6 +115,7 @@ class Patched:
         self.mergers = [(i, s) for i, s in stages if isinstance(s, TowerReducer)]
         self.before = [*self.mergers, *self.reducers]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerMethod)]
+        self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
         self.signals = declared(self.pruners)
         self.reads_embeds = any(
             isinstance(signal, TextEmbeds)
@@ -132,6 +136,8 @@ class Patched:
         self.inserts = "Insert" in self._actions()
         check_plan(self, unvalidated)
         self.plan_notes += family_notes(self)
+        self.first_hooked = self._first_hooked()
+        self.mark = CacheMark(compat.config_sha256(model), self.plan.sha256)
         self._base_signature = inspect.signature(self.family.base.forward)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
@@ -172,6 +178,8 @@ class Patched:
         for _, signal in self.signals:
             if not isinstance(signal, Hidden):
                 found.append(self.family.attention(signal.layer))
+        for _, stage in self.compressors:
+            found += [self.family.attention(s.layer) for s in stage.reads().values()]
         found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
 
@@ -218,16 +226,17 @@ class Patched:
                 wrap(family.model, name, self._refuse_continuous)
         pre(family.decoder, self._decoder_pre)
         post(family.decoder, self._decoder_post)
-        for i in range(self._first_hooked(), len(self.layers)):
-            pre(self.layers[i], functools.partial(self._layer_pre, i))
+        for i, layer in enumerate(self.layers):  # a cache may hold other tokens in any of them
+            pre(layer, functools.partial(self._layer_pre, i))
+            if self.compressors:
+                post(layer, functools.partial(self._layer_post, i))
         self._install_branches(pre, post)
         if self.mergers or any(self.site(s) == "pre_projector" for _, s in self.reducers):
             pre(family.projector, self._projector_pre)
             post(family.projector, self._projector_post)
             post(family.tower, self._tower_post)
-        for block, forward in self._tower_blocks():
-            self._set(block, "forward", forward)
-            touched[block] = None
+        for i, block in enumerate(family.blocks if self.mergers else ()):
+            wrap(block, "forward", functools.partial(self._tower_block, i))
         self._set(family.base, "mllm_patched", True)
         for module in touched:
             self._set(module, "__deepcopy__", functools.partial(self._plain_copy, module))
@@ -281,22 +290,14 @@ class Patched:
                 if i in changed:
                     post(family.branch(i, branch), functools.partial(self._branch_post, i, branch))
 
-    def _tower_blocks(self) -> list[tuple[nn.Module, Any]]:
-        """Tower blocks in which tokens merge, and what runs instead of their forward."""
-        if not self.mergers:
-            return []
-
-        def replace(i: int, block: nn.Module) -> Any:
-            @functools.wraps(block.forward)
-            def forward(hidden_states, attention_mask=None, **kwargs):
-                run = _VISION.get()
-                if run is None:
-                    return type(block).forward(block, hidden_states, attention_mask, **kwargs)
-                return run.tower.block(i, hidden_states, attention_mask, kwargs)
-
-            return forward
-
-        return [(block, replace(i, block)) for i, block in enumerate(self.family.blocks)]
+    def _tower_block(self, block: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        """What runs instead of a tower block's forward, where tokens may merge."""
+        run = _VISION.get()
+        if run is None:
+            return original(*args, **kwargs)
+        given = {**dict(zip(("hidden_states", "attention_mask"), args, strict=False)), **kwargs}
+        hidden, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
+        return run.tower.block(block, hidden, mask, given)
 
     def remove(self) -> None:
         """Take the plan out; the model is exactly what it was.
@@ -332,6 +333,21 @@ class Patched:
         state = "active" if self._handles else "removed"
         return f"Patched({type(self.model).__name__}, {self.plan.spec!r}, {state})"
 
+    def new_mark(self) -> CacheMark:
+        """What a new cache is told of the model and plan that fill it."""
+        return CacheMark(self.mark.config_sha256, self.mark.plan_sha256)
+
+    def kv(self, cache: Any) -> KVCache:
+        """Look at a cache that this model has filled, and change it, by logical index.
+
+        Args:
+            cache: `past_key_values` of a forward or of `generate()`.
+
+        Raises:
+            CacheMismatchError: a cache that no patched model has used.
+        """
+        return KVCache(cache, self.family)
+
     @property
     def ledger(self) -> Ledger:
         """The account of the newest prefill."""
@@ -359,6 +375,7 @@ class Patched:
             )
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         drafts = bool(getattr(config, "is_assistant", False))
+        self._carry_on(kwargs.get("past_key_values"))
         if self.family.mrope and ids is not None and kwargs.get("past_key_values") is None:
             # Positions come from the pictures, before the prompt is read.
             self._placeholders(ids, kwargs, drafts)
@@ -409,6 +426,15 @@ class Patched:
         run = _FORWARD.get()
         return run if run is not None and run.patched is self else None
 
+    def _carry_on(self, cache: Any) -> None:
+        """Give the base model back what it remembered of this conversation.
+
+        In between it may have had another one, or the cache comes from a file.
+        """
+        mark = getattr(cache, "mllm", None)
+        for name, value in ({} if mark is None else mark.carried).items():
+            setattr(self.family.base, name, value)
+
     def _open(self, given: dict[str, Any]) -> DecoderRun:
         """The state of a forward pass, from the base model's arguments.
 
@@ -417,6 +443,8 @@ class Patched:
         """
         ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
         mask, visual, counts = given.get("attention_mask"), None, None
+        if self._prompt().length is None:  # generate() has done so
+            self._carry_on(given.get("past_key_values"))
         brought = self._brought(given)
         if ids is None and brought:
             raise DataError(
@@ -427,15 +455,16 @@ class Patched:
             )
         answering = self._answering(given.get("past_key_values"))
         marks: dict[str, Tensor] = {}
+        layouts: dict[str, list[Layout]] = {}
         if ids is not None and not answering and (brought or ids.shape[1] > 1):
-            marks, counts = self._placeholders(ids, given, self._prompt().drafts)
+            marks, counts, layouts = self._placeholders(ids, given, self._prompt().drafts)
         if marks:
             visual = functools.reduce(torch.logical_or, marks.values())
         call = _CALL.get()
         return DecoderRun(
             self, visual, None, mask,
             call=call if call is not None and call.patched is self else None,
-            counts=counts, answering=answering, marks=marks,
+            counts=counts, answering=answering, marks=marks, layouts=layouts,
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
 
@@ -458,8 +487,8 @@ class Patched:
 
     def _placeholders(
         self, ids: Tensor, given: dict[str, Any], drafts: bool
-    ) -> tuple[dict[str, Tensor], Counts]:
-        """Placeholders of images and of videos, bool `[batch, rows]`, and all counts.
+    ) -> tuple[dict[str, Tensor], Counts, dict[str, list[Layout]]]:
+        """Placeholders of images and of videos, bool `[batch, rows]`; counts; layouts of pixels.
 
         Raises:
             DataError: there are others than the pictures given have; a model that drafts is
@@ -470,11 +499,18 @@ class Patched:
         plain = isinstance(mask, Tensor) and mask.dim() == 2
         marks = {kind: ids == family.image_token_id for kind, family in families.items()}
         counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
-        brought = self._brought(given)
+        brought, layouts = self._brought(given), {}
+        for kind in brought:
+            if encoders.get(kind) is None:
+                families[kind].check(given)
+                layouts[kind] = families[kind].layouts(given)
         if brought or not drafts:
             for kind, family in families.items():
-                self._check_counts(kind, family, counts.marked[kind], given, encoders.get(kind))
-        return {kind: marks[kind] for kind in brought}, counts
+                self._check_counts(
+                    kind, family, counts.marked[kind], kind in brought, layouts.get(kind),
+                    encoders.get(kind),
+                )
+        return {kind: marks[kind] for kind in brought}, counts, layouts
 
     def _answering(self, cache: Any) -> bool:
         """Whether all rows are tokens that generate() has added: none is padding or visual."""
@@ -482,10 +518,11 @@ class Patched:
         return length is not None and cache is not None and 0 < length <= cache.get_seq_length()
 
     def _check_counts(
-        self, kind: str, family: Family, counts: list[int], given: dict[str, Any], encoded: Any
+        self, kind: str, family: Family, counts: list[int], brought: bool,
+        layouts: list[Layout] | None, encoded: Any,
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
-        found, brought = any(counts), given.get(family.pixels) is not None or encoded is not None
+        found = any(counts)
         if found != brought:
             raise DataError(
                 f"the prompt has {kind} placeholders but no pixels were given"
@@ -497,9 +534,8 @@ class Patched:
             )
         if not found:
             return
-        if encoded is None:
-            family.check(given)
-            sizes = [layout.tokens for layout in family.layouts(given)]
+        if layouts is not None:
+            sizes = [layout.tokens for layout in layouts]
             total = sum(sizes)
         elif (reduction := getattr(encoded, "mllm_reduction", None)) is None:
             raise DataError(
@@ -538,7 +574,9 @@ class Patched:
                     given=inputs[name],
                     expected="set it in the config before mllm.patch",
                 )
-        run = VisionRun(self, self.kinds[kind], inputs)
+        decoder_run = self._run()
+        known = None if decoder_run is None else decoder_run.layouts.get(kind)
+        run = VisionRun(self, self.kinds[kind], inputs, known)
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
@@ -548,7 +586,7 @@ class Patched:
             _VISION.reset(token)
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
-        if (decoder_run := self._run()) is not None:
+        if decoder_run is not None:
             decoder_run.reductions[kind] = run.reduction
         return output
 
@@ -574,7 +612,7 @@ class Patched:
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
         call = run.call
         run.start(kwargs, self._prompt().length, None if call is None else call.labels)
-        if run.visual is not None and self.pruners:
+        if self.compressors or (run.visual is not None and self.pruners):
             attention.open_taps(run.captures.taps())
         return (), kwargs
 
@@ -583,6 +621,11 @@ class Patched:
         if run is None:
             return DecoderRun.replayed(layer, args, kwargs)
         return run.layer(layer, module.training, args, kwargs)
+
+    def _layer_post(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+        run = self._run()
+        if run is not None and run.events is not None:
+            run.events.layer_end(layer)
 
     def _branch_pre(
         self, layer: int, branch: str, module: nn.Module, args: tuple, kwargs: dict
@@ -616,10 +659,16 @@ class Patched:
         run = self._run()
         if run is None:
             return None
+        if run.visual is not None:
+            run.finish(output.last_hidden_state)
+        if run.events is not None:
+            run.events.forward_end()
+        if run.cache is not None:
+            carried = {name: getattr(self.family.base, name) for name in self.family.carried}
+            run.cache.mllm.carried = {k: v for k, v in carried.items() if v is not None}
         if run.visual is None:
             self._book_text(run)
             return output
-        run.finish(output.last_hidden_state)
         ran = run.ran | run.reduction.ran
         missing = [s.info.name for n, s in enumerate(self.plan.stages) if n not in ran]
         if missing:
@@ -651,9 +700,7 @@ class Patched:
         cache = run.cache
         if not run.past_logical:
             self._records.clear()  # a new conversation
-        layers = [] if cache is None else cache.layers
-        tensors = [t for x in layers for t in (x.keys, x.values) if t is not None]
-        meta = {id(t): t for x in layers for t in (x.valid, x.logical) if t is not None}
+        stored, meta = cache_bytes(cache)
         rows = run.full.valid.shape[1]
         asked = run.call.logits_to_keep if run.call is not None else 0
         if isinstance(asked, Tensor):  # places, or a mask of every row
@@ -668,10 +715,10 @@ class Patched:
             images=run.images,
             reduction=run.reduction,
             logit_rows=min(asked, rows) if asked else rows,
-            kv_bytes=sum(t.nbytes for t in tensors),
-            kv_meta_bytes=sum(t.nbytes for t in meta.values()),
+            kv_bytes=stored,
+            kv_meta_bytes=meta,
             itemsize=run.itemsize,
-            cached=bool(tensors),
+            cached=stored > 0,
             selection_flops=run.selection_flops,
             branch_rows=run.changes.counts,
             notes=notes,

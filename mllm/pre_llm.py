@@ -58,11 +58,18 @@ class VisionRun:
     equal images.
     """
 
-    def __init__(self, patched: Patched, family: Family, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        patched: Patched,
+        family: Family,
+        inputs: Mapping[str, Any],
+        layouts: list[Layout] | None = None,
+    ) -> None:
         self.patched, self.family, self.inputs = patched, family, inputs
-        family.check(inputs)
         pixels = inputs[family.pixels]
-        layouts = self.family.layouts(inputs)
+        if layouts is None:
+            family.check(inputs)
+            layouts = family.layouts(inputs)
         full = [self.family.vision_flops(x, x.cells) for x in layouts]
         into = on_device(torch.cat([torch.arange(x.tokens) for x in layouts]), pixels)
         self.reduction = Reduction(

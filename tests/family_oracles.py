@@ -384,5 +384,6 @@ def positions(family: str, sample: Sample, n: int) -> Tensor:
         attention_mask=torch.ones_like(sample.ids)[None],
     )
     position = position[:, 0]
-    rest = position.max() + 1 + torch.arange(n - len(sample.ids))
-    return torch.cat([position, rest.expand(3, -1)], 1)
+    # generate() counts on from the last row, also where a video runs ahead of it in time.
+    rest = position[:, -1:] + 1 + torch.arange(n - len(sample.ids))
+    return torch.cat([position, rest], 1)

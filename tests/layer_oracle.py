@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from families import KITS, Sample, reference
+from families import Sample, reference
 from family_oracles import _pattern, deepstack, features, positions
 from oracles import rotate
 from torch import Tensor
@@ -100,8 +100,6 @@ def run_with_gradients(
     if sample.pictures:
         h[visual] = torch.cat(features(family, sample)).to(h)
     alive, position = torch.ones(n, dtype=torch.bool), positions(family, sample, n)
-    if KITS[family].mrope:
-        position = position.expand(3, n)
     added, seen = deepstack(family, sample), Seen(h, alive)
     own = torch.arange(n)  # the token of each row; inserted rows have that of their neighbour
     inserted = torch.zeros(n, dtype=torch.bool)

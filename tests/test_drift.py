@@ -103,7 +103,7 @@ def test_the_tested_range_is_one_and_the_same_everywhere():
      ("6.0.0.dev0", False), ("4.57.1", False)],
 )  # fmt: skip
 def test_a_warning_at_the_first_patch_only(monkeypatch, version, inside):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     compat.warn_if_untested.cache_clear()
     model = tiny.llava(layers=2)
     try:

@@ -301,16 +301,15 @@ def window_in_slots(mp):
     """A sliding window counts the stored tokens, and not those that were dropped between them."""
 
     def mask(original, self, layer, parent):
-        old = None if self.cache is None else self.cache.layers[layer]
-        if old is None or not old.slots:
+        held = self.held[layer] if self.held else None
+        if held is None:
             return original(self, layer, parent)
-        logical = old.logical
-        slots = torch.arange(logical.shape[1]) + self.past_logical - old.slots
-        old.logical = slots.expand_as(logical)
+        slots = torch.arange(held.slots) + self.past_logical - held.slots
+        self.held[layer] = held.with_columns(logical=slots.expand_as(held.logical))
         try:
             return original(self, layer, parent)
         finally:
-            old.logical = logical
+            self.held[layer] = held
 
     around(mp, DecoderRun, "_mask_of_kind", mask)
     mp.setattr(SlotLayer, "_forget", lambda self: None)

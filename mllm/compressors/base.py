@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,6 +51,8 @@ __all__ = [
     "BranchGate",
     "BranchRows",
     "Budget",
+    "CacheCompressor",
+    "CacheEvent",
     "ColumnMass",
     "Context",
     "Evict",
@@ -476,3 +479,78 @@ class LayerSchedule(LayerMethod):
     def act(self, ctx: LayerContext) -> list[Any]:
         keep = self.keep[self.layers.index(ctx.layer)]
         return [self.keep_best(ctx, keep, ctx.n_entered)]
+
+
+@dataclass(frozen=True)
+class CacheEvent:
+    """What has happened to a cache; ``event["name"]`` is a declared signal.
+
+    A signal of a decoder layer has one value per token, `[batch, heads, length]` by logical index,
+    zero where the layer does not store it. It is there from that layer's `layer_end` on.
+
+    Attributes:
+        cache: the :class:`mllm.cache.KVCache` to look at and to change.
+        phase: `"prefill"` (a later turn's too), `"decode"` or `"verify"`.
+        layer: the layer that has run; None where all have.
+        prompt: bool `[batch, rows]`, rows of this forward that belong to the prompt: no padding,
+            nothing supervised. Candidates of assisted decoding are not among the rows.
+        visual: bool `[batch, rows]`, visual rows of this forward.
+        start: logical index of the first row.
+        accepted: candidates that stayed (`verify_end`).
+    """
+
+    cache: Any
+    phase: Literal["prefill", "decode", "verify"]
+    signals: dict[str, Tensor]
+    layer: int | None = None
+    prompt: Tensor | None = None
+    visual: Tensor | None = None
+    start: int | None = None
+    accepted: int | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.signals:
+            raise PlanError(
+                f"{name!r} was not declared in reads(), or its layer has not run",
+                argument="reads",
+                given=name,
+                expected=", ".join(sorted(self.signals)) or "a declared signal",
+            )
+        return self.signals[name]
+
+
+class CacheCompressor(_Method):
+    """A method on the KV cache. It overrides the events that it wants and works on `event.cache`.
+
+    Events run without gradients, in the order of the plan's stages. A method keeps nothing on
+    itself: what belongs to a slot is a column (`KVCache.annotate`), what belongs to a conversation
+    is in `KVCache.state`. `chunk_end` is reserved for chunked prefill, which is refused.
+
+    Attributes:
+        group: layers per group, for `group_end`; 0 is none.
+    """
+
+    site = "cache"
+    paper_positions = "original"
+    actions = ("Evict",)
+    positions: ClassVar[Positions | None] = None
+    group: ClassVar[int] = 0
+
+    def layer_end(self, event: CacheEvent) -> None:
+        """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""
+
+    def group_end(self, event: CacheEvent) -> None:
+        """The last layer of a group of `group` layers has run in a prefill."""
+
+    def prefill_end(self, event: CacheEvent) -> None:
+        """All layers have run over a prompt, a later turn's too."""
+
+    def decode_step(self, event: CacheEvent) -> None:
+        """All layers have run over one new token per sample."""
+
+    def verify_end(self, event: CacheEvent) -> None:
+        """Assisted decoding: rejected candidates are gone, `event.accepted` have stayed.
+
+        Runs before the next forward. What was evicted on the strength of rejected candidates has
+        come back.
+        """

@@ -61,6 +61,8 @@ class Family:
         hybrid: decoder layers of several kinds see differently; the base model makes a mask of
             each kind.
         first_cut: first decoder layer before which rows may leave.
+        carried: attributes of `base` that belong to a conversation; the engine keeps them on its
+            cache.
         needs: tensors that pictures come as, and the dimensions that each may have.
     """
 
@@ -72,6 +74,7 @@ class Family:
     mrope = False
     hybrid = False
     first_cut = 0
+    carried: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4,)}
 
     def __init__(self, model: nn.Module) -> None:

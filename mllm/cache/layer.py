@@ -1,0 +1,587 @@
+"""One layer of a cache that knows more tokens than it stores, and what each slot stands for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm.cache.segments import Dense, Segment
+from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from mllm.errors import CacheMismatchError, PlanError
+from mllm.tokens import TokenTable
+
+
+@dataclass(frozen=True, eq=False)
+class SlotTable:
+    """What the slots of a layer stand for; layers that hold the same tokens share one table.
+
+    Attributes:
+        columns: tensors by name, all `[batch, slots]`, or `[batch, kv_heads, slots]` where heads
+            hold different tokens. `valid` (bool, false for padding and empty cells), `visual`
+            (bool), `logical` (int64, index in the uncompressed sequence), `position0` and under
+            M-RoPE `position1`, `position2` (int64). Methods may add columns of their own: they
+            follow every operation, and new tokens get zero.
+        padded: whether any cell is invalid; known without asking the device.
+    """
+
+    columns: dict[str, Tensor]
+    padded: bool
+    _memo: list = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, table: TokenTable, position: Tensor, padded: bool) -> SlotTable:
+        """The rows of a forward as new slots.
+
+        Args:
+            table: rows that the layers see.
+            position: int64 `[1 or 3, batch, rows]`, what the rotary embedding is given.
+            padded: whether any row is invalid.
+        """
+        columns = {name: getattr(table, name) for name in ("valid", "visual", "logical")}
+        shape = table.valid.shape
+        columns |= {f"position{i}": p.expand(shape) for i, p in enumerate(position)}
+        return cls(columns, padded)
+
+    @classmethod
+    def plain(cls, batch: int, start: int, stop: int, device: torch.device) -> SlotTable:
+        """Text tokens `start` to `stop` of a model without a plan."""
+        index = torch.arange(start, stop, device=device).expand(batch, -1)
+        valid = torch.ones_like(index, dtype=torch.bool)
+        columns = {"valid": valid, "visual": ~valid, "logical": index, "position0": index}
+        return cls(columns, False)
+
+    @property
+    def valid(self) -> Tensor:
+        return self.columns["valid"]
+
+    @property
+    def logical(self) -> Tensor:
+        return self.columns["logical"]
+
+    @property
+    def position(self) -> Tensor:
+        """int64 `[1 or 3, *valid.shape]`."""
+        return torch.stack([t for name, t in self.columns.items() if name[:8] == "position"])
+
+    @property
+    def slots(self) -> int:
+        return self.valid.shape[-1]
+
+    @property
+    def headwise(self) -> bool:
+        """Whether heads hold different tokens."""
+        return self.valid.dim() == 3
+
+    def _once(self, key: Any, make: Callable[[], SlotTable]) -> SlotTable:
+        """Layers that shared a table share the next one: the newest result is remembered.
+
+        Only weakly, or a snapshot would hold every table since.
+        """
+        if self._memo and _same(self._memo[0], key) and (made := self._memo[1]()) is not None:
+            return made
+        made = make()
+        self._memo[:] = [key, weakref.ref(made)]
+        return made
+
+    def map(self, change: Callable[[Tensor], Tensor], key: Any) -> SlotTable:
+        """Every column through `change`; `key` tells changes apart."""
+        return self._once(
+            key,
+            lambda: SlotTable({n: change(t) for n, t in self.columns.items()}, self.padded),
+        )
+
+    def with_columns(self, **columns: Tensor) -> SlotTable:
+        """The table with some columns exchanged or added."""
+        return SlotTable(self.columns | columns, self.padded)
+
+    def first(self, slots: int) -> SlotTable:
+        return self.map(lambda t: t[..., :slots], ("first", slots))
+
+    def last(self, slots: int) -> SlotTable:
+        return self.map(lambda t: t[..., t.shape[-1] - slots :], ("last", slots))
+
+    def cat(self, new: SlotTable) -> SlotTable:
+        """This table with new slots behind; `new` is one for all heads."""
+
+        def joined() -> SlotTable:
+            heads = self.valid.shape[1] if self.headwise else None
+            columns = {}
+            for name in self.columns | new.columns:
+                # An unpatched model's past has one position only.
+                old = self.columns.get(name, self.columns["position0"])
+                more = new.columns.get(name)
+                if more is None:
+                    more = old.new_zeros(new.valid.shape)
+                if heads:
+                    more = more[:, None].expand(-1, heads, -1)
+                columns[name] = torch.cat([old, more], -1)
+            return SlotTable(columns, self.padded or new.padded)
+
+        return self._once(new, joined)
+
+    def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
+        """Columns that stay, packed to the right so that lengths may differ.
+
+        Args:
+            keep: bool, of the shape of `valid` or with one for all heads.
+
+        Returns:
+            int64 index of the column behind every new one, shaped like the new `valid`; and the
+            new table.
+        """
+
+        most = int(keep.sum(-1).max()) if keep.numel() else 0
+        index = keep.int().argsort(dim=-1, stable=True)[..., keep.shape[-1] - most :]
+        valid = keep.gather(-1, index)
+        columns = {
+            name: (t if t.dim() == keep.dim() else t[:, None].expand(keep.shape)).gather(-1, index)
+            for name, t in self.columns.items()
+        }
+        return index, SlotTable(columns | {"valid": valid}, not bool(valid.all()))
+
+
+def _same(key: Any, other: Any) -> bool:
+    return key is other or (isinstance(key, tuple) and isinstance(other, tuple) and key == other)
+
+
+@dataclass
+class LayerState:
+    """A layer as it was: made by :meth:`SlotLayer.state`."""
+
+    segments: list[Segment]
+    table: SlotTable | None
+    seen: int
+    intact: Tensor | int
+    compressed: bool
+    shifts: dict[str, Tensor]
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's keys and values, with what each slot stands for.
+
+    `get_seq_length()` is the logical length (tokens seen), so positions, slicing of `input_ids`
+    and a second turn work as if nothing had been dropped. `get_mask_sizes()` says where the
+    stored slots lie in it.
+
+    A layer that sees only a window forgets what no later token can see.
+
+    Attributes:
+        window: tokens that a query sees, itself included, in logical distance; None is all.
+        segments: storage, oldest slots first.
+        table: what the slots stand for; None before the first token.
+        shifts: per kind of stage, how far positions of later tokens move left, int64
+            `[batch, 1]` (only under ``positions="compact"``).
+        seen: logical length.
+        intact: every token from this one on has exactly one column.
+        compressed: whether this layer holds other tokens than it was shown.
+        planned: whether any layer of the cache is compressed.
+        foreign: whether an unpatched model appended, so that validity is not known.
+        heads: KV heads, once there are any keys.
+        record_past: whether a window forgets nothing (assisted decoding).
+        journals: whether `crop` can undo evictions made from now on.
+    """
+
+    def __init__(self, window: int | None = None, record_past: bool = False) -> None:
+        # Not the base's: it assigns `keys` and `values`, which are computed here.
+        self.is_initialized = False
+        self.window, self.is_sliding = window, window is not None
+        self.record_past = record_past
+        self._clear()
+
+    def _clear(self) -> None:
+        self.segments: list[Segment] = []
+        self.table: SlotTable | None = None
+        self.shifts: dict[str, Tensor] = {}
+        self.seen = 0
+        self.intact: Tensor | int = 0
+        self.compressed = self.planned = self.foreign = self.journals = False
+        self._noted: tuple[SlotTable, int, Tensor | int] | None = None
+        self._journal: list[tuple[int, LayerState]] = []
+
+    @property
+    def slots(self) -> int:
+        """Columns of the stored rectangle."""
+        return sum(segment.slots for segment in self.segments)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[batch, kv_heads, slots, head_dim]`; a view as long as there is one dense segment."""
+        return self._joined([segment.keys() for segment in self.segments])
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[batch, kv_heads, slots, value_dim]`."""
+        return self._joined([segment.values() for segment in self.segments])
+
+    @staticmethod
+    def _joined(parts: list[Tensor]) -> Tensor | None:
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0] if parts else None
+
+    @property
+    def padded(self) -> bool:
+        """Whether any cell is invalid; known without asking the device."""
+        return self.table is not None and self.table.padded
+
+    def note(self, table: SlotTable, advance: int, intact: Tensor | int) -> None:
+        """Say what the next `update` will append.
+
+        Args:
+            table: all slots after the update.
+            advance: tokens by which the logical length grows.
+            intact: every token of this forward from this logical index on gets a slot; a tensor
+            if only the device knows it.
+        """
+        self.compressed |= advance != table.slots - self.slots
+        self._noted = table, advance, intact
+
+    def activate_past_recording(self) -> None:
+        """Forget nothing, so that `crop` can go back (assisted decoding)."""
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.heads = key_states.shape[1]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if self._noted is None and (self.compressed or self.planned):
+            raise CacheMismatchError(
+                "this cache was compressed by a plan and cannot be used without it",
+                argument="past_key_values",
+                given=f"{self.slots} of {self.seen} tokens stored",
+                expected="the patched model, or a new cache",
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, new = key_states.shape[0], key_states.shape[-2]
+        if self._noted is None:  # an unpatched model
+            self.foreign, advance, intact = True, new, self.seen
+            rows = SlotTable.plain(batch, self.seen, self.seen + new, key_states.device)
+            table = rows if self.table is None else self.table.cat(rows)
+        else:
+            table, advance, intact = self._noted
+        self._append(key_states, value_states)
+        self.table, self._noted = table, None
+        self.seen += advance
+        if advance != new:
+            self.intact = intact
+        keys, values = self.keys, self.values
+        if self.window is not None and not self.record_past:
+            self._forget()
+        return keys, values
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        if self.segments and self.segments[-1].grows:
+            self.segments[-1].append(keys, values)
+        else:
+            owned = (t.clone(memory_format=torch.contiguous_format) for t in (keys, values))
+            self.segments.append(Dense.of(*owned))
+
+    def _forget(self) -> None:
+        """Let go of the oldest slots that no later token of any sample sees."""
+        if self.slots < self.window:
+            return
+        unseen = (self.table.logical <= self.seen - self.window) | ~self.table.valid
+        gone = int(unseen.flatten(0, -2).all(0).long().cumprod(0).sum())
+        if gone:
+            self.table = self.table.last(self.slots - gone)
+        for segment in list(self.segments):
+            if not gone:
+                break
+            here = min(gone, segment.slots)
+            gone -= here
+            self.segments.pop(0)
+            if here < segment.slots:
+                self.segments.insert(0, segment.last(segment.slots - here))
+
+    def retain(
+        self, keep: Tensor, as_of: int | None = None, shared: dict | None = None
+    ) -> None:
+        """Let go of every slot that is not in `keep`; logical length stays.
+
+        Args:
+            keep: bool `[batch, slots]` or `[batch, kv_heads, slots]`.
+            as_of: tokens that the decision looked at. If `crop` takes any of them back, it takes
+                the decision back. None is all tokens seen.
+            shared: filled with what layers of one table have in common; give the same one to all
+                layers that keep the same slots.
+        """
+        self.remember(as_of)
+        if not self.segments:
+            return
+        keep = keep & _as_wide(self.table.valid, keep)
+        if self.table.headwise and keep.dim() == 2:
+            keep = keep[:, None].expand(self.table.valid.shape)
+        if len(self.segments) == 1:
+            shared = {} if shared is None else shared
+            if self.table not in shared:
+                shared[self.table] = self.table.compact(keep)
+            index, self.table = shared[self.table]
+            self.segments = [self.segments[0].take(index, self.table.valid)]
+        else:
+            self._retain_parts(keep)
+        self.segments = [segment for segment in self.segments if segment.slots]
+        self.compressed, self.intact = True, self.seen
+
+    def _retain_parts(self, keep: Tensor) -> None:
+        segments, tables, at = [], [], 0
+        for segment in self.segments:
+            stop = at + segment.slots
+            part = self.table.first(stop).last(segment.slots)
+            index, table = part.compact(keep[..., at:stop])
+            segments.append(segment.take(index, table.valid))
+            tables.append(table)
+            at = stop
+        self.segments = segments
+        names = self.table.columns
+        columns = {name: torch.cat([t.columns[name] for t in tables], -1) for name in names}
+        self.table = SlotTable(columns, any(t.padded for t in tables))
+
+    def remember(self, as_of: int | None = None) -> None:
+        """Before a change: keep what `crop` needs to undo it."""
+        if self.journals and (as_of is None or as_of >= self.seen):
+            self._journal.append((self.seen, self.state()))
+
+    def state(self) -> LayerState:
+        """What :meth:`restore` needs to come back here."""
+        segments = [segment.held() for segment in self.segments]
+        return LayerState(
+            segments, self.table, self.seen, self.intact, self.compressed, dict(self.shifts)
+        )
+
+    def restore(self, state: LayerState) -> None:
+        """Be what the layer was; the state can be used again."""
+        self.segments = [segment.held() for segment in state.segments]
+        self.table, self.seen, self.intact = state.table, state.seen, state.intact
+        self.compressed, self.shifts = state.compressed, dict(state.shifts)
+        self._noted, self._journal = None, []
+
+    def get_seq_length(self, *args) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots + query_length, self.seen - self.slots
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest tokens back: `-n` of them, or down to `n` (logical tokens).
+
+        Evictions that looked at them are undone if they were journalled.
+        """
+        if not self.is_initialized:
+            return
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
+        target = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
+        target = max(0, min(target, self.seen))
+        undone = [state for seen, state in self._journal if seen > target]
+        if undone:
+            self.restore(undone[0])
+        self._journal = []
+        if target < self.seen:
+            self._crop(target)
+        if self.window is not None and self.record_past:
+            self._forget()
+
+    def _crop(self, length: int) -> None:
+        self.intact = int(self.intact)
+        if length >= self.intact:
+            left = self.slots - (self.seen - length)
+            self.table = self.table.first(left)
+            segments = []
+            for segment in self.segments:
+                here = min(left, segment.slots)
+                left -= here
+                if here:
+                    segments.append(segment if here == segment.slots else segment.first(here))
+            self.segments = segments
+        elif self.shifts or self.window is not None:
+            raise CacheMismatchError(
+                f"a cache with renumbered positions or a window cannot go back to {length} tokens",
+                argument="past_key_values",
+                given=length,
+                expected=f"at least {self.intact} tokens",
+            )
+        else:
+            self.retain(self.table.logical < length, as_of=-1)
+        self.seen, self.intact = length, min(self.intact, length)
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)), beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0), ("repeat", repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rows(lambda t: t[indices.to(t.device)], indices)
+
+    def _rows(self, change: Callable[[Tensor], Tensor], key: Any) -> None:
+        self.segments = [segment.rows(change) for segment in self.segments]
+        if self.table is not None:
+            self.table = self.table.map(change, key)
+        self.shifts = {name: change(shift) for name, shift in self.shifts.items()}
+        self._journal = []
+
+
+def _as_wide(valid: Tensor, keep: Tensor) -> Tensor:
+    """Validity with the axes of `keep`."""
+    return valid if valid.dim() >= keep.dim() else valid[:, None]
+
+
+@dataclass
+class CacheMark:
+    """Whose cache it is; kept on the cache as `mllm`.
+
+    Attributes:
+        config_sha256, plan_sha256: of the model and of the plan that fill it.
+        unverified: tokens that are certain, if the newest forward also held candidates of
+            assisted decoding.
+        carried: attributes of the base model that belong to the conversation.
+        state: what methods remember about the conversation.
+        lasting: by stage number, actions that hold for the conversation.
+    """
+
+    config_sha256: str
+    plan_sha256: str
+    unverified: int | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    lasting: dict[int, list[Any]] = field(default_factory=dict)
+
+
+def adopt(
+    cache: Cache, windows: list[int | None], past_valid: Tensor | None, mark: CacheMark
+) -> None:
+    """Turn the caller's DynamicCache, in place, into one with :class:`SlotLayer` layers.
+
+    Args:
+        cache: an empty cache, or one adopted before.
+        windows: per decoder layer the window that it sees, None is everything.
+        past_valid: bool `[batch, tokens]`, which tokens of the past are not padding.
+        mark: the model and plan in use.
+
+    Raises:
+        PlanError: the cache is of another kind.
+        CacheMismatchError: another model or plan filled it, or a model without a plan.
+    """
+    if cache.layers and all(type(layer) is SlotLayer for layer in cache.layers):
+        _check_mark(cache, mark, len(windows))
+        learnt = {}
+        for layer in cache.layers:
+            if layer.foreign:
+                if layer.table not in learnt:
+                    learnt[layer.table] = _with_validity(layer.table, layer.seen, past_valid)
+                layer.table, layer.foreign = learnt[layer.table], False
+        return
+    kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
+    plain = type(cache) is DynamicCache and all(
+        type(layer) is kind for layer, kind in zip(cache.layers, kinds, strict=False)
+    )
+    if not plain or getattr(cache, "offloading", False):
+        raise PlanError(
+            f"a {type(cache).__name__} with "
+            f"{type(cache.layers[0]).__name__ if cache.layers else 'no'} layers cannot hold a "
+            "plan's per-layer lengths",
+            argument="past_key_values",
+            given=type(cache).__name__,
+            expected="a DynamicCache (no static, quantised, sliding or offloaded cache)",
+        )
+    if stored := max((int(layer.get_seq_length()) for layer in cache.layers), default=0):
+        raise CacheMismatchError(
+            f"this cache was filled with {stored} tokens without a plan",
+            argument="past_key_values",
+            given=type(cache).__name__,
+            expected="a new cache, or one that this plan has filled",
+        )
+    layers = []
+    missing = [None] * (len(windows) - len(cache.layers))
+    for old, window in zip([*cache.layers, *missing], windows, strict=True):
+        layer = SlotLayer(window, getattr(old, "record_past", False))
+        layers.append(layer)
+    cache.layers = layers
+    cache.layer_class_to_replicate = None
+    cache.mllm = mark
+
+
+def _with_validity(table: SlotTable, seen: int, past_valid: Tensor | None) -> SlotTable:
+    """Take the padding of tokens that an unpatched model stored from the caller's mask."""
+    if past_valid is None or past_valid.shape[1] < seen:
+        return table
+    valid = past_valid.bool().to(table.valid.device)
+    position = (valid.long().cumsum(1) - 1).clamp(min=0).gather(1, table.logical)
+    valid = valid.gather(1, table.logical)
+    columns = table.columns | {"valid": valid, "position0": position}
+    return SlotTable(columns, not bool(valid.all()))
+
+
+def _check_mark(cache: Cache, mark: CacheMark, depth: int) -> None:
+    held = cache.mllm
+    if not cache.get_seq_length():
+        cache.mllm = mark
+        return
+    if held.config_sha256 != mark.config_sha256 or len(cache.layers) != depth:
+        what = "model"
+    elif held.plan_sha256 != mark.plan_sha256:
+        what = "plan"
+    else:
+        return
+    raise CacheMismatchError(
+        f"the cache was filled by another {what}",
+        argument="past_key_values",
+        given=getattr(held, "plan_sha256" if what == "plan" else "config_sha256")[:12],
+        expected=f"a cache of this {what}, or a new cache",
+    )
+
+
+def note_rows(
+    cache: Cache,
+    layers: range,
+    table: TokenTable,
+    position: Tensor,
+    padded: bool,
+    advance: int,
+    intact: Tensor | int,
+) -> None:
+    """Announce the rows of a forward to consecutive layers that all see the same rows.
+
+    Args:
+        cache: an adopted cache.
+        layers: the layers.
+        table: rows that they see.
+        position: int64 `[1 or 3, batch, rows]`, what the rotary embedding is given.
+        padded: whether any row is invalid.
+        advance: tokens by which the logical length grows.
+        intact: every token of this forward from this logical index on gets a slot.
+    """
+    new = SlotTable.of(table, position, padded)
+    for layer in (cache.layers[i] for i in layers):
+        layer.note(new if layer.table is None else layer.table.cat(new), advance, intact)
+    if any(layer.compressed for layer in cache.layers):
+        for layer in cache.layers:
+            layer.planned = True
+
+
+def cache_bytes(cache: Cache | None) -> tuple[int, int]:
+    """Bytes of the tensors that a cache really holds: (keys and values, everything else).
+
+    Room for growth and host memory count; tensors that layers share count once.
+    """
+    layers = [] if cache is None else cache.layers
+    segments = [segment for layer in layers for segment in layer.segments]
+    stored = [t for segment in segments for t in segment.tensors()]
+    meta = [t for segment in segments for t in segment.meta()]
+    meta += [t for x in layers if x.table is not None for t in x.table.columns.values()]
+    meta += [t for layer in layers for t in layer.shifts.values()]
+    return _storages(stored), _storages(meta)
+
+
+def _storages(tensors: list[Tensor]) -> int:
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())

@@ -1,0 +1,473 @@
+"""What a method may do with a cache: operations that name tokens by their logical index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm import compat
+from mllm.cache.layer import LayerState, SlotLayer, SlotTable, cache_bytes
+from mllm.cache.segments import Dense, Offloaded, Part, Segment
+from mllm.errors import CacheMismatchError, PlanError
+
+if TYPE_CHECKING:
+    from mllm.models.base import Family
+
+Layers = int | Iterable[int] | None
+
+
+@dataclass(frozen=True)
+class SlotView:
+    """One layer as a padded rectangle. Cells that are not `valid` hold anything.
+
+    Attributes:
+        keys: `[batch, kv_heads, slots, head_dim]`, after rotary embedding. Not to be written.
+        values: `[batch, kv_heads, slots, value_dim]`. Not to be written.
+        valid: bool `[batch, kv_heads, slots]`.
+        visual: bool, the same shape.
+        logical: int64, the same shape: index in the uncompressed sequence.
+        position: int64 `[1 or 3, batch, kv_heads, slots]`, what the keys were rotated by.
+        columns: further columns that methods added, `[batch, kv_heads, slots]` each.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    visual: Tensor
+    logical: Tensor
+    position: Tensor
+    columns: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A cache as it was: made by :meth:`KVCache.snapshot`."""
+
+    layers: list[LayerState]
+    state: dict[str, Any]
+
+
+class KVCache:
+    """Operations on the cache of a patched model.
+
+    Made by :meth:`mllm.patcher.Patched.kv`; a :class:`~mllm.compressors.base.CacheCompressor` gets
+    one with every event. Tokens are named by logical index: their place in the sequence as if
+    nothing had ever been dropped, padding included. `layers` is one 0-based layer, several, or None
+    for all of them. Nothing here changes the logical length except `crop` and `rollback`.
+
+    Args:
+        cache: a cache that the patched model has filled or adopted.
+        family: the model's adapter.
+        ran: layers that have run in the current forward; None is all.
+        length: tokens that are certain; None is all. Candidates of assisted decoding behind them
+            are neither shown nor evicted.
+
+    Raises:
+        CacheMismatchError: a cache that no patched model has used.
+    """
+
+    def __init__(
+        self, cache: Any, family: Family, ran: int | None = None, length: int | None = None
+    ) -> None:
+        layers = getattr(cache, "layers", ())
+        if not layers or not all(type(layer) is SlotLayer for layer in layers):
+            raise CacheMismatchError(
+                "only a cache that a patched model has used can be worked on",
+                argument="past_key_values",
+                given=type(cache).__name__,
+                expected="past_key_values of a forward or generate() under the patch",
+            )
+        self.cache, self._family = cache, family
+        self._ran, self._certain = len(layers) if ran is None else ran, length
+
+    @property
+    def length(self) -> int:
+        """Logical length: tokens seen."""
+        seen = self.cache.get_seq_length()
+        return seen if self._certain is None else min(seen, self._certain)
+
+    @property
+    def _hidden(self) -> int:
+        """Newest slots of every layer that are candidates."""
+        return self.cache.get_seq_length() - self.length
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.cache.layers)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For what a method remembers about this conversation; follows snapshots, not batches."""
+        return self.cache.mllm.state
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes held: (keys and values, everything else)."""
+        return cache_bytes(self.cache)
+
+    def _chosen(self, layers: Layers) -> list[SlotLayer]:
+        if layers is None:
+            layers = range(self._ran)
+        numbers = [layers] if isinstance(layers, int) else list(layers)
+        if wrong := [i for i in numbers if not 0 <= i < self._ran]:
+            raise CacheMismatchError(
+                f"layer {wrong[0]} has not run in this forward"
+                if wrong[0] in range(self.depth)
+                else f"there is no layer {wrong[0]}",
+                argument="layers",
+                given=wrong[0],
+                expected=f"0 <= layer < {self._ran}",
+            )
+        return [layer for layer in map(self.cache.layers.__getitem__, numbers) if layer.segments]
+
+    # Looking
+
+    def view(self, layer: int) -> SlotView:
+        """What a layer stores, as a padded rectangle.
+
+        Keys and values are zero-copy while all heads and samples hold equally many slots.
+        """
+        stored = self.cache.layers[layer]
+        shown = stored.slots - self._hidden
+        columns = {
+            name: _headwise(t, stored.heads)[..., :shown]
+            for name, t in stored.table.columns.items()
+        }
+        positions = [t for name, t in columns.items() if name.startswith("position")]
+        named = {name: columns.pop(name) for name in ("valid", "visual", "logical")}
+        rest = {name: t for name, t in columns.items() if not name.startswith("position")}
+        return SlotView(
+            keys=stored.keys[:, :, :shown],
+            values=stored.values[:, :, :shown],
+            position=torch.stack(positions),
+            columns=rest,
+            **named,
+        )
+
+    def annotate(self, layer: int, **columns: Tensor) -> None:
+        """Add or replace columns of a layer: `[batch, kv_heads, slots]` or `[batch, slots]` each.
+
+        They follow every operation; tokens that come get zero.
+        """
+        (stored,) = self._chosen(layer)
+        batch, slots = stored.table.valid.shape[0], stored.slots - self._hidden
+        for name, column in columns.items():
+            given = tuple(column.shape)
+            if name in _OWN or given not in ((batch, slots), (batch, stored.heads, slots)):
+                raise CacheMismatchError(
+                    f"{name} is no column for this layer",
+                    argument=name,
+                    given=given,
+                    expected=f"another name than {', '.join(_OWN)}, one value per slot",
+                )
+        table = stored.table
+        columns = {n: F.pad(t, (0, self._hidden)) for n, t in columns.items()}
+        if any(t.dim() == 3 for t in columns.values()) or table.headwise:
+            heads = stored.heads
+            table = SlotTable(
+                {n: _headwise(t, heads) for n, t in table.columns.items()}, table.padded
+            )
+            columns = {n: _headwise(t, heads) for n, t in columns.items()}
+        stored.table = table.with_columns(**columns)
+
+    # Changing what is stored
+
+    def evict(
+        self,
+        layers: Layers = None,
+        *,
+        keep: Tensor | None = None,
+        drop: Tensor | None = None,
+        heads: list[int] | None = None,
+    ) -> None:
+        """Let tokens go from layers that have run, earlier ones too. Memory is really freed.
+
+        Exactly one of `keep` and `drop` names tokens: bool `[batch, length]`, or int64
+        `[batch, n]` of logical indices where -1 names nothing. With an axis of heads,
+        `[batch, heads, length or n]`, every KV head has its own. Tokens that are not stored are
+        ignored. Padding goes with the first eviction.
+
+        Args:
+            layers: where.
+            keep: what stays; everything else goes.
+            drop: what goes.
+            heads: KV heads that are meant, the axis of `keep` or `drop` follows them; the others
+                keep what they have. None is all.
+
+        Raises:
+            CacheMismatchError: a layer that has not run, or a selection of another batch.
+            PlanError: heads would differ under flash attention, which has no mask per head.
+        """
+        if (keep is None) == (drop is None):
+            raise CacheMismatchError(
+                "evict takes either keep or drop", argument="keep", given="both or none",
+                expected="one of them",
+            )
+        tokens = drop if keep is None else keep
+        stays: dict[SlotTable, Tensor] = {}
+        shared: dict = {}
+        for layer in self._chosen(layers):
+            table = layer.table
+            if table not in stays:
+                stays[table] = self._stays(layer, tokens, drop is None, heads)
+            if stays[table].dim() == 3:
+                refuse_flash(self._family)
+            layer.retain(stays[table], self._certain, shared)
+        self._mark()
+
+    def _stays(
+        self, layer: SlotLayer, tokens: Tensor, wanted: bool, heads: list[int] | None
+    ) -> Tensor:
+        """Which slots stay if `tokens` do (`wanted`), or go: bool, with heads where they differ."""
+        logical = layer.table.logical
+        wide = heads is not None or tokens.dim() == 3 or logical.dim() == 3
+        count = layer.heads if heads is None else len(heads)
+        if tokens.shape[0] != logical.shape[0] or (tokens.dim() == 3 and tokens.shape[1] != count):
+            raise CacheMismatchError(
+                "the selection is not of this cache's shape",
+                argument="keep or drop",
+                given=tuple(tokens.shape),
+                expected=f"batch {logical.shape[0]} and, if there is an axis of heads, {count}",
+            )
+        tokens = tokens.to(logical.device)
+        if wide:
+            tokens = tokens if tokens.dim() == 3 else tokens[:, None].expand(-1, count, -1)
+            logical = _headwise(logical, layer.heads)
+            logical = logical if heads is None else logical[:, heads]
+        if tokens.dtype != torch.bool:
+            marks = logical.new_zeros(*tokens.shape[:-1], self.length + 1, dtype=torch.bool)
+            tokens = marks.scatter(-1, tokens.masked_fill(tokens < 0, self.length), True)
+            tokens = tokens[..., :-1]
+        named = tokens.gather(-1, logical.clamp(max=tokens.shape[-1] - 1))
+        named = named & (logical < tokens.shape[-1])
+        stays = (named == wanted) | (logical >= self.length)
+        if heads is None:
+            return stays
+        every = stays.new_ones(stays.shape[0], layer.heads, stays.shape[2])
+        every[:, heads] = stays
+        return every
+
+    def merge(
+        self,
+        layers: Layers,
+        into: Tensor,
+        weight: Tensor | None = None,
+        *,
+        heads: list[int] | None = None,
+        part: Part = "both",
+    ) -> None:
+        """Fold tokens into others: a receiver becomes the weighted mean of all that it stands for.
+
+        Keys are averaged as they are stored, after rotary embedding; see :meth:`unrotate`.
+
+        Args:
+            layers: where.
+            into: int64 `[batch, length]` or `[batch, heads, length]`: per token the logical index
+                of its receiver, its own if it stays, -1 if it is dropped. A token whose receiver
+                is not stored is dropped.
+            weight: float, the shape of `into`; None is 1 for every token.
+            heads: KV heads that are meant; None is all.
+            part: what is averaged; of the rest the receiver keeps its own.
+
+        Raises:
+            CacheMismatchError, PlanError: as :meth:`evict`.
+        """
+        shared: dict = {}
+        for layer in self._chosen(layers):
+            logical, valid = (
+                _headwise(t, layer.heads) for t in (layer.table.logical, layer.table.valid)
+            )
+            chosen = list(range(layer.heads)) if heads is None else heads
+            receiver, own = logical.clone(), logical[:, chosen]
+            receiver[:, chosen] = self._per_slot(into, own, own)
+            share = torch.ones_like(logical, dtype=torch.float32)
+            if weight is not None:
+                ones = torch.ones_like(own, dtype=torch.float32)
+                share[:, chosen] = self._per_slot(weight.float(), own, ones)
+            layer.remember(self._certain)
+            keys, values = _merged(layer, receiver, share, logical, valid, part)
+            layer.segments = [Dense.of(keys, values)]
+            stays = receiver == logical
+            if into.dim() == 2 and heads is None and not layer.table.headwise:
+                stays = stays[:, 0]
+            else:
+                refuse_flash(self._family)
+            layer.retain(stays, as_of=-1, shared=shared)
+        self._mark()
+
+    def _per_slot(self, tokens: Tensor, logical: Tensor, otherwise: Tensor) -> Tensor:
+        """Values by logical index, `[batch, (heads,) length]`, as one per slot."""
+        if tokens.shape[-1] != self.length or tokens.shape[0] != logical.shape[0]:
+            raise CacheMismatchError(
+                "the merge is not of this cache's shape",
+                argument="into",
+                given=tuple(tokens.shape),
+                expected=f"batch {logical.shape[0]}, one value for each of {self.length} tokens",
+            )
+        tokens = tokens.to(logical.device)
+        tokens = tokens if tokens.dim() == 3 else tokens[:, None].expand(-1, logical.shape[1], -1)
+        found = tokens.gather(-1, logical.clamp(max=self.length - 1))
+        return torch.where(logical < self.length, found, otherwise)
+
+    def convert(
+        self,
+        layers: Layers,
+        make: Callable[[Tensor, Tensor, Tensor], Segment],
+        leave: int = 0,
+    ) -> None:
+        """Store tokens in another form: the door for quantised and low-rank segments.
+
+        Takes what is stored plainly and leaves earlier converted segments alone, so a method may
+        call it again as tokens come.
+
+        Args:
+            layers: where.
+            make: from keys and values `[batch, kv_heads, slots, dim]` and their validity, bool
+                `[batch, kv_heads, slots]`, a :class:`Segment` of as many slots.
+            leave: newest slots that stay plain.
+        """
+        leave += self._hidden
+        for layer in self._chosen(layers):
+            plain = layer.segments[-1]
+            if not plain.grows or plain.slots <= leave:
+                continue
+            layer.remember(self._certain)
+            start, stop = layer.slots - plain.slots, layer.slots - leave
+            valid = _headwise(layer.table.valid, layer.heads)[..., start:stop]
+            old = plain.first(stop - start)
+            rest = [plain.last(leave)] if leave else []
+            layer.segments = [
+                *layer.segments[:-1], make(old.keys(), old.values(), valid), *rest
+            ]
+
+    def offload(self, layers: Layers = None, part: Part = "both", leave: int = 0) -> None:
+        """Move keys, values or both to host memory; they visit the device to be attended to.
+
+        Args:
+            layers, leave: as in :meth:`convert`.
+            part: what moves.
+        """
+        self.convert(layers, lambda k, v, valid: Offloaded.of(k, v, part), leave)
+
+    # The whole cache
+
+    def snapshot(self) -> Snapshot:
+        """The cache as it is now; costs no memory until something is evicted."""
+        return Snapshot([layer.state() for layer in self.cache.layers], dict(self.state))
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Be what the cache was; a snapshot can be used several times."""
+        for layer, state in zip(self.cache.layers, snapshot.layers, strict=True):
+            layer.restore(state)
+        self.cache.mllm.state = dict(snapshot.state)
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from logical index `length` on."""
+        self.cache.crop(length - self.length)
+
+    def reorder(self, index: Tensor) -> None:
+        """Samples in another order, with repetition: int64 `[batch]`."""
+        self.cache.reorder_cache(index)
+
+    def select(self, index: Tensor) -> None:
+        """Only some samples: int64 `[n]`."""
+        self.cache.batch_select_indices(index)
+
+    def repeat(self, times: int) -> None:
+        """Every sample `times` times, copies side by side."""
+        self.cache.batch_repeat_interleave(times)
+
+    # Rotary embedding
+
+    def rotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
+        """Rotate keys by the model's own rotary module.
+
+        Args:
+            layer: 0-based layer; layers may rotate differently.
+            k: `[batch, kv_heads, slots, head_dim]`.
+            position: int64 `[1 or 3, batch, slots]` or `[1 or 3, batch, kv_heads, slots]`.
+        """
+        cos, sin, width = self._rotary(layer, k, position)
+        return _turned(k, cos, sin, width)
+
+    def unrotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
+        """Undo :meth:`rotate`: keys as they were before rotary embedding."""
+        cos, sin, width = self._rotary(layer, k, position)
+        scale = cos.square() + sin.square()  # not 1 where the model scales its rotary tables
+        return _turned(k, cos / scale, -sin / scale, width)
+
+    def _rotary(self, layer: int, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor, int]:
+        family, shape = self._family, position.shape[1:]
+        flat = position.flatten(1, -2)
+        flat = flat.expand(3, -1, -1) if family.mrope else flat[0]
+        tables = family.rotary(k.float(), flat.to(k.device), family.kind(layer))
+        cos, sin = (t.unflatten(0, shape[:-1]) for t in tables)
+        if len(shape) == 2:
+            cos, sin = cos[:, None], sin[:, None]
+        return cos, sin, cos.shape[-1]
+
+    def _mark(self) -> None:
+        for layer in self.cache.layers:
+            layer.planned = True
+
+
+_OWN = ("valid", "visual", "logical", "position0", "position1", "position2")
+
+
+def refuse_flash(family: Family) -> None:
+    """PlanError under flash attention: it cannot mask heads differently."""
+    name = compat.attention_name(family.attention(0))
+    if "flash" in name:
+        raise PlanError(
+            f"heads cannot hold different tokens under {name}",
+            argument="attn_implementation",
+            given=name,
+            expected="sdpa or eager, or the same tokens for all heads",
+        )
+
+
+def _headwise(x: Tensor, heads: int) -> Tensor:
+    return x if x.dim() == 3 else x[:, None].expand(-1, heads, -1)
+
+
+def _turned(k: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
+    """Rotate the first `width` channels of keys by tables that repeat in their second half."""
+    turning, rest = k.float().split([width, k.shape[-1] - width], -1)
+    a, b = turning.chunk(2, -1)
+    turned = turning * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([turned, rest], -1).to(k.dtype)
+
+
+def _merged(
+    layer: SlotLayer, receiver: Tensor, share: Tensor, logical: Tensor, valid: Tensor, part: Part
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[batch, kv_heads, slots, dim]` with every receiver's mean in its slot."""
+    slots, most = logical.shape[-1], max(int(logical.max()), int(receiver.max())) + 1
+    columns = torch.arange(slots, device=logical.device).expand_as(logical)
+    nowhere = logical.masked_fill(~valid, most)
+    where = logical.new_full((*logical.shape[:-1], most + 1), -1).scatter(-1, nowhere, columns)
+    where[..., most] = -1
+    target = where.gather(-1, receiver.masked_fill(receiver < 0, most))
+    gives = valid & (target >= 0)
+    target, share = target.clamp(min=0), share * gives
+    total = torch.zeros_like(share).scatter_add(-1, target, share)
+    several = torch.zeros_like(target).scatter_add(-1, target, gives.long()) > 1
+
+    def mean(x: Tensor) -> Tensor:
+        at = target[..., None].expand(x.shape)
+        summed = torch.zeros_like(x, dtype=torch.float32)
+        summed = summed.scatter_add(2, at, x.float() * share[..., None])
+        return torch.where(several[..., None], (summed / total[..., None]).to(x.dtype), x)
+
+    sides = {"both": (True, True), "keys": (True, False), "values": (False, True)}[part]
+    keys, values = (
+        mean(x) if side else x.clone()
+        for x, side in zip((layer.keys, layer.values), sides, strict=True)
+    )
+    return keys, values

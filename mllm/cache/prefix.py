@@ -1,0 +1,202 @@
+"""A cache on disk: read a long prefix once, ask many questions later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mllm import compat
+from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
+from mllm.cache.segments import Dense, from_rows
+from mllm.errors import CacheMismatchError, DataError
+
+if TYPE_CHECKING:
+    from mllm.patcher import Patched
+
+TENSORS, HEADER = "prefix.safetensors", "prefix.json"
+
+
+def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
+    """Write what a patched model stored: ``prefix.safetensors`` and ``prefix.json``.
+
+    An interrupted call leaves no prefix that could be loaded. Offloaded and converted segments are
+    written as keys and values; what methods keep in `KVCache.state` is not written.
+
+    Args:
+        cache: `past_key_values` of a forward or `generate()` under a patch.
+        folder: made if missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CacheMismatchError: a cache that no patched model has filled.
+    """
+    mark = getattr(cache, "mllm", None)
+    if mark is None or not cache.get_seq_length():
+        raise CacheMismatchError(
+            "only a cache that a patched model has filled can be saved",
+            argument="cache",
+            given=type(cache).__name__,
+            expected="past_key_values of a forward or generate() under the patch",
+        )
+    tensors: dict[str, Tensor] = {}
+    tables = list(dict.fromkeys(layer.table for layer in cache.layers))
+    for n, table in enumerate(tables):
+        tensors |= {f"slots.{n}.{name}": t for name, t in table.columns.items()}
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        keys, values, form = _stored(layer)
+        tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
+        tensors |= {f"layer.{i}.shift.{name}": t for name, t in layer.shifts.items()}
+        layers.append(
+            {
+                "slots": tables.index(layer.table),
+                "form": form,
+                "heads": layer.heads,
+                "window": layer.window,
+                "intact": int(layer.intact),
+                "compressed": layer.compressed,
+            }
+        )
+    tensors |= {f"carried.{name}": t for name, t in mark.carried.items()}
+    header = {
+        "config_sha256": mark.config_sha256,
+        "plan_sha256": mark.plan_sha256,
+        "dtype": str(cache.layers[0].dtype).removeprefix("torch."),
+        "logical_length": cache.get_seq_length(),
+        "layers": layers,
+    }
+    text = json.dumps(header, indent=2) + "\n"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The tensors name the header that they belong to, so that a mixture of two calls is noticed.
+    whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    temporary = folder / (TENSORS + ".tmp")
+    save_file(whole, temporary, metadata={"header_sha256": _sha256(text)})
+    temporary.replace(folder / TENSORS)
+    temporary = folder / (HEADER + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(folder / HEADER)
+    return folder
+
+
+def _stored(layer: SlotLayer) -> tuple[Tensor, Tensor, str]:
+    """Keys and values: the rectangle as it is, or its valid cells `[cells, dim]`."""
+    keys, values = layer.keys, layer.values
+    if len(layer.segments) == 1 and isinstance(layer.segments[0], Dense):
+        return keys, values, "rectangle"
+    valid = layer.table.valid
+    valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
+    return keys[valid], values[valid], "cells"
+
+
+def load_prefix(
+    folder: str | os.PathLike, patched: Patched, device: str | torch.device | None = None
+) -> Any:
+    """A cache to go on from, as `past_key_values` of the patched model.
+
+    Every conversation changes its cache: load it again for the next question, `copy.deepcopy` it,
+    or take a :meth:`~mllm.cache.KVCache.snapshot` and roll back.
+
+    Args:
+        folder: written by :func:`save_prefix`.
+        patched: the patched model that goes on.
+        device: where keys and values go; None is the model's device.
+
+    Returns:
+        A DynamicCache.
+
+    Raises:
+        CacheMismatchError: a prefix of another model, plan or dtype.
+        DataError: no prefix there, or a damaged one.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / HEADER).read_text()
+        header = json.loads(text)
+        with safe_open(folder / TENSORS, "pt") as file:
+            whole = (file.metadata() or {}).get("header_sha256") == _sha256(text)
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if whole else {}
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise _damaged(folder, str(error)) from error
+    if not tensors:
+        raise _damaged(folder, f"{TENSORS} does not belong to {HEADER}")
+    weight = next(patched.family.decoder.parameters())
+    for name, ours in (
+        ("config_sha256", patched.mark.config_sha256),
+        ("plan_sha256", patched.mark.plan_sha256),
+        ("dtype", str(weight.dtype).removeprefix("torch.")),
+    ):
+        if header[name] != ours:
+            what = name.removesuffix("_sha256").replace("config", "model")
+            raise CacheMismatchError(
+                f"the prefix in {folder} was made with another {what}",
+                argument=name,
+                given=header[name],
+                expected=ours,
+            )
+    device = weight.device if device is None else device
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    cache = compat.dynamic_cache(patched.family.decoder)
+    tables = _tables(tensors)
+    cache.layers = [
+        _layer(i, row, tables[row["slots"]], tensors) for i, row in enumerate(header["layers"])
+    ]
+    for layer in cache.layers:
+        layer.seen = header["logical_length"]
+        layer.planned = any(row["compressed"] for row in header["layers"])
+    carried = {k.split(".")[1]: t for k, t in tensors.items() if k.startswith("carried.")}
+    cache.layer_class_to_replicate = None
+    cache.mllm = CacheMark(header["config_sha256"], header["plan_sha256"], carried=carried)
+    return cache
+
+
+def _tables(tensors: dict[str, Tensor]) -> list[SlotTable]:
+    columns: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("slots."):
+            _, n, name = key.split(".", 2)
+            columns.setdefault(int(n), {})[name] = tensor
+    return [
+        SlotTable(dict(sorted(columns[n].items())), not bool(columns[n]["valid"].all()))
+        for n in sorted(columns)
+    ]
+
+
+def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Tensor]) -> SlotLayer:
+    layer = SlotLayer(row["window"])
+    keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
+    if row["form"] == "rectangle":
+        segment = Dense.of(keys, values)
+    else:
+        valid = table.valid
+        valid = valid if table.headwise else valid[:, None].expand(-1, row["heads"], -1)
+        segment = from_rows(keys, values, valid)
+    layer.segments, layer.table = [segment], table
+    layer.lazy_initialization(segment.keys(), segment.values())
+    layer.intact, layer.compressed = row["intact"], row["compressed"]
+    start = f"layer.{i}.shift."
+    layer.shifts = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+    return layer
+
+
+def _damaged(folder: Path, why: str) -> DataError:
+    return DataError(
+        f"cannot read the prefix in {folder}: {why}",
+        argument="folder",
+        given=folder,
+        expected=f"a folder with {HEADER} and {TENSORS}, written by save_prefix",
+    )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
