@@ -1,7 +1,8 @@
 """Attention with taps: the model's own kernel runs, and declared scores are read beside it.
 
-The functions registered here wrap sdpa, eager and flash attention. Nothing is ever computed of
-shape queries x keys: a tap costs O(rows x keys), a column sum O(block x keys) at a time.
+The functions registered here wrap sdpa, eager and flash attention. Nothing that is only read has
+the shape queries x keys: rows cost O(rows x keys), a column sum O(block x keys) at a time. An
+additive bias, where a plan asks for one, is a mask of that shape.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,28 @@ from mllm.errors import NoEffectError
 
 BLOCK = 128  # query rows per step of a column sum
 
+
+class Change(Protocol):
+    """What a plan changes inside one call of an attention module."""
+
+    module: nn.Module
+    heads: Tensor | None
+
+    def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask with the plan's bias."""
+
+
 # Taps of the forward pass that runs in this thread, by attention module.
 _TAPS: ContextVar[dict[nn.Module, list[Callable]] | None] = ContextVar("mllm_taps", default=None)
+# What the layer that runs in this thread changes in its attention.
+_CHANGE: ContextVar[Change | None] = ContextVar("mllm_change", default=None)
+# Taps of a call that is made for them alone, and attends to nothing.
+_ONLY: ContextVar[list[Callable] | None] = ContextVar("mllm_only", default=None)
 
 
 @contextlib.contextmanager
 def taps(by_module: dict[nn.Module, list[Callable]]) -> Iterator[None]:
-    """While open, attention modules hand (query, key, mask, scaling) to their taps."""
+    """While open, attention modules hand (query, key, mask, scaling, value) to their taps."""
     token = _TAPS.set(by_module)
     try:
         yield
@@ -43,14 +59,52 @@ def close_taps() -> None:
     _TAPS.set(None)
 
 
+def set_change(change: Change | None) -> None:
+    """Say what the attention module that is about to run changes."""
+    _CHANGE.set(change)
+
+
+def change() -> Change | None:
+    """What :func:`set_change` said last."""
+    return _CHANGE.get()
+
+
+def read_only(module: nn.Module, readers: list[Callable], **arguments: Any) -> None:
+    """Call an attention module for its queries, keys and values alone.
+
+    It attends to nothing and stores nothing; its output, of zeros, is thrown away.
+
+    Args:
+        module: an attention module that is served by this file.
+        readers: taps.
+        **arguments: what the module is called with.
+    """
+    token = _ONLY.set(readers)
+    try:
+        with torch.no_grad():
+            # Not through __call__: this is no forward that other hooks should see.
+            module.forward(**arguments, past_key_values=None)
+    finally:
+        _ONLY.reset(token)
+
+
 def _served(base: str) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
-        for tap in (_TAPS.get() or {}).get(module, ()):
+        only, change = _ONLY.get(), _CHANGE.get()
+        for tap in (_TAPS.get() or {}).get(module, ()) if only is None else only:
             with torch.no_grad():
-                tap(query, key, attention_mask, kwargs.get("scaling"))
-        return compat.base_attention(module, base)(
+                tap(query, key, attention_mask, kwargs.get("scaling"), value)
+        if only is not None:
+            return torch.zeros_like(query).transpose(1, 2), None
+        own = change is not None and change.module is module
+        if own:
+            attention_mask = change.mask(query, key, attention_mask)
+        output, weights = compat.base_attention(module, base)(
             module, query, key, value, attention_mask, **kwargs
         )
+        if own and change.heads is not None:
+            output = output * change.heads.to(output.dtype)[..., None]
+        return output, weights
 
     return attention
 
@@ -60,7 +114,7 @@ for _base in compat.SERVED:
     compat.register_attention(f"mllm_{_base}", _served(_base), _base)
 
 
-def row_attention(
+def row_logits(
     query: Tensor,
     key: Tensor,
     rows: Tensor,
@@ -69,10 +123,10 @@ def row_attention(
     *,
     causal: bool = True,
 ) -> Tensor:
-    """Post-softmax attention of a few query rows, in fp32: `[batch, heads, rows, keys]`.
+    """Scaled logits of a few query rows, in fp32: `[batch, heads, rows, keys]`; -inf is masked.
 
     Args:
-        query: `[batch, heads, queries, head_dim]`, after rotary embedding.
+        query: `[batch, heads, queries, head_dim]`.
         key: `[batch, kv_heads, keys, head_dim]`.
         rows: int64 `[batch, rows]`, query rows.
         mask: None, bool or additive `[batch, 1 or heads, queries, keys]`, or bool
@@ -91,18 +145,31 @@ def row_attention(
         mask = mask[..., :keys].expand(batch, -1, -1, -1)
         seen = mask.gather(2, at.expand(-1, mask.shape[1], -1, keys))
         if seen.dtype == torch.bool:
-            logits = logits.masked_fill(~seen, float("-inf"))
-        else:
-            logits = logits + seen.float()
-    else:
-        if causal:
-            last = (rows + keys - queries)[:, None, :, None]
-            logits = logits.masked_fill(
-                torch.arange(keys, device=key.device) > last, float("-inf")
-            )
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None, :keys].bool(), float("-inf"))
-    return logits.softmax(-1)
+            return logits.masked_fill(~seen, float("-inf"))
+        hidden = seen <= torch.finfo(seen.dtype).min / 2
+        return (logits + seen.float()).masked_fill(hidden, float("-inf"))
+    if causal:
+        last = (rows + keys - queries)[:, None, :, None]
+        logits = logits.masked_fill(torch.arange(keys, device=key.device) > last, float("-inf"))
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None, :keys].bool(), float("-inf"))
+    return logits
+
+
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    *,
+    causal: bool = True,
+) -> Tensor:
+    """Post-softmax attention of a few query rows, in fp32: `[batch, heads, rows, keys]`.
+
+    The arguments are those of :func:`row_logits`.
+    """
+    return row_logits(query, key, rows, mask, scaling, causal=causal).softmax(-1)
 
 
 def received_attention(
@@ -119,6 +186,65 @@ def received_attention(
         rows = rows.expand(batch, -1)
         total = total + row_attention(query, key, rows, mask, scaling, causal=False).sum(2)
     return total
+
+
+def reduce_heads(x: Tensor, how: Literal["mean", "sum", "max", "none"]) -> Tensor:
+    """`[batch, heads, ...]` without its heads, or unchanged for `"none"`."""
+    if how == "none":
+        return x
+    return {"mean": x.mean, "sum": x.sum, "max": x.amax}[how](1)
+
+
+def column_mass(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    *,
+    heads: Literal["mean", "sum", "max", "none"] = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Attention that each key receives from chosen queries, causally.
+
+    A block of queries sees all keys, so that its softmax is complete: one pass over the scores,
+    O(block x keys) memory.
+
+    Args:
+        query, key, mask, scaling: as in :func:`row_logits`.
+        rows: int64 `[batch, rows]`, query rows; -1 fills up.
+        heads: reduction over heads, before the sum.
+
+    Returns:
+        fp32 `[batch, keys]` (`[batch, heads, keys]` for `"none"`), and int64 `[batch, keys]`,
+        the chosen queries that see each key.
+    """
+    total: Any = 0
+    seen = torch.zeros(key.shape[0], key.shape[2], dtype=torch.long, device=key.device)
+    for block in rows.split(BLOCK, 1):
+        logits = row_logits(query, key, block.clamp(min=0), mask, scaling)
+        real = (block >= 0)[:, None, :, None]
+        weights = reduce_heads(logits.softmax(-1), heads)
+        total = total + torch.where(real if heads == "none" else real[:, 0], weights, 0).sum(-2)
+        seen += (real & (logits != float("-inf"))).any(1).sum(1)
+    return total, seen
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys `[batch, heads, rows, head_dim]` without their rotary positions.
+
+    The inverse of the rotation of two halves that LLaMA-type models apply to the first dimensions
+    of a head, and of its scaling.
+
+    Args:
+        x: rotated.
+        cos, sin: `[batch or 1, rows, rotary_dim]`, the tables that rotated it.
+    """
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    turned, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+    half = turned.shape[-1] // 2
+    quarter = torch.cat([-turned[..., half:], turned[..., :half]], -1)
+    back = (turned * cos - quarter * sin) / (cos.square() + sin.square())
+    return torch.cat([back.to(x.dtype), rest], -1)
 
 
 def captured(signals: dict[Any, Tensor], key: Any, method: str) -> Tensor:

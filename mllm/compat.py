@@ -48,6 +48,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "CONTINUOUS",
     "Cache",
     "DynamicCache",
     "DynamicLayer",
@@ -64,14 +65,18 @@ __all__ = [
     "dynamic_cache",
     "encodes_first",
     "mask_like",
+    "reentrant",
     "register_attention",
     "serve",
+    "tensor_parallel",
     "tested",
     "uses_cache",
     "warn_if_untested",
 ]
 
 SERVED = ("sdpa", "eager", "flash_attention_2")
+#: Ways into continuous batching, methods of a model.
+CONTINUOUS = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
 def tested(version: str = transformers.__version__) -> bool:
@@ -180,6 +185,13 @@ def dynamic_cache(decoder: nn.Module) -> DynamicCache:
     return DynamicCache(config=decoder.config)
 
 
+def reentrant(layer: nn.Module) -> bool:
+    """Whether a layer is about to run under reentrant gradient checkpointing."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return False
+    return bool(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"))
+
+
 def causal_mask(
     config: Any, hidden: Tensor, valid: Tensor | None, cache: Cache | None, layer: int
 ) -> Tensor | None:
@@ -217,3 +229,8 @@ def mask_like(seen: Tensor, mask: Tensor | None) -> Tensor:
         return seen
     zero = torch.zeros(seen.shape, dtype=mask.dtype, device=seen.device)
     return zero.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def tensor_parallel(model: nn.Module) -> int:
+    """Ranks that the weights of each layer are spread over."""
+    return getattr(model, "_tp_size", None) or 1

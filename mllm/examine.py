@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from mllm import compat
 from mllm.compressors import base as methods
-from mllm.compressors.base import Budget, LayerPruner, Positions, TokenReducer
+from mllm.compressors.base import Budget, LayerPruner, Positions, TokenReducer, TowerReducer
 from mllm.doctor import Check, Report
 from mllm.errors import MllmError, PlanError
 from mllm.models import resolve
@@ -42,7 +42,10 @@ def examine(model: nn.Module) -> Report:
         signals=[
             _probe(model, name, kind, probed=signal) for name, (kind, signal) in SIGNALS.items()
         ],
-        actions=[_probe(model, name, kind, actions=(name,)) for name, kind in ACTIONS.items()],
+        actions=[
+            _probe(model, name, kind, actions=(name.split("(")[0],))
+            for name, kind in ACTIONS.items()
+        ],
         ways=[],
     )
 
@@ -122,17 +125,34 @@ class _Pruner(LayerPruner):
     probed: ClassVar[Any] = None
 
     def reads(self):
-        before = (self.layer or self.first_layer) - 1
-        return {"probed": self.probed(before)} if self.probed is not None else {}
+        return {"probed": self.probed} if self.probed is not None else {}
 
 
-#: What to declare for every signal; those of the decoder by layer.
+@dataclass
+class _Merger(TowerReducer):
+    positions: Positions | None = None
+
+    info = MethodInfo(name="probe", stage="pre_llm")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        return (0,)
+
+
+#: What to declare for every signal.
 SIGNALS: dict[str, tuple[type, Any]] = {
     "VisionAttention(query='cls')": (_Reducer, methods.VisionAttention(query="cls")),
     "VisionAttention(query='received')": (_Reducer, methods.VisionAttention(query="received")),
     "VisionKeys": (_Reducer, methods.VisionKeys()),
     "Features": (_Reducer, methods.Features()),
-    "AttentionRows": (_Pruner, methods.AttentionRows),
+    "Grid": (_Reducer, methods.Grid()),
+    "TextEmbeds": (_Pruner, methods.TextEmbeds()),
+    "AttentionRows": (_Pruner, methods.AttentionRows()),
+    "AttentionRows(when='before')": (_Pruner, methods.AttentionRows(when="before")),
+    "AttentionRows(rope=False)": (_Pruner, methods.AttentionRows(rope=False)),
+    "ColumnMass": (_Pruner, methods.ColumnMass()),
+    "Keys": (_Pruner, methods.Keys()),
+    "Values": (_Pruner, methods.Values()),
+    "Hidden": (_Pruner, methods.Hidden()),
 }
 #: The kind of stage that returns every action.
 ACTIONS: dict[str, type] = {
@@ -141,6 +161,15 @@ ACTIONS: dict[str, type] = {
     "Write": _Reducer,
     "Pool": _Reducer,
     "Resize": _Reducer,
+    "Merge(tower)": _Merger,
+    "Protect": _Pruner,
+    "Insert": _Pruner,
+    "BranchGate": _Pruner,
+    "BranchRows": _Pruner,
+    "HeadGate": _Pruner,
+    "LogitBias": _Pruner,
+    "Inject": _Pruner,
+    "Evict": _Pruner,
 }
 
 

@@ -18,12 +18,31 @@ def decoder_layer(config: Any, queries: float, keys: float) -> float:
         queries: rows that enter the layer.
         keys: KV slots they attend to, themselves included.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    projections = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    mlp = 3 * hidden * config.intermediate_size
-    return 2 * queries * (projections + mlp) + 4 * queries * keys * heads * head_dim
+    return attention_branch(config, queries, keys) + mlp_branch(config, queries)
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads, and their width."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+def attention_products(config: Any, queries: float) -> float:
+    """The four projections of a decoder layer's attention on `queries` rows."""
+    heads, kv_heads, head_dim = _heads(config)
+    return 2 * queries * config.hidden_size * head_dim * (2 * heads + 2 * kv_heads)
+
+
+def attention_branch(config: Any, queries: float, keys: float) -> float:
+    """A decoder layer's attention on `queries` rows over `keys` slots."""
+    heads, _, head_dim = _heads(config)
+    return attention_products(config, queries) + 4 * queries * keys * heads * head_dim
+
+
+def mlp_branch(config: Any, rows: float) -> float:
+    """A decoder layer's gated MLP on `rows` rows."""
+    return 6 * rows * config.hidden_size * config.intermediate_size
 
 
 def lm_head(config: Any, rows: float) -> float:
@@ -75,7 +94,5 @@ def projector(in_width: int, out_width: int, tokens: int) -> float:
 
 def kv_bytes(config: Any, slots: float, itemsize: int) -> float:
     """Bytes of keys and values that one layer stores for `slots` tokens."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    _, kv_heads, head_dim = _heads(config)
     return 2 * slots * kv_heads * head_dim * itemsize

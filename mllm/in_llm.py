@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mllm import attention, compat
-from mllm.cache import SlotTable, adopt, note_rows, refuse_flash
+from mllm import compat
+from mllm.actions import Insert, Keep, Merge, Protect, Write
+from mllm.cache import SlotLayer, SlotTable, adopt, note_rows, refuse_flash
 from mllm.cache.events import CacheEvents
-from mllm.compressors.base import AttentionRows, CacheCompressor, Context, LayerPruner
+from mllm.capture import Captures
+from mllm.changes import Changes
+from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import TokenTable, choose_rows, gather_rows, renumber, split_images
+from mllm.tokens import (
+    Counts,
+    TokenTable,
+    choose_rows,
+    count_rows,
+    gather_rows,
+    locate,
+    on_device,
+    places_of,
+    renumber,
+    split_images,
+)
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -30,17 +45,20 @@ class DecoderRun:
         patched: the patched model (its plan, stages and family).
         visual: bool `[batch, rows]`, placeholders of this forward; None without any.
         reduction: what the pre-LLM stages decided; set when the decoder starts.
-        seen, reductions: both by kind, `image` or `video`; the latter are set before the
-            decoder runs.
+        marks: `visual` by kind, `image` or `video`.
+        reductions: by kind, set before the decoder runs.
         mask: the attention mask that the base model was given.
+        call: the call of the model around this one, if there was one.
+        counts: rows of every sample, as far as the base model's hooks have counted them.
+        answering: whether all rows are tokens that generate() has appended.
         full: table of the rows as the caller gave them.
         table: table of the rows of the current stage.
         tables: (first layer, table) of every stage.
         prompt: bool `[batch, rows]`, rows that a method may look at.
         images: per sample, its images in `reduction`.
         past, past_logical: stored slots per layer, and tokens seen, before this forward.
-        held: per layer what its slots stood for before this forward.
-        events: tells cache methods what happens; None without a cache or such methods.
+        held: per layer what its slots stood for before this forward; empty without a cache.
+        events: tells cache methods what happens; None without a cache.
         position: position ids of the current stage's rows.
         place: int64 `[1 or 3, batch, rows]`, what keys of the current stage's rows are rotated by.
         compacted: whether positions were renumbered inside the decoder.
@@ -48,14 +66,23 @@ class DecoderRun:
             own masks and rotary tables have; None is all of them.
         replaced: by kind of layer and by what is stored, arguments that layers of the current
             stage get instead of the parent's.
-        replay: by first layer of a stage, its row choice and arguments.
+        moves, given: by layer, what was done to its hidden states and its arguments, for a
+            recompute.
+        captures: declared signals. changes: actions inside of layers.
+        reached: the layer that runs, or is about to.
+        attention_table, attention_rotary: rows of its attention, and their rotary tables.
+        protected: bool, by the rows of `full`; None is none.
+        has_inserted: whether there are rows without a source.
+        states: by stage number, what a method remembers.
     """
 
     patched: Patched
     visual: Tensor | None
     reduction: Reduction | None
     mask: Any
-    outer: DecoderRun | None
+    call: Any = None
+    counts: Counts | None = None
+    answering: bool = False
     full: TokenTable | None = None
     table: TokenTable | None = None
     tables: list[tuple[int, TokenTable]] = field(default_factory=list)
@@ -70,13 +97,25 @@ class DecoderRun:
     place: Tensor | None = None
     compacted: bool = False
     rows: Tensor | None = None
-    replaced: dict[tuple[str, SlotTable | None], dict[str, Any]] = field(default_factory=dict)
-    replay: dict[int, tuple[Tensor | None, dict]] = field(default_factory=dict)
-    signals: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    replaced: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    moves: dict[int, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+    given: dict[int, dict[str, Any]] = field(default_factory=dict)
+    captures: Captures | None = None
+    changes: Changes | None = None
+    reached: int = 0
+    attention_table: TokenTable | None = None
+    attention_rotary: Any = None
+    protected: Tensor | None = None
+    has_inserted: bool = False
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
     selection_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
-    seen: dict[str, Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    at: Tensor | None = None
+    itemsize: int = 0
+    marks: dict[str, Tensor] = field(default_factory=dict)
     reductions: dict[str, Reduction] = field(default_factory=dict)
 
     def start(
@@ -109,32 +148,59 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
-            past_valid = None if mask is None else mask[:, :-rows]
-            adopt(cache, self.patched.windows, past_valid, self.patched.new_mark())
+            self._check_foreign(cache)
+            adopt(cache, self.patched.windows, self.patched.new_mark())
+            self._check_cache(cache)
             CacheEvents.verified(self.patched, cache)
             self.past = [layer.slots for layer in cache.layers]
             self.held = [layer.table for layer in cache.layers]
             self.past_logical = cache.get_seq_length()
-            self._check_cache(cache)
         self.cache = cache
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
         if mask is not None:
             valid = mask[:, -rows:].to(valid)
+        if self.counts is None or mask is not self.mask:
+            self.counts = self._counted(valid, mask is None or self.answering)
+        self.lengths, self.seen = self.counts.valid, self.counts.seen
+        self.itemsize = embeds.element_size()
         self._make_table(valid)
         position = kwargs.get("position_ids")
         flat = position is None or position.dim() < 3
         if self.patched.family.mrope and self.visual is not None and flat:
             self.notes.append("positions without rows and columns: mm_token_type_ids is missing")
         self.prompt = self._prompt_rows(prompt_length, labels)
-        if self.patched.compressors:
-            if cache is None:
-                self._nothing_stored()
-            else:
-                self.events = CacheEvents(self, prompt_length)
+        if cache is not None:
+            self.events = CacheEvents(self, prompt_length)
+        else:
+            self._nothing_stored()
         self._drop_rows(kwargs)
         self.place = self._rotated_by(kwargs.get("position_ids"))
         self.tables.append((0, self.table))
-        self._note(0)
+        if 0 not in self.patched.cuts:
+            self._note(0)
+        self.captures = Captures(self)
+        self.changes = Changes(self, getattr(cache, "mllm_lasting", {}))
+        self.attention_table = self.table
+        if self.reduction is not None and self.reduction.protected is not None:
+            self.protected = torch.zeros_like(valid)
+            own = self.reduction.protected[self._tokens()]
+            flat = self.protected.flatten().index_copy(0, self.at, own)
+            self.protected = flat.view_as(valid)
+        if self.visual is not None and self.patched.reads_embeds:
+            self.captures.embeds = kwargs["inputs_embeds"], self.table.index
+
+    @staticmethod
+    def _check_foreign(cache: Any) -> None:
+        """What an unpatched model has stored was not reduced, and nobody would notice."""
+        layers = getattr(cache, "layers", ())
+        foreign = [x for x in layers if not isinstance(x, SlotLayer) or x.foreign]
+        if stored := max((int(x.get_seq_length()) for x in foreign), default=0):
+            raise CacheMismatchError(
+                f"this cache was filled with {stored} tokens without a plan",
+                argument="past_key_values",
+                given=type(cache).__name__,
+                expected="a new cache, or one that this plan has filled",
+            )
 
     @staticmethod
     def _check_cache(cache: Any) -> None:
@@ -162,19 +228,28 @@ class DecoderRun:
         axes = 3 if self.patched.family.mrope else 1
         return position.expand(axes, *table.valid.shape)
 
+    def _counted(self, valid: Tensor, unpadded: bool) -> Counts:
+        if self.marks:
+            return count_rows(self.marks, valid)
+        batch, rows = valid.shape
+        lengths = [rows] * batch if unpadded else valid.sum(1).tolist()
+        return Counts({}, lengths, [0] * batch)
+
     def _make_table(self, valid: Tensor) -> None:
         start = self.past_logical
         if self.visual is None:
             self.full = self.table = TokenTable.text(valid, start)
             self.images = [[] for _ in range(valid.shape[0])]
             return
-        parts = [self.reductions[kind] for kind in self.seen]
+        parts = [self.reductions[kind] for kind in self.marks]
         if len(parts) == 1:
             self.reduction = parts[0]
-            self.images = split_images(self.visual.sum(1).tolist(), self.reduction.sizes)
+            self.images = split_images(self.counts.visual, self.reduction.sizes)
         else:
             self.reduction, self.images = Reduction.join(parts), self._both(parts)
         layouts = self.reduction.layouts
+        self.visual = self.visual.to(valid.device)
+        self.at = places_of(self.visual, sum(self.counts.visual))
         self.full = self.table = TokenTable.prompt(
             valid, self.visual, start, [[layouts[i] for i in own] for own in self.images]
         )
@@ -183,8 +258,8 @@ class DecoderRun:
         """Images and videos of every sample, in prompt order, as ordinals among both."""
         found: list[list[tuple[int, int]]] = [[] for _ in self.visual]
         first = 0
-        for visual, part in zip(self.seen.values(), parts, strict=True):
-            own = split_images(visual.sum(1).tolist(), part.sizes)
+        for (kind, visual), part in zip(self.marks.items(), parts, strict=True):
+            own = split_images(self.counts.marked[kind], part.sizes)
             for b, images in enumerate(own):
                 rows = visual[b].nonzero()[:, 0].tolist()
                 for i in images:
@@ -192,6 +267,12 @@ class DecoderRun:
                     rows = rows[part.sizes[i] :]
             first += len(part.sizes)
         return [[image for _, image in sorted(sample)] for sample in found]
+
+    @property
+    def pictured(self) -> Tensor | None:
+        """Samples with images, which alone methods speak of: bool `[batch]`; None is all."""
+        there = [bool(own) for own in self.images]
+        return None if all(there) else torch.tensor(there, device=self.full.valid.device)
 
     @property
     def spaced(self) -> bool:
@@ -215,7 +296,7 @@ class DecoderRun:
         table, cache = self.table, self.cache
         first = None if cache is None else cache.layers[0]
         shift = None if first is None else first.shifts.get("llm")
-        drops = self.patched.reducers and self.visual is not None
+        drops = self.patched.before and self.visual is not None
         stored = first is not None and (
             first.compressed or (first.planned and self.patched.family.hybrid)
         )
@@ -229,7 +310,7 @@ class DecoderRun:
             position = position - shift
         if drops:
             keep, order = self._kept_rows()
-            compact = self.patched.positions(self.patched.reducers[0][1]) == "compact"
+            compact = self.patched.positions(self.patched.before[0][1]) == "compact"
             if compact:
                 moved = renumber(position, keep, table.valid, order)
                 if first is not None:
@@ -237,7 +318,8 @@ class DecoderRun:
                     delta = (position - moved).gather(1, last)
                     first.shifts["llm"] = delta if shift is None else shift + delta
                 position = moved
-            rows = choose_rows(keep, table.valid, order if compact else None)
+            self._count(keep, None)
+            rows = choose_rows(keep, table.valid, order if compact else None, max(self.lengths))
             self.table = table.take(rows, keep.gather(1, rows))
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
             self.patched.family.take_rows(kwargs, rows, self.table.valid)
@@ -261,43 +343,63 @@ class DecoderRun:
             mask = self.table.valid
         if mask is not None and first is not None:
             # The decoder looks a 2-D mask up by logical position.
-            mask = F.pad(mask, (first.seen - first.slots, 0), value=True)
+            mask = F.pad(mask, (max(0, first.seen - first.slots), 0), value=True)
         kwargs["attention_mask"] = mask
 
     def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
         """Rows that stay, and their order if it is not the grid's: `[batch, rows]` each."""
         table, reduction = self.table, self.reduction
-        images = [i for own in self.images for i in own]
-        starts, sizes, device = reduction.starts, reduction.sizes, reduction.keep.device
-        token = torch.cat([torch.arange(sizes[i]) + starts[i] for i in images]).to(device)
+        token = self._tokens()
         keep = ~table.visual
-        keep[table.visual] = reduction.keep[token]
+        keep = keep.flatten().index_copy(0, self.at, reduction.keep[token]).view_as(keep)
         order = None
         if reduction.order is not None:
-            order = table.index.clone()
-            lengths = torch.tensor([sizes[i] for i in images])
-            ends = lengths.cumsum(0)
-            first = order[table.visual][(ends - lengths).to(device)]
-            first = first.repeat_interleave(lengths.to(device), output_size=int(ends[-1]))
-            order[table.visual] = first + reduction.order[token]
+            sizes = torch.tensor([reduction.sizes[i] for own in self.images for i in own])
+            order = table.index.flatten()
+            # Per visual row, the first row of its image.
+            first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            place = order[self.at[on_device(first, keep)]] + reduction.order[token]
+            order = order.index_copy(0, self.at, place).view_as(table.index)
         return keep & table.valid, order
+
+    def _tokens(self) -> Tensor:
+        """The visual token, in the reduction, of every visual row: int64 `[visual rows]`."""
+        starts, sizes = self.reduction.starts, self.reduction.sizes
+        images = [i for own in self.images for i in own]
+        tokens = [torch.arange(sizes[i]) + starts[i] for i in images]
+        return on_device(torch.cat(tokens), self.reduction.keep)
+
+    def _count(self, keep: Tensor, visual: list[int] | None) -> None:
+        """Count the rows that stay, `visual` of them visual; None asks the device."""
+        texts = [n - v for n, v in zip(self.lengths, self.seen, strict=True)]
+        if visual is None:
+            visual = [n - t for n, t in zip(keep.sum(1).tolist(), texts, strict=True)]
+        self.seen = visual
+        self.lengths = [t + v for t, v in zip(texts, visual, strict=True)]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row of the current stage is padding."""
+        return min(self.lengths) < self.table.valid.shape[1]
 
     def _slot_valid(self, layer: int) -> Tensor | None:
         """Validity of a layer's slots with this forward's rows; None if nothing is padded.
 
         bool `[batch, slots]`, or `[batch, kv_heads, slots]` where heads hold different tokens.
         """
-        valid = self.table.valid
-        padded = not bool(valid.all())
-        old = None if self.cache is None else self.cache.layers[layer]
-        if old is not None and old.slots:
-            held = self.held[layer]
-            if not (padded or held.padded):
-                return None
-            if held.headwise:
-                valid = valid[:, None].expand(-1, held.valid.shape[1], -1)
-            return torch.cat([held.valid, valid], -1)
-        return valid if padded else None
+        valid, held = self.table.valid, self._held(layer)
+        if not (self.padded or (held is not None and held.padded)):
+            return None
+        if held is None:
+            return valid
+        if held.headwise:
+            valid = valid[:, None].expand(-1, held.valid.shape[1], -1)
+        return torch.cat([held.valid, valid], -1)
+
+    def _held(self, layer: int) -> SlotTable | None:
+        """What a layer stored before this forward; None is nothing."""
+        held = self.held[layer] if self.cache is not None else None
+        return held if held is not None and held.slots else None
 
     def _note(self, layer: int) -> None:
         """Tell the caches of the layers up to the next cut which rows come."""
@@ -305,88 +407,75 @@ class DecoderRun:
             return
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
-        padded = not bool(self.table.valid.all())
-        advance = self.full.valid.shape[1]
-        intact = self.past_logical
-        if self.visual is not None and self.table.valid.shape[1] != advance:
-            intact += int(self.visual.any(0).nonzero().max()) + 1  # only visual rows leave
+        advance, intact = self.full.valid.shape[1], self.events.certain
         note_rows(
-            self.cache, range(layer, stop), self.table, self.place, padded, advance, intact
+            self.cache, range(layer, stop), self.table, self.place, self.padded, advance, intact
         )
 
-    def taps(self) -> dict[nn.Module, list[Any]]:
-        """Taps for the signals that in-LLM stages declared."""
-        found: dict[nn.Module, list[Any]] = {}
-        for number, stage in [*self.patched.pruners, *self.patched.compressors]:
-            for name, signal in stage.reads().items():
-                module = self.patched.family.attention(signal.layer)
-                tap = functools.partial(self._tap, (number, name), signal)
-                found.setdefault(module, []).append(tap)
-        return found
+    def prompt_of(self, table: TokenTable) -> Tensor:
+        """Rows of the prompt among those of a table: bool `[batch, rows]`."""
+        return self.prompt.gather(1, table.index) & table.valid & ~table.inserted
 
-    def _tap(
-        self, slot: tuple[int, str], signal: AttentionRows,
-        query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None,
-    ) -> None:
-        table = self.table
-        prompt = self.prompt.gather(1, table.index) & table.valid
-        last = prompt.long().cumsum(1).argmax(1, keepdim=True)
-        rows = attention.row_attention(query, key, last, mask, scaling)
-        reduce = {"mean": rows.mean, "sum": rows.sum, "max": rows.amax}[signal.heads]
-        if isinstance(self.patched.plan.stages[slot[0]], CacheCompressor):
-            if self.cache is not None:
-                self.signals[slot] = self._by_token(rows[:, :, 0], signal)
-            self.selection_flops += 2 * query.shape[1] * key.shape[2] * query.shape[3]
-            return
-        scores = reduce(1)[..., -table.valid.shape[1] :]
-        # Kept by the caller's rows: a cut may lie between this layer and the one that asks.
-        full = scores.new_zeros(*scores.shape[:2], self.full.valid.shape[1])
-        self.signals[slot] = full.scatter(2, table.index[:, None].expand_as(scores), scores)
-        self.selection_flops += 2 * query.shape[1] * key.shape[2] * query.shape[3]
-
-    def _by_token(self, rows: Tensor, signal: AttentionRows) -> Tensor:
-        """Attention `[batch, heads, slots]` by logical index, then reduced over heads."""
-        table, held = self.table, self.held[signal.layer]
-        length = self.past_logical + self.full.valid.shape[1]
-        at = table.logical.masked_fill(~table.valid, length)
-        if held is not None:
-            old = held.logical.masked_fill(~held.valid, length)
-            if held.headwise:
-                group = rows.shape[1] // old.shape[1]
-                old = old.repeat_interleave(group, 1)
-                at = at[:, None].expand(-1, rows.shape[1], -1)
-            at = torch.cat([old, at], -1)
-        at = at if at.dim() == 3 else at[:, None].expand(rows.shape)
-        found = rows.new_zeros(*rows.shape[:2], length + 1).scatter(2, at, rows)[..., :length]
-        return {"mean": found.mean, "sum": found.sum, "max": found.amax}[signal.heads](
-            1, keepdim=True
-        )
+    def protected_of(self, table: TokenTable) -> Tensor:
+        """Protected rows among those of a table: bool `[batch, rows]`."""
+        if self.protected is None:
+            return torch.zeros_like(table.valid)
+        return self.protected.gather(1, table.index) & table.valid & ~table.inserted
 
     def layer(self, layer: int, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What decoder layer `layer` is given instead of its parent's arguments."""
         if training:
             # Lives as long as the arguments of a recompute; see `replayed`.
             kwargs["position_embeddings"][0].mllm_run = self
-        if layer in self.patched.cuts:
-            args = (self._cut(layer, args[0], kwargs), *args[1:])
-        held = self.held[layer] if self.held else None
-        kind = self.patched.family.kind(layer)
-        if len(self.tables) == 1 and not self._differs(held, kind):
-            return args, kwargs  # what the parent made is right
-        if (kind, held) not in self.replaced:
-            self.replaced[kind, held] = self._arguments(layer, kind, args[0], kwargs)
-        return args, {**kwargs, **self.replaced[kind, held]}
+        hidden, self.reached = args[0], layer
+        self.moves[layer] = []
+        if self.visual is not None:
+            self.captures.hidden(layer, "layer", hidden)
+            self.captures.before(layer, hidden, kwargs)
+        if layer in self.patched.acts:
+            hidden = self._cut(layer, hidden, kwargs)
+        with _kept():
+            injected = self.changes.injected(layer)
+        for move in injected:
+            hidden = self._move(layer, hidden, move)
+        given = self.given[layer] = self._replaced(layer, hidden, kwargs)
+        final = {**kwargs, **given}
+        rotary = final["position_embeddings"]
+        self.attention_table, self.attention_rotary = self.table, rotary
+        with _kept():
+            inside = self.changes.inside(layer, hidden, kwargs)
+        if inside is not None:
+            rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
+        return (hidden, *args[1:]), final
 
-    def _differs(self, held: SlotTable | None, kind: str) -> bool:
+    def _replaced(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of a layer that differ from its parent's; layers alike share them."""
+        kind = self.patched.family.kind(layer)
+        if len(self.tables) == 1 and not self.differs(layer):
+            return {}
+        key = kind, self.held[layer] if self.held else None
+        if key not in self.replaced:
+            self.replaced[key] = self._arguments(layer, kind, hidden, kwargs)
+        return self.replaced[key]
+
+    def differs(self, layer: int) -> bool:
         """Whether a layer before the first cut stores other tokens than the parent thinks.
 
         The parent looks at the first layer of every kind, and cannot tell heads apart.
         """
-        first = self.patched.first_layer[kind]
-        return held is not None and (held is not self.held[first] or held.headwise)
+        if not self.held or (held := self.held[layer]) is None:
+            return False
+        first = self.patched.first_layer[self.patched.family.kind(layer)]
+        return held is not self.held[first] or held.headwise
 
     def _arguments(self, layer: int, kind: str, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
-        """Mask and positions of the layers of one kind until the next cut."""
+        """Mask and positions of a layer for the current rows.
+
+        Args:
+            layer: the layer, of `kind`.
+            hidden: its input, for shape, type and device.
+            kwargs: the arguments of its parent, for all rows that the decoder was given.
+        """
         family, rotary = self.patched.family, kwargs["position_embeddings"]
         if self.compacted:
             rotary = family.rotary(hidden, self.position, kind)
@@ -394,22 +483,97 @@ class DecoderRun:
             rotary = tuple(gather_rows(t, self.rows, dim=t.dim() - 2) for t in rotary)
         if kind:
             mask = self._mask_of_kind(layer, kwargs.get("attention_mask"))
+        elif self.patched.inserts:
+            mask = self._mask_in_order(layer, kwargs.get("attention_mask"))
         else:
             valid = self._slot_valid(layer)
             if valid is not None and valid.dim() == 3:
-                mask = self._mask_of_kind(layer, None, kwargs.get("attention_mask"))
+                mask = self._mask_in_order(layer, kwargs.get("attention_mask"))
             else:
                 mask = compat.causal_mask(family.text_config, hidden, valid, self.cache, layer)
-        first = len(self.tables) == 1
+        position = self.position
+        if position is None and self.rows is None:
+            position = kwargs.get("position_ids")
+        elif position is None and (position := kwargs.get("position_ids")) is not None:
+            position = gather_rows(position, self.rows, dim=position.dim() - 1)
         return {
             "attention_mask": mask,
             "position_embeddings": rotary,
-            "position_ids": kwargs.get("position_ids") if first else self.position,
+            "position_ids": position,
         }
 
-    def _mask_of_kind(
-        self, layer: int, mask: Tensor | None, like: Tensor | None = None
-    ) -> Tensor | None:
+    def alone(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of a layer's attention over the current rows, without stored tokens."""
+        run = dataclasses.replace(self, cache=None, past_logical=0)
+        return run.attend(layer, hidden, kwargs)
+
+    def narrow(self, rows: Tensor, valid: Tensor, stored: bool) -> DecoderRun:
+        """This run for some of its rows alone, as one layer's attention sees them.
+
+        Args:
+            rows: int64 `[batch, n]`, current rows.
+            valid: bool `[batch, n]`.
+            stored: whether they see stored tokens, and are stored.
+        """
+        position = self.position
+        return dataclasses.replace(
+            self,
+            table=self.table.take(rows, valid),
+            rows=rows if self.rows is None else self.rows.gather(1, rows),
+            position=None if position is None
+            else gather_rows(position, rows, dim=position.dim() - 1),
+            place=gather_rows(self.place, rows, dim=2),
+            cache=self.cache if stored else None,
+            lengths=valid.sum(1).tolist(),
+        )  # fmt: skip
+
+    def attend(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of a layer's attention for the current rows."""
+        return self._arguments(layer, self.patched.family.kind(layer), hidden, kwargs)
+
+    def _mask_in_order(self, layer: int, mask: Tensor | None) -> Tensor | None:
+        """A causal mask by the order of rows, some of which have no place of their own.
+
+        Args:
+            layer: index of the layer.
+            mask: the decoder's own mask, for its format.
+        """
+        held, rows = self._held(layer), self.table.valid.shape[1]
+        padded = self._slot_valid(layer) is not None
+        if mask is None and not padded and (held is None or rows == 1):
+            return None
+        own = torch.ones(rows, rows, dtype=torch.bool, device=self.table.valid.device).tril()
+        own = self._with_stored(own & self.table.valid[:, None], held, None)
+        return compat.mask_like(own, mask)
+
+    def _with_stored(self, own: Tensor, held: SlotTable | None, window: int | None) -> Tensor:
+        """What the rows see of each other, and what they see of stored slots.
+
+        Args:
+            own: bool `[batch, rows, rows]`.
+            held: stored slots; None is none.
+            window: see :attr:`SlotLayer.window`.
+
+        Returns:
+            bool `[batch, 1 or heads, rows, slots + rows]`.
+        """
+        own = own[:, None]
+        if held is None:
+            return own
+        valid, logical = (
+            t if held.headwise else t[:, None] for t in (held.valid, held.logical)
+        )
+        there = valid[:, :, None].expand(-1, -1, own.shape[2], -1)
+        if window is not None:
+            far = self.table.logical[:, None, :, None] - logical[:, :, None]
+            there = there & (far < window)
+        if held.headwise:
+            refuse_flash(self.patched.family)
+            heads = self.patched.family.text_config.num_attention_heads
+            there = there.repeat_interleave(heads // there.shape[1], 1)
+        return torch.cat([there, own.expand(-1, there.shape[1], -1, -1)], 3)
+
+    def _mask_of_kind(self, layer: int, mask: Tensor | None) -> Tensor | None:
         """The mask of a layer in a decoder whose layers see differently.
 
         Among the new rows it is the model's own pattern; stored slots are seen if they are valid
@@ -419,11 +583,8 @@ class DecoderRun:
             layer: index of the layer.
             mask: the model's own mask `[batch or 1, 1, rows, slots]`, before rows left; None is
                 causal.
-            like: a mask of the model's format, where that is not `mask`.
         """
         table, window = self.table, self.patched.windows[layer]
-        old = None if self.cache is None else self.cache.layers[layer]
-        slots = 0 if old is None else old.slots
         seen = self.past_logical + self.full.valid.shape[1]
         if mask is None and (window is None or seen < window) and self._slot_valid(layer) is None:
             return None
@@ -436,24 +597,14 @@ class DecoderRun:
             if self.rows is not None:
                 own = own.gather(1, self.rows[:, :, None].expand(-1, -1, own.shape[2]))
                 own = own.gather(2, self.rows[:, None].expand(-1, own.shape[1], -1))
-        own = (own & table.valid[:, None])[:, None]
-        if slots:
-            held = self.held[layer]
-            there, at = (t if held.headwise else t[:, None] for t in (held.valid, held.logical))
-            there = there[:, :, None].expand(-1, -1, own.shape[2], -1)
-            if window is not None:
-                there = there & (table.logical[:, None, :, None] - at[:, :, None] < window)
-            if held.headwise:
-                refuse_flash(self.patched.family)
-                config = self.patched.family.text_config
-                there = there.repeat_interleave(config.num_attention_heads // there.shape[1], 1)
-            own = torch.cat([there, own.expand(-1, there.shape[1], -1, -1)], 3)
-        return compat.mask_like(own, mask if like is None else like)
+        own = own & table.valid[:, None]
+        if self.has_inserted:  # rows that stand behind others are not seen by these
+            order = torch.ones_like(own[0]).tril()
+            own = own & (order | ~table.inserted[:, None])
+        return compat.mask_like(self._with_stored(own, self._held(layer), window), mask)
 
     @staticmethod
-    def replayed(
-        cuts: list[int], layer: int, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
+    def replayed(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """What a layer had in the forward pass, when it is recomputed in the backward.
 
         transformers 5.17 recomputes a checkpointed layer with its hooks, newer versions without.
@@ -462,89 +613,272 @@ class DecoderRun:
         run = getattr(kwargs["position_embeddings"][0], "mllm_run", None)
         if run is None:
             return None
-        first = max((cut for cut in cuts if cut <= layer), default=None)
-        if first is None:
-            return None
-        rows, replaced = run.replay[first]
-        replaced = replaced[run.patched.family.kind(layer), run.held[layer] if run.held else None]
-        if layer == first and rows is not None:
-            args = (gather_rows(args[0], rows), *args[1:])
-        return args, {**kwargs, **replaced}
+        hidden = args[0]
+        for move in run.moves[layer]:
+            hidden = move(hidden)
+        return (hidden, *args[1:]), {**kwargs, **run.given[layer]}
 
     def _cut(self, layer: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Run the stages of this layer and prepare what the layers from here on are given."""
-        stages = [(n, s) for n, s in self.patched.pruners if s.layer == layer]
-        first = len(self.tables) == 1
-        position = kwargs.get("position_ids") if first else self.position
+        stages = [(n, s) for n, s in self.patched.pruners if layer in s.at()]
+        cut = layer in self.patched.cuts
+        position = kwargs.get("position_ids") if len(self.tables) == 1 else self.position
         kind = f"layer {layer}"
-        compact = any(self.patched.positions(s) == "compact" for _, s in stages)
-        cached = None if self.cache is None else self.cache.layers[layer]
+        compact = cut and any(self.patched.positions(s) == "compact" for _, s in stages)
+        cached = None if self.cache is None or not cut else self.cache.layers[layer]
         shift = None if cached is None else cached.shifts.get(kind)
         if position is not None:
             position = position.expand(hidden.shape[0], -1) if position.dim() == 2 else position
             if shift is not None:
                 position = position - shift
-        rows = None
         if self.visual is not None:
-            table = self.table
-            keep = table.valid.clone()
-            for number, stage in stages:
-                keep &= ~table.visual | table.newline | self._select(number, stage, keep)
-            if self.spaced:
-                keep = table.with_newlines(keep)
-            rows = choose_rows(keep, table.valid)
-            if compact:
-                moved = renumber(position, keep, table.valid)
-                last = keep.long().cumsum(1).argmax(1, keepdim=True)
-                if cached is not None:
-                    delta = (position - moved).gather(1, last)
-                    cached.shifts[kind] = delta if shift is None else shift + delta
-                position = moved
-            hidden = gather_rows(hidden, rows)
-            self.table = table.take(rows, keep.gather(1, rows))
-            if position is not None:
-                position = gather_rows(position, rows, dim=position.dim() - 1)
-            self.rows = rows if self.rows is None else self.rows.gather(1, rows)
-            self.place = gather_rows(self.place, rows, dim=2)
-        self.position = position
-        self.compacted |= compact
-        if self.compacted:
-            self.place = position[None]
-        self._note(layer)
-        self.tables.append((layer, self.table))
-        self.replaced = {}
-        self.replay[layer] = rows, self.replaced
+            keep, moves, inserts = self._act(layer, stages)
+            for move in moves:
+                hidden = self._move(layer, hidden, move)
+            if cut:
+                before = dataclasses.replace(self, position=position)
+                hidden = self._leave(layer, keep, hidden, position)
+                for insert in inserts:
+                    hidden = self._insert(layer, insert, hidden, before)
+                if compact:
+                    position, valid = self.position, self.table.valid
+                    self.position = renumber(position, valid, valid)
+                    last = valid.long().cumsum(1).argmax(1, keepdim=True)
+                    if cached is not None:
+                        delta = (position - self.position).gather(1, last)
+                        cached.shifts[kind] = delta if shift is None else shift + delta
+        else:
+            self.position = position
+        if cut:
+            self.compacted |= compact
+            if self.compacted:
+                self.place = self.position[None]
+            self._note(layer)
+            self.tables.append((layer, self.table))
+            self.replaced = {}
         return hidden
 
-    def _select(self, number: int, stage: LayerPruner, keep: Tensor) -> Tensor:
+    def _leave(
+        self, layer: int, keep: Tensor, hidden: Tensor, position: Tensor | None
+    ) -> Tensor:
+        """Let rows leave before a layer; returns the hidden states of the others."""
         table = self.table
-        signals = {}
-        for name in stage.reads():
-            scores = attention.captured(self.signals, (number, name), stage.info.name)
-            at = table.index[:, None].expand(-1, scores.shape[1], -1)
-            signals[name] = scores.gather(2, at)
-        images = torch.tensor([len(s) for s in self.images], device=keep.device)
+        if self.spaced:
+            lines = max(layout.lines for layout in self.reduction.layouts)
+            keep = table.with_newlines(keep, lines, max(map(len, self.images)))
+        self._count(keep, None)
+        rows = choose_rows(keep, table.valid, None, max(self.lengths))
+        self.table = table.take(rows, keep.gather(1, rows))
+        if position is not None:
+            position = gather_rows(position, rows, dim=position.dim() - 1)
+        self.position = position
+        self.place = gather_rows(self.place, rows, dim=2)
+        self.rows = rows if self.rows is None else self.rows.gather(1, rows)
+        return self._move(layer, hidden, lambda x: gather_rows(x, rows))
+
+    def _move(self, layer: int, hidden: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """Do something to the hidden states that enter a layer, and remember it."""
+        self.moves[layer].append(move)
+        return move(hidden)
+
+    def _act(
+        self, layer: int, stages: list[tuple[int, LayerMethod]]
+    ) -> tuple[Tensor, list[Callable[[Tensor], Tensor]], list[Insert]]:
+        """Ask the stages of a layer: rows that stay, changes of hidden states, and new rows."""
+        table = self.table
+        keep, writes, inserts = table.valid.clone(), [], []
+        for number, stage in stages:
+            for action in self._select(number, stage, layer, keep):
+                self._check(stage, action)
+                if isinstance(action, Keep):
+                    keep &= ~table.visual | table.newline | action.mask
+                elif isinstance(action, Merge):
+                    self._merge(action.into)
+                elif isinstance(action, Write):
+                    writes.append(action)
+                elif isinstance(action, Insert):
+                    inserts.append(action)
+                elif isinstance(action, Protect):
+                    self._protect(action.rows)
+                else:
+                    self.changes.add(number, action, table)
+        keep |= self.protected_of(table)
         visual = table.visual & ~table.newline & keep
-        ctx = Context(stage, signals, visual=visual, images=images)
-        if isinstance(stage.keep, int) and bool((ctx.visual.sum(1) < stage.keep * images).any()):
+        moves = []
+        for write in writes:
+            rows = visual if write.rows is None else write.rows & table.valid
+            if self.pictured is not None:
+                rows = rows & self.pictured[:, None]
+            moves.append(
+                lambda x, rows=rows, values=write.values: torch.where(
+                    rows[..., None], values.to(x.dtype), x
+                )
+            )
+        return keep, moves, inserts
+
+    @staticmethod
+    def _check(stage: LayerMethod, action: Any) -> None:
+        if type(action).__name__ not in stage.actions:
+            raise PlanError(
+                f"{stage.info.name} returns {type(action).__name__} but does not list it in "
+                "its actions",
+                argument="actions",
+                given=type(action).__name__,
+                expected=", ".join(stage.actions),
+            )
+
+    def _merge(self, into: Tensor) -> None:
+        """Book what tokens stand for when others go into them."""
+        table = self.table
+        own = torch.arange(into.shape[1], device=into.device)
+        goes = table.visual & table.valid & (into >= 0) & (into != own)
+        size = table.size.masked_fill(goes, 0)
+        size = size.scatter_add(1, into.clamp(min=0), table.size.masked_fill(~goes, 0))
+        self.table = dataclasses.replace(table, size=size)
+
+    def _protect(self, rows: Tensor) -> None:
+        """Protect rows of the current table."""
+        full = torch.zeros_like(self.full.valid)
+        rows = (rows & self.table.valid & ~self.table.inserted).long()
+        full = full.long().scatter_add(1, self.table.index, rows) > 0
+        self.protected = full if self.protected is None else self.protected | full
+
+    def _insert(
+        self, layer: int, insert: Insert, hidden: Tensor, before: DecoderRun
+    ) -> Tensor:
+        """Put new rows behind others; returns the hidden states with them.
+
+        Args:
+            layer: index of the layer.
+            insert: the action.
+            hidden: `[batch, rows, width]`.
+            before: this run as the action saw it, before rows left.
+        """
+        values = insert.rows.to(hidden)
+        values = values.expand(len(hidden), *values.shape[-2:])
+        after = insert.after if self.pictured is None else insert.after.where(self.pictured, -1)
+        after = after[:, None].expand(-1, values.shape[1])
+        there, at = after >= 0, after.clamp(min=0)
+        new = before.table.take(at, there & before.table.valid.gather(1, at))
+        no, none = torch.zeros_like(new.valid), torch.full_like(new.image, -1)
+        new = dataclasses.replace(
+            new, visual=no, newline=no, inserted=~no, image=none, tile=none, frame=none,
+            line=none, row=none.float(), col=none.float(), size=torch.zeros_like(new.size),
+        )  # fmt: skip
+        # Both are ordered by the rows that the action saw; what is new comes behind.
+        place = locate(self.table.index, before.table.index, self.full.valid.shape[1])
+        order = torch.cat([place, after], 1).argsort(dim=1, stable=True)
+        self.table = TokenTable(
+            **{
+                f.name: torch.cat([getattr(self.table, f.name), getattr(new, f.name)], 1).gather(
+                    1, order
+                )
+                for f in dataclasses.fields(TokenTable)
+            }
+        )
+        rows = at if before.rows is None else before.rows.gather(1, at)
+        self.lengths = self.table.valid.sum(1).tolist()
+        self.rows = torch.cat([self.rows, rows], 1).gather(1, order)
+        new_place = gather_rows(before.place, at, dim=2)
+        self.place = gather_rows(torch.cat([self.place, new_place], 2), order, dim=2)
+        if self.position is not None:
+            dim = self.position.dim() - 1
+            position = gather_rows(before.position, at, dim=dim)
+            self.position = gather_rows(torch.cat([self.position, position], dim), order, dim=dim)
+        self.has_inserted = True
+        return self._move(
+            layer, hidden, lambda x: gather_rows(torch.cat([x, values.to(x)], 1), order)
+        )
+
+    def context(
+        self, number: int, stage: LayerMethod, layer: int, table: TokenTable, *,
+        keep: Tensor | None = None, known: bool = False,
+    ) -> LayerContext:
+        """What a stage may read at a layer over the rows of `table`.
+
+        Args:
+            number: of the stage in its plan.
+            stage: the stage.
+            layer: the layer.
+            table: the rows.
+            keep: bool `[batch, rows]`, rows that other stages of this layer leave; None is all.
+            known: whether signals that are yet to come may be missing.
+        """
+        signals, queries = self.captures.read(number, stage, layer, table, known)
+        visual = table.visual & ~table.newline & table.valid
+        entered = self.tables[0][1]
+        return LayerContext(
+            stage, signals, queries=queries,
+            layer=layer, num_layers=len(self.patched.layers), table=table,
+            visual=visual if keep is None else visual & keep,
+            prompt=self.prompt_of(table), protected=self.protected_of(table),
+            images=torch.tensor([len(s) for s in self.images], device=visual.device),
+            entered=(entered.visual & ~entered.newline & entered.valid).sum(1),
+            state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
+        )  # fmt: skip
+
+    def _select(self, number: int, stage: LayerMethod, layer: int, keep: Tensor) -> list[Any]:
+        """The actions of a stage."""
+        ctx = self.context(number, stage, layer, self.table, keep=keep)
+        budget = getattr(stage, "keep", None)
+        if isinstance(budget, int) and bool((ctx.visual.sum(1) < budget * ctx.images).any()):
             self.notes.append(
-                f"{stage.info.name}: fewer than keep={stage.keep} tokens per image arrive at "
-                f"layer {stage.layer}"
+                f"{stage.info.name}: fewer than keep={budget} tokens per image arrive at "
+                f"layer {layer}"
             )
         self.ran.add(number)
-        with torch.no_grad():
-            action = stage.select(ctx)
+        if stage.differentiable and compat.reentrant(self.patched.layers[layer - 1]):
+            raise PlanError(
+                f"{stage.info.name} is learnt, and reentrant checkpointing gives it no gradient",
+                argument="use_reentrant",
+                given=True,
+                expected="False",
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and stage.differentiable), _kept():
+            actions = stage.act(ctx)
         self.selection_flops += ctx.flops
-        return action.mask
+        return actions
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """The decoder's output at the length the caller knows.
+    def finish(self, hidden: Tensor) -> None:
+        """The last layer has run: stages behind it, and what was put off until now."""
+        depth = len(self.patched.layers)
+        self.reached = depth
+        if depth in self.patched.acts:
+            self.captures.hidden(depth, "layer", hidden)
+            stages = [(n, s) for n, s in self.patched.pruners if depth in s.at()]
+            self._act(depth, stages)
+        self.changes.finish()
+        self.selection_flops += self.captures.flops
+
+    def restore(self, hidden: Tensor, table: TokenTable | None = None) -> Tensor:
+        """What came out of a layer, by default the last, at the length the caller knows.
 
         Dropped rows are zero. Padding rows keep what they had, so that keeping everything
         changes nothing.
         """
-        table, full = self.table, self.full
+        table, full = table or self.table, self.full
+        if self.has_inserted:  # equally many in every sample
+            count = table.inserted.shape[1] - int(table.inserted[0].sum())
+            rows = table.inserted.int().argsort(dim=1, stable=True)[:, :count]
+            table, hidden = table.take(rows, table.valid.gather(1, rows)), gather_rows(hidden, rows)
         written = table.valid | ~full.valid.gather(1, table.index)
         hidden = hidden.masked_fill(~written[..., None], 0)
         out = hidden.new_zeros(hidden.shape[0], full.valid.shape[1], hidden.shape[2])
         return out.scatter(1, table.index[..., None].expand_as(hidden), hidden)
+
+    def restore_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """`hidden_states` of the decoder: what enters the first layer, and what leaves each."""
+        restored, tables = [], dict(self.tables)
+        table = tables[0]
+        for i, hidden in enumerate(states):
+            table = tables.get(max(0, i - 1), table)
+            restored.append(None if hidden is None else self.restore(hidden, table))
+        return tuple(restored)
+
+
+def _kept() -> Any:
+    """While open, what autograd saves is kept, and no business of a checkpoint around it.
+
+    transformers 5.17 checkpoints a layer with its hooks, but nothing of a plan is computed again.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

@@ -27,6 +27,7 @@ class Reduction:
         order: int64 `[tokens]`, sequence order of kept tokens within their image.
         vision_flops, baseline_vision_flops, selection_flops: FLOPs of each image.
         ran: indices of the plan's stages that ran.
+        protected: bool `[tokens]`, tokens that no stage may drop; None is none.
     """
 
     layouts: list[Layout]
@@ -37,11 +38,18 @@ class Reduction:
     baseline_vision_flops: list[float] = field(default_factory=list)
     selection_flops: list[float] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
+    protected: Tensor | None = None
 
     @classmethod
     def join(cls, parts: list[Reduction]) -> Reduction:
         """Pictures and videos of one prompt, one kind after the other."""
         orders = [part.order for part in parts]
+        guarded = [part.protected for part in parts]
+        if any(x is not None for x in guarded):
+            guarded = [
+                torch.zeros_like(part.keep) if x is None else x
+                for x, part in zip(guarded, parts, strict=True)
+            ]
         return cls(
             layouts=[x for part in parts for x in part.layouts],
             keep=torch.cat([part.keep for part in parts]),
@@ -51,6 +59,7 @@ class Reduction:
             baseline_vision_flops=[x for part in parts for x in part.baseline_vision_flops],
             selection_flops=[x for part in parts for x in part.selection_flops],
             ran=set.intersection(*(part.ran for part in parts)),
+            protected=None if None in guarded else torch.cat(guarded),
         )
 
     @property
@@ -83,6 +92,7 @@ class Record:
     cached: bool
     selection_flops: float
     notes: list[str]
+    branch_rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # that take part
     decode_steps: int = 0
 
 
@@ -187,17 +197,22 @@ class Ledger:
         layers = self._visual()
         return [sum(column) / len(layers) for column in zip(*layers, strict=True)]
 
-    def _decoder_flops(self, tokens: list[list[int]], past: list[int]) -> list[float]:
-        record = self._record
+    def _decoder_flops(
+        self,
+        tokens: list[list[int]],
+        past: list[int],
+        branch_rows: dict[tuple[int, str], Tensor] | None = None,
+    ) -> list[float]:
+        """FLOPs of each sample, of rows that enter layers or, where told, their branches."""
+        record, total = self._record, [0.0] * len(tokens[0])
+        own = {key: rows.tolist() for key, rows in (branch_rows or {}).items()}
+        for i, row in enumerate(tokens):
+            attn, mlp = own.get((i, "attn"), row), own.get((i, "mlp"), row)
+            for b, queries in enumerate(attn):
+                total[b] += flops.attention_branch(record.config, queries, past[i] + queries)
+                total[b] += flops.mlp_branch(record.config, mlp[b])
         head = flops.lm_head(record.config, record.logit_rows)
-        return [
-            head
-            + sum(
-                flops.decoder_layer(record.config, row[b], past[i] + row[b])
-                for i, row in enumerate(tokens)
-            )
-            for b in range(len(tokens[0]))
-        ]
+        return [head + layers for layers in total]
 
     def as_dict(self) -> dict[str, Any]:
         """The promised fields (schema 1), plain Python values only."""
@@ -233,7 +248,7 @@ class Ledger:
             for per_sample, images in zip(select, counts, strict=True)
         ]
         tokens, visual = [self.tokens(i) for i in range(layers)], self._visual()
-        llm = self._decoder_flops(tokens, record.past)
+        llm = self._decoder_flops(tokens, record.past, record.branch_rows)
         stored = [_within(record.past_logical, window) for window in record.windows]
         base = self._decoder_flops([prompt] * layers, stored)
         length = full.valid.shape[1] + record.past_logical

@@ -1,12 +1,14 @@
 """The one Patcher: hooks that run a plan inside a model, and leave nothing behind.
 
 Rows leave at two places: in the decoder's pre-hook (pre-LLM stages) and before a decoder layer
-(in-LLM stages). Everything about one forward pass lives in context variables, so an exception
-leaves nothing behind and threads do not meet; everything about a conversation lives on its cache.
+(in-LLM stages). Everything about one forward pass lives in context variables that are closed in
+`finally`, so neither an exception nor a KeyboardInterrupt leaves anything behind, and threads do
+not meet; everything about a conversation lives on its cache.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from contextvars import ContextVar
@@ -17,23 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from mllm import attention, compat
+from mllm.actions import IN_ATTENTION, MOVES_ROWS
 from mllm.cache import CacheMark, KVCache, cache_bytes
+from mllm.capture import declared
 from mllm.compressors.base import (
-    AttentionRows,
     CacheCompressor,
-    LayerPruner,
+    Hidden,
+    LayerMethod,
+    TextEmbeds,
     TokenReducer,
+    TowerReducer,
     VisionAttention,
     VisionKeys,
 )
 from mllm.errors import DataError, NoEffectError, PlanError
 from mllm.in_llm import DecoderRun
-from mllm.ledger import Ledger, Record, Reduction
+from mllm.ledger import Ledger, Record
 from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
-from mllm.tokens import split_images
+from mllm.running import running
+from mllm.tokens import Counts, count_rows, split_images
 from mllm.validate import check_plan, family_notes
 
 
@@ -44,25 +51,32 @@ class _Call:
     patched: Patched
     labels: Tensor | None
     logits_to_keep: Any
-    outer: _Call | None
+
+
+@dataclass
+class _Prompt:
+    """What generate() knows: the length of the prompt, and whether it drafts for assisted decoding.
+
+    transformers gives no pictures to a model that drafts.
+    """
+
+    patched: Patched
+    length: int | None
+    drafts: bool
 
 
 _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
 _CALL: ContextVar[_Call | None] = ContextVar("mllm_call", default=None)
 _VISION: ContextVar[VisionRun | None] = ContextVar("mllm_vision", default=None)
-_PROMPT: ContextVar[int | None] = ContextVar("mllm_prompt", default=None)
+_PROMPT: ContextVar[_Prompt | None] = ContextVar("mllm_prompt", default=None)
 
-
-def _outer(variable: ContextVar, patched: Patched) -> Any:
-    """What surrounds a new call of `patched`.
-
-    A model is not called inside itself, so state of its own was left by an interrupt: torch runs
-    hooks after an exception, but not after a KeyboardInterrupt.
-    """
-    state = variable.get()
-    while state is not None and state.patched is patched:
-        state = state.outer
-    return state
+_MISSING = object()
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class Patched:
@@ -85,32 +99,49 @@ class Patched:
         self.plan = Plan(
             [
                 s.at_depth(len(self.layers), self.family.first_cut)
-                if isinstance(s, LayerPruner)
+                if isinstance(s, LayerMethod)
                 else s
                 for s in requested.stages
             ],
             requested.seed,
         )
         self.plan_notes = [
-            f"{s.info.name}: layer {s.paper_layer} of {s.info.reference_layers} scaled to "
-            f"layer {now.layer} of {len(self.layers)}"
+            note
             for s, now in zip(requested.stages, self.plan.stages, strict=True)
-            if isinstance(s, LayerPruner) and s.layer is None
+            if isinstance(s, LayerMethod) and (note := s.scaled(now, len(self.layers)))
         ]
         stages = list(enumerate(self.plan.stages))
         self.reducers = [(i, s) for i, s in stages if isinstance(s, TokenReducer)]
-        self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerPruner)]
+        self.mergers = [(i, s) for i, s in stages if isinstance(s, TowerReducer)]
+        self.before = [*self.mergers, *self.reducers]
+        self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerMethod)]
         self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
+        self.signals = declared(self.pruners)
+        self.reads_embeds = any(
+            isinstance(signal, TextEmbeds)
+            for _, s in self.pruners
+            for signal in s.reads().values()
+        )
+        self.acts = sorted({layer for _, s in self.pruners for layer in s.at()})
+        self.cuts = sorted(
+            {
+                layer
+                for _, s in self.pruners
+                if MOVES_ROWS & set(s.actions)
+                for layer in s.at()
+                if layer < len(self.layers)
+            }
+        )
+        self.mark = CacheMark(compat.config_sha256(model), self.plan.sha256)
+        self.inserts = "Insert" in self._actions()
         check_plan(self, unvalidated)
         self.plan_notes += family_notes(self)
-        self.cuts = sorted({s.layer for _, s in self.pruners})
-        self.mark = CacheMark(compat.config_sha256(model), self.plan.sha256)
         self._base_signature = inspect.signature(self.family.base.forward)
         self._decoder_names = list(inspect.signature(self.family.decoder.forward).parameters)
         self._records: list[Record] = []
         self._handles: list[Any] = []
-        self._served: list[tuple[nn.Module, Any]] = []
-        self._wrapped: list[tuple[nn.Module, str, Any]] = []
+        self._attributes: list[tuple[nn.Module, str, Any]] = []  # (module, name, before)
+        self._check_idle()
         self._install()
 
     def positions(self, stage: Any) -> str:
@@ -123,88 +154,174 @@ class Patched:
         joined = stage.site == "pre_projector" and not self.family.per_token
         return "post_projector" if joined else stage.site
 
+    def _actions(self) -> set[str]:
+        """Actions that in-LLM stages may return."""
+        return {action for _, s in self.pruners for action in s.actions}
+
+    def _layers_of(self, actions: set[str]) -> range:
+        """Decoder layers in which some of these actions may work."""
+        first = [min(s.at()) for _, s in self.pruners if actions & set(s.actions)]
+        return range(min(first, default=len(self.layers)), len(self.layers))
+
     def tapped(self) -> list[nn.Module]:
-        """Attention modules that some stage reads from."""
+        """Attention modules that some stage reads from, or changes something in."""
         found = []
-        for _, stage in [*self.reducers, *self.pruners, *self.compressors]:
+        for _, stage in self.reducers:
             for signal in stage.reads().values():
                 if isinstance(signal, VisionAttention | VisionKeys):
                     found.append(self.family.block_attention(self.family.block(signal.block)))
-                elif isinstance(signal, AttentionRows):
-                    found.append(self.family.attention(signal.layer))
+        for _, stage in self.mergers:
+            blocks = stage.blocks(len(self.family.blocks))
+            found += [self.family.block_attention(block) for block in blocks]
+        for _, signal in self.signals:
+            if not isinstance(signal, Hidden):
+                found.append(self.family.attention(signal.layer))
+        for _, stage in self.compressors:
+            found += [self.family.attention(s.layer) for s in stage.reads().values()]
+        found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
 
     # Installing and removing
 
     def _install(self) -> None:
         family = self.family
-        for module in self.tapped():
-            name = f"mllm_{compat.attention_name(module)}"
-            self._served.append((module, compat.serve(module, name)))
+        touched: dict[nn.Module, None] = {}
 
         def pre(module: nn.Module, hook: Any) -> None:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            touched[module] = None
 
-        def post(module: nn.Module, hook: Any, always: bool = False) -> None:
-            self._handles.append(module.register_forward_hook(hook, always_call=always))
+        def post(module: nn.Module, hook: Any) -> None:
+            self._handles.append(module.register_forward_hook(hook))
+            touched[module] = None
 
+        def wrap(module: nn.Module, name: str, around: Any) -> None:
+            """Let `around(method, args, kwargs)` stand for a method; the signature stays."""
+            method = getattr(module, name)
+
+            # generate() reads the signature of get_image_features to choose its arguments.
+            @functools.wraps(method)
+            def wrapper(*args, **kwargs):
+                return around(method, args, kwargs)
+
+            self._set(module, name, wrapper)
+            touched[module] = None
+
+        for module in self.tapped():
+            before = compat.serve(module, f"mllm_{compat.attention_name(module)}")
+            self._attributes.append((module, "config", before))
+            touched[module] = None
+        # PEFT calls the forward of the model that it wraps, past the model's hooks.
         for top in {id(m): m for m in (self.model, family.model)}.values():
-            pre(top, self._top_pre)
-            post(top, self._top_post, always=True)
-        pre(family.base, self._base_pre)
-        post(family.base, self._base_post, always=True)
+            wrap(top, "forward", self._top_forward)
+        wrap(family.base, "forward", self._base_forward)
+        for kind in [kind for kind, of in self.kinds.items() if of is not None]:
+            features = functools.partial(self._features, kind)
+            wrap(family.base, f"get_{kind}_features", features)
+        wrap(family.model, "generate", self._generate)
+        for name in compat.CONTINUOUS:
+            if hasattr(family.model, name):
+                wrap(family.model, name, self._refuse_continuous)
         pre(family.decoder, self._decoder_pre)
         post(family.decoder, self._decoder_post)
+        read = [signal.layer for _, signal in self.signals]
+        first = min([*self.acts, *read, len(self.layers)])
         for i, layer in enumerate(self.layers):
-            pre(layer, functools.partial(self._layer_pre, i))
+            # Before the first stage only what is stored may differ from what the parent thinks.
+            pre(layer, functools.partial(self._stored_pre if i < first else self._layer_pre, i))
             if self.compressors:
                 post(layer, functools.partial(self._layer_post, i))
-        if any(self.site(stage) == "pre_projector" for _, stage in self.reducers):
+        self._install_branches(pre, post)
+        if self.mergers or any(self.site(s) == "pre_projector" for _, s in self.reducers):
             pre(family.projector, self._projector_pre)
             post(family.projector, self._projector_post)
             post(family.tower, self._tower_post)
+        for i, block in enumerate(family.blocks if self.mergers else ()):
+            wrap(block, "forward", functools.partial(self._tower_block, i))
+        self._set(family.base, "mllm_patched", True)
+        for module in touched:
+            self._set(module, "__deepcopy__", functools.partial(self._plain_copy, module))
 
-        for kind in [kind for kind, of in self.kinds.items() if of is not None]:
-            self._wrap(family.base, f"get_{kind}_features", self._features, kind)
-        self._wrap(family.model, "generate", self._generate)
-        family.base.mllm_patched = True
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of one module, until :meth:`remove`."""
+        self._attributes.append((module, name, module.__dict__.get(name, _MISSING)))
+        setattr(module, name, value)
 
-    def _wrap(self, owner: nn.Module, name: str, around: Any, *more: Any) -> None:
-        """Put `around(*more, original, args, kwargs)` in place of a method of this instance."""
-        original = getattr(owner, name)
+    def _plain_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        """What `copy.deepcopy` makes of a module: an ordinary one, without the plan."""
+        state = dict(module.__dict__)
+        for owner, name, before in reversed(self._attributes):
+            if owner is module and before is _MISSING:
+                del state[name]
+            elif owner is module:
+                state[name] = before
+        own = {handle.id for handle in self._handles}
+        for name in _HOOKS:
+            hooks = [(i, hook) for i, hook in state[name].items() if i not in own]
+            state[name] = type(state[name])(hooks)
+        plain = memo[id(module)] = type(module).__new__(type(module))
+        plain.__setstate__(copy.deepcopy(state, memo))
+        return plain
 
-        # generate() reads the signature of get_image_features to choose its arguments.
-        @functools.wraps(original)
-        def wrapper(*args, **kwargs):
-            return around(*more, original, args, kwargs)
+    def _check_idle(self) -> None:
+        if running(self.family.model):
+            raise PlanError(
+                "a forward pass of the model is going on, perhaps in another thread",
+                argument="model",
+                given=type(self.model).__name__,
+                expected="patch and remove between forward passes",
+            )
 
-        self._wrapped.append((owner, name, owner.__dict__.get(name)))
-        setattr(owner, name, wrapper)
+    def _install_branches(self, pre: Any, post: Any) -> None:
+        """Hooks inside of decoder layers, where actions or signals need them."""
+        family = self.family
+        changed = self._layers_of({"BranchGate", "BranchRows", *IN_ATTENTION})
+        read = {(s.layer, s.of) for _, s in self.signals if isinstance(s, Hidden)}
+        for i in range(len(self.layers)):
+            for branch, module in (("attn", family.attention(i)), ("mlp", family.mlp(i))):
+                if i in changed or (i, branch) in read:
+                    pre(module, functools.partial(self._branch_pre, i, branch))
+                if i in changed:
+                    post(family.branch(i, branch), functools.partial(self._branch_post, i, branch))
+
+    def _tower_block(self, block: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        """What runs instead of a tower block's forward, where tokens may merge."""
+        run = _VISION.get()
+        if run is None:
+            return original(*args, **kwargs)
+        given = {**dict(zip(("hidden_states", "attention_mask"), args, strict=False)), **kwargs}
+        hidden, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
+        return run.tower.block(block, hidden, mask, given)
 
     def remove(self) -> None:
-        """Take the plan out; the model is exactly what it was. May be called twice."""
+        """Take the plan out; the model is exactly what it was.
+
+        Raises:
+            PlanError: it was taken out before, or a forward pass of the model is going on in
+                another thread (then the plan stays in and can be removed later).
+        """
+        if not self._handles:
+            raise PlanError(
+                "the plan was removed before",
+                argument="remove",
+                given=repr(self),
+                expected="remove() once, or a with block",
+            )
+        self._check_idle()
         for handle in self._handles:
             handle.remove()
-        for module, config in self._served:
-            module.config = config
-        for owner, name, before in self._wrapped:
-            delattr(owner, name)
-            if before is not None:
-                setattr(owner, name, before)
-        if self._wrapped:
-            del self.family.base.mllm_patched
-        self._handles, self._served, self._wrapped = [], [], []
-        self._forget()
-
-    def _forget(self) -> None:
-        _CALL.set(_outer(_CALL, self))
-        _FORWARD.set(_outer(_FORWARD, self))
+        for module, name, before in reversed(self._attributes):
+            delattr(module, name)
+            if before is not _MISSING:
+                setattr(module, name, before)
+        self._handles, self._attributes = [], []
 
     def __enter__(self) -> Patched:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.remove()
+        if self._handles:
+            self.remove()
 
     def __repr__(self) -> str:
         state = "active" if self._handles else "removed"
@@ -250,31 +367,26 @@ class Patched:
                 given=chunk,
                 expected="None",
             )
-        self._forget()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        self._carry_on(kwargs.get("past_key_values"))
+        drafts = bool(getattr(config, "is_assistant", False))
         if self.family.mrope and ids is not None and kwargs.get("past_key_values") is None:
             # Positions come from the pictures, before the prompt is read.
-            encoders = kwargs.get("mm_encoder_outputs") or {}
-            for kind, family in self.kinds.items():
-                if family is not None:
-                    self._placeholders(kind, family, ids, kwargs, encoders.get(kind))
-        token = _PROMPT.set(None if ids is None else ids.shape[1])
+            self._placeholders(ids, kwargs, drafts)
+        length = None if ids is None else ids.shape[1]
+        self._carry_on(kwargs.get("past_key_values"))
+        token = _PROMPT.set(_Prompt(self, length, drafts))
         try:
             return generate(*args, **kwargs)
         finally:
             _PROMPT.reset(token)
 
-    def _top_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        outer = _outer(_CALL, self) if module is self.model else _CALL.get()
-        labels = kwargs.get("labels")
-        if labels is None and outer is not None and outer.patched is self:
-            labels = outer.labels  # a PEFT wrapper's call, around this one
-        _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0), outer))
-
-    def _top_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if (call := _CALL.get()) is not None:
-            _CALL.set(call.outer)
+    def _refuse_continuous(self, method: Any, args: tuple, kwargs: dict) -> None:
+        raise PlanError(
+            "a paged cache (continuous batching) cannot hold a plan's per-layer lengths",
+            argument="model",
+            given=method.__name__,
+            expected="generate() with a padded batch",
+        )
 
     def _carry_on(self, cache: Any) -> None:
         """Give the base model back what it remembered of this conversation.
@@ -285,56 +397,119 @@ class Patched:
         for name, value in ({} if mark is None else mark.carried).items():
             setattr(self.family.base, name, value)
 
-    def _base_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = compat.arguments(self._base_signature, args, kwargs)
-        if _PROMPT.get() is None:  # generate() has done so
-            self._carry_on(given.get("past_key_values"))
-        ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
-        length, cache = _PROMPT.get(), given.get("past_key_values")
-        if length is not None and cache is not None and cache.get_seq_length() >= length:
-            ids = None  # an image token behind the prompt is a candidate copied from it
-        seen: dict[str, Tensor] = {}
-        reductions: dict[str, Reduction] = {}
-        for kind, family in self.kinds.items():
-            encoded = encoders.get(kind)
-            if family is None:
-                if given.get("pixel_values_videos") is not None or encoded is not None:
-                    raise DataError(
-                        f"the tokens of videos cannot be reduced in {type(self.model).__name__}",
-                        argument="pixel_values_videos",
-                        given="a video",
-                        expected="images",
-                    )
-                continue
-            visual = self._placeholders(kind, family, ids, given, encoded)
-            if visual is not None:
-                seen[kind] = visual
-                if encoded is not None:
-                    reductions[kind] = encoded.mllm_reduction
-        visual = None if not seen else functools.reduce(torch.logical_or, seen.values())
-        mask = given.get("attention_mask")
-        outer = _outer(_FORWARD, self)
-        run = DecoderRun(self, visual, None, mask, outer=outer, seen=seen, reductions=reductions)
-        _FORWARD.set(run)
+    def _prompt(self) -> _Prompt:
+        """The call of this model's generate() that is going on in this thread."""
+        prompt = _PROMPT.get()
+        here = prompt is not None and prompt.patched is self
+        return prompt if here else _Prompt(self, None, False)
 
-    def _placeholders(
-        self, kind: str, family: Family, ids: Tensor | None, given: dict[str, Any], encoded: Any
-    ) -> Tensor | None:
-        """Rows of images or of videos: bool `[batch, rows]`, None without any."""
-        has_pixels = given.get(family.pixels) is not None or encoded is not None
-        if ids is None and has_pixels:
+    def _top_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
+        labels, outer = kwargs.get("labels"), _CALL.get()
+        if labels is None and outer is not None and outer.patched is self:
+            labels = outer.labels  # a PEFT wrapper's call, around this one
+        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0)))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _CALL.reset(token)
+
+    def _base_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
+        # Not hooks: torch calls them after an Exception, but not after a KeyboardInterrupt.
+        given = compat.arguments(self._base_signature, args, kwargs)
+        if self._prompt().length is None:  # generate() has done so
+            self._carry_on(given.get("past_key_values"))
+        run = self._open(given)
+        token = _FORWARD.set(run)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            attention.close_taps()
+            attention.set_change(None)
+            _FORWARD.reset(token)
+
+    def _run(self) -> DecoderRun | None:
+        """The forward pass of this model that is going on in this thread."""
+        run = _FORWARD.get()
+        return run if run is not None and run.patched is self else None
+
+    def _open(self, given: dict[str, Any]) -> DecoderRun:
+        """The state of a forward pass, from the base model's arguments.
+
+        Raises:
+            DataError: pictures and placeholders disagree.
+        """
+        ids, encoders = given.get("input_ids"), given.get("mm_encoder_outputs") or {}
+        mask, visual, counts = given.get("attention_mask"), None, None
+        brought = self._brought(given)
+        if ids is None and brought:
             raise DataError(
                 "visual rows cannot be found without input_ids",
                 argument="input_ids",
                 given=None,
                 expected="input_ids with the pixels",
             )
-        if ids is None or not (has_pixels or ids.shape[1] > 1):
-            return None
-        visual = ids == family.image_token_id
-        counts = visual.sum(1).tolist()
-        found = any(counts)
-        if found != has_pixels:
+        answering = self._answering(given.get("past_key_values"))
+        marks: dict[str, Tensor] = {}
+        if ids is not None and not answering and (brought or ids.shape[1] > 1):
+            marks, counts = self._placeholders(ids, given, self._prompt().drafts)
+        if marks:
+            visual = functools.reduce(torch.logical_or, marks.values())
+        call = _CALL.get()
+        return DecoderRun(
+            self, visual, None, mask,
+            call=call if call is not None and call.patched is self else None,
+            counts=counts, answering=answering, marks=marks,
+            reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
+        )
+
+    def _brought(self, given: dict[str, Any]) -> list[str]:
+        """Whether a call has images, videos, or both, as pixels or as features."""
+        encoders, found = given.get("mm_encoder_outputs") or {}, []
+        for kind, family in self.kinds.items():
+            pixels = "pixel_values_videos" if family is None else family.pixels
+            if given.get(pixels) is None and encoders.get(kind) is None:
+                continue
+            if family is None:
+                raise DataError(
+                    f"the tokens of videos cannot be reduced in {type(self.model).__name__}",
+                    argument="pixel_values_videos",
+                    given="a video",
+                    expected="images",
+                )
+            found.append(kind)
+        return found
+
+    def _placeholders(
+        self, ids: Tensor, given: dict[str, Any], drafts: bool
+    ) -> tuple[dict[str, Tensor], Counts]:
+        """Placeholders of images and of videos, bool `[batch, rows]`, and all counts.
+
+        Raises:
+            DataError: there are others than the pictures given have; a model that drafts is
+                given none.
+        """
+        families = {kind: family for kind, family in self.kinds.items() if family is not None}
+        mask, encoders = given.get("attention_mask"), given.get("mm_encoder_outputs") or {}
+        plain = isinstance(mask, Tensor) and mask.dim() == 2
+        marks = {kind: ids == family.image_token_id for kind, family in families.items()}
+        counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
+        brought = self._brought(given)
+        if brought or not drafts:
+            for kind, family in families.items():
+                self._check_counts(kind, family, counts.marked[kind], given, encoders.get(kind))
+        return {kind: marks[kind] for kind in brought}, counts
+
+    def _answering(self, cache: Any) -> bool:
+        """Whether all rows are tokens that generate() has added: none is padding or visual."""
+        length = self._prompt().length
+        return length is not None and cache is not None and 0 < length <= cache.get_seq_length()
+
+    def _check_counts(
+        self, kind: str, family: Family, counts: list[int], given: dict[str, Any], encoded: Any
+    ) -> None:
+        """Every sample's placeholders are whole images, and there are as many as were given."""
+        found, brought = any(counts), given.get(family.pixels) is not None or encoded is not None
+        if found != brought:
             raise DataError(
                 f"the prompt has {kind} placeholders but no pixels were given"
                 if found
@@ -344,32 +519,18 @@ class Patched:
                 expected="as many placeholders as visual tokens",
             )
         if not found:
-            return None
-        reduction = getattr(encoded, "mllm_reduction", None)
-        if encoded is not None and reduction is None:
+            return
+        if encoded is None:
+            family.check(given)
+            sizes = [layout.tokens for layout in family.layouts(given)]
+            total = sum(sizes)
+        elif (reduction := getattr(encoded, "mllm_reduction", None)) is None:
             raise DataError(
                 "mm_encoder_outputs were not computed by the patched model",
                 argument="mm_encoder_outputs",
                 given=type(encoded).__name__,
                 expected=f"get_{kind}_features of the patched model, or {family.pixels}",
             )
-        self._check_counts(family, kind, counts, given, encoded, reduction)
-        return visual
-
-    def _check_counts(
-        self,
-        family: Family,
-        kind: str,
-        counts: list[int],
-        given: dict[str, Any],
-        encoded: Any,
-        reduction: Reduction | None,
-    ) -> None:
-        """Every sample's placeholders are whole images, and there are as many as were given."""
-        if encoded is None:
-            family.check(given)
-            sizes = [layout.tokens for layout in family.layouts(given)]
-            total = sum(sizes)
         else:
             sizes, total = reduction.sizes, sum(len(f) for f in encoded.pooler_output)
         if sum(counts) != total or split_images(counts, sizes) is None:
@@ -381,11 +542,6 @@ class Patched:
                 given=counts,
                 expected=f"{tokens} placeholders per {kind}, {total} in the batch",
             )
-
-    def _base_post(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if (run := _FORWARD.get()) is not None:
-            attention.close_taps()
-            _FORWARD.set(run.outer)
 
     # Pre-LLM stages: around get_image_features and get_video_features
 
@@ -415,7 +571,7 @@ class Patched:
             _VISION.reset(token)
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
-        if (decoder_run := _FORWARD.get()) is not None:
+        if (decoder_run := self._run()) is not None:
             decoder_run.reductions[kind] = run.reduction
         return output
 
@@ -435,42 +591,72 @@ class Patched:
     # The decoder
 
     def _decoder_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        run = _FORWARD.get()
+        run = self._run()
         if run is None:
             return None
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
-        call = _CALL.get()
-        run.start(kwargs, _PROMPT.get(), None if call is None else call.labels)
-        if self.compressors or (run.visual is not None and self.pruners):
-            if self.pruners and call is None and module.training and torch.is_grad_enabled():
-                raise PlanError(
-                    "the model was wrapped after it was patched, so supervised tokens cannot be "
-                    "told from the prompt",
-                    argument="model",
-                    given=type(self.model).__name__,
-                    expected="patch the wrapped (PEFT) model",
-                )
-            attention.open_taps(run.taps())
+        call = run.call
+        run.start(kwargs, self._prompt().length, None if call is None else call.labels)
+        taps = run.captures.taps() if run.visual is not None and self.pruners else {}
+        if self.compressors and run.events is not None:
+            run.events.add_taps(taps)
+        if taps:
+            attention.open_taps(taps)
         return (), kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        run = _FORWARD.get()
+        run = self._run()
         if run is None:
-            return DecoderRun.replayed(self.cuts, layer, args, kwargs)
+            return DecoderRun.replayed(layer, args, kwargs)
+        return run.layer(layer, module.training, args, kwargs)
+
+    def _stored_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        run = self._run()
+        if run is None or not run.differs(layer):
+            return None
         return run.layer(layer, module.training, args, kwargs)
 
     def _layer_post(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
-        run = _FORWARD.get()
+        run = self._run()
         if run is not None and run.events is not None:
             run.events.layer_end(layer)
 
+    def _branch_pre(
+        self, layer: int, branch: str, module: nn.Module, args: tuple, kwargs: dict
+    ) -> Any:
+        hidden, run = args[0] if args else kwargs["hidden_states"], self._run()
+        if run is not None and run.visual is not None:
+            run.captures.hidden(layer, branch, hidden)
+        if branch == "attn":
+            # A recompute finds it on the same tensor as the forward did.
+            on = getattr(kwargs["position_embeddings"][0], "mllm_inside", {})
+            attention.set_change(on.get(layer))
+        inside = attention.change()
+        if inside is None or inside.layer != layer or branch not in inside.rows:
+            return None
+        hidden = inside.enter(branch, hidden)
+        if branch == "attn":
+            kwargs = {k: inside.given.get(k, value) for k, value in kwargs.items()}
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _branch_post(
+        self, layer: int, branch: str, module: nn.Module, args: tuple, output: Any
+    ) -> Any:
+        inside = attention.change()
+        if inside is None or inside.layer != layer:
+            return None
+        return inside.leave(branch, output)
+
     def _decoder_post(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        run = _FORWARD.get()
+        run = self._run()
         if run is None:
             return None
+        if run.visual is not None:
+            run.finish(output.last_hidden_state)
         if run.events is not None:
             run.events.forward_end()
-        if run.cache is not None:
             base, names = self.family.base, self.family.carried
             carried = {name: getattr(base, name) for name in names}
             run.cache.mllm.carried = {k: v for k, v in carried.items() if v is not None}
@@ -486,31 +672,33 @@ class Patched:
                 given=self.plan.spec,
                 expected="every stage runs",
             )
-        hidden = output.last_hidden_state
-        output.last_hidden_state = run.restore(hidden)
-        self._book(run, self.plan_notes + run.notes, hidden.element_size())
+        output.last_hidden_state = run.restore(output.last_hidden_state)
+        if states := getattr(output, "hidden_states", None):
+            output.hidden_states = run.restore_states(states)
+        self._book(run, self.plan_notes + run.notes)
         return output
 
     def _book_text(self, run: DecoderRun) -> None:
         """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
-        past, rows, length = run.past_logical, run.full.valid.shape[1], _PROMPT.get()
+        if self._prompt().drafts:
+            return
+        past, rows, length = run.past_logical, run.full.valid.shape[1], self._prompt().length
         # Within generate(), several rows behind the prompt are candidates to verify.
         new_turn = rows > 1 if length is None else past < length
         if not past or new_turn:
-            itemsize = next(self.family.decoder.parameters()).element_size()
-            self._book(run, ["no visual tokens: the plan had nothing to do"], itemsize)
+            self._book(run, ["no visual tokens: the plan had nothing to do"])
         elif self._records:
             self._records[-1].decode_steps += 1
 
-    def _book(self, run: DecoderRun, notes: list[str], itemsize: int) -> None:
+    def _book(self, run: DecoderRun, notes: list[str]) -> None:
         cache = run.cache
         if not run.past_logical:
             self._records.clear()  # a new conversation
         stored, meta = cache_bytes(cache)
-        call = _CALL.get()
         rows = run.full.valid.shape[1]
-        asked = call.logits_to_keep if call is not None else 0
-        asked = asked.numel() if isinstance(asked, Tensor) else asked
+        asked = run.call.logits_to_keep if run.call is not None else 0
+        if isinstance(asked, Tensor):  # places, or a mask of every row
+            asked = asked.shape[-1]
         record = Record(
             config=self.family.text_config,
             full=run.full,
@@ -523,9 +711,10 @@ class Patched:
             logit_rows=min(asked, rows) if asked else rows,
             kv_bytes=stored,
             kv_meta_bytes=meta,
-            itemsize=cache.layers[0].dtype.itemsize if stored else itemsize,
+            itemsize=run.itemsize,
             cached=stored > 0,
             selection_flops=run.selection_flops,
+            branch_rows=run.changes.counts,
             notes=notes,
         )
         self._records.append(record)

@@ -127,8 +127,10 @@ def check_fields(stage: Any) -> None:
     """Validate what every method shares: `keep`, `layer`, `positions`. Called by the bases."""
     name = stage.info.name
     hints = typing.get_type_hints(type(stage))
-    if getattr(stage, "keep", None) is not None:
-        _check_keep(name, stage.keep)
+    keep = getattr(stage, "keep", None)
+    for budget in keep if isinstance(keep, tuple) else (keep,):
+        if budget is not None:
+            _check_keep(name, budget)
     for field in dataclasses.fields(stage):
         value = getattr(stage, field.name)
         if not any(_is_a(value, option) for option in _options(hints[field.name])):
@@ -139,14 +141,16 @@ def check_fields(stage: Any) -> None:
                 given=value,
                 expected=expected,
             )
-    layer = getattr(stage, "layer", None)
-    if layer is not None and layer < 0:
-        raise PlanError(
-            f"{name}: layer must be a whole number from 0, not {layer!r}",
-            argument="layer",
-            given=layer,
-            expected="0 <= layer < number of decoder layers",
-        )
+    for field in ("layer", "layers"):
+        value = getattr(stage, field, None)
+        layers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if any(layer < 0 for layer in layers) or list(layers) != sorted(set(layers)):
+            raise PlanError(
+                f"{name}: {field} must be whole numbers from 0, rising, not {value!r}",
+                argument=field,
+                given=value,
+                expected="0 <= layer < number of decoder layers",
+            )
 
 
 def _is_a(value: Any, option: Any) -> bool:
@@ -464,9 +468,13 @@ def _hint(stage: Any, name: str) -> Any:
 
 
 def _to_json(value: Any, hint: Any) -> Any:
-    if {int, float} <= set(_options(hint)) and value is not None:
+    options = _options(hint)
+    if isinstance(value, tuple):
+        item = next(typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple)
+        return [_to_json(v, item) for v in value]
+    if {int, float} <= set(options) and value is not None:
         return {"tokens" if isinstance(value, int) else "fraction": value}
-    return list(value) if isinstance(value, tuple) else value
+    return value
 
 
 def _from_json(value: Any) -> Any:
@@ -480,4 +488,4 @@ def _from_json(value: Any) -> Any:
             f"a budget is {expected}, not {value}", argument="keep", given=value,
             expected=expected,
         )
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_from_json, value)) if isinstance(value, list) else value

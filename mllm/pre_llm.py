@@ -15,9 +15,11 @@ from mllm import attention
 from mllm.compressors.base import (
     Context,
     Features,
+    Grid,
     Keep,
     Merge,
     Pool,
+    Protect,
     Resize,
     TokenReducer,
     VisionAttention,
@@ -27,6 +29,7 @@ from mllm.compressors.base import (
 from mllm.errors import PlanError
 from mllm.ledger import Reduction
 from mllm.tokens import Layout, choose_rows, gather_rows
+from mllm.tower import TowerRun
 
 if TYPE_CHECKING:
     from mllm.models.base import Family
@@ -77,6 +80,9 @@ class VisionRun:
         self.cls: Tensor | None = None
         self.resized: list[tuple[int, int]] = []
         self.rows: Tensor | None = None
+        self.tower: TowerRun | None = None
+        if patched.mergers:  # of families with one grid for all images
+            self.tower = TowerRun(patched, len(layouts), layouts[0].cells, device)
 
     def _groups(self, device: torch.device) -> list[Group]:
         members: dict[Layout, list[int]] = {}
@@ -105,9 +111,13 @@ class VisionRun:
             if isinstance(signal, VisionAttention | VisionKeys):
                 module = self.family.block_attention(self.family.block(signal.block))
                 found.setdefault(module, []).append(functools.partial(self._tap, signal))
+        if self.tower is not None:
+            found |= self.tower.taps()
         return found
 
-    def _tap(self, signal: Any, query: Tensor, key: Tensor, mask: Any, scaling: Any) -> None:
+    def _tap(
+        self, signal: Any, query: Tensor, key: Tensor, mask: Any, scaling: Any, *_: Any
+    ) -> None:
         """One attention call of the tower: a stack of pictures, or one picture or window."""
         prefix, tokens = self.family.prefix, key.shape[2]
         rows = 0
@@ -174,6 +184,8 @@ class VisionRun:
                 signals[name] = features
                 if signal.cls and self.cls is not None:
                     signals["cls"] = self.cls
+            elif isinstance(signal, Grid):
+                signals[name] = group.layout.places.cells()
             else:
                 signals[name] = self._signal(signal, stage.info.name)[group.at]
         ctx = Context(
@@ -206,6 +218,10 @@ class VisionRun:
                     if reduction.order is None:
                         reduction.order = torch.zeros_like(reduction.into)
                     reduction.order[at] = action.order
+            elif isinstance(action, Protect):
+                if reduction.protected is None:
+                    reduction.protected = torch.zeros_like(reduction.keep)
+                reduction.protected[at] |= action.rows
             elif isinstance(action, Pool):
                 grid, (rows, cols) = action.grid, group.layout.grids[0]
                 x = features.transpose(1, 2).unflatten(2, (rows, cols))
@@ -216,7 +232,7 @@ class VisionRun:
                     f"{type(action).__name__} is not an action of this site",
                     argument="actions",
                     given=type(action).__name__,
-                    expected="Keep, Merge, Write, Pool",
+                    expected="Keep, Merge, Write, Pool, Protect",
                 )
         return features
 
@@ -266,6 +282,11 @@ class VisionRun:
         Only families with one token per patch and one grid for all images have this site.
         """
         (group,) = self.groups
+        if self.tower is not None:
+            self.rows = self.tower.finish(self.reduction)
+            cost = self.family.vision_flops(group.layout, self.rows.shape[1]) - self.tower.saved()
+            self.reduction.vision_flops = [cost] * len(self.rows)
+            return features
         for number, stage in self._at("pre_projector"):
             actions = self._run(number, stage, group, features)
             features = self._apply(actions, group, features)

@@ -60,6 +60,11 @@ class Layout:
         return self.cells + {"none": 0, "rows": self.grids[-1][0], "end": 1}[self.newline]
 
     @property
+    def lines(self) -> int:
+        """More than the highest line of its separators."""
+        return len(self.grids) + self.grids[-1][0]
+
+    @property
     def places(self) -> Places:
         """Where each token is, on the CPU."""
         return _places(self)
@@ -83,6 +88,14 @@ class Places:
     col: Tensor
     line: Tensor
     cell: Tensor
+
+    def cells(self) -> Places:
+        """The tokens that are no separators alone."""
+        here = self.cell
+        return Places(
+            self.newline[here], self.tile[here], self.row[here], self.col[here], self.line[here],
+            here,
+        )
 
 
 @lru_cache(maxsize=256)
@@ -134,6 +147,53 @@ def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]]
     return found if image == len(sizes) else None
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Rows of every sample of a forward, known without asking the device again.
+
+    Attributes:
+        marked: placeholders by kind, `image` or `video`.
+        valid: rows that are no padding.
+        seen: placeholders that are no padding.
+    """
+
+    marked: dict[str, list[int]]
+    valid: list[int]
+    seen: list[int]
+
+    @property
+    def visual(self) -> list[int]:
+        """Placeholders of all kinds."""
+        return [sum(own) for own in zip(*self.marked.values(), strict=True)]
+
+
+def count_rows(marks: dict[str, Tensor], mask: Tensor | None) -> Counts:
+    """Count in one read from the device.
+
+    Args:
+        marks: bool `[batch, rows]` by kind, placeholders.
+        mask: `[batch, rows]`, zero at padding; None is no padding.
+    """
+    visual = torch.stack(list(marks.values()))
+    valid = torch.ones_like(visual[0]) if mask is None else mask.to(visual)
+    seen = visual.any(0) & valid
+    *marked, valid, seen = torch.cat([visual, valid[None], seen[None]]).sum(2).tolist()
+    return Counts(dict(zip(marks, marked, strict=True)), valid, seen)
+
+
+def on_device(values: Tensor, like: Tensor) -> Tensor:
+    """A tensor made on the CPU, beside `like`, without waiting for the device."""
+    return values.to(like.device, non_blocking=True)
+
+
+def places_of(marked: Tensor, total: int) -> Tensor:
+    """Flat indices of the `total` true elements of a bool tensor, in order: int64 `[total]`.
+
+    What `nonzero` gives, without asking the device how many there are.
+    """
+    return marked.flatten().int().argsort(descending=True, stable=True)[:total]
+
+
 @dataclass
 class TokenTable:
     """Rows of one forward pass; every field is `[batch, rows]`.
@@ -142,6 +202,8 @@ class TokenTable:
         valid: bool, false for padding and for rows kept only to fill the rectangle.
         visual: bool, placeholders of visual tokens (newline tokens included).
         newline: bool, visual rows that separate lines of a tile; outside every budget.
+        inserted: bool, rows without a source; they have the logical index and the input row of
+            the row that they stand behind.
         image: int32 ordinal of the image within its sample, -1 for text.
         tile, frame: int32 ordinals within the image, -1 for text.
         row, col: float32 place in the image's grid, -1 for text.
@@ -154,6 +216,7 @@ class TokenTable:
     valid: Tensor
     visual: Tensor
     newline: Tensor
+    inserted: Tensor
     image: Tensor
     tile: Tensor
     frame: Tensor
@@ -173,7 +236,7 @@ class TokenTable:
         minus = torch.full_like(index, -1, dtype=torch.int32)
         place = torch.full_like(index, -1, dtype=torch.float32)
         return cls(
-            valid=valid, visual=no, newline=no, image=minus, tile=minus, frame=minus,
+            valid=valid, visual=no, newline=no, inserted=no, image=minus, tile=minus, frame=minus,
             row=place, col=place, line=minus, size=torch.ones_like(place), logical=index + start,
             index=index,
         )
@@ -192,26 +255,32 @@ class TokenTable:
         """
         table = cls.text(valid, start)
         table.visual = visual
+        images = [(i, layout) for sample in layouts for i, layout in enumerate(sample)]
+        if not images:
+            return table
         names = ("newline", "tile", "frame", "row", "col", "line")
-        for name in (*names, "image"):
-            setattr(table, name, getattr(table, name).clone())
-        device = visual.device
-        for b, sample in enumerate(layouts):
-            if not sample:
-                continue
-            rows = visual[b].nonzero()[:, 0]
-            for name in names:
-                column = getattr(table, name)
-                values = torch.cat([getattr(x.places, name) for x in sample])
-                column[b, rows] = values.to(device, column.dtype)
-            sizes = torch.tensor([x.tokens for x in sample])
-            image = torch.arange(len(sample)).repeat_interleave(sizes)
-            table.image[b, rows] = image.to(device, torch.int32)
+        columns = [
+            torch.stack(
+                [torch.full_like(x.places.tile, i), *(getattr(x.places, n).long() for n in names)]
+            )
+            for i, x in images
+        ]
+        at = places_of(visual, sum(x.tokens for _, x in images))
+        values = on_device(torch.cat(columns, 1), visual)
+        for name, own in zip(("image", *names), values, strict=True):
+            column = getattr(table, name)
+            own = own.to(column.dtype)
+            setattr(table, name, column.flatten().index_copy(0, at, own).view_as(column))
         return table
 
-    def with_newlines(self, keep: Tensor) -> Tensor:
-        """`keep` with separators kept where a cell of their line is: bool `[batch, rows]`."""
-        lines, images = int(self.line.max()) + 1, int(self.image.max()) + 1
+    def with_newlines(self, keep: Tensor, lines: int, images: int) -> Tensor:
+        """`keep` with separators kept where a cell of their line is: bool `[batch, rows]`.
+
+        Args:
+            keep: bool `[batch, rows]`.
+            lines: more than the highest `line`.
+            images: more than the highest `image`.
+        """
         key = (self.image.long() * lines + self.line).clamp(min=0)
         cells = (keep & self.visual & ~self.newline).long()
         counts = cells.new_zeros(key.shape[0], max(1, images * lines)).scatter_add(1, key, cells)
@@ -226,7 +295,9 @@ class TokenTable:
         return TokenTable(**{**columns, "valid": valid})
 
 
-def choose_rows(keep: Tensor, valid: Tensor, order: Tensor | None = None) -> Tensor:
+def choose_rows(
+    keep: Tensor, valid: Tensor, order: Tensor | None = None, count: int | None = None
+) -> Tensor:
     """Rows that stay, as a rectangle: int64 `[batch, most kept in the batch]`.
 
     Samples that keep fewer rows are filled up, first with their padding rows and then with rows
@@ -237,12 +308,36 @@ def choose_rows(keep: Tensor, valid: Tensor, order: Tensor | None = None) -> Ten
         keep: bool `[batch, rows]`, valid rows that stay.
         valid: bool `[batch, rows]`.
         order: int64 `[batch, rows]`, another sequence order; must be distinct per sample.
+        count: the most kept in the batch; None asks the device.
     """
-    count = int(keep.sum(1).max())
+    if count is None:
+        count = int(keep.sum(1).max())
     rank = torch.where(keep, 2, torch.where(valid, 0, 1))
     rows = rank.argsort(dim=1, descending=True, stable=True)[:, :count]
     key = rows if order is None else order.gather(1, rows)
     return rows.gather(1, key.argsort(dim=1, stable=True))
+
+
+def locate(rows: Tensor, among: Tensor, size: int) -> Tensor:
+    """Where each of `rows` is in `among`: int64 `[batch, n]`; the first place if in several.
+
+    Args:
+        rows: int64 `[batch, n]`, 0 <= rows < size; each is somewhere in `among`.
+        among: int64 `[batch, m]`.
+        size: exclusive upper bound of both.
+    """
+    place = torch.arange(among.shape[1], device=among.device).expand_as(among)
+    table = among.new_zeros(among.shape[0], size)
+    return table.scatter_reduce(1, among, place, "amin", include_self=False).gather(1, rows)
+
+
+def along(x: Tensor, at: Tensor, dim: int) -> Tensor:
+    """`x` `[batch, ...]` with axis `dim` replaced by the chosen places, int64 `[batch, n]`."""
+    dim %= x.dim()
+    shape, view = list(x.shape), [1] * x.dim()
+    shape[dim] = view[dim] = at.shape[1]
+    view[0] = at.shape[0]
+    return x.gather(dim, at.view(view).expand(shape))
 
 
 def gather_rows(x: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
@@ -273,12 +368,13 @@ def renumber(
         position: int64 `[batch, rows]`.
         keep: bool `[batch, rows]`, a subset of `valid`.
         valid: bool `[batch, rows]`.
-        order: int64 `[batch, rows]`, sequence order, if it is not that of the columns.
+        order: int64 `[batch, rows]` below the number of rows, sequence order, if it is not that
+            of the columns.
     """
     if order is None:
         place = keep.long().cumsum(1) - 1
     else:
-        last = int(order.max()) + 1
+        last = order.shape[1]
         place = order.masked_fill(~keep, last).argsort(dim=1, stable=True).argsort(dim=1)
     first = valid.int().argmax(1, keepdim=True)
     return torch.where(keep, position.gather(1, first) + place, position)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm import compat
-from mllm.compressors.base import AttentionRows, TokenReducer
+from mllm.actions import MOVES_ROWS
+from mllm.capture import reads_before
+from mllm.compressors.base import (
+    AttentionRows,
+    Hidden,
+    TokenReducer,
+    VisionAttention,
+    VisionKeys,
+)
 from mllm.errors import PlanError
 
 if TYPE_CHECKING:
@@ -31,6 +39,14 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=type(patched.model).__name__,
             expected="one plan with all stages, or remove() first",
         )
+    ranks = compat.tensor_parallel(family.model)
+    if ranks > 1:
+        raise PlanError(
+            f"the model's heads are spread over {ranks} ranks, which would choose differently",
+            argument="model",
+            given=f"tensor parallel over {ranks} ranks",
+            expected="one device, device_map, or data parallel",
+        )
     order = ("pixels", "pre_projector", "post_projector")
     sites = [order.index(patched.site(s)) for _, s in patched.reducers]
     if sites != sorted(sites):
@@ -49,28 +65,43 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 given=plan.spec,
                 expected=f"{stage.info.name} as the first pre-LLM stage",
             )
-    if len({patched.positions(s) for _, s in patched.reducers}) > 1:
+    if len({patched.positions(s) for _, s in patched.before}) > 1:
         raise PlanError(
             "pre-LLM stages disagree about positions",
             argument="positions",
-            given=", ".join(f"{s.info.name}={patched.positions(s)}" for _, s in patched.reducers),
+            given=", ".join(f"{s.info.name}={patched.positions(s)}" for _, s in patched.before),
             expected="one choice for all pre-LLM stages",
         )
     depth = len(patched.layers)
     for _, stage in patched.pruners:
-        first = max(stage.first_layer, family.first_cut)
-        if not first <= stage.layer < depth:
+        moves = bool(MOVES_ROWS & set(stage.actions))
+        first = max(stage.first_layer, family.first_cut if moves else 0)
+        last = depth - 1 if moves else depth
+        for layer in stage.at():
+            if not first <= layer <= last:
+                raise PlanError(
+                    f"{stage.info.name}: rows cannot leave before layer {layer}"
+                    + (
+                        ", where the model still adds features to them"
+                        if layer < family.first_cut
+                        else ": it is outside of the model"
+                    ),
+                    argument="layer",
+                    given=layer,
+                    expected=f"{first} <= layer < {depth}",
+                )
+    for (number, signal), here in patched.signals.items():
+        entering = isinstance(signal, Hidden) and signal.of == "layer"
+        if not 0 <= signal.layer < here + (entering or reads_before(signal)):
             raise PlanError(
-                f"{stage.info.name}: rows cannot leave before layer {stage.layer}"
-                + (
-                    ", where the model still adds features to them"
-                    if stage.layer < family.first_cut
-                    else ": it is outside of the model"
-                ),
+                f"{plan.stages[number].info.name} acts before layer {here} and cannot read "
+                f"{type(signal).__name__} of layer {signal.layer}",
                 argument="layer",
-                given=stage.layer,
-                expected=f"{first} <= layer < {depth}",
+                given=signal.layer,
+                expected="a layer that has run",
             )
+    _check_tower(patched)
+    _check_writers(patched)
     grid = family.native_grid()
     for stage in plan.stages:
         _check_fit(patched, stage)
@@ -104,6 +135,14 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             expected="sdpa or eager",
         )
     tapped = patched.tapped()
+    for _, stage in patched.pruners:
+        if {"LogitBias", "Insert"} & set(stage.actions) and "flash" in attend:
+            raise PlanError(
+                f"{stage.info.name} needs an additive mask, which {attend} cannot take",
+                argument="attn_implementation",
+                given=attend,
+                expected="sdpa or eager",
+            )
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
     other = [m for m in tapped if compat.attention_name(m) not in compat.SERVED]
     if family.packed:  # flash attention gets all pictures of a packed tower in one call
@@ -118,6 +157,51 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=name,
             expected="sdpa or eager" + ("" if other else ", or patch(..., unvalidated=True)"),
         )
+
+
+def _check_tower(patched: Patched) -> None:
+    """Refuse merging in a tower that cannot do it, or beside what reads the full tower."""
+    for _, stage in patched.mergers:
+        name, family = type(patched.family.model).__name__, patched.family
+        others = [s for _, s in patched.reducers if patched.site(s) == "pre_projector"]
+        others += [
+            s
+            for _, s in patched.reducers
+            if any(isinstance(x, VisionAttention | VisionKeys) for x in s.reads().values())
+        ]
+        blocks = [family.block_attention(b) for b in stage.blocks(len(family.blocks))]
+        backends = {compat.attention_name(block) for block in blocks}
+        if not family.per_token or len(family.feature_blocks()) > 1:
+            reason = f"the projector of {name} joins tower tokens, or reads several blocks"
+        elif others:
+            reason = f"{others[0].info.name} needs all tokens of the tower"
+        elif any("flash" in backend for backend in backends):
+            reason = "flash attention cannot weigh tokens by their size"
+        elif len(patched.mergers) > 1:
+            reason = "two stages would merge the same tokens"
+        else:
+            continue
+        raise PlanError(
+            f"{stage.info.name} cannot merge in the tower: {reason}",
+            argument="plan",
+            given=patched.plan.spec,
+            expected="a stage behind the projector",
+        )
+
+
+def _check_writers(patched: Patched) -> None:
+    """Refuse two stages that write rows before the same decoder layer."""
+    writers: dict[int, str] = {}
+    for _, stage in patched.pruners:
+        for layer in stage.at() if "Write" in stage.actions else ():
+            if layer in writers:
+                raise PlanError(
+                    f"{writers[layer]} and {stage.info.name} both write rows before layer {layer}",
+                    argument="plan",
+                    given=patched.plan.spec,
+                    expected="one of them, or another layer",
+                )
+            writers[layer] = stage.info.name
 
 
 def _check_fit(patched: Patched, stage: Any) -> None:
@@ -151,11 +235,11 @@ def family_notes(patched: Patched) -> list[str]:
                 f"{stage.info.name}: works behind the projector of {name}, without [CLS] as a "
                 "token"
             )
-        for signal in stage.reads().values():
-            window = isinstance(signal, AttentionRows) and patched.windows[signal.layer]
-            if window:
-                notes.append(
-                    f"{stage.info.name}: layer {signal.layer} of {name} sees {window} tokens; "
-                    "visual tokens further back score 0"
-                )
+    for number, signal in patched.signals:
+        window = isinstance(signal, AttentionRows) and patched.windows[signal.layer]
+        if window:
+            notes.append(
+                f"{patched.plan.stages[number].info.name}: layer {signal.layer} of {name} sees "
+                f"{window} tokens; visual tokens further back score 0"
+            )
     return notes

@@ -7,6 +7,7 @@ engine.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -239,11 +240,15 @@ def features(family: str, sample: Sample) -> list[Tensor]:
 
 @dataclass
 class Dense:
-    """Logits `[n, vocabulary]`; per layer the visual tokens that enter; rows alive at the end."""
+    """Logits `[n, vocabulary]`; per layer the visual tokens that enter; rows alive at the end.
+
+    `hidden` is what enters the first layer and what leaves each, `[n, width]`, the last normed.
+    """
 
     logits: Tensor
     entering: list[Tensor]
     alive: Tensor
+    hidden: list[Tensor]
 
 
 @torch.no_grad()
@@ -256,6 +261,7 @@ def dense(
     kept: Tensor | None = None,
     vectors: Tensor | None = None,
     compact: bool = False,
+    turns: Sequence[tuple[int, int]] | None = None,
 ) -> Dense:
     """One sample through the layers of the unpatched model, dropped rows masked.
 
@@ -267,6 +273,7 @@ def dense(
         kept: int64, visual tokens that enter the decoder; None is all.
         vectors: `[visual, width]`, what stands at the visual rows instead of the features.
         compact: whether positions run on without the dropped rows.
+        turns: rows of each turn of a conversation; its last row decides for its pictures.
     """
     net = reference(family)
     lm = net.get_decoder()
@@ -290,19 +297,22 @@ def dense(
     row_of = visual.nonzero()[:, 0]
     cells = row_of[_cells(family, sample)]
     weights: dict[int, Tensor] = {}
+    turns = turns or [(0, prompt)]
     entering, h, added = [], h[None], deepstack(family, sample)
+    hidden = [h[0]]
     for i, layer in enumerate(lm.layers):
-        for cut in cuts:
-            if cut.layer == i and (arriving := cells[alive[cells]].tolist()):
-                score = weights[i - 1][0, :, prompt - 1].mean(0)
+        for cut, (start, end) in itertools.product(cuts, turns):
+            here = (torch.arange(n) >= start) & (torch.arange(n) < end)
+            if cut.layer == i and (arriving := cells[(alive & here)[cells]].tolist()):
+                score = weights[i - 1][0, :, end - 1].mean(0)
                 ranked = sorted(arriving, key=lambda r: -score[r].item())
-                stay = ranked[: cut.count(len(arriving), len(sample.pictures))]
+                stay = ranked[: cut.count(len(arriving), _pictures(sample, start, end))]
                 stay += row_of[KITS[family].separators(sample, source[stay].tolist())].tolist()
-                alive[visual & ~torch.isin(torch.arange(n), torch.tensor(stay))] = False
+                alive[visual & here & ~torch.isin(torch.arange(n), torch.tensor(stay))] = False
                 if cut.positions == "compact":
                     position = torch.where(alive, alive.long().cumsum(0) - 1, position)
         entering.append(source[visual & alive])
-        see = _pattern(family, i, sample, n)
+        see = _pattern(family, i, sample, n, turns[0][1])
         see = see & (alive[None] | torch.eye(n, dtype=torch.bool))
         mask = torch.zeros(n, n).masked_fill(~see, torch.finfo(torch.float32).min)
         kind = (lm.config.layer_types[i],) if family == "gemma3" else ()
@@ -316,16 +326,33 @@ def dense(
         handle.remove()
         if i < len(added):
             h[0, visual] += added[i]
-    return Dense(net.lm_head(lm.norm(h))[0], entering, alive)
+        hidden.append(h[0])
+    hidden[-1] = lm.norm(h)[0]
+    return Dense(net.lm_head(hidden[-1]), entering, alive, hidden)
 
 
-def _pattern(family: str, layer: int, sample: Sample, n: int) -> Tensor:
-    """What each row may see if nothing is dropped: bool `[n, n]`."""
+def _pictures(sample: Sample, start: int, end: int) -> int:
+    """Pictures whose tokens stand in these rows."""
+    first = sample.visual.long().cumsum(0)
+    seen = range(int(first[start - 1]) if start else 0, int(first[end - 1]))
+    starts = itertools.accumulate([p.tokens for p in sample.pictures], initial=0)
+    return sum(at in seen for at in list(starts)[:-1])
+
+
+def _pattern(
+    family: str, layer: int, sample: Sample, n: int, first: int | None = None
+) -> Tensor:
+    """What each row may see if nothing is dropped: bool `[n, n]`.
+
+    Only images in the `first` rows, of a conversation's first turn, see both ways in Gemma 3: with
+    a filled cache transformers puts the block of an image at the wrong rows, or at none.
+    """
     see = torch.ones(n, n, dtype=torch.bool).tril()
     if family != "gemma3":
         return see
     visual = torch.zeros(n, dtype=torch.bool)
     visual[: len(sample.ids)] = sample.visual
+    visual[len(sample.ids) if first is None else first :] = False
     image = torch.where(visual, (~visual).long().cumsum(0), -1)  # images are never neighbours
     see |= visual[:, None] & (image[:, None] == image)
     config = reference(family).config.text_config
@@ -357,5 +384,6 @@ def positions(family: str, sample: Sample, n: int) -> Tensor:
         attention_mask=torch.ones_like(sample.ids)[None],
     )
     position = position[:, 0]
-    rest = position.max() + 1 + torch.arange(n - len(sample.ids))
-    return torch.cat([position, rest.expand(3, -1)], 1)
+    # generate() counts on from the last row, also where a video runs ahead of it in time.
+    rest = position[:, -1:] + 1 + torch.arange(n - len(sample.ids))
+    return torch.cat([position, rest], 1)

@@ -76,6 +76,8 @@ def possible(family: str, attn: str, shape: str, stage: str, way: str) -> bool:
         return False  # the next token would follow padding
     if way == "lookup" and shape in ("left", "none"):
         return False  # assisted decoding takes one sample
+    if family == "llava_onevision_many" and shape == "several":
+        return False  # its images are alone, or two of a sample
     # transformers 5.17 mixes up several images of one sample.
     return PRECOMPUTED or way not in ("beams", "returns") or shape != "several"
 

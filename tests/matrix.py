@@ -205,15 +205,20 @@ def pairwise(rows: Sequence[tuple]) -> list[tuple]:
     return chosen
 
 
-def anatomy(model) -> dict:
-    """Everything about a model that a patch could leave behind."""
+def anatomy(model, shared: bool = True) -> dict:
+    """Everything about a model that a patch could leave behind.
+
+    Args:
+        model: the model.
+        shared: whether the config objects count, or only what is in them.
+    """
     found = {"keys": list(model.state_dict())}
     for name, module in model.named_modules():
         found[name] = {
             "class": type(module),
             "attributes": sorted(module.__dict__),
             "forward": getattr(module.forward, "__func__", module.forward),
-            "config": id(getattr(module, "config", None)),
+            "config": id(getattr(module, "config", None)) if shared else None,
             "attention": getattr(getattr(module, "config", None), "_attn_implementation", None),
             "hooks": [
                 len(getattr(module, kind))

@@ -213,6 +213,78 @@ def test_static_caches_are_refused():
 
 @pytest.mark.parametrize("spec", FEW)
 @torch.no_grad()
+def test_continuous_batching_is_refused(spec):
+    """Its paged cache holds every token of every layer."""
+    inputs = _one()
+    model = fresh()
+    plain, before = model(**inputs).logits, anatomy(model)
+    with mllm.patch(model, spec):
+        for call in (
+            lambda: model.generate_batch([[1, 17, 23]], max_new_tokens=2),
+            lambda: model.init_continuous_batching(),
+            lambda: model.continuous_batching_context_manager().__enter__(),
+        ):
+            with pytest.raises(PlanError, match="paged") as caught:
+                call()
+            complete(caught.value, "model")
+            assert "generate()" in caught.value.expected
+        model.generate(**inputs, max_new_tokens=2)
+    assert anatomy(model) == before
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_tensor_parallel_is_refused():
+    """Every rank would choose by the heads that it has."""
+    model = fresh()
+    model._tp_size = 2
+    before = anatomy(model)
+    with pytest.raises(PlanError, match="2 ranks") as caught:
+        mllm.patch(model, FEW[0])
+    complete(caught.value, "model")
+    assert anatomy(model) == before
+    model._tp_size = 1
+    mllm.patch(model, FEW[0]).remove()
+
+
+@pytest.mark.parametrize("spec", FEW)
+@torch.no_grad()
+def test_patching_and_removing_twice(spec):
+    """Both are said, and the model goes on as it was: patched by the first, then unpatched."""
+    inputs = _one()
+    model = fresh()
+    plain, before = model(**inputs).logits, anatomy(model)
+    first = mllm.patch(model, spec)
+    mine = model(**inputs).logits
+    with pytest.raises(PlanError, match="already patched") as caught:
+        mllm.patch(model, FEW[0])
+    complete(caught.value, "model")
+    assert torch.equal(model(**inputs).logits, mine)
+    first.remove()
+    with pytest.raises(PlanError, match="removed before") as caught:
+        first.remove()
+    complete(caught.value, "remove")
+    assert anatomy(model) == before
+    second = mllm.patch(model, FEW[1])
+    other = model(**inputs).logits
+    with pytest.raises(PlanError, match="removed before"):
+        first.remove()
+    assert torch.equal(model(**inputs).logits, other), "the new plan is not taken out by the old"
+    second.remove()
+    assert anatomy(model) == before
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_leaving_the_block_after_remove_is_fine():
+    model = fresh()
+    before = anatomy(model)
+    with mllm.patch(model, FEW[0]) as patched:
+        patched.remove()
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("spec", FEW)
+@torch.no_grad()
 def test_what_changes_the_tower_or_the_prefill_under_a_plan(spec):
     inputs = _one()
     model = fresh()
@@ -244,9 +316,10 @@ def test_a_compressed_cache_belongs_to_its_plan():
             complete(caught.value, "past_key_values")
 
 
+@pytest.mark.parametrize("spec", FEW)
 @torch.no_grad()
-def test_an_unpatched_cache_goes_on_under_a_plan():
-    """The plan has nothing to say about rows that are there already."""
+def test_an_unpatched_cache_is_refused(spec):
+    """Its pictures were never reduced: going on would only look like a plan at work."""
     inputs = _one()
     model = fresh()
     length = inputs["input_ids"].shape[1]
@@ -254,13 +327,18 @@ def test_an_unpatched_cache_goes_on_under_a_plan():
         "input_ids": torch.tensor([[7, 9, 11]]),
         "attention_mask": torch.ones(1, length + 3, dtype=torch.long),
     }
-    caches = [
-        model(**inputs, past_key_values=DynamicCache(config=model.config)).past_key_values
-        for _ in range(2)
-    ]
-    want = model(**more, past_key_values=caches[0]).logits
-    with mllm.patch(model, "fastv:layer=2:keep=0.5"):
-        assert torch.equal(model(**more, past_key_values=caches[1]).logits, want)
+    cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).past_key_values
+    keys = [layer.keys.clone() for layer in cache.layers]
+    with mllm.patch(model, spec):
+        with pytest.raises(CacheMismatchError, match="without a plan") as caught:
+            model(**more, past_key_values=cache)
+        complete(caught.value, "past_key_values")
+        with pytest.raises(CacheMismatchError):
+            ids = torch.cat([inputs["input_ids"], more["input_ids"]], 1)
+            model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=2)
+        model(**inputs)
+    assert all(torch.equal(a.keys, b) for a, b in zip(cache.layers, keys, strict=True))
+    assert model(**more, past_key_values=cache).logits.isfinite().all(), "it is still good"
 
 
 @torch.no_grad()

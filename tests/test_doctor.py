@@ -22,10 +22,11 @@ from mllm.cli import app
 from mllm.compressors import base
 from mllm.doctor import skeleton
 from mllm.errors import DataError, PlanError
+from mllm.models import families as known
 from mllm.plan import get_method
 
 ROOT = Path(__file__).parents[1]
-FAMILIES = [name for name in families.KITS if not name.endswith(("_video", "_many"))]
+FAMILIES = list(known())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

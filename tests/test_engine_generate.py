@@ -25,6 +25,12 @@ from transformers import DynamicCache, LlamaForCausalLM
 import mllm
 
 few = pytest.mark.parametrize("spec", FEW)
+#: Plans that renumber: later tokens are moved by another distance in every part of the decoder.
+COMPACT = [
+    "fastv:layer=1:keep=9:positions=compact+fastv:layer=3:keep=0.5:positions=compact",
+    "visionzip:keep=10+fastv:layer=2:keep=3:positions=compact",
+    "divprune:keep=9:positions=original+fastv:layer=2:keep=2:positions=compact",
+]
 
 
 @covering(spec=FEW)
@@ -45,7 +51,7 @@ def test_without_cache(spec):
     assert torch.equal(check_generate(CASES[spec], "sdpa", "padded", 8, use_cache=False), cached)
 
 
-@covering(spec=FEW)
+@covering(spec=[*FEW, *COMPACT])
 @torch.no_grad()
 def test_beams(spec, attn):
     """The score of the beam that wins is the oracle's score of that text."""
@@ -68,7 +74,7 @@ def test_beams(spec, attn):
             assert torch.equal(alone[0, -8:], new)
 
 
-@few
+@pytest.mark.parametrize("spec", [*FEW, *COMPACT])
 @torch.no_grad()
 def test_prompt_lookup(spec):
     """Assisted decoding is greedy decoding, also where the first step has a candidate."""
@@ -121,7 +127,7 @@ def _second_ids(batch, out, prompt):
     return grown
 
 
-@covering(spec=FEW, kind=["alone", "padded"])
+@covering(spec=[*FEW, *COMPACT], kind=["alone", "padded"])
 @torch.no_grad()
 def test_second_turn(spec, kind, attn):
     """A later turn on the returned cache is the same conversation written out in one go."""
@@ -208,7 +214,7 @@ def _layers(model, h, start, stop, alive):
     return h
 
 
-@few
+@pytest.mark.parametrize("spec", [*FEW, *COMPACT])
 @torch.no_grad()
 def test_manual_decoding(spec):
     """Prefill and steps by hand, without `generate`, with and without position ids."""

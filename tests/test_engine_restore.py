@@ -34,8 +34,9 @@ def test_remove_restores_everything(spec, attn):
     assert anatomy(model) == before
     assert torch.equal(model(**inputs).logits, plain)
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), answer)
-    patched.remove()
-    assert anatomy(model) == before, "a second remove() does nothing"
+    with pytest.raises(PlanError, match="removed before"):
+        patched.remove()
+    assert anatomy(model) == before, "a second remove() changes nothing"
 
 
 @few
@@ -121,6 +122,45 @@ def test_an_interrupted_training_step_leaves_nothing(spec):
             assert torch.equal(other(**inputs).logits, want), "of other models too"
     with torch.no_grad():
         assert torch.equal(lm(input_ids=ids).last_hidden_state, alone)
+
+
+@pytest.mark.parametrize("place", ["projector", "decoder", "head"])
+@few
+@torch.no_grad()
+def test_the_parts_work_after_an_interrupt(spec, place):
+    """Nothing of the interrupted forward is there when the decoder or base is called alone."""
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    model = fresh()
+    lm, base = model.model.language_model, model.model
+    ids = torch.tensor([[1, 17, 23, 42, 61]])
+    alone = lm(input_ids=ids).last_hidden_state
+    broken = {
+        "projector": base.multi_modal_projector, "decoder": lm.layers[3].mlp, "head": model.lm_head
+    }[place]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with mllm.patch(model, spec):
+        want = base(**inputs).last_hidden_state
+        answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        for call in (
+            lambda: torch.equal(lm(input_ids=ids).last_hidden_state, alone),
+            lambda: torch.equal(base(**inputs).last_hidden_state, want),
+            lambda: torch.equal(
+                model.generate(**inputs, max_new_tokens=3, do_sample=False), answer
+            ),
+        ):
+            handle = broken.register_forward_pre_hook(interrupt)
+            for run in (
+                lambda: model(**inputs, labels=labels),
+                lambda: model.generate(**inputs, max_new_tokens=3),
+            ):
+                with pytest.raises(KeyboardInterrupt):
+                    run()
+            handle.remove()
+            assert call()
 
 
 @few

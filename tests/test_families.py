@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 
@@ -516,17 +515,15 @@ def slots_for_windows(mp):
     original = DecoderRun._mask_of_kind
 
     def mask(self, layer, given):
-        cache, self.cache = self.cache, copy.copy(self.cache)
-        if cache is not None:
-            self.cache.layers = [copy.copy(x) for x in cache.layers]
-            for x in self.cache.layers:
-                if x.logical is not None:
-                    near = torch.arange(x.slots, 0, -1)
-                    x.logical = (self.past_logical - near).expand(len(x.valid), -1)
+        held = list(self.held)
+        for i, table in enumerate(held):
+            if table is not None:
+                near = self.past_logical - torch.arange(table.slots, 0, -1)
+                self.held[i] = table.with_columns(logical=near.expand_as(table.logical))
         try:
             return original(self, layer, given)
         finally:
-            self.cache = cache
+            self.held = held
 
     mp.setattr(DecoderRun, "_mask_of_kind", mask)
 
@@ -580,7 +577,7 @@ def deepstack_of_other_tokens(mp):
 def separators_dropped(mp):
     mp.setattr(VisionRun, "_keep_newlines", lambda self: self.reduction.keep.logical_and_(
         ~torch.cat([x.places.newline for x in self.reduction.layouts])))  # fmt: skip
-    mp.setattr(TokenTable, "with_newlines", lambda self, keep: keep & ~self.newline)
+    mp.setattr(TokenTable, "with_newlines", lambda self, keep, *_: keep & ~self.newline)
 
 
 CUT, RANDOM = "fastv:layer=2:keep=0.5", "random:keep=0.5:positions=original"

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from families import KITS, LAYERS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from invariants import (
     BACKENDS,
@@ -98,7 +98,8 @@ KEEPS = st.one_of(st.integers(1, 7), st.floats(0.05, 1.0).map(lambda x: round(x,
 @st.composite
 def drawn(draw_: st.DrawFn) -> Draw:
     """A plan that may run on its family, and a batch for it."""
-    family = draw_(st.sampled_from(FAMILIES))
+    anything = [name for name in FAMILIES if possible(name, "sdpa", "several", "cut", "forward")]
+    family = draw_(st.sampled_from(anything))
     turns = ["original"] if KITS[family].mrope else ["original", "compact"]
     parts = []
     positions = draw_(st.sampled_from(turns))
@@ -138,6 +139,10 @@ def _drawn(examples: int, derandomize: bool):
         max_examples=examples, derandomize=derandomize, deadline=None, database=None,
         print_blob=True, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
+    @example(Draw("qwen2_5_vl", "sdpa", "divprune:keep=1:positions=original",
+                  (((0, 2, 2), 5), ((2,), 6)), seed=0))  # two tokens are nearest to each other
+    @example(Draw("qwen2_5_vl_video", "sdpa", "fastv:layer=2:keep=1", (((2,), 4),),
+                  way="greedy", seed=0))  # the video runs ahead of the text in time
     @given(drawn())
     def run(case):
         check(case)

@@ -240,7 +240,7 @@ def test_the_same_checks_pass_on_the_engine(spec):
 
 def separators_stay_after_a_cut(mp):
     """Every separator stays in the decoder, also where its whole row has gone."""
-    around(mp, TokenTable, "with_newlines", lambda original, self, keep: keep)
+    around(mp, TokenTable, "with_newlines", lambda original, self, keep, *_: keep)
 
 
 def separators_stay_before_the_decoder(mp):

@@ -112,7 +112,7 @@ class SlotTable:
             heads = self.valid.shape[1] if self.headwise else None
             columns = {}
             for name in self.columns | new.columns:
-                # An unpatched model's past has one position only.
+                # An unpatched model appends text with one position.
                 old = self.columns.get(name, self.columns["position0"])
                 more = new.columns.get(name)
                 if more is None:
@@ -180,7 +180,7 @@ class SlotLayer(DynamicLayer):
         intact: every token from this one on has exactly one column.
         compressed: whether this layer holds other tokens than it was shown.
         planned: whether any layer of the cache is compressed.
-        foreign: whether an unpatched model appended, so that validity is not known.
+        foreign: whether an unpatched model appended.
         heads: KV heads, once there are any keys.
         record_past: whether a window forgets nothing (assisted decoding).
         journals: whether `crop` can undo evictions made from now on.
@@ -363,7 +363,8 @@ class SlotLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots + query_length, self.seen - self.slots
+        # More slots than tokens: a plan has inserted rows, and makes the masks itself.
+        return self.slots + query_length, max(0, self.seen - self.slots)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back: `-n` of them, or down to `n` (logical tokens).
@@ -451,17 +452,12 @@ class CacheMark:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-def adopt(
-    cache: Cache, windows: list[int | None], past_valid: Tensor | None, mark: CacheMark
-) -> None:
+def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
     """Turn the caller's DynamicCache, in place, into one with :class:`SlotLayer` layers.
 
-    What an unpatched model stored stays as it is: the plan works on tokens that come.
-
     Args:
-        cache: an empty cache, one that the unpatched model filled, or one adopted before.
+        cache: an empty cache, or one adopted before.
         windows: per decoder layer the window that it sees, None is everything.
-        past_valid: bool `[batch, tokens]`, which tokens of the past are not padding.
         mark: the model and plan in use.
 
     Raises:
@@ -470,12 +466,6 @@ def adopt(
     """
     if cache.layers and all(type(layer) is SlotLayer for layer in cache.layers):
         _check_mark(cache, mark, len(windows))
-        learnt = {}
-        for layer in cache.layers:
-            if layer.foreign:
-                if layer.table not in learnt:
-                    learnt[layer.table] = _with_validity(layer.table, layer.seen, past_valid)
-                layer.table, layer.foreign = learnt[layer.table], False
         return
     kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
     plain = type(cache) is DynamicCache and all(
@@ -490,34 +480,14 @@ def adopt(
             given=type(cache).__name__,
             expected="a DynamicCache (no static, quantised, sliding or offloaded cache)",
         )
-    layers, tables = [], {}
     missing = [None] * (len(windows) - len(cache.layers))
-    for old, window in zip([*cache.layers, *missing], windows, strict=True):
-        layer = SlotLayer(window, getattr(old, "record_past", False))
-        if old is not None and old.get_seq_length():
-            layer.lazy_initialization(old.keys, old.values)
-            layer.segments, layer.seen = [Dense.of(old.keys, old.values)], old.get_seq_length()
-            batch, slots = old.keys.shape[0], old.keys.shape[-2]
-            if slots not in tables:
-                start = layer.seen - slots
-                table = SlotTable.plain(batch, start, layer.seen, old.keys.device)
-                tables[slots] = _with_validity(table, layer.seen, past_valid)
-            layer.table, layer.intact = tables[slots], layer.seen - slots
-        layers.append(layer)
+    layers = [
+        SlotLayer(window, getattr(old, "record_past", False))
+        for old, window in zip([*cache.layers, *missing], windows, strict=True)
+    ]
     cache.layers = layers
     cache.layer_class_to_replicate = None
     cache.mllm = mark
-
-
-def _with_validity(table: SlotTable, seen: int, past_valid: Tensor | None) -> SlotTable:
-    """Take the padding of tokens that an unpatched model stored from the caller's mask."""
-    if past_valid is None or past_valid.shape[1] < seen:
-        return table
-    valid = past_valid.bool().to(table.valid.device)
-    position = (valid.long().cumsum(1) - 1).clamp(min=0).gather(1, table.logical)
-    valid = valid.gather(1, table.logical)
-    columns = table.columns | {"valid": valid, "position0": position}
-    return SlotTable(columns, not bool(valid.all()))
 
 
 def _check_mark(cache: Cache, mark: CacheMark, depth: int) -> None:

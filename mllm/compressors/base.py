@@ -1,39 +1,88 @@
-"""What a method is: what it reads (signals), what it returns (actions), and the two kinds.
+"""What a method is: what it reads (signals), what it returns (actions), and the kinds.
 
 A method is a dataclass of hyper-parameters with one method that computes. It imports this
-module and torch, and never learns the model's class, padding side or cache layout.
+module and torch, and never learns the model's class, padding side or cache layout. Signals are
+listed in :mod:`mllm.signals` and actions in :mod:`mllm.actions`; both are found here too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from mllm.actions import (
+    BranchGate,
+    BranchRows,
+    Evict,
+    HeadGate,
+    Inject,
+    Insert,
+    Keep,
+    LogitBias,
+    Merge,
+    Pool,
+    Protect,
+    Resize,
+    Write,
+)
 from mllm.errors import PlanError
 from mllm.plan import Budget, check_fields, register, resolve
+from mllm.signals import (
+    AttentionRows,
+    ColumnMass,
+    Features,
+    Grid,
+    Hidden,
+    Keys,
+    TextEmbeds,
+    Values,
+    VisionAttention,
+    VisionKeys,
+)
+from mllm.tokens import TokenTable, along, locate
 
 __all__ = [
     "AttentionRows",
+    "BranchGate",
+    "BranchRows",
     "Budget",
     "CacheCompressor",
     "CacheEvent",
+    "ColumnMass",
     "Context",
+    "Evict",
     "Features",
+    "Grid",
+    "HeadGate",
+    "Hidden",
+    "Inject",
+    "Insert",
     "Keep",
+    "Keys",
+    "LayerContext",
+    "LayerMethod",
     "LayerPruner",
+    "LayerSchedule",
+    "LogitBias",
     "Merge",
     "Pool",
     "Positions",
+    "Protect",
     "Resize",
+    "TextEmbeds",
     "TokenReducer",
+    "TowerContext",
+    "TowerReducer",
+    "Values",
     "VisionAttention",
     "VisionKeys",
     "Write",
+    "merge_rows",
     "register",
     "resolve",
     "top_k",
@@ -42,125 +91,28 @@ __all__ = [
 Positions = Literal["original", "compact"]
 
 
-@dataclass(frozen=True)
-class VisionAttention:
-    """Attention inside the vision tower, one value per patch: fp32 `[images, patches]`.
-
-    Attributes:
-        block: tower block (0-based, negative from the end); None is the block whose output
-            feeds the projector.
-        query: `"cls"` is the row of [CLS]; `"received"` is the column sum over all rows, the
-            substitute for towers without [CLS]; `"auto"` takes [CLS] where there is one.
-        heads: `"sum"` or `"mean"` over heads.
-    """
-
-    block: int | None = None
-    query: Literal["auto", "cls", "received"] = "auto"
-    heads: Literal["sum", "mean"] = "sum"
-
-
-@dataclass(frozen=True)
-class VisionKeys:
-    """Keys of a tower block, mean over heads: `[images, patches, head_dim]` (see `block`)."""
-
-    block: int | None = None
-
-
-@dataclass(frozen=True)
-class Features:
-    """Visual tokens at the stage's own site: `[images, tokens, width]`.
-
-    `cls` adds the [CLS] feature `[images, 1, width]` as ``ctx["cls"]`` where the tower has one.
-    """
-
-    cls: bool = False
-
-
-@dataclass(frozen=True)
-class AttentionRows:
-    """Post-softmax attention of chosen rows at a decoder layer: fp32 `[batch, rows, keys]`.
-
-    Attributes:
-        layer: 0-based decoder layer whose attention is read while it runs.
-        rows: `"last"` is the last prompt token of each sample.
-        heads: `"mean"`, `"sum"` or `"max"` over heads.
-    """
-
-    layer: int
-    rows: Literal["last"] = "last"
-    heads: Literal["mean", "sum", "max"] = "mean"
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Keep the visual rows where `mask` is true: bool `[images, tokens]` or `[batch, rows]`."""
-
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Fold dropped tokens into kept ones: `into` int64 `[images, tokens]`.
-
-    `into[i, t]` is the token that receives `t` (itself if it stays), or -1 if `t` is dropped.
-    It describes; the new features come with :class:`Write`.
-    """
-
-    into: Tensor
-
-
-@dataclass(frozen=True)
-class Write:
-    """New features for kept tokens: `values` `[images, tokens, width]`, read at kept tokens.
-
-    `order`, int64 `[images, tokens]`, is the place of each kept token within its image in the
-    sequence; None keeps the order of the grid. It is honoured under ``positions="compact"``.
-    """
-
-    values: Tensor
-    order: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Average-pool the grid of every image to `grid` = (rows, cols)."""
-
-    grid: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Resize:
-    """Shrink the picture itself so that the tower yields `grid` = (rows, cols) tokens."""
-
-    grid: tuple[int, int]
-
-
 class Context:
-    """What a stage may read: its declared signals by name, and the table of tokens.
+    """What a stage may read: its declared signals by name, and what it knows of the tokens.
 
     Attributes:
         grid: (rows, cols) of every image of this group; None where images are not one plain grid.
         valid: bool `[images, tokens]`, false where an earlier stage dropped the token.
-        visual: bool `[batch, rows]`, visual rows that are still there (in-LLM sites).
-        images: int64 `[batch]`, images of each sample (in-LLM sites).
     """
 
     def __init__(
         self,
         stage: Any,
-        signals: dict[str, Tensor],
+        signals: dict[str, Any],
         *,
         grid: tuple[int, int] | None = None,
         valid: Tensor | None = None,
-        visual: Tensor | None = None,
-        images: Tensor | None = None,
         seeds: Callable[[], list[int]] | None = None,
     ) -> None:
         self.stage, self._signals, self._seeds = stage, signals, seeds
-        self.grid, self.valid, self.visual, self.images = grid, valid, visual, images
+        self.grid, self.valid = grid, valid
         self.flops = 0.0
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Any:
         if name not in self._signals:
             raise PlanError(
                 f"{self.stage.info.name} reads {name!r} but does not declare it in reads()",
@@ -181,8 +133,89 @@ class Context:
         return [torch.Generator().manual_seed(seed) for seed in self._seeds()]
 
     def book(self, flops: float) -> None:
-        """Add the cost of this selection, in FLOPs per image, to the ledger."""
+        """Add the cost of this selection to the ledger, in FLOPs per image.
+
+        In the LLM it is per sample with images.
+        """
         self.flops += flops
+
+
+class TowerContext(Context):
+    """What a tower stage reads at one block.
+
+    ``ctx["keys"]`` are the block's keys, mean over heads: `[images, tokens, head_dim]`.
+
+    Attributes:
+        block: 0-based tower block.
+        prefix: tokens at the start that are no patches ([CLS]); they must stay.
+        size: fp32 `[images, tokens]`, how many original tokens each stands for.
+    """
+
+    def __init__(
+        self, stage: Any, keys: Tensor, *, block: int, prefix: int, size: Tensor
+    ) -> None:
+        super().__init__(stage, {"keys": keys})
+        self.block, self.prefix, self.size = block, prefix, size
+
+
+class LayerContext(Context):
+    """What an in-LLM stage may read at one decoder layer.
+
+    `rows` are those that arrive at the layer, padding included.
+
+    Attributes:
+        layer: 0-based decoder layer that is about to run; `num_layers` behind the last.
+        num_layers: decoder layers of the model.
+        visual: bool `[batch, rows]`, visual rows that are still there, without separators.
+        text: bool `[batch, rows]`, text of the prompt.
+        prompt: bool `[batch, rows]`, visual and text; no padding, no candidates of assisted
+            decoding, nothing that is supervised.
+        protected: bool `[batch, rows]`, rows that an action protects.
+        images: int64 `[batch]`, images of each sample.
+        entered: int64 `[batch]`, visual tokens that entered the decoder, without separators.
+        logical: int64 `[batch, rows]`, index in the uncompressed sequence.
+        index: int64 `[batch, rows]`, row of this forward's own input.
+        size: float32 `[batch, rows]`, how many original tokens a row stands for.
+        state: dict of the stage's own, empty at the start of every forward.
+    """
+
+    def __init__(
+        self,
+        stage: Any,
+        signals: dict[str, Any],
+        *,
+        layer: int,
+        num_layers: int,
+        table: TokenTable,
+        visual: Tensor,
+        prompt: Tensor,
+        protected: Tensor,
+        images: Tensor,
+        entered: Tensor,
+        state: dict[str, Any],
+        queries: dict[str, Tensor],
+        width: int,
+    ) -> None:
+        super().__init__(stage, signals)
+        self.layer, self.num_layers = layer, num_layers
+        self.visual, self.prompt, self.protected = visual, prompt, protected
+        self.text = prompt & ~table.visual
+        self.images, self.entered, self.state = images, entered, state
+        self.logical, self.index, self.size = table.logical, table.index, table.size
+        self._queries, self._width = queries, width
+
+    def queries(self, name: str) -> Tensor:
+        """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
+        return self._queries[name]
+
+    def bring(self, x: Tensor, index: Tensor) -> Tensor:
+        """What was kept over the rows of an earlier layer, over the rows of this one.
+
+        Args:
+            x: `[batch, rows then, ...]`.
+            index: `ctx.index` of then.
+        """
+        return along(x, locate(self.index, index, self._width), 1)
 
 
 def top_k(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
@@ -202,8 +235,29 @@ def top_k(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     return candidates & (rank < limit)
 
 
+def merge_rows(values: Tensor, into: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Weighted means: a token that receives becomes the mean of itself and its members.
+
+    Args:
+        values: `[batch, tokens, width]`.
+        into: int64 `[batch, tokens]`, as in :class:`Merge`; a token with -1 counts nowhere.
+        weight: `[batch, tokens]`, for example `ctx.size`; None is 1.
+
+    Returns:
+        `[batch, tokens, width]`, to be read at the tokens that receive; differentiable.
+    """
+    weight = torch.ones_like(into, dtype=torch.float32) if weight is None else weight.float()
+    weight = weight.masked_fill(into < 0, 0)
+    at = into.clamp(min=0)
+    total = torch.zeros_like(weight).scatter_add(1, at, weight)
+    summed = torch.zeros_like(values, dtype=torch.float32).scatter_add(
+        1, at[..., None].expand_as(values), values.float() * weight[..., None]
+    )
+    return (summed / total.clamp(min=1e-12)[..., None]).to(values.dtype)
+
+
 class _Method:
-    """Shared by both kinds. Subclasses are dataclasses registered with :func:`register`.
+    """Shared by all kinds. Subclasses are dataclasses registered with :func:`register`.
 
     Their field `positions` is None for what the paper does (`paper_positions`) where the model
     can do it.
@@ -243,50 +297,176 @@ class TokenReducer(_Method):
         raise NotImplementedError
 
 
-class LayerPruner(_Method):
-    """An in-LLM method: visual rows leave before decoder layer `layer`.
+class TowerReducer(_Method):
+    """A method inside the vision tower: tokens merge between attention and MLP of a block.
+
+    Only where every projected token comes from one tower token. Subclasses have the fields that
+    they need and `positions`, and give `blocks` and `merge`. A merged token is the mean of its
+    members, weighted by size; if `proportional`, attention adds log(size) to its logits.
+    """
+
+    site = "tower"
+    paper_positions = "compact"
+    actions = ("Merge",)
+    oracle = "reference"
+    proportional: ClassVar[bool] = True
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        """0-based tower blocks, of `depth`, at which tokens merge."""
+        raise NotImplementedError
+
+    def merge(self, ctx: TowerContext) -> Merge:
+        """The token that each token goes into: int64 `[images, tokens]`, [CLS] included.
+
+        A merged token has the place of the one that receives; every image must keep equally many.
+        """
+        raise NotImplementedError
+
+
+class LayerMethod(_Method):
+    """An in-LLM method: it acts before some decoder layers and returns actions.
+
+    Subclasses have the field `positions`, list their `actions`, and give `at` and `act`. One
+    stage may act at many layers; `ctx.layer` tells where it is. It runs without gradients unless
+    `differentiable`.
+    """
+
+    site = "decoder"
+    paper_positions = "original"
+    first_layer: ClassVar[int] = 0
+    differentiable: ClassVar[bool] = False
+
+    def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerMethod:
+        """The stage with its layers fixed for a model of `num_layers` layers.
+
+        Rows cannot leave before layer `first_cut` of the model.
+        """
+        return self
+
+    def scaled(self, fixed: Any, depth: int) -> str | None:
+        """A note for the ledger if :meth:`at_depth` has scaled the paper's layers."""
+        return None
+
+    def at(self) -> Sequence[int]:
+        """Decoder layers before which the stage acts; the number of layers is behind the last."""
+        raise NotImplementedError
+
+    def act(self, ctx: LayerContext) -> list[Any]:
+        """Actions before layer `ctx.layer`. See :class:`LayerContext`."""
+        raise NotImplementedError
+
+    def score(self, ctx: LayerContext) -> Tensor:
+        """fp32 `[batch, rows]`: the highest-scored visual rows stay."""
+        raise NotImplementedError
+
+    def keep_best(self, ctx: LayerContext, keep: Budget, tokens: Tensor) -> Keep:
+        """Keep the best-scored visual rows: protected ones first, then ties to the earlier.
+
+        Args:
+            ctx: the context.
+            keep: budget: tokens per image, or a fraction of `tokens`.
+            tokens: int64 `[batch]`.
+        """
+        if isinstance(keep, int):
+            count = torch.minimum(ctx.visual.sum(1), keep * ctx.images)
+        else:
+            # Counts in Python so that rounding is that of `resolve`, whatever the device.
+            count = torch.tensor([resolve(keep, n) for n in tokens.tolist()]).to(tokens.device)
+        score = self.score(ctx).float().masked_fill(ctx.protected, float("inf"))
+        return Keep(top_k(score, ctx.visual, count))
+
+
+class LayerPruner(LayerMethod):
+    """An in-LLM method with one cut: visual rows leave before decoder layer `layer`.
 
     Subclasses have the fields `layer: int | None` (None is the paper's layer, scaled to the
     model's depth), `keep` and `positions`, and give `score`.
     """
 
-    site = "decoder"
-    paper_positions = "original"
     paper_layer: ClassVar[int]
-    first_layer: ClassVar[int] = 0
 
     def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerPruner:
-        """The stage with its layer fixed for a model of `num_layers` layers.
-
-        Rows cannot leave before layer `first_cut` of the model.
-        """
         if self.layer is not None:
             return self
         scaled = round(self.paper_layer * num_layers / self.info.reference_layers)
         return self.replace(layer=max(self.first_layer, first_cut, scaled))
 
-    def score(self, ctx: Context) -> Tensor:
-        """fp32 `[batch, rows]`: the highest-scored visual rows stay."""
-        raise NotImplementedError
+    def scaled(self, fixed: Any, depth: int) -> str | None:
+        if self.layer is not None:
+            return None
+        return (
+            f"{self.info.name}: layer {self.paper_layer} of {self.info.reference_layers} scaled to "
+            f"layer {fixed.layer} of {depth}"
+        )
 
-    def select(self, ctx: Context) -> Keep:
-        """Keep the best `keep` of each sample's visual rows."""
-        tokens = ctx.visual.sum(1)
-        images = ctx.images
-        if isinstance(self.keep, int):
-            count = torch.minimum(tokens, self.keep * images)
-        else:
-            # Counts in Python so that rounding is that of `resolve`, whatever the device.
-            count = torch.tensor([resolve(self.keep, n) for n in tokens.tolist()])
-        return Keep(top_k(self.score(ctx), ctx.visual, count.to(tokens.device)))
+    def at(self) -> Sequence[int]:
+        return (self.layer,)
+
+    def act(self, ctx: LayerContext) -> list[Any]:
+        return [self.select(ctx)]
+
+    def select(self, ctx: LayerContext) -> Keep:
+        """Keep the best `keep` of each sample's visual rows that arrive."""
+        return self.keep_best(ctx, self.keep, ctx.visual.sum(1))
+
+
+class LayerSchedule(LayerMethod):
+    """An in-LLM method with several cuts, each with its own budget.
+
+    Subclasses have the fields `layers: tuple[int, ...] | None` (None are the paper's, scaled to
+    the model's depth), `keep: tuple[Budget, ...]`, one for each layer, and `positions`, and give
+    `score`. A fraction is of the visual tokens that entered the decoder.
+    """
+
+    paper_layers: ClassVar[tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.paper_layers if self.layers is None else self.layers
+        if len(layers) != len(self.keep):
+            raise PlanError(
+                f"{self.info.name}: {len(layers)} layers and {len(self.keep)} budgets",
+                argument="keep",
+                given="/".join(map(str, self.keep)),
+                expected="one budget for each layer",
+            )
+
+    def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerSchedule:
+        if self.layers is not None:
+            return self
+        layers: list[int] = []
+        for paper in self.paper_layers:
+            scaled = round(paper * num_layers / self.info.reference_layers)
+            after = layers[-1] + 1 if layers else 0
+            layers.append(max(self.first_layer, first_cut, after, scaled))
+        return self.replace(layers=tuple(layers))
+
+    def scaled(self, fixed: Any, depth: int) -> str | None:
+        if self.layers is not None:
+            return None
+        paper, now = ("/".join(map(str, x)) for x in (self.paper_layers, fixed.layers))
+        return (
+            f"{self.info.name}: layers {paper} of {self.info.reference_layers} scaled to {now} "
+            f"of {depth}"
+        )
+
+    def at(self) -> Sequence[int]:
+        return self.layers
+
+    def act(self, ctx: LayerContext) -> list[Any]:
+        keep = self.keep[self.layers.index(ctx.layer)]
+        return [self.keep_best(ctx, keep, ctx.entered)]
 
 
 @dataclass(frozen=True)
 class CacheEvent:
     """What has happened to a cache; ``event["name"]`` is a declared signal.
 
-    A signal of a decoder layer has one value per token, `[batch, heads, length]` by logical index,
-    zero where the layer does not store it. It is there from that layer's `layer_end` on.
+    `AttentionRows` and `ColumnMass` of an explicit layer can be declared. Instead of rows they have
+    tokens by logical index, stored ones too: `[batch, (heads,) queries, length]` and
+    `[batch, (heads,) length]`, zero where the layer does not store a token. In a prefill the
+    queries are those of the prompt that the signal names, in decoding the new tokens. A signal is
+    there from its layer's `layer_end` on.
 
     Attributes:
         cache: the :class:`mllm.cache.KVCache` to look at and to change.

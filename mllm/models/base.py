@@ -106,6 +106,26 @@ class Family:
         """Attention module of a decoder layer."""
         return self.layers[layer].self_attn
 
+    def attention_input(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the attention of a decoder layer is given when `hidden` enters the layer."""
+        return self.layers[layer].input_layernorm(hidden)
+
+    def mlp(self, layer: int) -> nn.Module:
+        """MLP of a decoder layer."""
+        return self.layers[layer].mlp
+
+    def branch(self, layer: int, branch: str) -> nn.Module:
+        """The module whose output a branch, `"attn"` or `"mlp"`, adds to the residual."""
+        return self.attention(layer) if branch == "attn" else self.mlp(layer)
+
+    def block_parts(self, block: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """Norm, attention, norm and MLP of a tower block: each pair adds to the residual.
+
+        Only families with `per_token` need it.
+        """
+        x = self.blocks[block]
+        return x.layer_norm1, x.self_attn, x.layer_norm2, x.mlp
+
     def kind(self, layer: int) -> str:
         """What tells layers apart that have other masks and positions; empty if nothing does."""
         return self.text_config.layer_types[layer] if self.hybrid else ""

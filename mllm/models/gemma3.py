@@ -25,6 +25,12 @@ class Gemma3(Family):
         self.side: int = self.projector.tokens_per_side
         self.join: int = self.projector.kernel_size
 
+    def branch(self, layer: int, branch: str) -> nn.Module:
+        block = self.layers[layer]
+        if branch == "attn":
+            return block.post_attention_layernorm
+        return block.post_feedforward_layernorm
+
     def native_grid(self) -> tuple[int, int]:
         return self.side, self.side
 

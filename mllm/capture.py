@@ -1,0 +1,215 @@
+"""Capturing what in-LLM methods declared that they read, while it exists."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm import attention, flops
+from mllm.signals import (
+    AttentionRows,
+    ColumnMass,
+    Grid,
+    Hidden,
+    Keys,
+    Text,
+    TextEmbeds,
+    Values,
+)
+from mllm.tokens import TokenTable, along, locate
+
+if TYPE_CHECKING:
+    from mllm.compressors.base import LayerMethod
+    from mllm.in_llm import DecoderRun
+
+# The axis of rows in the value of each signal.
+_AXIS = {AttentionRows: -1, ColumnMass: -1, Keys: 2, Values: 2, Hidden: 1}
+
+
+def declared(stages: list[tuple[int, LayerMethod]]) -> dict[tuple[int, Any], int]:
+    """Signals of decoder layers that stages read: (stage number, signal) to its latest reader."""
+    found: dict[tuple[int, Any], int] = {}
+    for number, stage in stages:
+        for here in stage.at():
+            for signal in stage.reads().values():
+                if type(signal) in _AXIS:
+                    key = number, signal.at(here)
+                    found[key] = max(here, found.get(key, 0))
+    return found
+
+
+def reads_before(signal: Any) -> bool:
+    """Whether a signal is read in a call of its own, before its layer runs."""
+    return isinstance(signal, AttentionRows) and signal.when == "before"
+
+
+def pick(mask: Tensor) -> Tensor:
+    """The rows of a mask in order: int64 `[batch, most in the batch]`, -1 fills up at the end."""
+    count = int(mask.sum(1).max())
+    rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return rows.masked_fill(~mask.gather(1, rows), -1)
+
+
+class Captures:
+    """Signals of one forward of the decoder, by the rows that they had when they existed.
+
+    Attributes:
+        embeds: what entered the decoder, and the `index` of its rows; kept if a stage reads it.
+        flops: what reading has cost, per sample.
+    """
+
+    def __init__(self, run: DecoderRun) -> None:
+        self.run, self.patched = run, run.patched
+        self.embeds: tuple[Tensor, Tensor] | None = None
+        self.flops = 0.0
+        self._found: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
+        self._queries: dict[tuple[int, Any], Tensor] = {}
+
+    def taps(self) -> dict[nn.Module, list[Any]]:
+        """Taps for what is read while a layer's attention runs."""
+        found: dict[nn.Module, list[Any]] = {}
+        for key in self.patched.signals:
+            _, signal = key
+            if not isinstance(signal, Hidden) and not reads_before(signal):
+                module = self.patched.family.attention(signal.layer)
+                found.setdefault(module, []).append(functools.partial(self._tap, key))
+        return found
+
+    def hidden(self, layer: int, of: str, hidden: Tensor) -> None:
+        """Hidden states as they come by."""
+        for key in self.patched.signals:
+            if key[1] == Hidden(layer, of):
+                self._found[key] = hidden, self.run.table.index
+
+    def before(self, layer: int, hidden: Tensor, kwargs: dict) -> None:
+        """Read the attention of a layer that is about to run, without its cache."""
+        keys = [k for k in self.patched.signals if reads_before(k[1]) and k[1].layer == layer]
+        if not keys:
+            return
+        run, family = self.run, self.patched.family
+        with torch.no_grad():
+            given = run.alone(layer, hidden, kwargs)
+            given["hidden_states"] = family.attention_input(layer, hidden)
+            cos, sin = given["position_embeddings"]
+            tables = {True: (cos, sin), False: (torch.ones_like(cos), torch.zeros_like(sin))}
+            for rope in {key[1].rope for key in keys}:
+                readers = [functools.partial(self._tap, k) for k in keys if k[1].rope is rope]
+                given["position_embeddings"] = tables[rope]
+                attention.read_only(family.attention(layer), readers, **given)
+                self.flops += flops.attention_products(family.text_config, hidden.shape[1])
+
+    def _tap(
+        self, slot: tuple[int, Any], query: Tensor, key: Tensor, mask: Tensor | None,
+        scaling: float | None, value: Tensor,
+    ) -> None:
+        number, signal = slot
+        table, rows = self.run.attention_table, query.shape[2]
+        if isinstance(signal, Values):
+            self._found[slot] = value[:, :, -rows:], table.index
+            return
+        if getattr(signal, "rope", True) is False and not reads_before(signal):
+            # Stored keys have positions that are not known here.
+            key, cos_sin = key[:, :, -rows:], self.run.attention_rotary
+            query, key = (attention.unrotate(x, *cos_sin) for x in (query, key))
+            mask = None if mask is None else mask[..., -rows:]
+        if isinstance(signal, Keys):
+            self._found[slot] = key[:, :, -rows:], table.index
+            return
+        chosen = self.chosen(number, signal, table)
+        cost = 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
+        self.flops += cost
+        if isinstance(signal, ColumnMass):
+            x, seen = attention.column_mass(query, key, chosen, mask, scaling, heads=signal.heads)
+            if signal.visible:
+                seen = seen.clamp(min=1)
+                x = x / (seen[:, None] if x.dim() == 3 else seen)
+        else:
+            read = attention.row_attention if signal.softmax else attention.row_logits
+            x = read(query, key, chosen.clamp(min=0), mask, scaling)
+            x = attention.reduce_heads(x, signal.heads)
+            real = chosen >= 0
+            x = torch.where(real[:, None, :, None] if x.dim() == 4 else real[..., None], x, 0)
+            own = table.index.gather(1, chosen.clamp(min=0))
+            self._queries[slot] = torch.where(real, own, -1)
+        self._found[slot] = x[..., -rows:], table.index
+
+    def chosen(
+        self, number: int, signal: Any, table: TokenTable, answering: bool = False
+    ) -> Tensor:
+        """Query rows of a signal: int64 `[batch, queries]`, -1 fills up.
+
+        Args:
+            number: of the stage in its plan.
+            signal: the signal.
+            table: rows of the layer's attention.
+            answering: whether the rows are behind the prompt; then all of them are meant.
+        """
+        if answering:
+            return pick(table.valid)
+        prompt = self.run.prompt_of(table)
+        if signal.rows == "last":
+            return prompt.long().cumsum(1).argmax(1, keepdim=True)
+        if signal.rows == "prompt":
+            return pick(prompt)
+        if signal.rows == "visual":
+            return pick(prompt & table.visual & ~table.newline)
+        if signal.rows == "text":
+            return pick(prompt & question(table))
+        if signal.rows == "window":
+            behind = prompt.flip(1).long().cumsum(1).flip(1)
+            return pick(prompt & (behind <= signal.window))
+        stage = self.patched.plan.stages[number]
+        ctx = self.run.context(number, stage, signal.layer, table, known=True)
+        return pick(signal.rows(ctx) & table.valid)
+
+    def read(
+        self, number: int, stage: LayerMethod, here: int, table: TokenTable, known: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Signals of a stage, and the queries of its rows, by name, over the rows of `table`.
+
+        Args:
+            number: of the stage in its plan.
+            stage: the stage.
+            here: the layer before which it acts.
+            table: the rows.
+            known: leave out what is yet to come instead of raising.
+        """
+        signals: dict[str, Any] = {}
+        queries: dict[str, Tensor] = {}
+        size = self.run.full.valid.shape[1]
+        for name, signal in stage.reads().items():
+            if isinstance(signal, Grid):
+                signals[name] = table
+            elif isinstance(signal, TextEmbeds):
+                signals[name] = self._text(signal, table)
+            else:
+                slot = number, signal.at(here)
+                if known and slot not in self._found:
+                    continue
+                value, index = attention.captured(self._found, slot, stage.info.name)
+                if index is not table.index:
+                    at = locate(table.index, index, size)
+                    value = along(value, at, _AXIS[type(signal)])
+                signals[name] = value
+                if slot in self._queries:
+                    own = self._queries[slot]
+                    at = locate(own.clamp(min=0), table.index, size)
+                    queries[name] = torch.where(own < 0, -1, at)
+        return signals, queries
+
+    def _text(self, signal: TextEmbeds, table: TokenTable) -> Text:
+        text = self.run.prompt_of(table) & ~table.visual
+        rows = pick(text & question(table) if signal.which == "question" else text)
+        embeds, index = self.embeds
+        own = table.index.gather(1, rows.clamp(min=0))
+        at = locate(own, index, self.run.full.valid.shape[1])
+        return Text(along(embeds, at, 1), rows >= 0, rows.clamp(min=0))
+
+
+def question(table: TokenTable) -> Tensor:
+    """Text rows behind a sample's first visual token: bool `[batch, rows]`."""
+    seen = (table.visual & table.valid).long().cumsum(1) > 0
+    return seen & ~table.visual & table.valid

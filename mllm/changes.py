@@ -1,0 +1,316 @@
+"""What actions change inside decoder layers: branches, heads, logits, and stored tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm.actions import BranchGate, BranchRows, Evict, HeadGate, Inject, LogitBias
+from mllm.cache import KVCache, note_rows
+from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate
+
+if TYPE_CHECKING:
+    from mllm.in_llm import DecoderRun
+
+
+@dataclass
+class Inside:
+    """What one layer changes; it lies on the layer's rotary table, where a recompute finds it.
+
+    Attributes:
+        layer: the layer, `module` its attention.
+        length: rows that the layer is given.
+        rows: by branch, int64 `[batch, n]`, rows that take part; `meant` tells fillers from them.
+        given: arguments of the attention under `rows["attn"]`.
+        scale: by branch, a number or `[batch or 1, rows or 1, 1]`.
+        heads: `[batch or 1, rows or 1, heads]`.
+        bias: functions of logical indices `queries` and `keys`.
+    """
+
+    layer: int
+    module: nn.Module
+    length: int
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    meant: dict[str, Tensor] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    scale: dict[str, Any] = field(default_factory=dict)
+    heads: Tensor | None = None
+    bias: list[Callable[[Tensor, Tensor], Tensor]] = field(default_factory=list)
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    def enter(self, branch: str, hidden: Tensor) -> Tensor:
+        """The rows of a branch's input that take part."""
+        return gather_rows(hidden, self.rows[branch]) if branch in self.rows else hidden
+
+    def leave(self, branch: str, output: Any) -> Any:
+        """What the branch adds to the residual, of full length."""
+        x, *more = output if isinstance(output, tuple) else (output,)
+        if branch in self.rows:
+            rows, meant = self.rows[branch], self.meant[branch]
+            full = x.new_zeros(x.shape[0], self.length, x.shape[2])
+            x = full.scatter(
+                1, rows[..., None].expand_as(x), x.masked_fill(~meant[..., None], 0)
+            )
+        if branch in self.scale:
+            scale = self.scale[branch]
+            x = x * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
+        return (x, *more) if isinstance(output, tuple) else x
+
+    def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The attention mask with the bias, additive."""
+        if not self.bias:
+            return mask
+        least = torch.finfo(query.dtype).min
+        queries, keys = query.shape[2], key.shape[2]
+        if mask is None:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(keys - queries)[None, None]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+                ~mask, least
+            )
+        total = mask[..., :keys]
+        for bias in self.bias:
+            total = total + self._per_head(bias, query.shape[1]).to(query.dtype)
+        return total.clamp(min=least)
+
+    def _per_head(self, bias: Callable[[Tensor, Tensor], Tensor], heads: int) -> Tensor:
+        if self.keys.dim() == 2:
+            return bias(self.queries, self.keys)
+        kv_heads = self.keys.shape[1]  # they hold different tokens
+        found = [bias(self.queries, self.keys[:, h]) for h in range(kv_heads)]
+        found = [x.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, -1)) for x in found]
+        return torch.cat([x[:, h] for h, x in enumerate(found)], 1)
+
+
+@dataclass
+class _Placed:
+    """An action and what it speaks of.
+
+    Attributes:
+        action: the action.
+        on: bool `[batch]`, samples with images then; None is all of them.
+        table: the rows, if it speaks of rows.
+    """
+
+    action: Any
+    on: Tensor | None
+    table: TokenTable | None = None
+
+    def where(self, x: Tensor, other: Any) -> Tensor:
+        """`x` `[batch or 1, ...]` for its samples, `other` for the rest."""
+        if self.on is None:
+            return x
+        return torch.where(self.on.view(-1, *[1] * (x.dim() - 1)), x, other)
+
+
+class Changes:
+    """Actions of one forward that are still to be applied, and those that a conversation keeps.
+
+    Attributes:
+        lasting: by stage number, actions of the conversation with their samples.
+        counts: by (layer, branch), rows of each sample that take part.
+    """
+
+    def __init__(self, run: DecoderRun, lasting: dict[int, list[_Placed]]) -> None:
+        self.run, self.lasting = run, dict(lasting)
+        self.counts: dict[tuple[int, str], Tensor] = {}
+        self._acted: set[int] = set()
+        self._placed: list[_Placed] = []
+        self._pending: list[tuple[Evict, int, TokenTable]] = []
+
+    def add(self, number: int, action: Any, table: TokenTable) -> None:
+        """Take an action of a stage over the rows of `table`.
+
+        It speaks of samples with images alone, so that a sample without is what it is alone.
+        """
+        on = self.run.pictured
+        if number not in self._acted:  # what it said of these samples in an earlier turn is void
+            self._acted.add(number)
+            old = self.lasting.get(number, [])
+            self.lasting[number] = [
+                _Placed(p.action, ~on if p.on is None else p.on & ~on)
+                for p in old if on is not None
+            ]  # fmt: skip
+        if _lasts(action):
+            self.lasting[number].append(_Placed(action, on))
+        elif isinstance(action, Evict):
+            for layer in action.layers:
+                if layer < self.run.reached:
+                    self._let_go(action, layer, table)
+                else:
+                    self._pending.append((action, layer, table))
+        else:
+            self._placed.append(_Placed(action, on, table))
+
+    def _of(self, kind: type, layer: int, branch: str | None = None) -> list[_Placed]:
+        every = [p for placed in self.lasting.values() for p in placed]
+        return [
+            p
+            for p in every + self._placed
+            if isinstance(p.action, kind) and p.action.layer == layer
+            and (branch is None or p.action.branch == branch)
+        ]
+
+    def _bring(self, x: Tensor, then: TokenTable, new: Any) -> Tensor:
+        """Values over the rows of then, over those of now; inserted rows get `new`."""
+        table = self.run.table
+        if then.index is not table.index:
+            x = along(x, locate(table.index, then.index, self.run.full.valid.shape[1]), 1)
+        inserted = table.inserted.view(*table.inserted.shape, *[1] * (x.dim() - 2))
+        return torch.where(inserted, new, x) if self.run.has_inserted else x
+
+    def injected(self, layer: int) -> list[Callable[[Tensor], Tensor]]:
+        """What is added to the hidden states that enter a layer."""
+        table, found = self.run.table, []
+        for placed in self._of(Inject, layer):
+            action = placed.action
+            rows = self._bring(action.rows, placed.table, False) & table.valid
+            rows = placed.where(rows, False)
+            values = self._bring(action.values, placed.table, 0)
+            values = values.masked_fill(~rows[..., None], 0)
+            found.append(lambda hidden, values=values: hidden + values.to(hidden.dtype))
+        return found
+
+    def inside(self, layer: int, hidden: Tensor, kwargs: dict) -> Inside | None:
+        """What a layer changes in its branches; None is nothing."""
+        run, family = self.run, self.run.patched.family
+        inside = Inside(layer, family.attention(layer), hidden.shape[1])
+        for branch in ("attn", "mlp"):
+            self._scale(inside, branch)
+            keep = self._rows(layer, branch)
+            if keep is None:
+                continue
+            valid = run.table.valid
+            rows = choose_rows(keep, valid)
+            self.counts[layer, branch] = keep.sum(1)
+            inside.rows[branch] = rows
+            # Padding rows keep what they would have, so that taking all rows changes nothing.
+            inside.meant[branch] = (keep | ~valid).gather(1, rows)
+            if branch == "attn":
+                self._narrow(inside, keep, hidden, kwargs)
+        self._heads(inside)
+        inside.bias = [
+            lambda q, k, p=p: p.where(p.action.fn(q, k), 0) for p in self._of(LogitBias, layer)
+        ]
+        if inside.bias:
+            inside.queries = run.attention_table.logical
+            inside.keys = self._keys(layer, inside.queries)
+        changed = inside.rows or inside.scale or inside.bias or inside.heads is not None
+        return inside if changed else None
+
+    def _keys(self, layer: int, queries: Tensor) -> Tensor:
+        """Logical indices of what a layer attends to, `[batch, slots]`, or with KV heads."""
+        held = self.run.held[layer] if self.run.held else None
+        if held is None:
+            return queries
+        if held.headwise:
+            queries = queries[:, None].expand(-1, held.valid.shape[1], -1)
+        return torch.cat([held.logical, queries], -1)
+
+    def _scale(self, inside: Inside, branch: str) -> None:
+        for placed in self._of(BranchGate, inside.layer, branch):
+            scale = placed.action.scale
+            if isinstance(scale, Tensor):
+                if scale.dim() == 2:
+                    scale = self._bring(scale, placed.table, 1)
+                scale = placed.where(scale.view(*scale.shape, *[1] * (3 - scale.dim())), 1)
+            elif placed.on is not None:
+                scale = torch.where(placed.on[:, None, None], scale, 1.0)
+            inside.scale[branch] = inside.scale.get(branch, 1.0) * scale
+
+    def _rows(self, layer: int, branch: str) -> Tensor | None:
+        """Rows that take part in a branch: bool `[batch, rows]`; None is all of them."""
+        table, keep = self.run.table, None
+        for placed in self._of(BranchRows, layer, branch):
+            rows = placed.where(self._bring(placed.action.rows, placed.table, True), True)
+            keep = rows & (table.valid if keep is None else keep)
+        for placed in self._of(BranchGate, layer, branch):
+            if not isinstance(placed.action.scale, Tensor) and placed.action.scale == 0:
+                rows = placed.where(torch.zeros_like(table.valid), True)
+                keep = rows & (table.valid if keep is None else keep)
+        return keep
+
+    def _narrow(self, inside: Inside, keep: Tensor, hidden: Tensor, kwargs: dict) -> None:
+        """Let the attention of a layer see the rows that take part, and store only these."""
+        run, layer, rows = self.run, inside.layer, inside.rows["attn"]
+        nobody = not rows.shape[1]
+        if nobody:  # attention cannot run on no rows: one runs for nothing, and is not stored
+            rows = inside.rows["attn"] = torch.zeros_like(run.table.index[:, :1])
+            inside.meant["attn"] = torch.zeros_like(run.table.valid[:, :1])
+        narrow = run.narrow(rows, keep.gather(1, rows), stored=not nobody)
+        if run.cache is not None:
+            self._note(layer, run if nobody else narrow, nobody)
+            if nobody:
+                _store_nothing(run.cache, layer, hidden, run.patched.family.text_config)
+        inside.given = narrow.attend(layer, hidden[:, : rows.shape[1]], kwargs)
+        if nobody:
+            inside.given |= {"attention_mask": None, "past_key_values": None}
+        run.attention_table = narrow.table
+        run.attention_rotary = inside.given["position_embeddings"]
+
+    def _note(self, layer: int, rows: DecoderRun, nobody: bool) -> None:
+        """Tell a layer's cache that the rows of a run come, or none of them."""
+        run, table, place = self.run, rows.table, rows.place
+        if nobody:
+            none = torch.zeros_like(table.index[:, :0])
+            table, place = table.take(none, none.bool()), place[..., :0]
+        length = run.full.valid.shape[1]
+        note_rows(
+            run.cache, range(layer, layer + 1), table, place, not nobody and rows.padded, length,
+            run.past_logical + length,
+        )  # fmt: skip
+
+    def _heads(self, inside: Inside) -> None:
+        for placed in self._of(HeadGate, inside.layer):
+            g = placed.action.g
+            if g.dim() == 3:
+                g = self._bring(g, placed.table, 1)
+                if "attn" in inside.rows:
+                    g = gather_rows(g, inside.rows["attn"])
+            else:
+                g = g.view(-1, 1, g.shape[-1])
+            g = placed.where(g, 1)
+            inside.heads = g if inside.heads is None else inside.heads * g
+
+    # Stored tokens
+
+    def finish(self) -> None:
+        """The prefill ends: let go what its layers still needed, and remember what lasts."""
+        for action, layer, table in self._pending:
+            self._let_go(action, layer, table)
+        if self.run.cache is not None:
+            self.run.cache.mllm_lasting = self.lasting
+
+    def _let_go(self, action: Evict, layer: int, table: TokenTable) -> None:
+        if self.run.cache is not None:
+            gone = action.rows & table.valid & ~self.run.protected_of(table)
+            if self.run.pictured is not None:
+                gone = gone & self.run.pictured[:, None]
+            kv = KVCache(self.run.cache, self.run.patched.family, length=self.run.events.certain)
+            named = table.logical.masked_fill(~gone, -1)
+            heads = None if action.heads is None else list(action.heads)
+            kv.evict(layer, drop=named, heads=heads)
+
+
+def _lasts(action: Any) -> bool:
+    """Whether an action holds for the conversation."""
+    if isinstance(action, BranchGate):
+        return not isinstance(action.scale, Tensor) or action.scale.dim() < 2
+    if isinstance(action, HeadGate):
+        return action.g.dim() < 3
+    return isinstance(action, LogitBias)
+
+
+def _store_nothing(cache: Any, layer: int, hidden: Tensor, config: Any) -> None:
+    """Count a forward's tokens in a layer that stores none of them."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    none = hidden.new_zeros(hidden.shape[0], kv_heads, 0, head_dim)
+    cache.update(none, none, layer)
