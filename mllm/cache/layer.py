@@ -125,7 +125,9 @@ class SlotTable:
         return self._once(new, joined)
 
     def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
-        """Columns that stay, packed to the right so that lengths may differ.
+        """Columns that stay, in order. Shorter lengths are filled up, first with padding.
+
+        So padding stays on its side, and keeping everything changes nothing.
 
         Args:
             keep: bool, of the shape of `valid` or with one for all heads.
@@ -135,8 +137,10 @@ class SlotTable:
             new table.
         """
 
+        valid = self.valid if self.valid.dim() == keep.dim() else self.valid[:, None]
         most = int(keep.sum(-1).max()) if keep.numel() else 0
-        index = keep.int().argsort(dim=-1, stable=True)[..., keep.shape[-1] - most :]
+        rank = torch.where(keep, 2, torch.where(valid, 0, 1))
+        index = rank.argsort(dim=-1, descending=True, stable=True)[..., :most].sort(-1).values
         valid = keep.gather(-1, index)
         columns = {
             name: (t if t.dim() == keep.dim() else t[:, None].expand(keep.shape)).gather(-1, index)
