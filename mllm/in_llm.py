@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mllm import compat
 from mllm.actions import Insert, Keep, Merge, Protect, Write
-from mllm.cache import SlotTable, adopt, note_rows, refuse_flash
+from mllm.cache import SlotLayer, SlotTable, adopt, note_rows, refuse_flash
 from mllm.cache.events import CacheEvents
 from mllm.capture import Captures
 from mllm.changes import Changes
@@ -60,10 +60,8 @@ class DecoderRun:
         prompt: bool `[batch, rows]`, rows that a method may look at.
         images: per sample, its images in `reduction`.
         past, past_logical: stored slots per layer, and tokens seen, before this forward.
-        certain: logical length without candidates of assisted decoding behind the prompt; None
-            if there are none.
-        held: per layer what its slots stood for before this forward.
-        events: tells cache methods what happens; None without a cache or such methods.
+        held: per layer what its slots stood for before this forward; empty without a cache.
+        events: tells cache methods what happens; None without a cache.
         position: position ids of the current stage's rows.
         place: int64 `[1 or 3, batch, rows]`, what keys of the current stage's rows are rotated by.
         compacted: whether positions were renumbered inside the decoder.
@@ -96,7 +94,6 @@ class DecoderRun:
     cache: Any = None
     past: list[int] = field(default_factory=list)
     past_logical: int = 0
-    certain: int | None = None
     held: list[SlotTable | None] = field(default_factory=list)
     events: CacheEvents | None = None
     position: Tensor | None = None
@@ -156,13 +153,13 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
-            past_valid = None if mask is None else mask[:, :-rows]
-            adopt(cache, self.patched.windows, past_valid, self.patched.new_mark())
+            self._check_foreign(cache)
+            adopt(cache, self.patched.windows, self.patched.new_mark())
+            self._check_cache(cache)
             CacheEvents.verified(self.patched, cache)
             self.past = [layer.slots for layer in cache.layers]
             self.held = [layer.table for layer in cache.layers]
             self.past_logical = cache.get_seq_length()
-            self._check_cache(cache)
         self.cache = cache
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
         if mask is not None:
@@ -177,13 +174,10 @@ class DecoderRun:
         if self.patched.family.mrope and self.visual is not None and flat:
             self.notes.append("positions without rows and columns: mm_token_type_ids is missing")
         self.prompt = self._prompt_rows(prompt_length, labels)
-        if prompt_length is not None and self.past_logical < prompt_length:
-            self.certain = min(prompt_length, self.past_logical + rows)
-        if self.patched.compressors:
-            if cache is None:
-                self._nothing_stored()
-            else:
-                self.events = CacheEvents(self, prompt_length)
+        if cache is None:
+            self._nothing_stored()
+        else:
+            self.events = CacheEvents(self, prompt_length)
         self._drop_rows(kwargs)
         self.entered = None if self.visual is None or self.spaced else self.seen
         self.place = self._rotated_by(kwargs.get("position_ids"))
@@ -201,6 +195,19 @@ class DecoderRun:
             self.protected = flat.view_as(valid)
         if self.visual is not None and self.patched.reads_embeds:
             self.captures.embeds = kwargs["inputs_embeds"], self.table.index
+
+    @staticmethod
+    def _check_foreign(cache: Any) -> None:
+        """What an unpatched model has stored was not reduced, and nobody would notice."""
+        layers = getattr(cache, "layers", ())
+        foreign = [x for x in layers if not isinstance(x, SlotLayer) or x.foreign]
+        if stored := max((int(x.get_seq_length()) for x in foreign), default=0):
+            raise CacheMismatchError(
+                f"this cache was filled with {stored} tokens without a plan",
+                argument="past_key_values",
+                given=type(cache).__name__,
+                expected="a new cache, or one that this plan has filled",
+            )
 
     @staticmethod
     def _check_cache(cache: Any) -> None:
@@ -345,7 +352,7 @@ class DecoderRun:
             mask = self.table.valid
         if mask is not None and first is not None:
             # The decoder looks a 2-D mask up by logical position.
-            mask = F.pad(mask, (first.seen - first.slots, 0), value=True)
+            mask = F.pad(mask, (max(0, first.seen - first.slots), 0), value=True)
         kwargs["attention_mask"] = mask
 
     def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
@@ -406,12 +413,7 @@ class DecoderRun:
             return
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
-        advance = self.full.valid.shape[1]
-        intact: Tensor | int = self.past_logical
-        if self.has_inserted:
-            intact += advance
-        elif self.visual is not None and self.table.valid.shape[1] != advance:
-            intact = intact + self.at.remainder(advance).max() + 1  # only visual rows leave
+        advance, intact = self.full.valid.shape[1], self.events.certain
         note_rows(
             self.cache, range(layer, stop), self.table, self.place, self.padded, advance, intact
         )
