@@ -32,6 +32,7 @@ class SlotTable:
     columns: dict[str, Tensor]
     padded: bool
     _memo: list = field(default_factory=list, repr=False)
+    _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, table: TokenTable, position: Tensor, padded: bool) -> SlotTable:
@@ -103,7 +104,21 @@ class SlotTable:
         return self.map(lambda t: t[..., :slots], ("first", slots))
 
     def last(self, slots: int) -> SlotTable:
-        return self.map(lambda t: t[..., t.shape[-1] - slots :], ("last", slots))
+        table = self.map(lambda t: t[..., t.shape[-1] - slots :], ("last", slots))
+        if self._known:
+            table._known["newest"] = self.newest[self.slots - slots :]
+        return table
+
+    @property
+    def newest(self) -> list[int]:
+        """The newest logical index in every slot, over samples and heads; -1 without any.
+
+        Asks the device once; later tokens of a conversation are known without.
+        """
+        if not self._known:
+            there = self.logical.masked_fill(~self.valid, -1)
+            self._known["newest"] = there.flatten(0, -2).amax(0).tolist()
+        return self._known["newest"]
 
     def cat(self, new: SlotTable) -> SlotTable:
         """This table with new slots behind; `new` is one for all heads."""
@@ -120,7 +135,10 @@ class SlotTable:
                 if heads:
                     more = more[:, None].expand(-1, heads, -1)
                 columns[name] = torch.cat([old, more], -1)
-            return SlotTable(columns, self.padded or new.padded)
+            table = SlotTable(columns, self.padded or new.padded)
+            if self._known and new._known:
+                table._known["newest"] = self.newest + new.newest
+            return table
 
         return self._once(new, joined)
 
@@ -288,8 +306,8 @@ class SlotLayer(DynamicLayer):
         """Let go of the oldest slots that no later token of any sample sees."""
         if self.slots < self.window:
             return
-        unseen = (self.table.logical <= self.seen - self.window) | ~self.table.valid
-        gone = int(unseen.flatten(0, -2).all(0).long().cumprod(0).sum())
+        newest, limit = self.table.newest, self.seen - self.window
+        gone = next((i for i, logical in enumerate(newest) if logical > limit), len(newest))
         if gone:
             self.table = self.table.last(self.slots - gone)
         for segment in list(self.segments):
@@ -536,6 +554,9 @@ def note_rows(
         intact: every token of this forward from this logical index on gets a slot.
     """
     new = SlotTable.of(table, position, padded)
+    if table.valid.shape[1] == advance and not padded:  # no row has left
+        seen = cache.layers[layers[0]].seen
+        new._known["newest"] = list(range(seen, seen + advance))
     for layer in (cache.layers[i] for i in layers):
         layer.note(new if layer.table is None else layer.table.cat(new), advance, intact)
     if any(layer.compressed for layer in cache.layers):
