@@ -26,9 +26,13 @@ class Keep:
     """Keep the visual rows where `mask` is true: bool `[images, tokens]` or `[batch, rows]`.
 
     Several of them intersect. Text rows always stay.
+
+    `counts` are the tokens that stay of each image or sample, where the method knows them, as it
+    does under a fixed budget: then nobody has to wait for the device to say.
     """
 
     mask: Tensor
+    counts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

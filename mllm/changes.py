@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm.actions import BranchGate, BranchRows, Evict, HeadGate, Inject, LogitBias
 from mllm.cache import KVCache, SlotTable
+from mllm.errors import PlanError
 from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate
 
 if TYPE_CHECKING:
@@ -191,9 +192,16 @@ class Changes:
             lambda q, k, p=p: p.where(p.action.fn(q, k), 0) for p in self._of(LogitBias, layer)
         ]
         if inside.bias:
-            inside.queries = run.attention_table.logical
-            old = [run.held[layer].logical] if run.cache is not None and run.past[layer] else []
-            inside.keys = torch.cat([*old, inside.queries], 1)
+            inside.queries = inside.keys = run.attention_table.logical
+            if run.cache is not None and run.past[layer]:
+                if run.held[layer].headwise:
+                    raise PlanError(
+                        f"heads of layer {layer} hold different tokens, which a bias cannot tell",
+                        argument="heads",
+                        given="Evict with heads, and LogitBias",
+                        expected="one of them at a layer",
+                    )
+                inside.keys = torch.cat([run.held[layer].logical, inside.queries], 1)
         changed = inside.rows or inside.scale or inside.bias or inside.heads is not None
         return inside if changed else None
 

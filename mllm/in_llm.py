@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
 from mllm.tokens import (
     Counts,
+    Layout,
     TokenTable,
     choose_rows,
     count_rows,
@@ -47,6 +49,7 @@ class DecoderRun:
         reduction: what the pre-LLM stages decided; set when the decoder starts.
         marks: `visual` by kind, `image` or `video`.
         reductions: by kind, set before the decoder runs.
+        layouts: by kind, of the pixels that the base model was given.
         mask: the attention mask that the base model was given.
         call: the call of the model around this one, if there was one.
         counts: rows of every sample, as far as the base model's hooks have counted them.
@@ -118,8 +121,10 @@ class DecoderRun:
     seen: list[int] = field(default_factory=list)
     at: Tensor | None = None
     itemsize: int = 0
+    entered: list[int] | None = None
     marks: dict[str, Tensor] = field(default_factory=dict)
     reductions: dict[str, Reduction] = field(default_factory=dict)
+    layouts: dict[str, list[Layout]] = field(default_factory=dict)
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -180,12 +185,14 @@ class DecoderRun:
             else:
                 self.events = CacheEvents(self, prompt_length)
         self._drop_rows(kwargs)
+        self.entered = None if self.visual is None or self.spaced else self.seen
         self.place = self._rotated_by(kwargs.get("position_ids"))
         self.tables.append((0, self.table))
         if 0 not in self.patched.cuts:
             self._note(0)
         self.captures = Captures(self)
-        self.changes = Changes(self, {} if cache is None else cache.mllm.lasting)
+        lasting = cache.mllm.lasting if self.past_logical else {}
+        self.changes = Changes(self, lasting)
         self.attention_table = self.table
         if self.reduction is not None and self.reduction.protected is not None:
             self.protected = torch.zeros_like(valid)
@@ -311,7 +318,9 @@ class DecoderRun:
                     delta = (position - moved).gather(1, last)
                     first.shifts["llm"] = delta if shift is None else shift + delta
                 position = moved
-            self._count(keep, None)
+            kept = self.reduction.kept
+            exact = kept is not None and self.counts.seen == self.counts.visual
+            self._count(keep, [sum(kept[i] for i in x) for x in self.images] if exact else None)
             rows = choose_rows(keep, table.valid, order if compact else None, max(self.lengths))
             self.table = table.take(rows, keep.gather(1, rows))
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
@@ -347,10 +356,11 @@ class DecoderRun:
         keep = keep.flatten().index_copy(0, self.at, reduction.keep[token]).view_as(keep)
         order = None
         if reduction.order is not None:
-            sizes = torch.tensor([reduction.sizes[i] for own in self.images for i in own])
+            sizes = [reduction.sizes[i] for own in self.images for i in own]
+            starts = itertools.accumulate(sizes, initial=0)
             order = table.index.flatten()
             # Per visual row, the first row of its image.
-            first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            first = torch.cat([torch.full((n,), at) for n, at in zip(sizes, starts, strict=False)])
             place = order[self.at[on_device(first, keep)]] + reduction.order[token]
             order = order.index_copy(0, self.at, place).view_as(table.index)
         return keep & table.valid, order
@@ -424,24 +434,26 @@ class DecoderRun:
             # Lives as long as the arguments of a recompute; see `replayed`.
             kwargs["position_embeddings"][0].mllm_run = self
         hidden, self.reached = args[0], layer
-        self.moves[layer] = []
+        self.moves[layer], self.attention_table = [], self.table
         if self.visual is not None:
             self.captures.hidden(layer, "layer", hidden)
             self.captures.before(layer, hidden, kwargs)
         if layer in self.patched.acts:
             hidden = self._cut(layer, hidden, kwargs)
-        with _kept():
-            injected = self.changes.injected(layer)
-        for move in injected:
-            hidden = self._move(layer, hidden, move)
+        if self.patched.inner:
+            with _kept():
+                injected = self.changes.injected(layer)
+            for move in injected:
+                hidden = self._move(layer, hidden, move)
         given = self.given[layer] = self._replaced(layer, hidden, kwargs)
         final = {**kwargs, **given}
         rotary = final["position_embeddings"]
         self.attention_table, self.attention_rotary = self.table, rotary
-        with _kept():
-            inside = self.changes.inside(layer, hidden, kwargs)
-        if inside is not None:
-            rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
+        if self.patched.inner:
+            with _kept():
+                inside = self.changes.inside(layer, hidden, kwargs)
+            if inside is not None:
+                rotary[0].mllm_inside = {**getattr(rotary[0], "mllm_inside", {}), layer: inside}
         return (hidden, *args[1:]), final
 
     def _replaced(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
@@ -451,7 +463,8 @@ class DecoderRun:
         kind = self.patched.family.kind(layer)
         key = kind, self.held[layer] if self.held else None, layer * self.patched.apart
         if key not in self.replaced:
-            self.replaced[key] = self._arguments(layer, kind, hidden, kwargs)
+            given = self._arguments(layer, kind, hidden, kwargs)
+            self.replaced[key] = {k: v for k, v in given.items() if v is not kwargs.get(k)}
         return self.replaced[key]
 
     def _differs(self, layer: int) -> bool:
@@ -625,12 +638,12 @@ class DecoderRun:
             if shift is not None:
                 position = position - shift
         if self.visual is not None:
-            keep, moves, inserts = self._act(layer, stages)
+            keep, counts, moves, inserts = self._act(layer, stages)
             for move in moves:
                 hidden = self._move(layer, hidden, move)
             if cut:
                 before = dataclasses.replace(self, position=position)
-                hidden = self._leave(layer, keep, hidden, position)
+                hidden = self._leave(layer, keep, counts, hidden, position)
                 for insert in inserts:
                     hidden = self._insert(layer, insert, hidden, before)
                 if compact:
@@ -652,14 +665,15 @@ class DecoderRun:
         return hidden
 
     def _leave(
-        self, layer: int, keep: Tensor, hidden: Tensor, position: Tensor | None
+        self, layer: int, keep: Tensor, counts: list[int] | None, hidden: Tensor,
+        position: Tensor | None,
     ) -> Tensor:
         """Let rows leave before a layer; returns the hidden states of the others."""
         table = self.table
         if self.spaced:
             lines = max(layout.lines for layout in self.reduction.layouts)
             keep = table.with_newlines(keep, lines, max(map(len, self.images)))
-        self._count(keep, None)
+        self._count(keep, counts)
         rows = choose_rows(keep, table.valid, None, max(self.lengths))
         self.table = table.take(rows, keep.gather(1, rows))
         if position is not None:
@@ -676,14 +690,21 @@ class DecoderRun:
 
     def _act(
         self, layer: int, stages: list[tuple[int, LayerMethod]]
-    ) -> tuple[Tensor, list[Callable[[Tensor], Tensor]], list[Insert]]:
-        """Ask the stages of a layer: rows that stay, changes of hidden states, and new rows."""
+    ) -> tuple[Tensor, list[int] | None, list[Callable[[Tensor], Tensor]], list[Insert]]:
+        """Ask the stages of a layer.
+
+        Returns:
+            Rows that stay, how many of them are visual (where that is known), changes of hidden
+            states, and new rows.
+        """
         table = self.table
+        counts = None if self.spaced else self.seen
         keep, writes, inserts = table.valid.clone(), [], []
         for number, stage in stages:
-            for action in self._select(number, stage, layer, keep):
+            for action in self._select(number, stage, layer, keep, counts):
                 self._check(stage, action)
                 if isinstance(action, Keep):
+                    counts = None if self.spaced else action.counts
                     keep &= ~table.visual | table.newline | action.mask
                 elif isinstance(action, Merge):
                     self._merge(action.into)
@@ -695,7 +716,8 @@ class DecoderRun:
                     self._protect(action.rows)
                 else:
                     self.changes.add(number, action, table)
-        keep |= self.protected_of(table)
+        if self.protected is not None:
+            keep, counts = keep | self.protected_of(table), None
         visual = table.visual & ~table.newline & keep
         moves = []
         for write in writes:
@@ -707,7 +729,7 @@ class DecoderRun:
                     rows[..., None], values.to(x.dtype), x
                 )
             )
-        return keep, moves, inserts
+        return keep, counts, moves, inserts
 
     @staticmethod
     def _check(stage: LayerMethod, action: Any) -> None:
@@ -785,7 +807,7 @@ class DecoderRun:
 
     def context(
         self, number: int, stage: LayerMethod, layer: int, table: TokenTable, *,
-        keep: Tensor | None = None, known: bool = False,
+        keep: Tensor | None = None, known: bool = False, counts: list[int] | None = None,
     ) -> LayerContext:
         """What a stage may read at a layer over the rows of `table`.
 
@@ -796,25 +818,32 @@ class DecoderRun:
             table: the rows.
             keep: bool `[batch, rows]`, rows that other stages of this layer leave; None is all.
             known: whether signals that are yet to come may be missing.
+            counts: visual rows that are left, of each sample.
         """
         signals, queries = self.captures.read(number, stage, layer, table, known)
         visual = table.visual & ~table.newline & table.valid
-        entered = self.tables[0][1]
+        if self.entered is None:
+            first = self.tables[0][1]
+            self.entered = (first.visual & ~first.newline & first.valid).sum(1).tolist()
         return LayerContext(
             stage, signals, queries=queries,
             layer=layer, num_layers=len(self.patched.layers), table=table,
             visual=visual if keep is None else visual & keep,
             prompt=self.prompt_of(table), protected=self.protected_of(table),
-            images=torch.tensor([len(s) for s in self.images], device=visual.device),
-            entered=(entered.visual & ~entered.newline & entered.valid).sum(1),
+            images=[len(own) for own in self.images], entered=self.entered, counts=counts,
             state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
         )  # fmt: skip
 
-    def _select(self, number: int, stage: LayerMethod, layer: int, keep: Tensor) -> list[Any]:
+    def _select(
+        self, number: int, stage: LayerMethod, layer: int, keep: Tensor, counts: list[int] | None
+    ) -> list[Any]:
         """The actions of a stage."""
-        ctx = self.context(number, stage, layer, self.table, keep=keep)
+        ctx = self.context(number, stage, layer, self.table, keep=keep, counts=counts)
         budget = getattr(stage, "keep", None)
-        if isinstance(budget, int) and bool((ctx.visual.sum(1) < budget * ctx.images).any()):
+        if isinstance(budget, int) and any(
+            there < budget * images
+            for there, images in zip(ctx.counts(), ctx.n_images, strict=True)
+        ):
             self.notes.append(
                 f"{stage.info.name}: fewer than keep={budget} tokens per image arrive at "
                 f"layer {layer}"

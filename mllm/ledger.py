@@ -28,6 +28,7 @@ class Reduction:
         vision_flops, baseline_vision_flops, selection_flops: FLOPs of each image.
         ran: indices of the plan's stages that ran.
         protected: bool `[tokens]`, tokens that no stage may drop; None is none.
+        counts: kept tokens of each image without separators, where the methods have said so.
     """
 
     layouts: list[Layout]
@@ -39,6 +40,7 @@ class Reduction:
     selection_flops: list[float] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
     protected: Tensor | None = None
+    counts: list[int | None] = field(default_factory=list)
 
     @classmethod
     def join(cls, parts: list[Reduction]) -> Reduction:
@@ -59,8 +61,22 @@ class Reduction:
             baseline_vision_flops=[x for part in parts for x in part.baseline_vision_flops],
             selection_flops=[x for part in parts for x in part.selection_flops],
             ran=set.intersection(*(part.ran for part in parts)),
+            counts=[n for part in parts for n in part.counts],
             protected=None if None in guarded else torch.cat(guarded),
         )
+
+    @property
+    def kept(self) -> list[int] | None:
+        """Rows of each image that stay, separators included; None if somebody has to count."""
+        kept = []
+        for layout, cells in zip(self.layouts, self.counts, strict=True):
+            if cells == layout.cells:
+                kept.append(layout.tokens)
+            elif cells is None or layout.newline != "none":
+                return None
+            else:
+                kept.append(cells)
+        return kept
 
     @property
     def sizes(self) -> list[int]:

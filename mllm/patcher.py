@@ -40,7 +40,7 @@ from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import VisionRun
 from mllm.running import running
-from mllm.tokens import Counts, count_rows, split_images
+from mllm.tokens import Counts, Layout, count_rows, split_images
 from mllm.validate import check_generation, check_plan, family_notes
 
 
@@ -134,6 +134,7 @@ class Patched:
         )
         self.apart = bool(SETS_APART & self._actions())
         self.inserts = "Insert" in self._actions()
+        self.inner = bool(self._actions() - MOVES_ROWS - {"Write", "Protect", "Evict"})
         check_plan(self, unvalidated)
         self.plan_notes += family_notes(self)
         self.first_hooked = self._first_hooked()
@@ -275,7 +276,11 @@ class Patched:
         """The first decoder layer whose arguments a plan may change or look at."""
         if self.apart:
             return 0
-        read = [signal.layer for _, signal in self.signals]
+        read = [
+            signal.layer
+            for _, signal in self.signals
+            if isinstance(signal, Hidden) or not getattr(signal, "rope", True)
+        ]
         return min([*self.acts, *read, len(self.layers)])
 
     def _install_branches(self, pre: Any, post: Any) -> None:
@@ -440,15 +445,16 @@ class Patched:
             )
         answering = self._answering(given.get("past_key_values"))
         marks: dict[str, Tensor] = {}
+        layouts: dict[str, list[Layout]] = {}
         if ids is not None and not answering and (brought or ids.shape[1] > 1):
-            marks, counts = self._placeholders(ids, given, self._prompt().drafts)
+            marks, counts, layouts = self._placeholders(ids, given, self._prompt().drafts)
         if marks:
             visual = functools.reduce(torch.logical_or, marks.values())
         call = _CALL.get()
         return DecoderRun(
             self, visual, None, mask,
             call=call if call is not None and call.patched is self else None,
-            counts=counts, answering=answering, marks=marks,
+            counts=counts, answering=answering, marks=marks, layouts=layouts,
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
 
@@ -475,8 +481,8 @@ class Patched:
 
     def _placeholders(
         self, ids: Tensor, given: dict[str, Any], drafts: bool
-    ) -> tuple[dict[str, Tensor], Counts]:
-        """Placeholders of images and of videos, bool `[batch, rows]`, and all counts.
+    ) -> tuple[dict[str, Tensor], Counts, dict[str, list[Layout]]]:
+        """Placeholders of images and of videos, bool `[batch, rows]`; counts; layouts of pixels.
 
         Raises:
             DataError: there are others than the pictures given have; a model that drafts is
@@ -487,11 +493,18 @@ class Patched:
         plain = isinstance(mask, Tensor) and mask.dim() == 2
         marks = {kind: ids == family.image_token_id for kind, family in families.items()}
         counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
-        brought = self.brought(given)
+        brought, layouts = self.brought(given), {}
+        for kind in brought:
+            if encoders.get(kind) is None:
+                families[kind].check(given)
+                layouts[kind] = families[kind].layouts(given)
         if brought or not drafts:
             for kind, family in families.items():
-                self._check_counts(kind, family, counts.marked[kind], given, encoders.get(kind))
-        return {kind: marks[kind] for kind in brought}, counts
+                self._check_counts(
+                    kind, family, counts.marked[kind], kind in brought, layouts.get(kind),
+                    encoders.get(kind),
+                )
+        return {kind: marks[kind] for kind in brought}, counts, layouts
 
     def _answering(self, cache: Any) -> bool:
         """Whether all rows are tokens that generate() has added: none is padding or visual."""
@@ -499,10 +512,11 @@ class Patched:
         return length is not None and cache is not None and 0 < length <= cache.get_seq_length()
 
     def _check_counts(
-        self, kind: str, family: Family, counts: list[int], given: dict[str, Any], encoded: Any
+        self, kind: str, family: Family, counts: list[int], brought: bool,
+        layouts: list[Layout] | None, encoded: Any,
     ) -> None:
         """Every sample's placeholders are whole images, and there are as many as were given."""
-        found, brought = any(counts), given.get(family.pixels) is not None or encoded is not None
+        found = any(counts)
         if found != brought:
             raise DataError(
                 f"the prompt has {kind} placeholders but no pixels were given"
@@ -514,9 +528,8 @@ class Patched:
             )
         if not found:
             return
-        if encoded is None:
-            family.check(given)
-            sizes = [layout.tokens for layout in family.layouts(given)]
+        if layouts is not None:
+            sizes = [layout.tokens for layout in layouts]
             total = sum(sizes)
         elif (reduction := getattr(encoded, "mllm_reduction", None)) is None:
             raise DataError(
@@ -555,7 +568,9 @@ class Patched:
                     given=inputs[name],
                     expected="set it in the config before mllm.patch",
                 )
-        run = VisionRun(self, self.kinds[kind], inputs)
+        decoder_run = self._run()
+        known = None if decoder_run is None else decoder_run.layouts.get(kind)
+        run = VisionRun(self, self.kinds[kind], inputs, known)
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
@@ -565,7 +580,7 @@ class Patched:
             _VISION.reset(token)
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
-        if (decoder_run := self._run()) is not None:
+        if decoder_run is not None:
             decoder_run.reductions[kind] = run.reduction
         return output
 

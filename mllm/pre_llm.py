@@ -28,7 +28,7 @@ from mllm.compressors.base import (
 )
 from mllm.errors import PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import Layout, choose_rows, gather_rows
+from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of
 from mllm.tower import TowerRun
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class Group:
 
     Attributes:
         layout: their layout.
-        images: int64 `[n]`, their ordinals in the call.
+        images: their ordinals in the call.
         at: int64 `[n, cells]`, their tokens that are no separators, among all tokens.
     """
 
     layout: Layout
-    images: Tensor
+    images: list[int]
     at: Tensor
 
 
@@ -58,13 +58,20 @@ class VisionRun:
     equal images.
     """
 
-    def __init__(self, patched: Patched, family: Family, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        patched: Patched,
+        family: Family,
+        inputs: Mapping[str, Any],
+        layouts: list[Layout] | None = None,
+    ) -> None:
         self.patched, self.family, self.inputs = patched, family, inputs
-        family.check(inputs)
-        device = inputs[family.pixels].device
-        layouts = self.family.layouts(inputs)
+        pixels = inputs[family.pixels]
+        if layouts is None:
+            family.check(inputs)
+            layouts = family.layouts(inputs)
         full = [self.family.vision_flops(x, x.cells) for x in layouts]
-        into = torch.cat([torch.arange(x.tokens) for x in layouts]).to(device)
+        into = on_device(torch.cat([torch.arange(x.tokens) for x in layouts]), pixels)
         self.reduction = Reduction(
             layouts=layouts,
             keep=torch.ones_like(into, dtype=torch.bool),
@@ -72,8 +79,9 @@ class VisionRun:
             vision_flops=full,
             baseline_vision_flops=list(full),
             selection_flops=[0.0] * len(layouts),
+            counts=[x.cells for x in layouts],
         )
-        self.groups = self._groups(device)
+        self.groups = self._groups(pixels)
         self.pieces: dict[Any, list[Tensor]] = {}
         self.costs: dict[Any, list[tuple[int, float]]] = {}
         self.signals: dict[Any, Tensor] = {}
@@ -82,9 +90,9 @@ class VisionRun:
         self.rows: Tensor | None = None
         self.tower: TowerRun | None = None
         if patched.mergers:  # of families with one grid for all images
-            self.tower = TowerRun(patched, len(layouts), layouts[0].cells, device)
+            self.tower = TowerRun(patched, len(layouts), layouts[0].cells, pixels.device)
 
-    def _groups(self, device: torch.device) -> list[Group]:
+    def _groups(self, like: Tensor) -> list[Group]:
         members: dict[Layout, list[int]] = {}
         for image, layout in enumerate(self.reduction.layouts):
             members.setdefault(layout, []).append(image)
@@ -92,8 +100,8 @@ class VisionRun:
         return [
             Group(
                 layout,
-                torch.tensor(images),
-                (starts[images][:, None] + layout.places.cell).to(device),
+                images,
+                on_device(starts[images][:, None] + layout.places.cell, like),
             )
             for layout, images in members.items()
         ]
@@ -158,14 +166,16 @@ class VisionRun:
 
     def _seeds(self, number: int, group: Group) -> list[int]:
         """A seed per image from its bits: independent of the batch and of the image's place."""
-        plan, pictures, seeds = self.patched.plan, self.family.pictures(self.inputs), []
+        plan, pictures, sums = self.patched.plan, self.family.pictures(self.inputs), []
         own = getattr(plan.stages[number], "seed", 0)
-        for image in group.images.tolist():
+        for image in group.images:
             x = pictures[image].detach().contiguous()
             bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-            total = int(bits.long().sum())
-            seeds.append(hash((total, plan.seed, own, number)) & (2**63 - 1))
-        return seeds
+            sums.append(bits.long().sum())
+        return [
+            hash((total, plan.seed, own, number)) & (2**63 - 1)
+            for total in torch.stack(sums).tolist()
+        ]
 
     def _run(
         self, number: int, stage: TokenReducer, group: Group, features: Tensor | None
@@ -188,14 +198,15 @@ class VisionRun:
                 signals[name] = group.layout.places.cells()
             else:
                 signals[name] = self._signal(signal, stage.info.name)[group.at]
+        counts = [self.reduction.counts[i] for i in group.images]
         ctx = Context(
             stage, signals, grid=group.layout.grids[0] if group.layout.plain else None,
-            valid=self.reduction.keep[group.at],
+            valid=self.reduction.keep[group.at], counts=None if None in counts else counts,
             seeds=functools.partial(self._seeds, number, group),
         )
         actions = stage.reduce(ctx)
         self.reduction.ran.add(number)
-        for image in group.images.tolist():
+        for image in group.images:
             self.reduction.selection_flops[image] += ctx.flops
         return actions
 
@@ -208,8 +219,9 @@ class VisionRun:
                 dropped = keep & ~action.mask
                 reduction.into[at] = reduction.into[at].masked_fill(dropped, -1)
                 reduction.keep[at] = keep & action.mask
+                self._count(group, action.counts)
             elif isinstance(action, Merge):
-                token = group.layout.places.cell.to(at.device)
+                token = on_device(group.layout.places.cell, at)
                 into = token[action.into.clamp(min=0)].masked_fill(action.into < 0, -1)
                 reduction.into[at] = into
             elif isinstance(action, Write):
@@ -236,6 +248,10 @@ class VisionRun:
                 )
         return features
 
+    def _count(self, group: Group, counts: Sequence[int] | None) -> None:
+        for image, n in zip(group.images, counts or [None] * len(group.images), strict=True):
+            self.reduction.counts[image] = n
+
     def _place(self, cells: Tensor, grid: tuple[int, int], group: Group) -> Tensor:
         """Put the tokens of a coarser grid on the middle tokens of their cells."""
         rows, cols = group.layout.grids[0]
@@ -250,6 +266,7 @@ class VisionRun:
         keep = torch.zeros_like(into, dtype=torch.bool)
         keep[middle] = True
         reduction.into[group.at], reduction.keep[group.at] = into, keep
+        self._count(group, [grid[0] * grid[1]] * len(group.images))
         full = cells.new_zeros(cells.shape[0], rows * cols, cells.shape[2])
         full[:, middle] = cells
         return full
@@ -269,7 +286,7 @@ class VisionRun:
                         )
                     grid = self.family.picture_grid(action.grid)
                     small = Layout((grid,))
-                    for image in group.images.tolist():
+                    for image in group.images:
                         self.resized[image] = grid
                         self.reduction.vision_flops[image] = self.family.vision_flops(
                             small, small.cells
@@ -291,7 +308,9 @@ class VisionRun:
             actions = self._run(number, stage, group, features)
             features = self._apply(actions, group, features)
         keep = self.reduction.keep[group.at]
-        self.rows = choose_rows(keep, torch.ones_like(keep))
+        counts = [self.reduction.counts[i] for i in group.images]
+        most = None if None in counts else max(counts)
+        self.rows = choose_rows(keep, torch.ones_like(keep), count=most)
         cost = self.family.vision_flops(group.layout, self.rows.shape[1])
         self.reduction.vision_flops = [cost] * len(keep)
         return gather_rows(features, self.rows)
@@ -333,8 +352,8 @@ class VisionRun:
             parts = features.split(made)
             features = features.new_zeros(len(self.reduction.keep), features.shape[1])
             for group in self.groups:
-                cells = torch.stack([parts[i] for i in group.images.tolist()])
-                grid = self.resized[int(group.images[0])]
+                cells = torch.stack([parts[i] for i in group.images])
+                grid = self.resized[group.images[0]]
                 features = self._write(features, group, self._place(cells, grid, group))
         for number, stage in self._at("post_projector"):
             for group in self.groups:
@@ -353,16 +372,14 @@ class VisionRun:
         """A separator stays while a cell of its line does."""
         reduction = self.reduction
         for group in self.groups:
-            places = group.layout.places
-            if group.layout.newline == "none":
+            layout, places, at = group.layout, group.layout.places, group.at
+            if layout.newline == "none":
                 continue
-            device = reduction.keep.device
-            line, newline = places.line.to(device), places.newline.to(device)
-            first = group.at[:, :1] - places.cell[0].to(device)
-            tokens = first + torch.arange(group.layout.tokens, device=device)
-            there = torch.zeros(len(tokens), int(places.line.max()) + 1, device=device)
-            there = there.index_add(1, line[~newline], reduction.keep[group.at].float())
-            keep = there[:, line] > 0
-            reduction.keep[tokens[:, newline]] = keep[:, newline]
-            gone = tokens[:, newline][~keep[:, newline]]
-            reduction.into[gone] = -1
+            behind = places_of(places.newline, layout.tokens - layout.cells)
+            there = torch.zeros(len(at), layout.lines, device=at.device).index_add(
+                1, on_device(places.line[places.cell], at), reduction.keep[at].float()
+            )
+            stay = there[:, on_device(places.line[behind], at)] > 0
+            tokens = at[:, :1] + on_device(behind, at)  # an image begins with a cell
+            reduction.keep[tokens] = stay
+            reduction.into[tokens] = torch.where(stay, reduction.into[tokens], -1)

@@ -111,6 +111,7 @@ class TowerRun:
         seats = self.seats[:, self.family.prefix :]
         keep = torch.zeros_like(self.into, dtype=torch.bool).scatter(1, seats, True)
         reduction.keep = keep.flatten()
+        reduction.counts = [seats.shape[1]] * len(keep)
         reduction.into = self.into.flatten()
         reduction.ran |= self.ran
         return seats

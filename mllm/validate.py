@@ -106,8 +106,10 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
     grid = family.native_grid()
     for stage in plan.stages:
         _check_fit(patched, stage)
-        keep = getattr(stage, "keep", None)
-        if isinstance(keep, int) and grid and keep > grid[0] * grid[1]:
+        budgets = getattr(stage, "keep", None)
+        budgets = budgets if isinstance(budgets, tuple) else (budgets,)
+        keep = max((k for k in budgets if isinstance(k, int)), default=0)
+        if grid and keep > grid[0] * grid[1]:
             raise PlanError(
                 f"{stage.info.name}: keep={keep} is more than the {grid[0] * grid[1]} visual "
                 "tokens of an image",

@@ -300,6 +300,19 @@ def test_gradients_flow_through_a_cache():
     assert torch.equal(keys.grad, want)
 
 
+def test_a_cache_leaves_inference_mode():
+    """Buffers made inside of it are not written outside."""
+    cache, kv = toy(1)
+    step, one = torch.randn(1, HEADS, 1, DIM), torch.ones(1, 1, dtype=torch.bool)
+    with torch.inference_mode():
+        for _ in range(4):
+            feed(cache, step.clone(), step.clone(), one)
+        kv.repeat(2)
+        kv.select(torch.tensor([1]))
+    feed(cache, step, step, one)
+    assert torch.equal(cache.layers[0].keys, step.expand(-1, -1, 5, -1))
+
+
 def test_a_segment_of_another_form():
     """The protocol is enough: half precision stands for any lossy form, newest tokens stay."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 
@@ -515,18 +514,15 @@ def slots_for_windows(mp):
     """Windows in stored slots: what is left of a pruned prompt seems near."""
     original = DecoderRun._mask_of_kind
 
-    def mask(self, layer, given):
-        cache, self.cache = self.cache, copy.copy(self.cache)
-        if cache is not None:
-            self.cache.layers = [copy.copy(x) for x in cache.layers]
-            for x in self.cache.layers:
-                if x.logical is not None:
-                    near = torch.arange(x.slots, 0, -1)
-                    x.logical = (self.past_logical - near).expand(len(x.valid), -1)
+    def mask(self, layer, given, like=None):
+        held, self.held = self.held, list(self.held)
+        if held and (table := held[layer]) is not None:
+            near = self.past_logical - torch.arange(table.slots, 0, -1)
+            self.held[layer] = table.with_columns(logical=near.expand(table.valid.shape))
         try:
-            return original(self, layer, given)
+            return original(self, layer, given, like)
         finally:
-            self.cache = cache
+            self.held = held
 
     mp.setattr(DecoderRun, "_mask_of_kind", mask)
 
@@ -535,13 +531,13 @@ def causal_blocks(mp):
     """Rows of an image see only what is before them."""
     original = DecoderRun._mask_of_kind
 
-    def mask(self, layer, given):
+    def mask(self, layer, given, like=None):
         if given is not None and given.shape[2] > 1:
             rows = torch.arange(given.shape[2])
             given = (given if given.dtype == torch.bool else given == 0) & (
                 rows[:, None] >= rows[None] + given.shape[2] - given.shape[3]
             )
-        return original(self, layer, given)
+        return original(self, layer, given, like)
 
     mp.setattr(DecoderRun, "_mask_of_kind", mask)
 

@@ -159,7 +159,11 @@ def recorded(family, attn, kind, side, at=HERE, **signals):
 @pytest.mark.parametrize("kind, side", [("alone", "left"), ("padded", "left"),
                                         ("padded", "right")])  # fmt: skip
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    FAMILIES + [pytest.param(f, marks=pytest.mark.slow)
+                for f in ("qwen2_vl", "internvl", "idefics3", "smolvlm")],
+)  # fmt: skip
 def test_signals(family, attn, kind, side):
     ctx, batch, real = recorded(
         family, attn, kind, side, **{name: signal for name, (signal, _) in SIGNALS.items()}

@@ -311,10 +311,13 @@ class SlotLayer(DynamicLayer):
             shared: filled with what layers of one table have in common; give the same one to all
                 layers that keep the same slots.
         """
-        self.remember(as_of)
         if not self.segments:
             return
-        keep = keep & _as_wide(self.table.valid, keep)
+        valid = _as_wide(self.table.valid, keep)
+        keep = keep & valid
+        if torch.equal(keep, valid.expand(keep.shape)):
+            return  # padding alone is no reason to move everything
+        self.remember(as_of)
         if self.table.headwise and keep.dim() == 2:
             keep = keep[:, None].expand(self.table.valid.shape)
         if len(self.segments) == 1:

@@ -83,8 +83,7 @@ class _Buffer:
         new = keys.shape[axis]
         capacity = self.keys.shape[axis]
         tracked = torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad)
-        frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        if at + new <= capacity and at >= self.fixed and not tracked and not frozen:
+        if at + new <= capacity and at >= self.fixed and not tracked:
             self.keys.narrow(axis, at, new).copy_(keys)
             self.values.narrow(axis, at, new).copy_(values)
             return None
@@ -97,7 +96,7 @@ class _Buffer:
         for was, more in zip(old, (keys, values), strict=True):
             shape = list(was.shape)
             shape[axis] = length + length // SLACK + LEAST_ROOM
-            room = was.new_empty(shape)
+            room = _room(was, shape)
             room.narrow(axis, 0, at - start).copy_(was)
             room.narrow(axis, at - start, new).copy_(more)
             grown.append(room)
@@ -148,7 +147,8 @@ class Dense:
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> Dense:
         # With the room behind, or the next token would copy everything again.
-        buffer = _Buffer(change(self.buffer.keys), change(self.buffer.values))
+        with torch.inference_mode(False):  # room is written in and out of it
+            buffer = _Buffer(change(self.buffer.keys), change(self.buffer.values))
         return Dense(buffer, self.start, self.stop)
 
     def held(self) -> Dense:
@@ -298,6 +298,12 @@ class Offloaded:
 
     def meta(self) -> list[Tensor]:
         return []
+
+
+def _room(like: Tensor, shape: list[int]) -> Tensor:
+    """An empty buffer that may be written in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def from_rows(keys: Tensor, values: Tensor, kept: Tensor) -> Segment:

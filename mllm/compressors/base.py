@@ -44,7 +44,7 @@ from mllm.signals import (
     VisionAttention,
     VisionKeys,
 )
-from mllm.tokens import TokenTable, along, locate
+from mllm.tokens import TokenTable, along, locate, on_device
 
 __all__ = [
     "AttentionRows",
@@ -107,9 +107,10 @@ class Context:
         grid: tuple[int, int] | None = None,
         valid: Tensor | None = None,
         seeds: Callable[[], list[int]] | None = None,
+        counts: list[int] | None = None,
     ) -> None:
         self.stage, self._signals, self._seeds = stage, signals, seeds
-        self.grid, self.valid = grid, valid
+        self.grid, self.valid, self._counts = grid, valid, counts
         self.flops = 0.0
 
     def __getitem__(self, name: str) -> Any:
@@ -131,6 +132,22 @@ class Context:
         So a draw depends neither on the batch an image is in nor on its place there.
         """
         return [torch.Generator().manual_seed(seed) for seed in self._seeds()]
+
+    def counts(self) -> list[int]:
+        """Visual tokens that are still there, of each image or sample.
+
+        Asks the device only where an earlier stage did not say what it keeps.
+        """
+        if self._counts is None:
+            self._counts = self._there().sum(1).tolist()
+        return self._counts
+
+    def at_most(self, tokens: int) -> list[int]:
+        """`tokens` of each image, or what is there of it."""
+        return [min(tokens, there) for there in self.counts()]
+
+    def _there(self) -> Tensor:
+        return self.valid
 
     def book(self, flops: float) -> None:
         """Add the cost of this selection to the ledger, in FLOPs per image.
@@ -171,8 +188,9 @@ class LayerContext(Context):
         prompt: bool `[batch, rows]`, visual and text; no padding, no candidates of assisted
             decoding, nothing that is supervised.
         protected: bool `[batch, rows]`, rows that an action protects.
-        images: int64 `[batch]`, images of each sample.
-        entered: int64 `[batch]`, visual tokens that entered the decoder, without separators.
+        images: int64 `[batch]`, images of each sample; `n_images` are the same as ints.
+        entered: int64 `[batch]`, visual tokens that entered the decoder, without separators;
+            `n_entered` are the same as ints.
         logical: int64 `[batch, rows]`, index in the uncompressed sequence.
         index: int64 `[batch, rows]`, row of this forward's own input.
         size: float32 `[batch, rows]`, how many original tokens a row stands for.
@@ -190,19 +208,25 @@ class LayerContext(Context):
         visual: Tensor,
         prompt: Tensor,
         protected: Tensor,
-        images: Tensor,
-        entered: Tensor,
+        images: list[int],
+        entered: list[int],
         state: dict[str, Any],
         queries: dict[str, Tensor],
         width: int,
+        counts: list[int] | None = None,
     ) -> None:
-        super().__init__(stage, signals)
+        super().__init__(stage, signals, counts=counts)
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
-        self.images, self.entered, self.state = images, entered, state
+        self.n_images, self.n_entered, self.state = images, entered, state
+        self.images = on_device(torch.tensor(images), visual)
+        self.entered = on_device(torch.tensor(entered), visual)
         self.logical, self.index, self.size = table.logical, table.index, table.size
         self._queries, self._width = queries, width
+
+    def _there(self) -> Tensor:
+        return self.visual
 
     def queries(self, name: str) -> Tensor:
         """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
@@ -359,21 +383,20 @@ class LayerMethod(_Method):
         """fp32 `[batch, rows]`: the highest-scored visual rows stay."""
         raise NotImplementedError
 
-    def keep_best(self, ctx: LayerContext, keep: Budget, tokens: Tensor) -> Keep:
+    def keep_best(self, ctx: LayerContext, keep: Budget, tokens: Sequence[int]) -> Keep:
         """Keep the best-scored visual rows: protected ones first, then ties to the earlier.
 
         Args:
             ctx: the context.
             keep: budget: tokens per image, or a fraction of `tokens`.
-            tokens: int64 `[batch]`.
+            tokens: of each sample.
         """
-        if isinstance(keep, int):
-            count = torch.minimum(ctx.visual.sum(1), keep * ctx.images)
-        else:
-            # Counts in Python so that rounding is that of `resolve`, whatever the device.
-            count = torch.tensor([resolve(keep, n) for n in tokens.tolist()]).to(tokens.device)
+        # In Python, so that rounding is that of `resolve` and the device is not asked.
+        wanted = [resolve(keep, n, i) for n, i in zip(tokens, ctx.n_images, strict=True)]
+        counts = [min(n, there) for n, there in zip(wanted, ctx.counts(), strict=True)]
         score = self.score(ctx).float().masked_fill(ctx.protected, float("inf"))
-        return Keep(top_k(score, ctx.visual, count))
+        limit = on_device(torch.tensor(counts), score)
+        return Keep(top_k(score, ctx.visual, limit), counts)
 
 
 class LayerPruner(LayerMethod):
@@ -407,7 +430,7 @@ class LayerPruner(LayerMethod):
 
     def select(self, ctx: LayerContext) -> Keep:
         """Keep the best `keep` of each sample's visual rows that arrive."""
-        return self.keep_best(ctx, self.keep, ctx.visual.sum(1))
+        return self.keep_best(ctx, self.keep, ctx.counts())
 
 
 class LayerSchedule(LayerMethod):
@@ -455,7 +478,7 @@ class LayerSchedule(LayerMethod):
 
     def act(self, ctx: LayerContext) -> list[Any]:
         keep = self.keep[self.layers.index(ctx.layer)]
-        return [self.keep_best(ctx, keep, ctx.entered)]
+        return [self.keep_best(ctx, keep, ctx.n_entered)]
 
 
 @dataclass(frozen=True)

@@ -67,4 +67,4 @@ class DivPrune(TokenReducer):
             nearest = torch.where(started, torch.minimum(nearest, to_pick), to_pick)
             keep[rows, pick] = True
             nearest = nearest.masked_fill(gone | keep, float("-inf"))
-        return [Keep(keep & ctx.valid)]
+        return [Keep(keep & ctx.valid, ctx.at_most(resolve(self.keep, tokens)))]

@@ -38,7 +38,7 @@ class FastV(LayerPruner):
     first_layer = 1
 
     def reads(self):
-        return {"rows": AttentionRows(layer=(self.layer or self.first_layer) - 1, rows="last")}
+        return {"rows": AttentionRows(rows="last", heads="mean")}
 
     def score(self, ctx: Context) -> Tensor:
         return ctx["rows"][:, 0]

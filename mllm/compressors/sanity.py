@@ -49,9 +49,8 @@ class Random(TokenReducer):
     def reduce(self, ctx: Context) -> list:
         images, tokens = ctx.valid.shape
         draws = torch.stack([torch.rand(tokens, generator=g) for g in ctx.generators()])
-        return [
-            Keep(top_k(draws.to(ctx.valid.device), ctx.valid, resolve(self.keep, tokens)))
-        ]
+        draws, count = draws.to(ctx.valid.device, non_blocking=True), resolve(self.keep, tokens)
+        return [Keep(top_k(draws, ctx.valid, count), ctx.at_most(count))]
 
 
 @register("stride", stage="pre_llm")
@@ -72,8 +71,9 @@ class Stride(TokenReducer):
         count = resolve(self.keep, tokens)
         rows = (torch.arange(count) * tokens + tokens // 2) // count
         keep = torch.zeros_like(ctx.valid)
-        keep[:, rows.to(keep.device)] = True
-        return [Keep(keep & ctx.valid)]
+        keep[:, rows.to(keep.device, non_blocking=True)] = True
+        whole = min(ctx.counts()) == tokens
+        return [Keep(keep & ctx.valid, ctx.at_most(count) if whole else None)]
 
 
 @register("avgpool", stage="pre_llm")

@@ -89,9 +89,10 @@ class VisionZip(TokenReducer):
         # Remaining tokens in grid order: a stable sort puts the unchosen first.
         rest = chosen.int().argsort(dim=1, stable=True)[:, : tokens - dominant]
         step = max(1, rest.shape[1] // max(1, contextual))
-        is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=x.device)
-        is_target[: step * contextual : step] = True
-        targets, members = rest[:, is_target], rest[:, ~is_target]
+        at = range(0, step * contextual, step)
+        others = torch.tensor([i for i in range(rest.shape[1]) if i not in at]).long()
+        targets = rest[:, : step * contextual : step]
+        members = rest[:, others.to(x.device, non_blocking=True)]
 
         into = torch.arange(tokens, device=x.device).repeat(images, 1)
         values = x
@@ -104,7 +105,8 @@ class VisionZip(TokenReducer):
             into = into.scatter(1, members, -1)
 
         keep = chosen.scatter(1, targets, True)
-        order = torch.cat([chosen.nonzero()[:, 1].view(images, -1), targets], 1)
+        first = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :dominant]
+        order = torch.cat([first, targets], 1)
         if has_cls:
             seat = keep.int().argmin(1, keepdim=True)
             keep = keep.scatter(1, seat, True)
@@ -114,7 +116,7 @@ class VisionZip(TokenReducer):
         place = torch.zeros_like(into).scatter(
             1, order, torch.arange(order.shape[1], device=x.device).expand_as(order)
         )
-        return [Keep(keep), Merge(into), Write(values, order=place)]
+        return [Keep(keep, [budget] * images), Merge(into), Write(values, order=place)]
 
     @staticmethod
     def _assign(keys: Tensor, targets: Tensor, members: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -127,15 +128,8 @@ class Qwen25VL(Qwen2VL):
         )
 
     def _windows(self, layout: Layout) -> tuple[Tensor, list[int]]:
-        """Tokens of one image in the tower's order, and the tokens of each window."""
-        config, windows, count = self.vision_config, [], 0
-        side = config.window_size // self.merge // config.patch_size
-        for rows, cols in layout.grids:
-            row, col = torch.arange(rows)[:, None] // side, torch.arange(cols) // side
-            windows.append((count + row * -(-cols // side) + col).flatten())
-            count = int(windows[-1][-1]) + 1
-        window = torch.cat(windows)
-        return window.argsort(stable=True), window.bincount().tolist()
+        config = self.vision_config
+        return _windows(layout, config.window_size // self.merge // config.patch_size)
 
     def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
         merged, out, start = super().to_rows(signal, layouts), [], 0
@@ -161,6 +155,18 @@ class Qwen25VL(Qwen2VL):
             )
             for i in range(len(self.blocks))
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(layout: Layout, side: int) -> tuple[Tensor, list[int]]:
+    """Tokens of one image in the order of windows of `side` x `side`; the tokens of each."""
+    windows, count = [], 0
+    for rows, cols in layout.grids:
+        row, col = torch.arange(rows)[:, None] // side, torch.arange(cols) // side
+        windows.append((count + row * -(-cols // side) + col).flatten())
+        count = int(windows[-1][-1]) + 1
+    window = torch.cat(windows)
+    return window.argsort(stable=True), window.bincount().tolist()
 
 
 class Qwen3VL(Qwen2VL):
