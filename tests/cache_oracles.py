@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from mllm.compressors.base import AttentionRows, CacheCompressor, CacheEvent
+from mllm.compressors.base import AttentionRows, CacheCompressor, CacheEvent, ColumnMass
 from mllm.plan import MethodInfo
 
 _RUNNING: list[Oracle] = []
@@ -35,6 +35,7 @@ class Oracle:
 
     Attributes:
         gone: per layer, bool `[kv_heads, tokens]`.
+        mass: per layer, `[heads, tokens]`, what every token received in the newest forward.
         keys, last: per layer, keys `[kv_heads, tokens, dim]` and the newest row of attention
             `[heads, tokens]`.
     """
@@ -44,6 +45,7 @@ class Oracle:
         self.model.set_attn_implementation({"text_config": "cache_oracle"})
         self.methods = methods
         self.length, self.gone, self.keys, self.last, self.done = 0, {}, {}, {}, set()
+        self.mass, self.heavy = {}, {}
         self.model.get_decoder().register_forward_hook(self._after)
 
     def attend(self, module, query, key, value, mask, scaling):
@@ -60,6 +62,7 @@ class Oracle:
             logits = logits.masked_fill(gone[None, :, None], float("-inf"))
         weights = logits.softmax(-1)
         self.keys[layer], self.last[layer] = key[0], weights[0, :, -1]
+        self.mass[layer] = weights[0].sum(1)
         out = weights @ value.repeat_interleave(group, 1)
         return out.transpose(1, 2).contiguous(), weights
 
@@ -217,3 +220,54 @@ class Retro(CacheCompressor):
         for layer, heads in ((0, (0, 1)), (1, (0, 1)), (2, (1,))):
             for head in heads:
                 oracle.drop(layer, head, visual)
+
+
+@dataclass(frozen=True)
+class Heavy(CacheCompressor):
+    """H2O: every KV head adds up what its tokens receive, and lets the lightest go at every step.
+
+    The newest `recent` tokens stay. Head h keeps `more * h` more than head 0.
+    """
+
+    budget: int = 9
+    more: int = 3
+    recent: int = 3
+    info: ClassVar = MethodInfo(name="heavy", stage="cache")
+
+    def reads(self):
+        return {
+            f"mass{i}": ColumnMass(layer=i, rows="prompt", heads="none")
+            for i in range(families.LAYERS)
+        }
+
+    def prefill_end(self, event: CacheEvent) -> None:
+        length = event.cache.length
+        for layer in range(event.cache.depth):
+            view = event.cache.view(layer)
+            heads = view.keys.shape[1]
+            received = event[f"mass{layer}"].unflatten(1, (heads, -1)).sum(2)
+            mass = received.gather(-1, view.logical) + view.columns.get("mass", 0)
+            event.cache.annotate(layer, mass=mass)
+            score = mass.masked_fill(view.logical >= length - self.recent, float("inf"))
+            score = score.masked_fill(~view.valid, -1)
+            rank = score.argsort(-1, descending=True).argsort(-1)
+            count = self.budget + self.more * torch.arange(heads)
+            keep = (rank < count[:, None]) & view.valid
+            event.cache.evict(layer, keep=_only(keep, view.logical, length))
+
+    decode_step = prefill_end
+
+    def decide(self, oracle: Oracle) -> None:
+        for layer, mass in oracle.mass.items():
+            heads, start = oracle.keys[layer].shape[0], oracle.length - mass.shape[1]
+            received = mass.view(heads, -1, mass.shape[1]).sum(1)
+            for head in range(heads):
+                total = oracle.heavy.setdefault((layer, head), {})
+                alive = oracle.alive(layer, head)
+                for t in alive:
+                    total[t] = total.get(t, 0.0) + received[head, t - start].item()
+                new = [t for t in alive if t >= oracle.length - self.recent]
+                old = [t for t in alive if t not in new]
+                room = self.budget + self.more * head - len(new)
+                best = sorted(old, key=lambda t: -total[t])[:room]
+                oracle.drop(layer, head, [t for t in old if t not in best])

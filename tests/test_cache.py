@@ -11,7 +11,7 @@ from typing import ClassVar
 import families
 import pytest
 import torch
-from cache_oracles import Norms, Oracle, Retro, Sinks, Snap
+from cache_oracles import Heavy, Norms, Oracle, Retro, Sinks, Snap
 from matrix import equal
 from torch import Tensor
 from transformers import DynamicCache
@@ -40,6 +40,7 @@ METHODS = {
     "sinks": [Sinks()],
     "retro": [Retro()],
     "retro+snap": [Retro(), Snap()],
+    "heavy": [Heavy()],
 }
 FAMILIES = ["llava", "qwen2_5_vl", "gemma3"]
 

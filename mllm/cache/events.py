@@ -80,30 +80,31 @@ class CacheEvents:
         held = run.held[signal.layer]
         each = "none" if held is not None and held.headwise else signal.heads
         if isinstance(signal, ColumnMass):
-            x, _ = attention.column_mass(query, key, chosen, mask, scaling, heads=each)
+            x, seen = attention.column_mass(query, key, chosen, mask, scaling, heads=each)
+            if signal.visible:
+                x = x / (seen[:, None] if x.dim() == 3 else seen).clamp(min=1)
         else:
             read = attention.row_attention if signal.softmax else attention.row_logits
             x = attention.reduce_heads(read(query, key, chosen.clamp(min=0), mask, scaling), each)
             real = (chosen >= 0)[..., None]
             x = torch.where(real[:, None] if x.dim() == 4 else real, x, 0)
-        x = self._by_token(x, signal.layer, headwise=each != signal.heads)
+        x = self._by_token(x, signal.layer)
         if each != signal.heads:
             x = attention.reduce_heads(x, signal.heads)
         self._signals[slot] = x[..., : self.certain]
 
-    def _by_token(self, x: Tensor, layer: int, headwise: bool) -> Tensor:
+    def _by_token(self, x: Tensor, layer: int) -> Tensor:
         """Values per slot, `[batch, ..., slots]`, by logical index; heads come second if apart."""
         table, held = self.run.attention_table, self.run.held[layer]
         length = self.run.past_logical + self.run.full.valid.shape[1]
         at = table.logical.masked_fill(~table.valid | table.inserted, length)
         if held is not None:
             old = held.logical.masked_fill(~held.valid, length)
-            if headwise:
+            if held.headwise:
                 old = old.repeat_interleave(x.shape[1] // old.shape[1], 1)
                 at = at[:, None].expand(-1, x.shape[1], -1)
             at = torch.cat([old, at], -1)
-        while at.dim() < x.dim():
-            at = at.unsqueeze(-2)
+        at = at.view(*at.shape[:-1], *[1] * (x.dim() - at.dim()), at.shape[-1])
         found = x.new_zeros(*x.shape[:-1], length + 1)
         return found.scatter(-1, at.expand(x.shape), x)[..., :length]
 
