@@ -215,6 +215,8 @@ def causal_mask(
         attention_mask=valid,
         past_key_values=cache,
         layer_idx=layer,
+        # One new row and some padding: transformers would ask the device whether there is any.
+        allow_is_causal_skip=valid is None or hidden.shape[1] > 1,
     )
 
 
