@@ -58,14 +58,12 @@ class Captures:
 
     Attributes:
         embeds: what entered the decoder, and the `index` of its rows; kept if a stage reads it.
-        by_token: signals of cache methods, by stage number and name: `[batch, heads, length]`.
         flops: what reading has cost, per sample.
     """
 
     def __init__(self, run: DecoderRun) -> None:
         self.run, self.patched = run, run.patched
         self.embeds: tuple[Tensor, Tensor] | None = None
-        self.by_token: dict[tuple[int, str], Tensor] = {}
         self.flops = 0.0
         self._found: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
         self._queries: dict[tuple[int, Any], Tensor] = {}
@@ -78,11 +76,6 @@ class Captures:
             if not isinstance(signal, Hidden) and not reads_before(signal):
                 module = self.patched.family.attention(signal.layer)
                 found.setdefault(module, []).append(functools.partial(self._tap, key))
-        for number, stage in self.patched.compressors if self.run.cache is not None else ():
-            for name, signal in stage.reads().items():
-                module = self.patched.family.attention(signal.layer)
-                tap = functools.partial(self._tap_by_token, number, name, signal)
-                found.setdefault(module, []).append(tap)
         return found
 
     def hidden(self, layer: int, of: str, hidden: Tensor) -> None:
@@ -125,7 +118,7 @@ class Captures:
         if isinstance(signal, Keys):
             self._found[slot] = key[:, :, -rows:], table.index
             return
-        chosen = self._chosen(number, signal, table)
+        chosen = self.chosen(number, signal, table)
         cost = 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
         self.flops += cost
         if isinstance(signal, ColumnMass):
@@ -143,31 +136,19 @@ class Captures:
             self._queries[slot] = torch.where(real, own, -1)
         self._found[slot] = x[..., -rows:], table.index
 
-    def _tap_by_token(
-        self, number: int, name: str, signal: AttentionRows, query: Tensor, key: Tensor,
-        mask: Tensor | None, scaling: float | None, value: Tensor,
-    ) -> None:
-        """Attention of chosen rows, averaged over them, by the logical index of the keys."""
-        run, table = self.run, self.run.attention_table
-        chosen = self._chosen(number, signal, table)
-        x = attention.row_attention(query, key, chosen.clamp(min=0), mask, scaling)
-        real = (chosen >= 0)[:, None, :, None]
-        x = (x * real).sum(2) / real.sum(2).clamp(min=1)
-        self.flops += 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
-        length = run.past_logical + run.full.valid.shape[1]
-        at = table.logical.masked_fill(~table.valid, length)[:, None].expand(-1, x.shape[1], -1)
-        if run.past[signal.layer]:
-            held = run.held[signal.layer]
-            old = held.logical.masked_fill(~held.valid, length)
-            old = old if held.headwise else old[:, None]
-            old = old.repeat_interleave(x.shape[1] // old.shape[1], 1)
-            at = torch.cat([old, at], -1)
-        found = x.new_zeros(*x.shape[:2], length + 1).scatter(2, at, x)[..., :length]
-        reduce = {"mean": found.mean, "sum": found.sum, "max": found.amax}.get(signal.heads)
-        self.by_token[number, name] = found if reduce is None else reduce(1, keepdim=True)
+    def chosen(
+        self, number: int, signal: Any, table: TokenTable, answering: bool = False
+    ) -> Tensor:
+        """Query rows of a signal: int64 `[batch, queries]`, -1 fills up.
 
-    def _chosen(self, number: int, signal: Any, table: TokenTable) -> Tensor:
-        """Query rows of a signal: int64 `[batch, queries]`, -1 fills up."""
+        Args:
+            number: of the stage in its plan.
+            signal: the signal.
+            table: rows of the layer's attention.
+            answering: whether the rows are behind the prompt; then all of them are meant.
+        """
+        if answering:
+            return pick(table.valid)
         prompt = self.run.prompt_of(table)
         if signal.rows == "last":
             return prompt.long().cumsum(1).argmax(1, keepdim=True)

@@ -283,7 +283,7 @@ class Changes:
         gone = action.rows & table.valid & ~run.protected_of(table)
         if run.pictured is not None:
             gone = gone & run.pictured[:, None]
-        cache = KVCache(run.cache, run.patched.family, run.reached, run.certain)
+        cache = KVCache(run.cache, run.patched.family, run.reached, run.events.certain)
         drop = table.logical.masked_fill(~gone, -1)
         cache.evict(layer, drop=drop, heads=None if action.heads is None else list(action.heads))
 

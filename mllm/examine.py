@@ -13,7 +13,14 @@ from torch import nn
 
 from mllm import compat
 from mllm.compressors import base
-from mllm.compressors.base import Budget, LayerPruner, Positions, TokenReducer, TowerReducer
+from mllm.compressors.base import (
+    Budget,
+    CacheCompressor,
+    LayerPruner,
+    Positions,
+    TokenReducer,
+    TowerReducer,
+)
 from mllm.doctor import Check, Report
 from mllm.errors import MllmError, PlanError
 from mllm.models import resolve
@@ -147,6 +154,11 @@ class _Pruner(_Probe, LayerPruner):
     first_layer = 1
 
 
+@dataclass
+class _Compressor(_Probe, CacheCompressor):
+    info = MethodInfo(name="a method", stage="cache")
+
+
 #: What every signal is tried with: the kind of stage that reads it.
 SIGNALS: list[tuple[type, Any]] = [
     (_Reducer, base.VisionAttention(query="cls")),
@@ -177,9 +189,14 @@ ACTIONS: dict[str, list[type]] = {
     "HeadGate": [_Pruner],
     "LogitBias": [_Pruner],
     "Inject": [_Pruner],
-    "Evict": [_Pruner],
+    "Evict": [_Pruner, _Compressor],
 }
-PLACES = {_Tower: "in the tower", _Reducer: "before the LLM", _Pruner: "in the LLM"}
+PLACES = {
+    _Tower: "in the tower",
+    _Reducer: "before the LLM",
+    _Pruner: "in the LLM",
+    _Compressor: "from the cache",
+}
 
 
 def _name(signal: Any) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mllm import compat
 from mllm.actions import Insert, Keep, Merge, Protect, Write
-from mllm.cache import SlotTable, adopt, note_rows, refuse_flash
+from mllm.cache import SlotLayer, SlotTable, adopt, note_rows, refuse_flash
 from mllm.cache.events import CacheEvents
 from mllm.capture import Captures
 from mllm.changes import Changes
@@ -60,10 +60,8 @@ class DecoderRun:
         prompt: bool `[batch, rows]`, rows that a method may look at.
         images: per sample, its images in `reduction`.
         past, past_logical: stored slots per layer, and tokens seen, before this forward.
-        certain: logical length without candidates of assisted decoding behind the prompt; None
-            if there are none.
-        held: per layer what its slots stood for before this forward.
-        events: tells cache methods what happens; None without a cache or such methods.
+        held: per layer what its slots stood for before this forward; empty without a cache.
+        events: tells cache methods what happens; None without a cache.
         position: position ids of the current stage's rows.
         place: int64 `[1 or 3, batch, rows]`, what keys of the current stage's rows are rotated by.
         compacted: whether positions were renumbered inside the decoder.
@@ -96,7 +94,6 @@ class DecoderRun:
     cache: Any = None
     past: list[int] = field(default_factory=list)
     past_logical: int = 0
-    certain: int | None = None
     held: list[SlotTable | None] = field(default_factory=list)
     events: CacheEvents | None = None
     position: Tensor | None = None
@@ -156,13 +153,13 @@ class DecoderRun:
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
         self.past = [0] * len(layers)
         if cache is not None:
-            past_valid = None if mask is None else mask[:, :-rows]
-            adopt(cache, self.patched.windows, past_valid, self.patched.new_mark())
+            self._check_foreign(cache)
+            adopt(cache, self.patched.windows, self.patched.new_mark())
+            self._check_cache(cache)
             CacheEvents.verified(self.patched, cache)
             self.past = [layer.slots for layer in cache.layers]
             self.held = [layer.table for layer in cache.layers]
             self.past_logical = cache.get_seq_length()
-            self._check_cache(cache)
         self.cache = cache
         valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
         if mask is not None:
@@ -177,13 +174,10 @@ class DecoderRun:
         if self.patched.family.mrope and self.visual is not None and flat:
             self.notes.append("positions without rows and columns: mm_token_type_ids is missing")
         self.prompt = self._prompt_rows(prompt_length, labels)
-        if prompt_length is not None and self.past_logical < prompt_length:
-            self.certain = min(prompt_length, self.past_logical + rows)
-        if self.patched.compressors:
-            if cache is None:
-                self._nothing_stored()
-            else:
-                self.events = CacheEvents(self, prompt_length)
+        if cache is None:
+            self._nothing_stored()
+        else:
+            self.events = CacheEvents(self, prompt_length)
         self._drop_rows(kwargs)
         self.entered = None if self.visual is None or self.spaced else self.seen
         self.place = self._rotated_by(kwargs.get("position_ids"))
@@ -201,6 +195,19 @@ class DecoderRun:
             self.protected = flat.view_as(valid)
         if self.visual is not None and self.patched.reads_embeds:
             self.captures.embeds = kwargs["inputs_embeds"], self.table.index
+
+    @staticmethod
+    def _check_foreign(cache: Any) -> None:
+        """What an unpatched model has stored was not reduced, and nobody would notice."""
+        layers = getattr(cache, "layers", ())
+        foreign = [x for x in layers if not isinstance(x, SlotLayer) or x.foreign]
+        if stored := max((int(x.get_seq_length()) for x in foreign), default=0):
+            raise CacheMismatchError(
+                f"this cache was filled with {stored} tokens without a plan",
+                argument="past_key_values",
+                given=type(cache).__name__,
+                expected="a new cache, or one that this plan has filled",
+            )
 
     @staticmethod
     def _check_cache(cache: Any) -> None:
@@ -345,7 +352,7 @@ class DecoderRun:
             mask = self.table.valid
         if mask is not None and first is not None:
             # The decoder looks a 2-D mask up by logical position.
-            mask = F.pad(mask, (first.seen - first.slots, 0), value=True)
+            mask = F.pad(mask, (max(0, first.seen - first.slots), 0), value=True)
         kwargs["attention_mask"] = mask
 
     def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
@@ -390,15 +397,19 @@ class DecoderRun:
 
         bool `[batch, slots]`, or `[batch, kv_heads, slots]` where heads hold different tokens.
         """
-        valid = self.table.valid
-        if self.cache is not None and self.past[layer]:
-            held = self.held[layer]
-            if not (self.padded or held.padded):
-                return None
-            if held.headwise:
-                valid = valid[:, None].expand(-1, held.valid.shape[1], -1)
-            return torch.cat([held.valid, valid], -1)
-        return valid if self.padded else None
+        valid, held = self.table.valid, self._held(layer)
+        if not (self.padded or (held is not None and held.padded)):
+            return None
+        if held is None:
+            return valid
+        if held.headwise:
+            valid = valid[:, None].expand(-1, held.valid.shape[1], -1)
+        return torch.cat([held.valid, valid], -1)
+
+    def _held(self, layer: int) -> SlotTable | None:
+        """What a layer stored before this forward; None is nothing."""
+        held = self.held[layer] if self.cache is not None else None
+        return held if held is not None and held.slots else None
 
     def _note(self, layer: int) -> None:
         """Tell the caches of the layers up to the next cut which rows come."""
@@ -406,12 +417,7 @@ class DecoderRun:
             return
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
-        advance = self.full.valid.shape[1]
-        intact: Tensor | int = self.past_logical
-        if self.has_inserted:
-            intact += advance
-        elif self.visual is not None and self.table.valid.shape[1] != advance:
-            intact = intact + self.at.remainder(advance).max() + 1  # only visual rows leave
+        advance, intact = self.full.valid.shape[1], self.events.certain
         note_rows(
             self.cache, range(layer, stop), self.table, self.place, self.padded, advance, intact
         )
@@ -428,7 +434,7 @@ class DecoderRun:
 
     def layer(self, layer: int, training: bool, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What decoder layer `layer` is given instead of its parent's arguments."""
-        if layer < self.patched.first_hooked and not self._differs(layer):
+        if layer < self.patched.first_hooked and not self.differs(layer):
             return args, kwargs
         if training:
             # Lives as long as the arguments of a recompute; see `replayed`.
@@ -458,7 +464,7 @@ class DecoderRun:
 
     def _replaced(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Arguments of a layer that differ from its parent's; layers alike share them."""
-        if len(self.tables) == 1 and not self.patched.apart and not self._differs(layer):
+        if len(self.tables) == 1 and not self.patched.apart and not self.differs(layer):
             return {}  # what the parent made is right
         kind = self.patched.family.kind(layer)
         key = kind, self.held[layer] if self.held else None, layer * self.patched.apart
@@ -467,7 +473,7 @@ class DecoderRun:
             self.replaced[key] = {k: v for k, v in given.items() if v is not kwargs.get(k)}
         return self.replaced[key]
 
-    def _differs(self, layer: int) -> bool:
+    def differs(self, layer: int) -> bool:
         """Whether a layer stores other tokens than its parent thinks.
 
         The parent looks at the first layer of every kind, and cannot tell heads apart.
@@ -496,7 +502,7 @@ class DecoderRun:
         else:
             valid = self._slot_valid(layer)
             if valid is not None and valid.dim() == 3:
-                mask = self._mask_of_kind(layer, None, kwargs.get("attention_mask"))
+                mask = self._mask_in_order(layer, kwargs.get("attention_mask"))
             else:
                 mask = compat.causal_mask(family.text_config, hidden, valid, self.cache, layer)
         position = self.position
@@ -546,18 +552,42 @@ class DecoderRun:
             layer: index of the layer.
             mask: the decoder's own mask, for its format.
         """
-        rows = self.table.valid.shape[1]
-        slots = 0 if self.cache is None else self.past[layer]
+        held, rows = self._held(layer), self.table.valid.shape[1]
         padded = self._slot_valid(layer) is not None
-        if mask is None and not padded and (not slots or rows == 1):
+        if mask is None and not padded and (held is None or rows == 1):
             return None
         own = torch.ones(rows, rows, dtype=torch.bool, device=self.table.valid.device).tril()
-        own = (own & self.table.valid[:, None])[:, None]
-        return compat.mask_like(self._behind_stored(layer, own), mask)
+        own = self._with_stored(own & self.table.valid[:, None], held, None)
+        return compat.mask_like(own, mask)
 
-    def _mask_of_kind(
-        self, layer: int, mask: Tensor | None, like: Tensor | None = None
-    ) -> Tensor | None:
+    def _with_stored(self, own: Tensor, held: SlotTable | None, window: int | None) -> Tensor:
+        """What the rows see of each other, and what they see of stored slots.
+
+        Args:
+            own: bool `[batch, rows, rows]`.
+            held: stored slots; None is none.
+            window: see :attr:`SlotLayer.window`.
+
+        Returns:
+            bool `[batch, 1 or heads, rows, slots + rows]`.
+        """
+        own = own[:, None]
+        if held is None:
+            return own
+        valid, logical = (
+            t if held.headwise else t[:, None] for t in (held.valid, held.logical)
+        )
+        there = valid[:, :, None].expand(-1, -1, own.shape[2], -1)
+        if window is not None:
+            far = self.table.logical[:, None, :, None] - logical[:, :, None]
+            there = there & (far < window)
+        if held.headwise:
+            refuse_flash(self.patched.family)
+            heads = self.patched.family.text_config.num_attention_heads
+            there = there.repeat_interleave(heads // there.shape[1], 1)
+        return torch.cat([there, own.expand(-1, there.shape[1], -1, -1)], 3)
+
+    def _mask_of_kind(self, layer: int, mask: Tensor | None) -> Tensor | None:
         """The mask of a layer in a decoder whose layers see differently.
 
         Among the new rows it is the model's own pattern; stored slots are seen if they are valid
@@ -567,7 +597,6 @@ class DecoderRun:
             layer: index of the layer.
             mask: the model's own mask `[batch or 1, 1, rows, slots]`, before rows left; None is
                 causal.
-            like: a mask of the model's format, where that is not `mask`.
         """
         table, window = self.table, self.patched.windows[layer]
         seen = self.past_logical + self.full.valid.shape[1]
@@ -586,28 +615,7 @@ class DecoderRun:
         if self.has_inserted:  # rows that stand behind others are not seen by these
             order = torch.ones_like(own[0]).tril()
             own = own & (order | ~table.inserted[:, None])
-        own = self._behind_stored(layer, own[:, None])
-        return compat.mask_like(own, mask if like is None else like)
-
-    def _behind_stored(self, layer: int, own: Tensor) -> Tensor:
-        """What rows see of stored slots, and of each other: bool `[batch, 1 or heads, rows, all]`.
-
-        Args:
-            layer: index of the layer.
-            own: bool `[batch, 1, rows, rows]`.
-        """
-        if self.cache is None or not self.past[layer]:
-            return own
-        held, window = self.held[layer], self.patched.windows[layer]
-        there, at = (t if held.headwise else t[:, None] for t in (held.valid, held.logical))
-        there = there[:, :, None].expand(-1, -1, own.shape[2], -1)
-        if window is not None:
-            there = there & (self.table.logical[:, None, :, None] - at[:, :, None] < window)
-        if held.headwise:
-            refuse_flash(self.patched.family)
-            config = self.patched.family.text_config
-            there = there.repeat_interleave(config.num_attention_heads // there.shape[1], 1)
-        return torch.cat([there, own.expand(-1, there.shape[1], -1, -1)], 3)
+        return compat.mask_like(self._with_stored(own, self._held(layer), window), mask)
 
     @staticmethod
     def replayed(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

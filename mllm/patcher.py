@@ -606,8 +606,11 @@ class Patched:
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
         call = run.call
         run.start(kwargs, self._prompt().length, None if call is None else call.labels)
-        if self.compressors or (run.visual is not None and self.pruners):
-            attention.open_taps(run.captures.taps())
+        taps = run.captures.taps() if run.visual is not None and self.pruners else {}
+        if self.compressors and run.events is not None:
+            run.events.add_taps(taps)
+        if taps:
+            attention.open_taps(taps)
         return (), kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:

@@ -514,13 +514,13 @@ def slots_for_windows(mp):
     """Windows in stored slots: what is left of a pruned prompt seems near."""
     original = DecoderRun._mask_of_kind
 
-    def mask(self, layer, given, like=None):
+    def mask(self, layer, given):
         held, self.held = self.held, list(self.held)
         if held and (table := held[layer]) is not None:
             near = self.past_logical - torch.arange(table.slots, 0, -1)
             self.held[layer] = table.with_columns(logical=near.expand(table.valid.shape))
         try:
-            return original(self, layer, given, like)
+            return original(self, layer, given)
         finally:
             self.held = held
 
@@ -531,13 +531,13 @@ def causal_blocks(mp):
     """Rows of an image see only what is before them."""
     original = DecoderRun._mask_of_kind
 
-    def mask(self, layer, given, like=None):
+    def mask(self, layer, given):
         if given is not None and given.shape[2] > 1:
             rows = torch.arange(given.shape[2])
             given = (given if given.dtype == torch.bool else given == 0) & (
                 rows[:, None] >= rows[None] + given.shape[2] - given.shape[3]
             )
-        return original(self, layer, given, like)
+        return original(self, layer, given)
 
     mp.setattr(DecoderRun, "_mask_of_kind", mask)
 

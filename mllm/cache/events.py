@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from mllm import attention
 from mllm.cache.ops import KVCache
 from mllm.compressors.base import CacheEvent
+from mllm.signals import AttentionRows, ColumnMass
 
 if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
@@ -35,6 +39,7 @@ class CacheEvents:
         if self.phase == "prefill" and prompt_length is not None:
             certain = min(certain, prompt_length)
         self.certain = certain
+        self._signals: dict[tuple[int, str], Tensor] = {}
         run.cache.mllm.unverified = certain if certain < past + rows else None
         for layer in run.cache.layers:
             layer.journals = certain < past + rows
@@ -52,6 +57,55 @@ class CacheEvents:
                 stage.verify_end(
                     CacheEvent(patched.kv(cache), phase="verify", accepted=accepted, signals={})
                 )
+
+    def add_taps(self, taps: dict[nn.Module, list[Any]]) -> None:
+        """Add what cache methods read while attention runs."""
+        if self.phase == "verify":
+            return
+        for number, stage in self.run.patched.compressors:
+            for name, signal in stage.reads().items():
+                module = self.run.patched.family.attention(signal.layer)
+                tap = functools.partial(self._tap, (number, name), signal)
+                taps.setdefault(module, []).append(tap)
+
+    def _tap(
+        self, slot: tuple[int, str], signal: AttentionRows | ColumnMass, query: Tensor,
+        key: Tensor, mask: Tensor | None, scaling: float | None, value: Tensor,
+    ) -> None:
+        run = self.run
+        chosen = run.captures.chosen(slot[0], signal, run.attention_table, self.phase == "decode")
+        run.captures.flops += (
+            2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
+        )
+        held = run.held[signal.layer]
+        each = "none" if held is not None and held.headwise else signal.heads
+        if isinstance(signal, ColumnMass):
+            x, _ = attention.column_mass(query, key, chosen, mask, scaling, heads=each)
+        else:
+            read = attention.row_attention if signal.softmax else attention.row_logits
+            x = attention.reduce_heads(read(query, key, chosen.clamp(min=0), mask, scaling), each)
+            real = (chosen >= 0)[..., None]
+            x = torch.where(real[:, None] if x.dim() == 4 else real, x, 0)
+        x = self._by_token(x, signal.layer, headwise=each != signal.heads)
+        if each != signal.heads:
+            x = attention.reduce_heads(x, signal.heads)
+        self._signals[slot] = x[..., : self.certain]
+
+    def _by_token(self, x: Tensor, layer: int, headwise: bool) -> Tensor:
+        """Values per slot, `[batch, ..., slots]`, by logical index; heads come second if apart."""
+        table, held = self.run.attention_table, self.run.held[layer]
+        length = self.run.past_logical + self.run.full.valid.shape[1]
+        at = table.logical.masked_fill(~table.valid | table.inserted, length)
+        if held is not None:
+            old = held.logical.masked_fill(~held.valid, length)
+            if headwise:
+                old = old.repeat_interleave(x.shape[1] // old.shape[1], 1)
+                at = at[:, None].expand(-1, x.shape[1], -1)
+            at = torch.cat([old, at], -1)
+        while at.dim() < x.dim():
+            at = at.unsqueeze(-2)
+        found = x.new_zeros(*x.shape[:-1], length + 1)
+        return found.scatter(-1, at.expand(x.shape), x)[..., :length]
 
     def layer_end(self, layer: int) -> None:
         """A decoder layer has run."""
@@ -77,9 +131,9 @@ class CacheEvents:
             if only is not None and number != only:
                 continue
             signals = {
-                name: value[..., : self.certain]
-                for (of, name), value in run.captures.by_token.items()
-                if of == number
+                key: self._signals[number, key]
+                for key in stage.reads()
+                if (number, key) in self._signals
             }
             event = CacheEvent(
                 cache,

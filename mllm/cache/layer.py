@@ -127,7 +127,7 @@ class SlotTable:
             heads = self.valid.shape[1] if self.headwise else None
             columns = {}
             for name in self.columns | new.columns:
-                # An unpatched model's past has one position only.
+                # An unpatched model appends text with one position.
                 old = self.columns.get(name, self.columns["position0"])
                 more = new.columns.get(name)
                 if more is None:
@@ -143,7 +143,9 @@ class SlotTable:
         return self._once(new, joined)
 
     def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
-        """Columns that stay, packed to the right so that lengths may differ.
+        """Columns that stay, in order. Shorter lengths are filled up, first with padding.
+
+        So padding stays on its side, and keeping everything changes nothing.
 
         Args:
             keep: bool, of the shape of `valid` or with one for all heads.
@@ -153,8 +155,10 @@ class SlotTable:
             new table.
         """
 
+        valid = self.valid if self.valid.dim() == keep.dim() else self.valid[:, None]
         most = int(keep.sum(-1).max()) if keep.numel() else 0
-        index = keep.int().argsort(dim=-1, stable=True)[..., keep.shape[-1] - most :]
+        rank = torch.where(keep, 2, torch.where(valid, 0, 1))
+        index = rank.argsort(dim=-1, descending=True, stable=True)[..., :most].sort(-1).values
         valid = keep.gather(-1, index)
         columns = {
             name: (t if t.dim() == keep.dim() else t[:, None].expand(keep.shape)).gather(-1, index)
@@ -174,7 +178,7 @@ class LayerState:
     segments: list[Segment]
     table: SlotTable | None
     seen: int
-    intact: Tensor | int
+    intact: int
     compressed: bool
     shifts: dict[str, Tensor]
 
@@ -198,7 +202,7 @@ class SlotLayer(DynamicLayer):
         intact: every token from this one on has exactly one column.
         compressed: whether this layer holds other tokens than it was shown.
         planned: whether any layer of the cache is compressed.
-        foreign: whether an unpatched model appended, so that validity is not known.
+        foreign: whether an unpatched model appended.
         heads: KV heads, once there are any keys.
         record_past: whether a window forgets nothing (assisted decoding).
         journals: whether `crop` can undo evictions made from now on.
@@ -215,10 +219,9 @@ class SlotLayer(DynamicLayer):
         self.segments: list[Segment] = []
         self.table: SlotTable | None = None
         self.shifts: dict[str, Tensor] = {}
-        self.seen = 0
-        self.intact: Tensor | int = 0
+        self.seen = self.intact = 0
         self.compressed = self.planned = self.foreign = self.journals = False
-        self._noted: tuple[SlotTable, int, Tensor | int] | None = None
+        self._noted: tuple[SlotTable, int, int] | None = None
         self._journal: list[tuple[int, LayerState]] = []
 
     @property
@@ -245,14 +248,13 @@ class SlotLayer(DynamicLayer):
         """Whether any cell is invalid; known without asking the device."""
         return self.table is not None and self.table.padded
 
-    def note(self, table: SlotTable, advance: int, intact: Tensor | int) -> None:
+    def note(self, table: SlotTable, advance: int, intact: int) -> None:
         """Say what the next `update` will append.
 
         Args:
             table: all slots after the update.
             advance: tokens by which the logical length grows.
-            intact: every token of this forward from this logical index on gets a slot; a tensor
-            if only the device knows it.
+            intact: every token of this forward from this logical index on gets a slot.
         """
         self.compressed |= advance != table.slots - self.slots
         self._noted = table, advance, intact
@@ -287,7 +289,7 @@ class SlotLayer(DynamicLayer):
         self.table, self._noted = table, None
         self.seen += advance
         if advance != new:
-            self.intact = intact
+            self.intact = max(self.intact, intact)
         keys, values = self.keys, self.values
         if self.window is not None and not self.record_past:
             self._forget()
@@ -329,13 +331,10 @@ class SlotLayer(DynamicLayer):
             shared: filled with what layers of one table have in common; give the same one to all
                 layers that keep the same slots.
         """
+        self.remember(as_of)
         if not self.segments:
             return
-        valid = _as_wide(self.table.valid, keep)
-        keep = keep & valid
-        if torch.equal(keep, valid.expand(keep.shape)):
-            return  # padding alone is no reason to move everything
-        self.remember(as_of)
+        keep = keep & _as_wide(self.table.valid, keep)
         if self.table.headwise and keep.dim() == 2:
             keep = keep[:, None].expand(self.table.valid.shape)
         if len(self.segments) == 1:
@@ -386,7 +385,8 @@ class SlotLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots + query_length, self.seen - self.slots
+        # More slots than tokens: a plan has inserted rows, and makes the masks itself.
+        return self.slots + query_length, max(0, self.seen - self.slots)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back: `-n` of them, or down to `n` (logical tokens).
@@ -408,7 +408,6 @@ class SlotLayer(DynamicLayer):
             self._forget()
 
     def _crop(self, length: int) -> None:
-        self.intact = int(self.intact)
         if length >= self.intact:
             left = self.slots - (self.seen - length)
             self.table = self.table.first(left)
@@ -477,29 +476,20 @@ class CacheMark:
     lasting: dict[int, list[Any]] = field(default_factory=dict)
 
 
-def adopt(
-    cache: Cache, windows: list[int | None], past_valid: Tensor | None, mark: CacheMark
-) -> None:
+def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
     """Turn the caller's DynamicCache, in place, into one with :class:`SlotLayer` layers.
 
     Args:
         cache: an empty cache, or one adopted before.
         windows: per decoder layer the window that it sees, None is everything.
-        past_valid: bool `[batch, tokens]`, which tokens of the past are not padding.
         mark: the model and plan in use.
 
     Raises:
         PlanError: the cache is of another kind.
-        CacheMismatchError: another model or plan filled it, or a model without a plan.
+        CacheMismatchError: another model or plan filled it.
     """
     if cache.layers and all(type(layer) is SlotLayer for layer in cache.layers):
         _check_mark(cache, mark, len(windows))
-        learnt = {}
-        for layer in cache.layers:
-            if layer.foreign:
-                if layer.table not in learnt:
-                    learnt[layer.table] = _with_validity(layer.table, layer.seen, past_valid)
-                layer.table, layer.foreign = learnt[layer.table], False
         return
     kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
     plain = type(cache) is DynamicCache and all(
@@ -514,32 +504,14 @@ def adopt(
             given=type(cache).__name__,
             expected="a DynamicCache (no static, quantised, sliding or offloaded cache)",
         )
-    if stored := max((int(layer.get_seq_length()) for layer in cache.layers), default=0):
-        raise CacheMismatchError(
-            f"this cache was filled with {stored} tokens without a plan",
-            argument="past_key_values",
-            given=type(cache).__name__,
-            expected="a new cache, or one that this plan has filled",
-        )
-    layers = []
     missing = [None] * (len(windows) - len(cache.layers))
-    for old, window in zip([*cache.layers, *missing], windows, strict=True):
-        layer = SlotLayer(window, getattr(old, "record_past", False))
-        layers.append(layer)
+    layers = [
+        SlotLayer(window, getattr(old, "record_past", False))
+        for old, window in zip([*cache.layers, *missing], windows, strict=True)
+    ]
     cache.layers = layers
     cache.layer_class_to_replicate = None
     cache.mllm = mark
-
-
-def _with_validity(table: SlotTable, seen: int, past_valid: Tensor | None) -> SlotTable:
-    """Take the padding of tokens that an unpatched model stored from the caller's mask."""
-    if past_valid is None or past_valid.shape[1] < seen:
-        return table
-    valid = past_valid.bool().to(table.valid.device)
-    position = (valid.long().cumsum(1) - 1).clamp(min=0).gather(1, table.logical)
-    valid = valid.gather(1, table.logical)
-    columns = table.columns | {"valid": valid, "position0": position}
-    return SlotTable(columns, not bool(valid.all()))
 
 
 def _check_mark(cache: Cache, mark: CacheMark, depth: int) -> None:
@@ -568,7 +540,7 @@ def note_rows(
     position: Tensor,
     padded: bool,
     advance: int,
-    intact: Tensor | int,
+    intact: int,
 ) -> None:
     """Announce the rows of a forward to consecutive layers that all see the same rows.
 

@@ -191,7 +191,7 @@ class KVCache:
         Exactly one of `keep` and `drop` names tokens: bool `[batch, length]`, or int64
         `[batch, n]` of logical indices where -1 names nothing. With an axis of heads,
         `[batch, heads, length or n]`, every KV head has its own. Tokens that are not stored are
-        ignored. Padding goes with the first eviction.
+        ignored.
 
         Args:
             layers: where.

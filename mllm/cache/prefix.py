@@ -38,7 +38,8 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
         The folder.
 
     Raises:
-        CacheMismatchError: a cache that no patched model has filled.
+        CacheMismatchError: a cache that no patched model has filled, or whose plan goes on doing
+            something that is not in it.
     """
     mark = getattr(cache, "mllm", None)
     if mark is None or not cache.get_seq_length():
@@ -47,6 +48,13 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
             argument="cache",
             given=type(cache).__name__,
             expected="past_key_values of a forward or generate() under the patch",
+        )
+    if any(cache.mllm.lasting.values()):
+        raise CacheMismatchError(
+            "a plan whose actions last for the conversation cannot be saved with its cache",
+            argument="cache",
+            given="gates or biases",
+            expected="a plan that only lets tokens go",
         )
     tensors: dict[str, Tensor] = {}
     tables = list(dict.fromkeys(layer.table for layer in cache.layers))
