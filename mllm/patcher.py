@@ -290,10 +290,15 @@ class Patched:
         read = {(s.layer, s.of) for _, s in self.signals if isinstance(s, Hidden)}
         for i in range(len(self.layers)):
             for branch, module in (("attn", family.attention(i)), ("mlp", family.mlp(i))):
+                before, after = (
+                    # Inside of a compiled layer these run as they are.
+                    torch.compiler.disable(functools.partial(hook, i, branch))
+                    for hook in (self._branch_pre, self._branch_post)
+                )
                 if i in changed or (i, branch) in read:
-                    pre(module, functools.partial(self._branch_pre, i, branch))
+                    pre(module, before)
                 if i in changed:
-                    post(family.branch(i, branch), functools.partial(self._branch_post, i, branch))
+                    post(family.branch(i, branch), after)
 
     def _tower_block(self, block: int, original: Any, args: tuple, kwargs: dict) -> Any:
         """What runs instead of a tower block's forward, where tokens may merge."""

@@ -1003,3 +1003,35 @@ def test_a_bias_needs_one_set_of_tokens():
         with pytest.raises(PlanError, match="heads of layer 1") as caught:
             net.generate(**inputs, max_new_tokens=3)
     assert caught.value.argument == "heads"
+
+
+@pytest.mark.parametrize("case", ["gate mlp -0.5", "heads", "bias", "rows both", "insert",
+                                  "insert at the end", "evict before", "two cuts"])  # fmt: skip
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@torch.no_grad()
+def test_assisted_decoding(family, case):
+    """Candidates are verified under what holds for the conversation: greedy answers."""
+    inputs = collate(family, samples(family, "alone"))
+    net = model(family)
+    options = dict(max_new_tokens=10, do_sample=False)
+    with mllm.patch(net, CASES[case]()[0]):
+        greedy = net.generate(**inputs, **options)
+        assert torch.equal(net.generate(**inputs, **options, prompt_lookup_num_tokens=3), greedy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["gate mlp per row", "rows both", "heads", "bias", "no attn"])
+@torch.no_grad()
+def test_compiled_layers(case):
+    """Regional compile: what works inside of a layer breaks its graph, and stays right."""
+    torch._dynamo.reset()
+    batch = samples("llava")
+    inputs = collate("llava", batch)
+    net = model("llava")
+    for layer in net.model.language_model.layers:
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    with mllm.patch(net, CASES[case]()[0]):
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+    for b, s in enumerate(batch):
+        want = run("llava", s, edits_of(case, "llava", s))
+        equal(logits[b][want.alive], want.logits[want.alive], f"sample {b}")
