@@ -847,7 +847,9 @@ def test_misuse_says_what_would_work():
     with pytest.raises(PlanError) as caught:
         flash.evict(drop=some[:, None], heads=[0])
     assert caught.value.argument == "attn_implementation"
-    assert cache.layers[0].slots == 6
+    with pytest.raises(PlanError):
+        flash.merge(0, torch.zeros(2, HEADS, 6).long())
+    assert cache.layers[0].slots == 6 and cache.layers[0].table.valid.all()
     flash.evict(drop=torch.tensor([[2], [3]]))
     assert cache.layers[0].slots == 5
 

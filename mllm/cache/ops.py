@@ -280,6 +280,9 @@ class KVCache:
         """
         shared: dict = {}
         for layer in self._chosen(layers):
+            apart = into.dim() == 3 or heads is not None or layer.table.headwise
+            if apart:
+                refuse_flash(self._family)
             logical, valid = (
                 _headwise(t, layer.heads) for t in (layer.table.logical, layer.table.valid)
             )
@@ -294,10 +297,7 @@ class KVCache:
             keys, values = _merged(layer, receiver, share, logical, valid, part)
             layer.segments = [Dense.of(keys, values)]
             stays = receiver == logical
-            if into.dim() == 2 and heads is None and not layer.table.headwise:
-                stays = stays[:, 0]
-            else:
-                refuse_flash(self._family)
+            stays = stays if apart else stays[:, 0]
             layer.retain(stays, as_of=-1, shared=shared)
         self._mark()
 
