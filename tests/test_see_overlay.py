@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mllm.errors import PlanError
 from mllm.eval import overlay
 from mllm.eval.overlay import Fate
 
@@ -79,6 +80,15 @@ def test_tokens_gone_before_are_darker_than_those_dropped_here(picture):
     drawing, kinds = overlay.draw_tokens(picture, GRID, [8], before=[8, 20], width=432)
     assert kinds == (Fate.KEPT, Fate.DROPPED, Fate.GONE)
     assert cell(drawing, 3).mean() < 0.5 * cell(drawing, 20).mean()
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3, 8, 8), (5, 3, 8, 8), (64, 1176)])
+def test_tiles_and_patches_are_refused(shape):
+    """LLaVA-NeXT and Idefics3, InternVL, Qwen-VL."""
+    with pytest.raises(PlanError, match="Identity sees a picture as tiles") as caught:
+        overlay.check_plain(torch.nn.Identity(), torch.zeros(shape))
+    assert caught.value.argument == "model"
+    overlay.check_plain(torch.nn.Identity(), torch.zeros(1, 3, 8, 8))
 
 
 def test_as_seen_undoes_the_normalisation(picture):

@@ -60,7 +60,8 @@ def inspect(
 
     Raises:
         DataError: the picture cannot be read, or the output cannot be written.
-        PlanError: the plan cannot be read, or does not work on this model.
+        PlanError: the plan cannot be read, or does not work on this model, or the model does not
+            see a picture as one plain grid.
     """
     check_writable(output)
     with err_console().status("loading"):
@@ -76,6 +77,7 @@ def inspect(
         parsed, picture = Plan.of(plan), load_image(image)
         loaded, processor = load_model(model, device=device, dtype=dtype)
         inputs = build_inputs(processor, [([picture], question)]).to(loaded.device, loaded.dtype)
+        overlay.check_plain(loaded, inputs["pixel_values"])
 
     with err_console().status("answering"):
         answers = []

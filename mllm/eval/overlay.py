@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mllm.errors import PlanError
+
 # Okabe and Ito's colours for colour-blind readers, without black (kept borders) and the yellow that
 # a white border hides.
 COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
@@ -48,6 +50,26 @@ class Panel:
     title: str
     image: Image.Image
     fates: tuple[Fate, ...] = ()
+
+
+def check_plain(model: Any, pixels: Any) -> None:
+    """Refuse models that see a picture as tiles or packed patches: there is no one grid to draw.
+
+    Args:
+        model: the model.
+        pixels: `pixel_values` of one picture.
+
+    Raises:
+        PlanError: they are not `[1, 3, height, width]`.
+    """
+    if pixels.dim() != 4 or len(pixels) != 1:
+        raise PlanError(
+            f"{type(model).__name__} sees a picture as tiles or patches, which are not drawn",
+            argument="model",
+            given=list(pixels.shape),
+            expected="a model that sees a picture as one grid, as LLaVA 1.5 and Gemma 3 do; "
+            "the kept tokens of others are in patched.ledger.kept(layer)",
+        )
 
 
 def as_seen(pixels: Any, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
