@@ -29,7 +29,7 @@ from test_flops import counted
 import mllm
 from mllm.errors import DataError, PlanError
 from mllm.in_llm import DecoderRun
-from mllm.models import gemma3, idefics3, internvl, resolve
+from mllm.models import base, gemma3, resolve
 from mllm.models.base import Family
 from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mllm.pre_llm import VisionRun
@@ -554,7 +554,7 @@ def windows_left_permuted(mp):
 
 def first_patch_of_a_token(mp):
     """One patch speaks for all that the projector joins."""
-    for owner in (internvl, idefics3, gemma3):
+    for owner in (base, gemma3):
         mp.setattr(owner, "join_patches", lambda signal, layouts, side: torch.cat(
             [signal.unflatten(0, (-1, side**2))[:, 0]]))  # fmt: skip
     mp.setattr(Qwen2VL, "to_rows", lambda self, signal, layouts: signal[:: self.merge**2])

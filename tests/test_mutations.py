@@ -11,7 +11,7 @@ from mllm import attention, compat, in_llm
 from mllm.cache import SlotLayer
 from mllm.compressors import fastv, visionzip
 from mllm.in_llm import DecoderRun
-from mllm.models import gemma3, internvl
+from mllm.models import base, gemma3
 from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mllm.patcher import Patched
 from mllm.pre_llm import VisionRun
@@ -293,7 +293,7 @@ def patches_joined_in_reading_order(mp):
     def join(signal, layouts, side):
         return signal.unflatten(0, (-1, side**2)).mean(1)
 
-    for module in (gemma3, internvl):
+    for module in (gemma3, base):
         mp.setattr(module, "join_patches", join)
 
 

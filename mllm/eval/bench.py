@@ -25,8 +25,14 @@ import torch
 
 import mllm
 from mllm import compat, flops
-from mllm.errors import DataError
-from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape, random_inputs, text_inputs
+from mllm.eval.bench_shapes import (
+    BENCH_CPU,
+    Inputs,
+    Shape,
+    cannot_measure,
+    random_inputs,
+    text_inputs,
+)
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import median_interval
 from mllm.loading import load_model, pick_device
@@ -101,13 +107,13 @@ def prefill(
     """
     for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
         if min(values) < 1:
-            raise _bad(name, min(values), "1 or more")
+            raise cannot_measure(name, min(values), "1 or more")
     if threads is not None and threads < 1:
-        raise _bad("threads", threads, "1 or more")
+        raise cannot_measure("threads", threads, "1 or more")
     if dtype not in DTYPES:
-        raise _bad("dtype", dtype, " or ".join(DTYPES))
+        raise cannot_measure("dtype", dtype, " or ".join(DTYPES))
     if sdpa not in (None, *SDPA):
-        raise _bad("sdpa", sdpa, " or ".join(SDPA))
+        raise cannot_measure("sdpa", sdpa, " or ".join(SDPA))
     if threads is not None:
         torch.set_num_threads(threads)
     load_before = round(os.getloadavg()[0], 2)
@@ -406,12 +412,3 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} logical cores"
     return platform.processor() or platform.machine()
-
-
-def _bad(argument: str, given: Any, expected: str) -> DataError:
-    return DataError(
-        f"{argument}={given} cannot be measured; give {expected}",
-        argument=argument,
-        given=given,
-        expected=expected,
-    )

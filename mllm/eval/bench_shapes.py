@@ -162,12 +162,13 @@ def _pictures(config: Any, visual: int, batch: int, draw: torch.Generator) -> di
         tokens = (vision.image_size // vision.patch_size) ** 2
         tokens += config.vision_feature_select_strategy == "full"
         if visual < tokens or visual % tokens:
-            raise _no_inputs("visual", visual, f"a multiple of {tokens}, the tokens of one image")
+            whole = f"a multiple of {tokens}, the tokens of one image"
+            raise cannot_measure("visual", visual, whole)
         size = (batch * visual // tokens, 3, vision.image_size, vision.image_size)
         return {"pixel_values": torch.randn(size, generator=draw)}
     if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
         if visual < 1:
-            raise _no_inputs("visual", visual, "1 or more")
+            raise cannot_measure("visual", visual, "1 or more")
         side = next(n for n in range(math.isqrt(visual), 0, -1) if visual % n == 0)
         grid = [1, *(n * vision.spatial_merge_size for n in (side, visual // side))]
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -176,10 +177,11 @@ def _pictures(config: Any, visual: int, batch: int, draw: torch.Generator) -> di
             "pixel_values": torch.randn(patches, values, generator=draw),
             "image_grid_thw": torch.tensor([grid] * batch),
         }
-    raise _no_inputs("model", config.model_type, "llava, qwen2_vl or qwen2_5_vl")
+    raise cannot_measure("model", config.model_type, "llava, qwen2_vl or qwen2_5_vl")
 
 
-def _no_inputs(argument: str, given: Any, expected: str) -> DataError:
+def cannot_measure(argument: str, given: Any, expected: str) -> DataError:
+    """The error for an argument of the bench that cannot be used."""
     return DataError(
         f"{argument}={given} cannot be measured; give {expected}",
         argument=argument,

@@ -226,3 +226,18 @@ class Family:
     def vision_flops(self, layout: Layout, projected: int) -> float:
         """FLOPs of one image through the tower, and of `projected` tokens in the projector."""
         raise NotImplementedError
+
+
+class Shuffled(Family):
+    """A family whose projector joins squares of `join` x `join` patches (pixel shuffle)."""
+
+    join: int
+
+    def patches(self, layout: Layout) -> int:
+        return layout.cells * self.join**2
+
+    def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
+        return join_patches(signal, layouts, self.join)
+
+    def picture_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return min(grid), min(grid)  # the pixel shuffle knows squares only

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import flops
-from mllm.models.base import Family, join_patches, shrink
+from mllm.models.base import Shuffled, shrink
 from mllm.tokens import Layout
 
 
-class Idefics3(Family):
+class Idefics3(Shuffled):
     """`Idefics3ForConditionalGeneration`; a tile is an image of its own."""
 
     needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (5,)}
@@ -40,15 +40,6 @@ class Idefics3(Family):
         side = self.vision_config.patch_size * self.join
         height, width = inputs["pixel_values"].shape[-2:]
         return [Layout(((height // side, width // side),))] * len(self.pictures(inputs))
-
-    def patches(self, layout: Layout) -> int:
-        return layout.cells * self.join**2
-
-    def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
-        return join_patches(signal, layouts, self.join)
-
-    def picture_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        return min(grid), min(grid)  # the pixel shuffle knows squares only
 
     def resized(
         self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mllm import flops
 from mllm.errors import PlanError
-from mllm.models.base import Family, join_patches, shrink
+from mllm.models.base import Shuffled, shrink
 from mllm.tokens import Layout
 
 
-class InternVL(Family):
+class InternVL(Shuffled):
     """`InternVLForConditionalGeneration`; a tile is an image of its own."""
 
     prefix = 1
@@ -49,15 +49,6 @@ class InternVL(Family):
         tiles, _, height, width = inputs["pixel_values"].shape
         side = self.patch * self.join
         return [Layout(((height // side, width // side),))] * tiles
-
-    def patches(self, layout: Layout) -> int:
-        return layout.cells * self.join**2
-
-    def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
-        return join_patches(signal, layouts, self.join)
-
-    def picture_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        return min(grid), min(grid)  # the pixel shuffle knows squares only
 
     def resized(
         self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
