@@ -319,9 +319,10 @@ class Run:
         """One sample as a batch, and its picture as the model sees it."""
         from mllm.eval.overlay import as_seen
         from mllm.loading import build_inputs
+        from mllm.yardstick import prompt
 
         sample = questions.samples[index]
-        inputs = build_inputs(self.processor, [([sample["image"]], sample["question"])])
+        inputs = build_inputs(self.processor, [prompt(sample)])
         shape = self.processor.image_processor
         seen = as_seen(inputs["pixel_values"][0], shape.image_mean, shape.image_std)
         return inputs.to(self.model.device, self.model.dtype), seen

@@ -25,6 +25,7 @@ from mllm.eval.provenance import describe_run
 from mllm.eval.scoring import is_correct
 from mllm.loading import build_inputs
 from mllm.plan import Plan, near
+from mllm.yardstick import prompt
 
 SANITY = ("random", "downsample", "stride", "avgpool")
 METHODS = (*SANITY, "visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
@@ -121,7 +122,7 @@ class Questions:
         self.indices = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self.batches = []
         for indices in self.indices:
-            asked = [([samples[i]["image"]], samples[i]["question"]) for i in indices]
+            asked = [prompt(samples[i]) for i in indices]
             self.batches.append(build_inputs(processor, asked).to(device, dtype))
 
 
@@ -286,7 +287,7 @@ def _prefill_seconds(
         return None
     seconds = []
     for sample in [questions.samples[0], *questions.samples[:timings]]:
-        inputs = build_inputs(processor, [([sample["image"]], sample["question"])])
+        inputs = build_inputs(processor, [prompt(sample)])
         inputs = inputs.to(model.device, model.dtype)
         (result,) = answer(model, processor, inputs, patched, max_new_tokens=1)
         seconds.append(result.efficiency["ttft_s"])

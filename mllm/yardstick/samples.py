@@ -9,6 +9,8 @@ from itertools import count
 from random import Random
 from typing import Any
 
+from PIL import Image
+
 from mllm.errors import DataError
 from mllm.yardstick.questions import CHOICES, TASK_SCENES, YES_NO, Question, ask
 from mllm.yardstick.scenes import STYLES, Scene, draw
@@ -105,6 +107,15 @@ def samples(
     if n < 1:
         raise DataError(f"n must be at least 1, not {n}", argument="n", given=n, expected=">= 1")
     return [sample(task, split, index, style) for index in range(n)]
+
+
+def prompt(sample: dict[str, Any]) -> tuple[list[Image.Image], str]:
+    """Pictures and text of a sample, as `mllm.build_inputs` takes them.
+
+    A multi-image sample has a list of pictures, and its question one placeholder for each.
+    """
+    pictures = sample["image"]
+    return pictures if isinstance(pictures, list) else [pictures], sample["question"]
 
 
 def admitted() -> tuple[str, ...]:

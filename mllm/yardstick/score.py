@@ -9,6 +9,7 @@ import torch
 
 from mllm.eval.scoring import is_correct
 from mllm.loading import build_inputs
+from mllm.yardstick.samples import prompt
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def answers(
     said: list[str] = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        inputs = build_inputs(processor, [([s["image"]], s["question"]) for s in part])
+        inputs = build_inputs(processor, [prompt(sample) for sample in part])
         inputs = inputs.to(model.device, dtype=model.dtype)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = ids[:, inputs["input_ids"].shape[1] :]
