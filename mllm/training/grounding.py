@@ -17,7 +17,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from mllm.yardstick.questions import YES_NO, Question, ask, caption
+from mllm.yardstick.questions import (
+    YES_NO,
+    Question,
+    ask,
+    ask_about_several,
+    caption,
+    picture_labels,
+)
 from mllm.yardstick.scenes import (
     CHARACTERS,
     COLOUR_NAMES,
@@ -26,6 +33,8 @@ from mllm.yardstick.scenes import (
     LABEL_SIZES,
     MINI,
     OBJECTS,
+    TOP_VALUE,
+    Scene,
     draw,
     soup,
 )
@@ -34,37 +43,26 @@ from mllm.yardstick.scenes import (
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100
-# How often a task is asked, relative to the others, where the scene allows it. Colour questions
-# need a shape whose name is unique in the scene, so they are rare and asked whenever possible.
-QUESTION_WEIGHTS = {
-    "exist": 2.0,
-    "exist_attr": 4.0,
-    "color": 8.0,
-    "needle": 4.0,
-    "needle_color": 4.0,
-    "ocr": 2.0,
-    "where": 1.5,
-    "chart_max": 2.0,
-    "chart_min": 1.0,
-    "list": 2.0,  # the dense caption, which is no task of the yardstick
-}
-# Few scenes allow these; a stage with `tasks` asks them twice.
-RARE = ("color", "needle", "needle_color", "what_at")
-# Weights of object, colour, character and bar value within the patch loss.
-HEAD_LOSSES = (1.0, 0.5, 1.0, 0.3)
+# Weight of each label of a patch within the patch loss; see LABELS.
+HEAD_LOSSES = (1.0, 0.5, 1.0, 0.5, 0.5, 0.3, 0.5, 0.3)
+
+# Labels whose words visual tokens are aligned with, in the order of LABELS.
+GROUPS = ("objects", "colours", "characters", "values")
 
 
 class GroundingData(Dataset):
-    """Item `i` is one scene with its questions, a function of `seed` and `i` alone.
+    """Item `i` is one or several scenes with questions, a function of `seed` and `i` alone.
 
     Args:
         scenes: "soup" (no questions), "mini" or "full".
-        questions: packed questions per scene.
+        questions: packed questions per item.
         size: number of items.
         seed: two data sets with different seeds share no scene.
         tokenizer: turns questions into ids.
-        tasks: weights of the tasks to ask, as many "yes" as "no"; None asks all of them.
-        kinds: shares of the kinds of scene; None takes the mixture of the test scenes.
+        tasks: weights of the tasks to ask, as many "yes" as "no"; None asks all of them alike.
+        kinds: shares of the kinds of scene; None takes the usual mixture.
+        pictures: shares of the numbers of pictures per item; None is always one.
+        group: so many items in a row have the same number of pictures (a batch).
     """
 
     def __init__(
@@ -76,9 +74,12 @@ class GroundingData(Dataset):
         tokenizer: PreTrainedTokenizerFast,
         tasks: Mapping[str, float] | None = None,
         kinds: Mapping[str, float] | None = None,
+        pictures: Mapping[int, float] | None = None,
+        group: int = 1,
     ) -> None:
         self.scenes, self.questions, self.size, self.seed = scenes, questions, size, seed
         self.tokenizer, self.tasks, self.kinds = tokenizer, tasks, kinds
+        self.pictures, self.group = pictures or {1: 1.0}, group
         self._ids: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -91,39 +92,69 @@ class GroundingData(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         rng = Random(f"train-{self.seed}-{self.scenes}-{index}")
+        together = Random(f"train-{self.seed}-{index // self.group}")
+        count = together.choices(list(self.pictures), list(self.pictures.values()))[0]
+        drawn = [self._draw(rng, count) for _ in range(count)]
+        free = GRID - drawn[0].labels.shape[1]
+        offsets = [(rng.randint(0, free), rng.randint(0, free)) for _ in drawn]
+        item = {
+            "pixels": np.stack([np.asarray(scene.framed()) for scene in drawn]),
+            "patches": np.stack([scene.labels for scene in drawn]),
+            "offset": offsets,
+        }
         if self.scenes == "soup":
-            scene = soup(rng)
+            return item
+        if count > 1:
+            pool = ask_about_several(rng, drawn)
         else:
-            kind = None
-            if self.kinds:
-                kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
-            scene = draw(rng, kind, MINI if self.scenes == "mini" else FULL)
-        free = GRID - scene.labels.shape[1]
-        offset = (rng.randint(0, free), rng.randint(0, free))
-        item = {"pixels": np.asarray(scene.image), "patches": scene.labels, "offset": offset}
-        if self.scenes != "soup":
-            asked = {q.text: q for q in ask(rng, scene, offset) + ask(rng, scene, offset)}
-            if scene.things or scene.bars:
-                asked["list"] = caption(scene)
-            pool, weights = list(asked.values()), QUESTION_WEIGHTS
-            if self.tasks:
-                pool, weights = _balanced(q for q in pool if q.task in self.tasks), self.tasks
-                pool += [question for question in pool if question.task in RARE]
-            item |= self._pack(_weighted(rng, pool, weights, self.questions))
-        return item
+            asked = {q.text: q for _ in range(2) for q in ask(rng, drawn[0], offsets[0])}
+            if drawn[0].things or drawn[0].bars:
+                asked["list"] = caption(drawn[0])
+            pool = list(asked.values())
+        weights = self.tasks or {}
+        if self.tasks:
+            pool = [question for question in pool if question.task in self.tasks]
+        pool = _weighted(rng, _balanced(pool), weights, self.questions)
+        return item | self._pack(pool, item["patches"].shape[2:], offsets)
 
-    def _pack(self, questions: list[Question]) -> dict[str, list[int]]:
-        """Questions and answers one after another; `segment` tells them apart."""
-        ids: list[int] = []
-        targets: list[int] = []
-        segment: list[int] = []
-        for number, question in enumerate(questions):
+    def _draw(self, rng: Random, count: int) -> Scene:
+        if self.scenes == "soup":
+            return soup(rng)
+        kind = "objects" if count > 1 else None
+        if self.kinds and count == 1:
+            kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+        return draw(rng, kind, MINI if self.scenes == "mini" else FULL)
+
+    def _pack(
+        self, questions: list[Question], grid: tuple[int, int], offsets: list[tuple[int, int]]
+    ) -> dict[str, list[int]]:
+        """The pictures once, then questions and answers, at the positions each would have alone.
+
+        `segment` is 0 for what all questions see and counts the questions from 1.
+        """
+        image = self.tokenizer.convert_tokens_to_ids("<image>")
+        ids, positions = [self.tokenizer.bos_token_id], [0]
+        labels = picture_labels(len(offsets)) if len(offsets) > 1 else [""]
+        start = 1  # position of what comes next in the full prompt
+        for label, (row, col) in zip(labels, offsets, strict=True):
+            words = self.encode(label) if label else []
+            ids += words
+            positions += range(start, start + len(words))
+            start += len(words)
+            rows, cols = np.mgrid[row : row + grid[0], col : col + grid[1]]
+            ids += [image] * rows.size
+            positions += (start + GRID * rows + cols).ravel().tolist()
+            start += GRID * GRID
+        segment, targets = [0] * len(ids), [IGNORED] * len(ids)
+        for number, question in enumerate(questions, 1):
             asked = self.encode(f" {question.text}")
             answer = [*self.encode(f" {question.answer}"), self.tokenizer.eos_token_id]
+            length = len(asked) + len(answer)
             ids += asked + answer
             targets += [IGNORED] * len(asked) + answer
-            segment += [number] * (len(asked) + len(answer))
-        return {"input_ids": ids, "targets": targets, "segment": segment}
+            segment += [number] * length
+            positions += range(start, start + length)
+        return {"input_ids": ids, "targets": targets, "segment": segment, "positions": positions}
 
 
 def _balanced(questions: Iterable[Question]) -> list[Question]:
@@ -150,13 +181,14 @@ def _weighted(
 def collate(items: list[dict]) -> dict[str, Tensor]:
     """Stack scenes and right-pad their packed questions to a multiple of 16."""
     batch = {
-        "pixels": torch.from_numpy(np.stack([item["pixels"] for item in items])),
-        "patches": torch.from_numpy(np.stack([item["patches"] for item in items])).long(),
-        "offset": torch.tensor([item["offset"] for item in items]),
+        "pixels": torch.from_numpy(np.concatenate([item["pixels"] for item in items])),
+        "patches": torch.from_numpy(np.concatenate([item["patches"] for item in items])).long(),
+        "offset": torch.tensor([offset for item in items for offset in item["offset"]]),
     }
     if "input_ids" in items[0]:
         length = (max(len(item["input_ids"]) for item in items) + 15) // 16 * 16
-        for key, filler in (("input_ids", 0), ("targets", IGNORED), ("segment", -1)):
+        fillers = {"input_ids": 0, "targets": IGNORED, "segment": -1, "positions": 0}
+        for key, filler in fillers.items():
             rows = [item[key] + [filler] * (length - len(item[key])) for item in items]
             batch[key] = torch.tensor(rows)
     return batch
@@ -170,6 +202,7 @@ class Heads(nn.Module):
         self.patch_norm, self.patch = nn.LayerNorm(vision), nn.Linear(vision, sum(LABEL_SIZES))
         self.place = nn.Linear(vision, 2 * GRID)
         self.token_norm, self.token_place = nn.LayerNorm(text), nn.Linear(text, 2 * GRID)
+        self.token = nn.Linear(text, sum(LABEL_SIZES))
         words = len(OBJECTS) + len(COLOUR_NAMES) + len(CHARACTERS)
         self.cls_norm, self.presence = nn.LayerNorm(vision), nn.Linear(vision, words)
         self.cls_project = nn.Linear(vision, width, bias=False)
@@ -183,6 +216,8 @@ class GroundedLlava(nn.Module):
         llava: the model; it is trained in place.
         tokenizer: names the words that visual tokens are aligned with.
         weights: loss weights: `answers`, `patches`, `places`, `words`, `cls`.
+
+    `freeze_vision_tower` (False) keeps the tower as it is; its losses are then left out.
     """
 
     def __init__(
@@ -193,14 +228,16 @@ class GroundedLlava(nn.Module):
     ) -> None:
         super().__init__()
         self.llava, self.weights = llava, dict(weights)
+        self.freeze_vision_tower = False
         self.heads = Heads(
             llava.config.vision_config.hidden_size, llava.config.text_config.hidden_size
         )
-        self.bos = tokenizer.bos_token_id
+        self.image = tokenizer.convert_tokens_to_ids("<image>")
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        values = [str(value) for value in range(1, TOP_VALUE + 1)]
         names = ([f" {n}" for n in OBJECTS], [f" {n}" for n in COLOUR_NAMES], list(CHARACTERS))
-        for name, words in zip(("objects", "colours", "characters"), names, strict=True):
+        for name, words in zip(GROUPS, (*names, values), strict=True):
             ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
             assert all(len(i) == 1 for i in ids), f"{name} must be single tokens"
             self.register_buffer(f"{name}_ids", torch.tensor(ids)[:, 0], persistent=False)
@@ -230,42 +267,35 @@ class GroundedLlava(nn.Module):
         input_ids: Tensor | None = None,
         targets: Tensor | None = None,
         segment: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss of one batch.
+        """Loss of one batch of B items with K pictures in all.
 
         Args:
-            pixels: uint8 `[B, H, W, 3]`.
-            patches: labels `[B, 4, rows, cols]` of each patch.
-            offset: `[B, 2]` first row and column of the scene in the frame.
-            input_ids, targets, segment: packed questions `[B, T]`; None trains the tower alone.
+            pixels: uint8 `[K, H, W, 3]`.
+            patches: labels `[K, 8, rows, cols]` of each patch.
+            offset: `[K, 2]` first row and column of each picture in the frame.
+            input_ids, targets, segment, positions: packed questions `[B, T]`; None trains the
+                tower alone.
         """
-        hidden, index = self.see(pixels, offset)
+        with torch.set_grad_enabled(not self.freeze_vision_tower and torch.is_grad_enabled()):
+            hidden, index = self.see(pixels, offset)
         labels = patches.flatten(2)
-        features = self.heads.patch_norm(hidden[:, 1:])
-        parts = {
-            "patches": self._patch_loss(features, labels),
-            "places": _place_loss(self.heads.place(features), index),
-            "cls": self._cls_loss(hidden[:, 0], labels),
-        }
+        parts = {}
+        if not self.freeze_vision_tower:
+            features = self.heads.patch_norm(hidden[:, 1:])
+            parts["patches"] = _patch_loss(self.heads.patch(features), labels)
+            parts["places"] = _place_loss(self.heads.place(features), index)
+            parts["cls"] = self._cls_loss(hidden[:, 0], labels)
         if input_ids is not None:
             tokens = self.llava.model.multi_modal_projector(hidden[:, 1:])
-            parts["places"] = parts["places"] + _place_loss(
-                self.heads.token_place(self.heads.token_norm(tokens)), index
-            )
+            normed = self.heads.token_norm(tokens)
+            parts["token_places"] = _place_loss(self.heads.token_place(normed), index)
+            parts["tokens"] = _patch_loss(self.heads.token(normed), labels)
             parts["words"] = self._word_loss(tokens, labels)
-            parts["answers"] = self._answer_loss(tokens, index, input_ids, targets, segment)
+            parts["answers"] = self._answer_loss(tokens, input_ids, targets, segment, positions)
         loss = sum(self.weights.get(name, 0.0) * part for name, part in parts.items())
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
-
-    def _patch_loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of object, colour, character and bar value; empty patches count less."""
-        scores = self.heads.patch(features).float().split(LABEL_SIZES, -1)
-        total = features.new_zeros((), dtype=torch.float32)
-        for weight, score, label in zip(HEAD_LOSSES, scores, labels.unbind(1), strict=True):
-            each = F.cross_entropy(score.transpose(1, 2), label, reduction="none")
-            share = torch.where(label > 0, 1.0, 0.15)
-            total = total + weight * (each * share).sum() / share.sum()
-        return total
 
     def _cls_loss(self, cls: Tensor, labels: Tensor) -> Tensor:
         """What CLIP gives [CLS]: it must know the whole picture.
@@ -292,8 +322,8 @@ class GroundedLlava(nn.Module):
         """A visual token should look (cosine) like the word embeddings of what it shows."""
         table = self.llava.model.language_model.embed_tokens.weight
         total = tokens.new_zeros((), dtype=torch.float32)
-        groups = (self.objects_ids, self.colours_ids, self.characters_ids)
-        for ids, label in zip(groups, labels[:, :3].unbind(1), strict=True):
+        groups = [getattr(self, f"{name}_ids") for name in GROUPS]
+        for ids, label in zip(groups, labels[:, : len(groups)].unbind(1), strict=True):
             shown = (label > 0) & (label <= len(ids))
             if shown.any():
                 words = F.normalize(table[ids].float(), dim=-1)
@@ -302,36 +332,42 @@ class GroundedLlava(nn.Module):
         return total
 
     def _answer_loss(
-        self, tokens: Tensor, index: Tensor, input_ids: Tensor, targets: Tensor, segment: Tensor
+        self,
+        tokens: Tensor,
+        input_ids: Tensor,
+        targets: Tensor,
+        segment: Tensor,
+        positions: Tensor,
     ) -> Tensor:
-        """Next-token loss on the answers.
-
-        Each question sees BOS, the image and itself, at the positions it would have alone behind
-        a full picture: BOS 0, image 1..576, question from 577.
-        """
+        """Next-token loss on the answers; each question sees the pictures and itself."""
         language = self.llava.model.language_model
-        batch, seen = tokens.shape[0], 1 + tokens.shape[1]
-        words = language.embed_tokens(input_ids).to(tokens.dtype)
-        bos = language.embed_tokens(input_ids.new_full((batch, 1), self.bos)).to(tokens.dtype)
-        ramp = torch.arange(input_ids.shape[1], device=tokens.device)
-        begins = F.pad(segment[:, 1:] != segment[:, :-1], (1, 0), value=True)
-        first = torch.where(begins, ramp, 0).cummax(1).values
-        positions = torch.cat(
-            [index.new_zeros(batch, 1), index + 1, 1 + GRID * GRID + ramp - first], 1
-        )
-        length = positions.shape[1]
+        embeds = language.embed_tokens(input_ids).to(tokens.dtype)
+        seen = (input_ids == self.image)[..., None]
+        embeds = embeds.masked_scatter(seen, tokens.flatten(0, 1))
+        length = input_ids.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        mask = mask.repeat(batch, 1, 1)
-        mask[:, seen:, seen:] &= segment[:, :, None] == segment[:, None, :]
+        own = segment[:, :, None] == segment[:, None, :]
+        mask = mask & (own | (segment == 0)[:, None, :])
         hidden = language(
-            inputs_embeds=torch.cat([bos, tokens, words], 1),
+            inputs_embeds=embeds,
             attention_mask=mask[:, None],
             position_ids=positions,
             use_cache=False,
-        ).last_hidden_state[:, seen:-1]
+        ).last_hidden_state[:, :-1]
         wanted = targets[:, 1:]
         asked = wanted != IGNORED
         return F.cross_entropy(self.llava.lm_head(hidden[asked]).float(), wanted[asked])
+
+
+def _patch_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of every label of a patch, `[K, N, sum(LABEL_SIZES)]`; empty ones count less."""
+    total = scores.new_zeros((), dtype=torch.float32)
+    parts = zip(HEAD_LOSSES, scores.float().split(LABEL_SIZES, -1), labels.unbind(1), strict=True)
+    for weight, score, label in parts:
+        each = F.cross_entropy(score.transpose(1, 2), label, reduction="none")
+        share = torch.where(label > 0, 1.0, 0.15)
+        total = total + weight * (each * share).sum() / share.sum()
+    return total
 
 
 def _place_loss(scores: Tensor, index: Tensor) -> Tensor:

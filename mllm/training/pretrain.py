@@ -47,6 +47,8 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | No
             load_model(model, str(weights))
             continue
         model.weights = stage.losses.model_dump()
+        model.freeze_vision_tower = stage.freeze_vision_tower
+        llava.model.vision_tower.requires_grad_(not stage.freeze_vision_tower)
         arguments = training_arguments(stage.train, home)
         optimizer = MuonAdamW(model, arguments.learning_rate, **stage.optimizer.model_dump())
         items = (
@@ -65,6 +67,8 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool) -> tuple[Any, Any] | No
                 processor.tokenizer,
                 stage.tasks,
                 stage.kinds,
+                stage.pictures,
+                arguments.train_batch_size,
             ),
             optimizers=(optimizer, None),
             callbacks=[

@@ -67,6 +67,7 @@ class MethodPart(BaseModel):
 class OptimizerPart(Strict):
     """Muon + AdamW of the pretraining stages: factors on `train.learning_rate`."""
 
+    matrices: Literal["muon", "adamw"] = "muon"
     matrix_scale: float = Field(default=1.0, gt=0)
     vision_scale: float = Field(default=1.0, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
@@ -79,6 +80,8 @@ class LossPart(Strict):
     patches: float = 0.0
     cls: float = 0.0
     places: float = 0.0
+    tokens: float = 0.0
+    token_places: float = 0.0
     words: float = 0.0
 
 
@@ -86,7 +89,7 @@ class StagePart(Strict):
     """One pretraining stage on drawn scenes, with the grounding objective.
 
     `tasks` (weights) limits the questions to these tasks, "yes" and "no" in equal parts; `kinds`
-    (shares) sets the kinds of scene.
+    (shares) sets the kinds of scene, `pictures` (shares) how many pictures an item has.
     """
 
     name: str = Field(pattern=r"^[a-z0-9-]+$")
@@ -94,6 +97,8 @@ class StagePart(Strict):
     questions: int = Field(default=0, ge=0)
     tasks: dict[str, float] | None = None
     kinds: dict[str, float] | None = None
+    pictures: dict[int, float] | None = None
+    freeze_vision_tower: bool = False
     losses: LossPart
     optimizer: OptimizerPart = OptimizerPart()
     train: dict[str, Any]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -22,8 +22,8 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.content is string %} {{ message.content }}"
     "{% else %}"
-    "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}"
-    "{% for part in message.content if part.type == 'text' %} {{ part.text }}{% endfor %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %} {{ part.text | trim }}{% endif %}{% endfor %}"
     "{% endif %}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -55,15 +55,17 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
-        model_max_length=1024,
+        model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
 
 
 def new_processor() -> LlavaProcessor:
     """Processor of the embedded model: 336 pixels, patch 14, [CLS] dropped before the projector."""
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": FULL}, crop_size={"height": FULL, "width": FULL}
+    image_processor = LlavaImageProcessorPil(
+        do_pad=True,  # as LLaVA-1.5: a picture of any shape is seen whole
+        size={"shortest_edge": FULL},
+        crop_size={"height": FULL, "width": FULL},
     )
     return LlavaProcessor(
         image_processor=image_processor,
@@ -101,7 +103,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlavaForCond
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         **ids,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -219,6 +220,10 @@ class GroundingTrainer(CheckpointTrainer):
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + float(part)
         return (loss, parts) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        # Items are random already, and those of one batch belong together.
+        return SequentialSampler(train_dataset or self.train_dataset)
 
     def log(self, logs, start_time=None) -> None:
         if self._count:

@@ -1,63 +1,79 @@
-"""Procedurally drawn scenes: emoji sprites, coloured shapes, codes, bar charts, each with boxes.
+"""Procedurally drawn scenes: crowds of objects, needles, signs, pages of text, charts, with boxes.
 
-Every scene is a pure function of the `random.Random` it is given. A full scene is 336 x 336 pixels
-(24 x 24 patches of 14 pixels), a mini scene and a sprite soup are 168 x 168.
+Every scene is a pure function of the `random.Random` it is given. A model sees a scene in a square
+frame of 336 x 336 pixels (24 x 24 patches of 14): pictures of other sizes and shapes are padded and
+resized to it. Sprite soups and mini scenes are crops of 168 x 168 pixels for training.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from importlib.resources import files
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from mllm.yardstick.styles import COLOURS, EMOJI, SHAPES, STYLES, PlainStyle, load_font
 
 PATCH = 14
 FULL, MINI = 336, 168
 GRID = FULL // PATCH
 
-EMOJI = (
-    "cat dog car tree apple banana clock key umbrella airplane fish house bicycle ball hat cup "
-    "book lamp bell guitar camera bus flower mushroom"
-).split()
-SHAPES = ["circle", "square", "triangle", "star", "diamond", "cross"]
-COLOURS = {
-    "red": (215, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 80, 215),
-    "yellow": (240, 205, 30),
-    "purple": (145, 55, 175),
-    "orange": (245, 135, 25),
-    "black": (25, 25, 25),
-}
 COLOUR_NAMES = list(COLOURS)
 OBJECTS = EMOJI + SHAPES
 # I and O are left out: they look like 1 and 0.
 CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
-FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif-Bold.ttf")
+LETTERS, DIGITS = CHARACTERS[:24], CHARACTERS[24:]
+WORDS = (
+    "ANT ARM ART ASH AXE BAG BAT BED BEE CAB CAP DAY DEN EAR EGG ELF END EYE FAN FLY FUR GEM GUM "
+    "HAM HEN HUT JAM JAR JET LAP LAW LEG MAP MAT MUD MUG NET NUT PAN PAW PEA PEN PET RAG RAM RAT "
+    "RAY RUG SEA SKY SUN TAR TAX TEA TEN TUB VAN WAX WEB YAK BAND BARN BEAR BEEF BELT CAKE CAMP "
+    "CARD CAVE CHEF CLAY CRAB DARK DATE DAWN DEER DESK DUST EAST FACE FARM FLAG FLAT GATE GLUE "
+    "HAND HARP HERB JADE JUMP KELP LAKE LAMB LEAF MASK MEAL NEST PALM PARK PATH PEAR PLUM RAFT "
+    "REEF SALT SAND SEED STEM TENT TRAY VASE WAVE WEST YARD ZEAL BEACH BREAD CHALK CHESS CREAM "
+    "DANCE EAGLE EARTH FEAST FLAME FLUTE GRAPE GRASS HEART JEANS LUNCH MAPLE NURSE PEACH PEARL "
+    "PLANT QUEEN RANCH SHARK SHEEP SPACE STEAM SUGAR TABLE TRACK TRUCK WATER WHALE WHEAT YEAST"
+).split()
+LONGEST, MOST_LINES, TOP_VALUE = 5, 3, 9
 
-# What each patch shows: 0 means nothing, other numbers are 1 + index into these lists.
-LABELS = ("object", "colour", "character", "value")
-BAR, AXIS = len(OBJECTS) + 1, len(OBJECTS) + 2
-LABEL_SIZES = (AXIS + 1, len(COLOURS) + 1, len(CHARACTERS) + 1, 11)
+# What each patch shows: 0 means nothing, other numbers count from 1.
+LABELS = ("object", "colour", "character", "value", "order", "line", "centre", "size")
+BAR, AXIS, SWATCH = (len(OBJECTS) + i for i in (1, 2, 3))
+LABEL_SIZES = (
+    SWATCH + 1,
+    len(COLOURS) + 1,
+    len(CHARACTERS) + 1,
+    TOP_VALUE + 1,
+    LONGEST + 1,
+    MOST_LINES + 1,
+    2,
+    4,
+)
+# Sides (pixels of the frame) from which an object is of middle size, and large.
+MIDDLE, LARGE = 25, 50
+# Width and height of full pictures; the longer side is what the frame shows as 336 pixels.
+SIZES = ((336, 336), (336, 336), (336, 252), (252, 336), (448, 336), (336, 448), (672, 504))
 
 Box = tuple[float, float, float, float]
 # Share of each kind of scene in training.
-MINI_KINDS = {"objects": 0.5, "needle": 0.12, "code": 0.2, "chart": 0.18}
-FULL_KINDS = {"objects": 0.5, "needle": 0.16, "code": 0.18, "chart": 0.16}
+KINDS_SHARE = {"objects": 0.42, "needle": 0.1, "signs": 0.14, "page": 0.14, "chart": 0.2}
 
 
 @dataclass
 class Thing:
-    """One drawn object; `colour` is None for an emoji, `box` is (x0, y0, x1, y1) in pixels."""
+    """One drawn object.
+
+    `colour` is None for an emoji; `box` is (x0, y0, x1, y1) in pixels; a `distractor` is larger
+    and brighter than what test questions are about.
+    """
 
     name: str
     colour: str | None
     box: Box
     value: int | None = None
+    distractor: bool = False
 
     @property
     def label(self) -> str:
@@ -70,31 +86,52 @@ class Thing:
 
 
 @dataclass
+class Text:
+    """One written line; `line` counts from 1 within its page."""
+
+    text: str
+    box: Box
+    line: int = 1
+
+
+@dataclass
 class Scene:
     """A picture and what is in it.
 
-    `labels` is uint8 `[4, rows, cols]`: object, colour, character and bar value of every patch.
+    `frame` is the side in pixels of the square that a model sees, `labels` uint8 `[8, rows, cols]`
+    what each patch of it shows (see `LABELS`).
     """
 
     kind: str
     image: Image.Image
-    labels: np.ndarray
+    frame: int = FULL
     things: list[Thing] = field(default_factory=list)
     bars: list[Thing] = field(default_factory=list)
-    code: str | None = None
-    code_box: Box | None = None
+    texts: list[Text] = field(default_factory=list)
+    legend: dict[str, str] = field(default_factory=dict)
     boxes: list[Box] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        cells = self.frame // PATCH
+        self.labels = np.zeros((len(LABELS), cells, cells), np.uint8)
+
     @property
-    def size(self) -> int:
-        return self.image.width
+    def scale(self) -> float:
+        """Pixels of the picture per pixel of the frame."""
+        return max(self.image.size) / self.frame
+
+    def framed(self) -> Image.Image:
+        """The picture padded to a square and resized to the frame, as a model sees it."""
+        return to_frame(self.image, self.frame)
 
     def mark(self, box: Box, **values: int) -> None:
         """Label the patches whose centre lies in `box` (at least the one under its middle)."""
-        x0, y0, x1, y1 = box
+        side = max(self.image.size)
         last = self.labels.shape[1] - 1
         spans = []
-        for low, high in ((y0, y1), (x0, x1)):
+        for axis in (1, 0):
+            pad = (side - self.image.size[axis]) / 2
+            low, high = ((box[i] + pad) / self.scale for i in (axis, axis + 2))
             first = max(0, math.ceil((low - PATCH / 2) / PATCH))
             final = min(last, math.floor((high - PATCH / 2) / PATCH))
             if final < first:
@@ -105,11 +142,11 @@ class Scene:
 
     def free_place(self, rng: Random, width: int, height: int, pad: int = 3) -> tuple | None:
         """Top left corner of a free rectangle, or None after forty tries."""
-        if max(width, height) + 5 > self.size:
+        right, bottom = self.image.width - width - 2, self.image.height - height - 2
+        if min(right, bottom) < 3:
             return None
         for _ in range(40):
-            x = rng.randint(2, self.size - width - 2)
-            y = rng.randint(2, self.size - height - 2)
+            x, y = rng.randint(2, right), rng.randint(2, bottom)
             if all(
                 x + width + pad <= b[0]
                 or b[2] + pad <= x
@@ -121,294 +158,269 @@ class Scene:
         return None
 
 
-@cache
-def load_font(index: int, size: int) -> ImageFont.FreeTypeFont:
-    """One of the three shipped fonts at `size` pixels."""
-    return ImageFont.truetype(str(files("mllm") / "assets" / "fonts" / FONTS[index]), size)
+# CLIP's mean colour: what LLaVA pads with.
+PADDING = (122, 116, 104)
 
 
-@cache
-def _emoji(name: str) -> Image.Image:
-    """The sprite, cropped to its ink and padded to a square."""
-    image = Image.open(files("mllm") / "assets" / "sprites" / f"{name}.png").convert("RGBA")
-    image = image.crop(image.getbbox())
+def to_frame(image: Image.Image, frame: int = FULL) -> Image.Image:
+    """`image` padded to a square around its middle, then resized to `frame` pixels."""
     side = max(image.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    if image.width != image.height:
+        square = Image.new("RGB", (side, side), PADDING)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    return image if side == frame else image.resize((frame, frame), Image.Resampling.BICUBIC)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, name: str, side: int, **style) -> None:
-    m = side * 0.06
-    far = side - m
-    if name == "circle":
-        draw.ellipse((m, m, far, far), **style)
-    elif name == "square":
-        draw.rectangle((2 * m, 2 * m, side - 2 * m, side - 2 * m), **style)
-    elif name == "triangle":
-        draw.polygon([(side / 2, m), (far, far), (m, far)], **style)
-    elif name == "diamond":
-        draw.polygon(
-            [(side / 2, m), (side - 2 * m, side / 2), (side / 2, far), (2 * m, side / 2)], **style
-        )
-    elif name == "cross":
-        a, b = side * 0.36, side * 0.64
-        corners = [(a, m), (b, m), (b, a), (far, a), (far, b), (b, b)]
-        corners += [(b, far), (a, far), (a, b), (m, b), (m, a), (a, a)]
-        draw.polygon(corners, **style)
-    else:
-        points = []
-        for i in range(10):
-            radius = (side / 2 - m) * (1.0 if i % 2 == 0 else 0.42)
-            angle = math.pi * (i / 5 - 0.5)
-            x, y = side / 2 + radius * math.cos(angle), side / 2 + radius * math.sin(angle)
-            points.append((x, y))
-        draw.polygon(points, **style)
+def _open(kind: str, rng: Random, frame: int, style: str) -> tuple[Scene, PlainStyle]:
+    """An empty scene with its ground and clutter."""
+    look = STYLES[style]
+    size = rng.choice(SIZES) if frame == FULL else (frame, frame)
+    image = look.background(rng, *size)
+    look.clutter(rng, image, 10 if frame == FULL else 4)
+    return Scene(kind, image, frame), look
 
 
-@lru_cache(maxsize=4096)
-def sprite(name: str, colour: str | None, side: int) -> Image.Image:
-    """RGBA picture of an object, `side` x `side` pixels, plain style."""
-    if name in EMOJI:
-        return _emoji(name).resize((side, side), Image.Resampling.LANCZOS)
-    image = Image.new("RGBA", (side * 4, side * 4))
-    _draw_shape(ImageDraw.Draw(image), name, side * 4, fill=(*COLOURS[colour], 255))
-    return image.resize((side, side), Image.Resampling.LANCZOS)
-
-
-def _gradient(rng: Random, size: int, low: int) -> np.ndarray:
-    first, second = ([rng.randint(low, 255) for _ in range(3)] for _ in range(2))
-    ramp = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
-    if rng.random() < 0.5:
-        ramp = ramp.transpose(1, 0, 2)
-    mixed = np.float32(first) * (1 - ramp) + np.float32(second) * ramp
-    return np.broadcast_to(mixed, (size, size, 3))
-
-
-class PlainStyle:
-    """Light plain, gradient or noisy backgrounds; sprites as they are; dark text."""
-
-    name = "plain"
-
-    def background(self, rng: Random, size: int) -> Image.Image:
-        kind = rng.random()
-        if kind < 0.5:
-            return Image.new("RGB", (size, size), tuple(rng.randint(200, 255) for _ in range(3)))
-        picture = _gradient(rng, size, 195)
-        if kind > 0.75:
-            noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 6, (size // 4, size // 4))
-            picture = picture + noise.astype(np.float32).repeat(4, 0).repeat(4, 1)[..., None]
-        return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
-
-    def sprite(self, rng: Random, name: str, colour: str | None, side: int) -> Image.Image:
-        return sprite(name, colour, side)
-
-    def ink(self, rng: Random) -> tuple[int, int, int]:
-        return tuple(rng.randint(0, 90) for _ in range(3))
-
-    def paper(self, rng: Random) -> tuple[int, int, int]:
-        return tuple(rng.randint(235, 255) for _ in range(3))
-
-    grid_line = (205, 205, 205)
-    axis_ink = (60, 60, 60)
-
-
-@lru_cache(maxsize=4096)
-def _turned_sprite(name: str, colour: str | None, side: int, angle: int) -> Image.Image:
-    """The plain sprite, turned by `angle` degrees."""
-    image = sprite(name, colour, side * 2).rotate(angle, Image.Resampling.BICUBIC)
-    return image.resize((side, side), Image.Resampling.LANCZOS)
-
-
-class DuskStyle(PlainStyle):
-    """Held back from training: striped or speckled grounds of middle grey, turned objects."""
-
-    name = "dusk"
-
-    def background(self, rng: Random, size: int) -> Image.Image:
-        picture = _gradient(rng, size, 195) * 0.6
-        if rng.random() < 0.5:
-            period, slope = rng.choice([8, 12, 18]), rng.choice([-1, 0, 1])
-            rows, cols = np.mgrid[:size, :size]
-            stripes = ((cols + slope * rows) // period) % 2
-            picture = picture + 14 * stripes[..., None].astype(np.float32)
-        else:
-            noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 8, (size // 4, size // 4))
-            picture = picture + noise.astype(np.float32).repeat(4, 0).repeat(4, 1)[..., None]
-        return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
-
-    def sprite(self, rng: Random, name: str, colour: str | None, side: int) -> Image.Image:
-        # At most 20 degrees: a square must not become a diamond.
-        return _turned_sprite(name, colour, side, rng.randrange(-20, 21, 10))
-
-    def ink(self, rng: Random) -> tuple[int, int, int]:
-        return tuple(rng.randint(200, 255) for _ in range(3))
-
-    def paper(self, rng: Random) -> tuple[int, int, int]:
-        return tuple(rng.randint(110, 140) for _ in range(3))
-
-    grid_line = (160, 160, 160)
-    axis_ink = (255, 255, 255)
-
-
-STYLES = {style.name: style for style in (PlainStyle(), DuskStyle())}
-
-
-def _blank(kind: str, image: Image.Image) -> Scene:
-    cells = image.width // PATCH
-    return Scene(kind, image, np.zeros((len(LABELS), cells, cells), np.uint8))
-
-
-def _pick_object(rng: Random, shape_share: float) -> str:
-    return rng.choice(SHAPES if rng.random() < shape_share else EMOJI)
-
-
-def _add(scene: Scene, style: PlainStyle, rng: Random, name: str, side: int) -> None:
-    """Draw one object if there is room for it."""
+def _add(
+    scene: Scene, look: PlainStyle, rng: Random, name: str, side: int, distractor: bool = False
+) -> None:
+    """Draw one object of `side` frame pixels if there is room for it."""
     colour = rng.choice(COLOUR_NAMES) if name in SHAPES else None
-    place = scene.free_place(rng, side, side)
+    pixels = round(side * scene.scale)
+    place = scene.free_place(rng, pixels, pixels)
     if place is None:
         return
-    picture = style.sprite(rng, name, colour, side)
+    box = (*place, place[0] + pixels, place[1] + pixels)
+    if distractor:
+        ImageDraw.Draw(scene.image).ellipse(box, fill=look.halo)
+    picture = look.sprite(rng, name, colour, pixels)
     scene.image.paste(picture, place, picture)
-    thing = Thing(name, colour, (*place, place[0] + side, place[1] + side))
+    thing = Thing(name, colour, box, distractor=distractor)
     scene.boxes.append(thing.box)
     scene.things.append(thing)
     scene.mark(
         thing.box,
         object=1 + OBJECTS.index(name),
         colour=1 + COLOUR_NAMES.index(colour) if colour else 0,
+        size=1 + (side >= MIDDLE) + (side >= LARGE),
     )
+    scene.mark((*thing.centre, *thing.centre), centre=1)
 
 
-def _write(scene: Scene, style: PlainStyle, rng: Random, code: str, height: int) -> Box | None:
-    """Write `code` where there is room and label the patches of each character."""
+def _write(
+    scene: Scene, look: PlainStyle, rng: Random, lines: Sequence[str], low: int, high: int
+) -> bool:
+    """Write lines below each other where there is room, and label every character's patches.
+
+    Characters are set at least one patch and a bit apart. `low` and `high` bound the font size in
+    frame pixels.
+    """
+    height = round(rng.randint(low, high) * scene.scale)
     font = load_font(rng.randrange(3), height)
-    draw = ImageDraw.Draw(scene.image)
-    left, top, right, bottom = draw.textbbox((0, 0), code, font=font)
-    width, tall = int(right - left), int(bottom - top)
-    place = scene.free_place(rng, width + 4, tall + 4)
+    space = (PATCH + 2) * scene.scale
+    wide = [[max(font.getlength(c), space) for c in line] for line in lines]
+    rise = round(1.2 * height)
+    place = scene.free_place(rng, round(max(map(sum, wide))) + 4, rise * len(lines) + 2)
     if place is None:
-        return None
-    x, y = place[0] + 2, place[1] + 2
-    draw.text((x - left, y - top), code, font=font, fill=style.ink(rng))
-    box = (x, y, x + width, y + tall)
-    scene.boxes.append(box)
-    pen = x - left
-    for character in code:
-        advance = font.getlength(character)
-        cell = (pen + 0.1 * advance, y, pen + 0.9 * advance, y + tall)
-        scene.mark(cell, character=1 + CHARACTERS.index(character))
-        pen += advance
-    return box
+        return False
+    draw, ink = ImageDraw.Draw(scene.image), look.ink(rng)
+    for number, (line, widths) in enumerate(zip(lines, wide, strict=True)):
+        x, y = place[0] + 2.0, place[1] + rise * number
+        top, bottom = y + 0.2 * height, y + 1.0 * height
+        start = x
+        for order, (character, advance) in enumerate(zip(line, widths, strict=True)):
+            glyph = font.getlength(character)
+            draw.text((x + (advance - glyph) / 2, y), character, font=font, fill=ink)
+            scene.mark(
+                (x + 0.1 * advance, top, x + 0.9 * advance, bottom),
+                character=1 + CHARACTERS.index(character),
+                order=1 + order,
+                line=1 + number,
+            )
+            x += advance
+        scene.texts.append(Text(line, (start, top, x, bottom), 1 + number))
+        scene.boxes.append((start, y, x, y + rise))
+    return True
 
 
-def _random_code(rng: Random, low: int, high: int) -> str:
-    return "".join(rng.choice(CHARACTERS) for _ in range(rng.randint(low, high)))
+def _word(rng: Random) -> str:
+    """An English word, or letters that are none: reading must not become guessing."""
+    if rng.random() < 0.5:
+        return rng.choice(WORDS)
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, LONGEST)))
+
+
+def _number(rng: Random) -> str:
+    return "".join(rng.choice(DIGITS) for _ in range(rng.randint(2, 4)))
+
+
+def _line(rng: Random) -> str:
+    kind = rng.randrange(3)
+    if kind < 2:
+        return (_word, _number)[kind](rng)
+    return "".join(rng.choice(CHARACTERS) for _ in range(rng.randint(2, 4)))
+
+
+def _pick_object(rng: Random, shape_share: float) -> str:
+    return rng.choice(SHAPES if rng.random() < shape_share else EMOJI)
+
+
+def _small(rng: Random, frame: int) -> int:
+    return rng.choice((26, 30, 34, 40, 46) if frame == FULL else (24, 28, 32, 38, 44))
+
+
+def _large(rng: Random, frame: int) -> int:
+    return rng.randint(56, 84) if frame == FULL else rng.randint(50, 62)
 
 
 def soup(rng: Random, style: str = "plain") -> Scene:
-    """Many objects and codes on 168 x 168 pixels: training material for the vision tower."""
-    look = STYLES[style]
-    scene = _blank("soup", look.background(rng, MINI))
-    for _ in range(rng.randint(2, 3)):
-        _write(scene, look, rng, _random_code(rng, 1, 4), rng.randint(26, 38))
-    for _ in range(rng.randint(5, 8)):
-        _add(scene, look, rng, _pick_object(rng, 0.35), rng.choice([18, 22, 28, 34, 40, 48]))
+    """Many objects and texts on 168 x 168 pixels: training material for the vision tower."""
+    if rng.random() < 0.2:
+        return chart(rng, MINI, style)
+    scene, look = _open("soup", rng, MINI, style)
+    if rng.random() < 0.3:
+        _add(scene, look, rng, _pick_object(rng, 0.35), _large(rng, MINI), distractor=True)
+    for _ in range(rng.randint(1, 2)):
+        _write(scene, look, rng, [_line(rng) for _ in range(rng.randint(1, MOST_LINES))], 22, 32)
+    for _ in range(rng.randint(4, 7)):
+        _add(scene, look, rng, _pick_object(rng, 0.35), rng.choice([18, 22, 26, 30, 36, 44]))
     return scene
 
 
-def objects(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
-    """Two to eight objects, sometimes several of one name."""
-    look = STYLES[style]
-    scene = _blank("objects", look.background(rng, size))
-    mini = size < FULL
-    count = rng.randint(2, 5) if mini else rng.randint(3, 7)
-    pool: list[str] = []
-    wanted = rng.randint(2, min(5, count))
-    while len(pool) < wanted:
-        name = _pick_object(rng, 0.4)
-        if name not in pool:
-            pool.append(name)
-    names = [rng.choice(pool) for _ in range(count)]
-    if rng.random() < 0.4:
-        names = [pool[0]] * rng.randint(2, 5) + names[:3]
+def objects(rng: Random, frame: int = FULL, style: str = "plain") -> Scene:
+    """A crowd of 12 to 20 objects (mini: 3 to 6), a few of them large and bright.
+
+    One or two names occur several times, the others once.
+    """
+    scene, look = _open("objects", rng, frame, style)
+    full = frame == FULL
+    count = rng.randint(12, 20) if full else rng.randint(3, 6)
+    singles = rng.sample(EMOJI, min(count, len(EMOJI))) + rng.sample(SHAPES, len(SHAPES))
+    rng.shuffle(singles)
+    # Shapes carry the colour questions: some come first in every scene.
+    singles = rng.sample(SHAPES, rng.randint(2, 4) if full else rng.randint(1, 3)) + singles
+    singles = list(dict.fromkeys(singles))
+    names: list[str] = []
+    for _ in range(rng.randint(1, 2) if full else int(rng.random() < 0.5)):
+        names += [singles.pop(rng.randrange(len(singles)))] * rng.randint(2, 5 if full else 4)
+    big = rng.randint(2, 4) if full else int(rng.random() < 0.4)
+    singles = singles[: max(2 + big, count - len(names))]
+    for _ in range(big):
+        name = singles.pop(rng.randrange(len(singles)))
+        _add(scene, look, rng, name, _large(rng, frame), distractor=True)
+    names += singles
+    rng.shuffle(names)
     for name in names:
-        sides = [26, 30, 34, 40] if mini else [30, 36, 44, 52, 60]
-        _add(scene, look, rng, name, rng.choice(sides))
+        _add(scene, look, rng, name, _small(rng, frame))
     return scene
 
 
-def shapes(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
-    """Three to six different shapes and up to two emoji: many colour questions; training only."""
-    look = STYLES[style]
-    scene = _blank("objects", look.background(rng, size))
-    names = rng.sample(SHAPES, rng.randint(3, 6)) + rng.sample(EMOJI, rng.randint(0, 2))
-    sides = [26, 30, 34, 40] if size < FULL else [30, 36, 44, 52, 60]
-    for name in names:
-        _add(scene, look, rng, name, rng.choice(sides))
+def needle(rng: Random, frame: int = FULL, style: str = "plain") -> Scene:
+    """One object of 18 to 24 pixels among large ones."""
+    scene, look = _open("needle", rng, frame, style)
+    for _ in range(rng.randint(4, 8) if frame == FULL else rng.randint(1, 3)):
+        _add(scene, look, rng, _pick_object(rng, 0.4), _large(rng, frame), distractor=True)
+    found = len(scene.things)
+    while len(scene.things) == found:
+        _add(scene, look, rng, _pick_object(rng, 0.5), rng.choice([18, 20, 22, 24]))
     return scene
 
 
-def needle(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
-    """One object of 18 to 24 pixels in an otherwise empty picture."""
-    look = STYLES[style]
-    scene = _blank("needle", look.background(rng, size))
-    _add(scene, look, rng, _pick_object(rng, 0.5), rng.choice([18, 20, 22, 24]))
+def _surround(scene: Scene, look: PlainStyle, rng: Random, few: int) -> None:
+    """Objects beside text: up to `few` in a mini scene, four to eight in a full one."""
+    full = scene.frame == FULL
+    for _ in range(rng.randint(1, 2) if full else int(rng.random() < 0.2)):
+        _add(scene, look, rng, _pick_object(rng, 0.35), _large(rng, scene.frame), distractor=True)
+    for _ in range(rng.randint(4, 8) if full else rng.randint(0, few)):
+        _add(scene, look, rng, _pick_object(rng, 0.35), _small(rng, scene.frame))
+
+
+def signs(rng: Random, frame: int = FULL, style: str = "plain") -> Scene:
+    """A word and a number, apart from each other, among objects."""
+    scene, look = _open("signs", rng, frame, style)
+    for text in (_word(rng), _number(rng)):
+        while not _write(scene, look, rng, [text], 22, 34 if frame == FULL else 28):
+            pass
+    _surround(scene, look, rng, 2)
     return scene
 
 
-def code(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
-    """One code of two to four characters and up to three objects."""
-    look = STYLES[style]
-    scene = _blank("code", look.background(rng, size))
-    scene.code = _random_code(rng, 2, 4)
-    while scene.code_box is None:
-        height = rng.randint(26, 32) if size < FULL else rng.randint(26, 38)
-        scene.code_box = _write(scene, look, rng, scene.code, height)
-    for _ in range(rng.randint(0, 3)):
-        _add(scene, look, rng, _pick_object(rng, 0.35), rng.choice([30, 36, 44, 52]))
+def page(rng: Random, frame: int = FULL, style: str = "plain") -> Scene:
+    """Two or three lines of text among objects."""
+    scene, look = _open("page", rng, frame, style)
+    lines = [_line(rng) for _ in range(rng.randint(2, MOST_LINES))]
+    while not _write(scene, look, rng, lines, 22, 34 if frame == FULL else 28):
+        pass
+    _surround(scene, look, rng, 1)
     return scene
 
 
-def chart(rng: Random, size: int = FULL, style: str = "plain") -> Scene:
-    """A bar chart: three to five bars of different colours and different heights from 1 to 10."""
+def chart(rng: Random, frame: int = FULL, style: str = "plain") -> Scene:
+    """A bar chart: three to five bars of different colours and heights 1 to 9, and a legend.
+
+    The legend gives each colour a letter.
+    """
     look = STYLES[style]
-    scene = _blank("chart", Image.new("RGB", (size, size), look.paper(rng)))
+    scene = Scene("chart", Image.new("RGB", (frame, frame), look.paper(rng)), frame)
     draw = ImageDraw.Draw(scene.image)
-    if size < FULL:
-        x0, y1 = rng.randint(26, 32), size - rng.randint(8, 14)
-        height, width = rng.randint(130, 145), rng.randint(115, 132)
+    if frame < FULL:
+        x0, y1 = rng.randint(22, 26), frame - rng.randint(8, 14)
+        height, width = rng.randint(130, 145), rng.randint(88, 96)
     else:
-        x0, y1 = rng.randint(34, 60), size - rng.randint(26, 60)
-        height, width = rng.randint(190, 230), rng.randint(200, 250)
+        x0, y1 = rng.randint(34, 60), frame - rng.randint(26, 60)
+        height, width = rng.randint(190, 230), rng.randint(160, 200)
     y0, x1 = y1 - height, x0 + width
-    for value in range(11):
-        y = y1 - height * value / 10
+    step = height / (TOP_VALUE + 1)
+    for value in range(TOP_VALUE + 2):
+        y = y1 - step * value
         draw.line((x0, y, x1, y), fill=look.grid_line if value else look.axis_ink)
         if value % 2 == 0:
-            draw.text((x0 - 22, y - 8), str(value), font=load_font(0, 13), fill=look.axis_ink)
+            draw.text((x0 - 20, y - 8), str(value), font=load_font(0, 13), fill=look.axis_ink)
     draw.line((x0, y0, x0, y1), fill=look.axis_ink, width=2)
-    scene.mark((x0 - 24, y0 - 6, x0 - 4, y1 + 6), object=AXIS)
+    scene.mark((x0 - 20, y0 - 6, x0 - 4, y1 + 6), object=AXIS)
     count = rng.randint(3, 5)
-    colours, values = rng.sample(COLOUR_NAMES, count), rng.sample(range(1, 11), count)
+    colours, letters = rng.sample(COLOUR_NAMES, count), rng.sample(LETTERS, count)
+    values = rng.sample(range(1, TOP_VALUE + 1), count)
     slot = width / count
-    bar_width = slot * rng.uniform(0.5, 0.75)
+    bar_width = max(slot * rng.uniform(0.55, 0.8), PATCH)
     for i, (colour, value) in enumerate(zip(colours, values, strict=True)):
         x = x0 + slot * i + (slot - bar_width) / 2
-        box = (x, y1 - height * value / 10, x + bar_width, float(y1))
+        box = (x, y1 - step * value, x + bar_width, float(y1))
         draw.rectangle(box, fill=COLOURS[colour])
         scene.mark(box, object=BAR, colour=1 + COLOUR_NAMES.index(colour), value=value)
         scene.bars.append(Thing("bar", colour, box, value))
+    _draw_legend(scene, look, rng, dict(zip(colours, letters, strict=True)), x1 + 6)
     return scene
 
 
-KINDS = {"objects": objects, "shapes": shapes, "needle": needle, "code": code, "chart": chart}
+def _draw_legend(
+    scene: Scene, look: PlainStyle, rng: Random, legend: dict[str, str], left: float
+) -> None:
+    """Swatch and letter for each colour, in an order of its own, right of `left`."""
+    draw = ImageDraw.Draw(scene.image)
+    order = rng.sample(list(legend), len(legend))
+    font, row = load_font(0, 20), 28
+    x = left + rng.uniform(0, max(0.0, scene.image.width - left - 44))
+    y = rng.uniform(4, scene.image.height - row * len(order) - 4)
+    for i, colour in enumerate(order):
+        top = y + row * i
+        number = 1 + COLOUR_NAMES.index(colour)
+        swatch = (x, top + 4, x + 16, top + 20)
+        draw.rectangle(swatch, fill=COLOURS[colour])
+        scene.mark(swatch, object=SWATCH, colour=number)
+        letter = legend[colour]
+        draw.text((x + 21, top), letter, font=font, fill=look.axis_ink)
+        box = (x + 21, top + 4, x + 37, top + 20)
+        # The letter's patch knows its colour too: what belongs together is said once.
+        scene.mark(box, character=1 + CHARACTERS.index(letter), colour=number)
+    scene.legend = legend
 
 
-def draw(rng: Random, kind: str | None = None, size: int = FULL, style: str = "plain") -> Scene:
-    """Draw a scene of `kind` (default: drawn from the training mixture) at `size` pixels."""
+KINDS = {"objects": objects, "needle": needle, "signs": signs, "page": page, "chart": chart}
+
+
+def draw(rng: Random, kind: str | None = None, frame: int = FULL, style: str = "plain") -> Scene:
+    """Draw a scene of `kind` (default: drawn from the training mixture) for a frame."""
     if kind is None:
-        shares = MINI_KINDS if size < FULL else FULL_KINDS
-        kind = rng.choices(list(shares), list(shares.values()))[0]
-    return KINDS[kind](rng, size, style)
+        kind = rng.choices(list(KINDS_SHARE), list(KINDS_SHARE.values()))[0]
+    return KINDS[kind](rng, frame, style)
