@@ -115,12 +115,13 @@ def build_inputs(processor: Any, samples: list[tuple[list[Image.Image], str]]) -
     Args:
         processor: with a chat template.
         samples: per sample its images, in the order of the prompt, and the text. Text that has
-            as many image placeholders as there are images keeps them where they are; otherwise
-            the images come first.
+            as many image placeholders (`<image>`, or the processor's own) as there are images
+            keeps them where they are; otherwise the images come first.
     """
     token = processor.image_token
     prompts = []
     for images, text in samples:
+        text = text.replace("<image>", token)
         found = text.count(token)
         if found not in (0, len(images)):
             raise DataError(

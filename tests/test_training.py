@@ -372,33 +372,38 @@ def test_the_recipes_command_lists_and_copies(tmp_path, capsys):
 # --- stages
 
 
-def test_packed_questions_cost_what_each_costs_alone(processor):
-    """Packing behind one image gives exactly the loss of the processor's own prompts."""
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_packed_questions_cost_what_each_costs_alone(processor, pictures):
+    """Packing behind the pictures gives exactly the loss of the processor's own prompts."""
     from torch.nn import functional as F
 
     from mllm.training.grounding import GroundedLlava, GroundingData
-    from mllm.yardstick.questions import Question
+    from mllm.yardstick.questions import PLACEHOLDER, Question, prompt_text
 
     model = new_model(processor.tokenizer).eval()
     grounded = GroundedLlava(model, processor.tokenizer, {})
-    data = GroundingData("full", 4, 1, 0, processor.tokenizer)
+    data = GroundingData("full", 4, 1, 0, processor.tokenizer, pictures={pictures: 1.0})
     item = data[0]
-    image = Image.fromarray(item["pixels"])
-    asked = [Question("exist", "is there a cat?", "yes"), Question("ocr", "what is written?", "X7")]
-    packed = data._pack(asked)
+    images = [Image.fromarray(pixels) for pixels in item["pixels"]]
+    asked = [Question("exist", "is there a cat?", "yes"), Question("ocr_word", "what is it?", "X7")]
+    packed = data._pack(asked, (24, 24), item["offset"])
     alone = []
     with torch.no_grad():
-        hidden, index = grounded.see(torch.tensor(item["pixels"])[None], torch.zeros(1, 2).long())
+        hidden, _ = grounded.see(torch.tensor(item["pixels"]), torch.tensor(item["offset"]))
         tokens = model.model.multi_modal_projector(hidden[:, 1:])
-        together = grounded._answer_loss(
-            tokens, index, *(torch.tensor([packed[k]]) for k in ("input_ids", "targets", "segment"))
-        )
+        names = ("input_ids", "targets", "segment", "positions")
+        together = grounded._answer_loss(tokens, *(torch.tensor([packed[k]]) for k in names))
         for question in asked:
+            parts = prompt_text(question.text, pictures).split(PLACEHOLDER)
+            parts = parts if pictures > 1 else ["", *parts]
+            content = [_text(parts[0])] if parts[0] else []
+            for part in parts[1:]:
+                content += [{"type": "image"}, _text(part)]
             talk = [
-                {"role": "user", "content": [{"type": "image"}, _text(question.text)]},
+                {"role": "user", "content": content},
                 {"role": "assistant", "content": [_text(question.answer)]},
             ]
-            batch = Collator(processor)([{"messages": talk, "images": [image]}])
+            batch = Collator(processor)([{"messages": talk, "images": images}])
             labels = batch.pop("labels")[0, 1:]
             logits = model(**batch).logits[0, :-1]
             known = labels != IGNORED
@@ -416,7 +421,7 @@ def test_a_stage_asks_its_tasks_and_as_many_yes_as_no(processor):
     tasks = {"exist": 1.0, "color": 5.0}
     data = GroundingData("mini", 30, 1, 0, processor.tokenizer, tasks, {"objects": 1.0})
     packed: list = []
-    data._pack = lambda questions: packed.extend(questions) or {}
+    data._pack = lambda questions, *place: packed.extend(questions) or {}
     for index in range(20):
         data[index]
     assert {question.task for question in packed} == set(tasks)

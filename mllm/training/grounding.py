@@ -115,6 +115,7 @@ class GroundingData(Dataset):
         if self.tasks:
             pool = [question for question in pool if question.task in self.tasks]
         pool = _weighted(rng, _balanced(pool), weights, self.questions)
+        item["asked"] = [question.task for question in pool]
         return item | self._pack(pool, item["patches"].shape[2:], offsets)
 
     def _draw(self, rng: Random, count: int) -> Scene:
@@ -340,6 +341,15 @@ class GroundedLlava(nn.Module):
         positions: Tensor,
     ) -> Tensor:
         """Next-token loss on the answers; each question sees the pictures and itself."""
+        wanted = targets[:, 1:]
+        asked = wanted != IGNORED
+        hidden = self._read(tokens, input_ids, segment, positions)
+        return F.cross_entropy(self.llava.lm_head(hidden[asked]).float(), wanted[asked])
+
+    def _read(
+        self, tokens: Tensor, input_ids: Tensor, segment: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Last hidden state of all rows but the last, `[B, T - 1, width]`."""
         language = self.llava.model.language_model
         embeds = language.embed_tokens(input_ids).to(tokens.dtype)
         seen = (input_ids == self.image)[..., None]
@@ -348,19 +358,26 @@ class GroundedLlava(nn.Module):
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
         own = segment[:, :, None] == segment[:, None, :]
         mask = mask & (own | (segment == 0)[:, None, :])
-        hidden = language(
+        return language(
             inputs_embeds=embeds,
             attention_mask=mask[:, None],
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state[:, :-1]
-        wanted = targets[:, 1:]
-        asked = wanted != IGNORED
-        return F.cross_entropy(self.llava.lm_head(hidden[asked]).float(), wanted[asked])
+
+    @torch.no_grad()
+    def right(self, pixels, offset, input_ids, targets, segment, positions, **_) -> Tensor:
+        """Bool `[B, S]`: whether every token of answer 1..S would be said (greedily)."""
+        tokens = self.llava.model.multi_modal_projector(self.see(pixels, offset)[0][:, 1:])
+        said = self.llava.lm_head(self._read(tokens, input_ids, segment, positions)).argmax(-1)
+        wrong = (targets[:, 1:] != IGNORED) & (said != targets[:, 1:])
+        faults = torch.zeros(len(wrong), int(segment.max()) + 1, device=wrong.device)
+        faults.scatter_add_(1, segment[:, 1:].clamp_min(0), wrong.float())
+        return faults[:, 1:] == 0
 
 
 def _patch_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of every label of a patch, `[K, N, sum(LABEL_SIZES)]`; empty ones count less."""
+    """Cross entropy of every label of a patch; empty ones count less."""
     total = scores.new_zeros((), dtype=torch.float32)
     parts = zip(HEAD_LOSSES, scores.float().split(LABEL_SIZES, -1), labels.unbind(1), strict=True)
     for weight, score, label in parts:

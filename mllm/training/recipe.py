@@ -392,7 +392,8 @@ def _check_together(recipe: Recipe) -> None:
     """Parts that cannot go together."""
     from mllm.plan import Plan
     from mllm.yardstick import TASKS
-    from mllm.yardstick.scenes import KINDS, STYLES
+    from mllm.yardstick.scenes import KINDS
+    from mllm.yardstick.styles import STYLES
 
     parallel = recipe.parallel.model_dump()
     for key, value in parallel.items():
@@ -441,7 +442,7 @@ def _check_together(recipe: Recipe) -> None:
                     stage.questions,
                     "0 with scenes: soup, else at least 1",
                 )
-            _check_names(f"stages.{number}.tasks", stage.tasks or (), (*TASKS, "list"))
+            _check_names(f"stages.{number}.tasks", stage.tasks or (), (*TASKS, "list", "legend"))
             _check_names(f"stages.{number}.kinds", stage.kinds or (), tuple(KINDS))
             if not stage.train.get("max_steps", 0) > 0:
                 _refuse(

@@ -179,9 +179,7 @@ def _place_questions(
     asked = []
     for thing in unique:
         if quadrant := places.quadrant(thing):
-            asked.append(
-                Question("where", f"where is the {thing.name}?", quadrant, (thing.box,))
-            )
+            asked.append(Question("where", f"where is the {thing.name}?", quadrant, (thing.box,)))
     for corner in QUADRANTS:
         if thing := places.nearest(scene.things, corner):
             text = f"what is nearest to the {corner} corner?"

@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllm.yardstick.scenes import GRID, PATCH
+from mllm.yardstick.scenes import FULL, GRID, PATCH
 
 
 def object_patches(sample: dict[str, Any]) -> np.ndarray:
-    """Bool `[576]`: patches at least half covered by the box of one object."""
+    """Bool `[576]`: patches at least half covered by the box of one object (single-image tasks)."""
     rows, cols = np.mgrid[:GRID, :GRID] * PATCH
     covered = np.zeros((GRID, GRID), bool)
+    width, height = sample["image"].size
+    side = max(width, height)
+    pads = ((side - width) / 2, (side - height) / 2) * 2
     for thing in sample["objects"]:
-        x0, y0, x1, y1 = thing["box"]
+        box = zip(thing["box"], pads, strict=True)
+        x0, y0, x1, y1 = ((at + pad) * FULL / side for at, pad in box)
         wide = np.minimum(cols + PATCH, x1) - np.maximum(cols, x0)
         tall = np.minimum(rows + PATCH, y1) - np.maximum(rows, y0)
         covered |= np.clip(wide, 0, None) * np.clip(tall, 0, None) >= PATCH * PATCH / 2

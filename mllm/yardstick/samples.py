@@ -12,11 +12,24 @@ from typing import Any
 from PIL import Image
 
 from mllm.errors import DataError
-from mllm.yardstick.questions import CHOICES, TASK_SCENES, YES_NO, Question, ask
-from mllm.yardstick.scenes import STYLES, Scene, draw
+from mllm.yardstick.questions import (
+    CHOICES,
+    MOST_PICTURES,
+    MULTI_IMAGE,
+    TASK_SCENES,
+    YES_NO,
+    Question,
+    ask,
+    ask_about_several,
+    prompt_text,
+)
+from mllm.yardstick.scenes import Scene, draw
+from mllm.yardstick.styles import STYLES
 
 TASKS = tuple(TASK_SCENES)
 SPLITS = ("train", "dev", "test")
+# Tasks whose object occurs once.
+SINGLE = ("exist", "exist_attr", "find_image", "image_exist")
 
 
 def _seed(style: str, split: str, task: str, index: int) -> int:
@@ -26,22 +39,33 @@ def _seed(style: str, split: str, task: str, index: int) -> int:
 
 
 def _find(
-    task: str, kind: str, rng: Random, style: str, wanted: str | None
-) -> tuple[Scene, Question]:
-    """Draw scenes until one allows a question of `task` (with the answer `wanted`)."""
+    task: str, kind: str, rng: Random, style: str, pictures: int, wanted: str | None
+) -> tuple[list[Scene], Question]:
+    """Draw scenes until they allow a question of `task` (with the answer `wanted`)."""
     for _ in count():
-        scene = draw(rng, kind, style=style)
+        scenes = [draw(rng, kind, style=style) for _ in range(pictures)]
+        asked = ask_about_several(rng, scenes) if pictures > 1 else ask(rng, scenes[0])
         fitting = [
             question
-            for question in ask(rng, scene)
+            for question in asked
             if question.task == task
             and wanted in (None, question.answer)
-            # What is there several times survives the loss of most tokens: ask about one.
-            and not (task == "exist" and len(question.boxes) > 1)
+            and _is_hard(question, scenes[question.picture - 1])
         ]
         if fitting:
-            return scene, rng.choice(fitting)
+            return scenes, rng.choice(fitting)
     raise AssertionError("unreachable")
+
+
+def _is_hard(question: Question, scene: Scene) -> bool:
+    """Not about what is large and bright, nor about what is there several times.
+
+    The one is what every method keeps, the other survives the loss of most tokens.
+    """
+    large = {thing.box for thing in scene.things if thing.distractor}
+    if large & set(question.boxes):
+        return False
+    return question.task not in SINGLE or len(question.boxes) <= 1
 
 
 def sample(task: str, split: str, index: int, style: str = "plain") -> dict[str, Any]:
@@ -51,7 +75,9 @@ def sample(task: str, split: str, index: int, style: str = "plain") -> dict[str,
     wanted = YES_NO[index % 2] if CHOICES.get(task) == YES_NO else None
     kinds = TASK_SCENES[task]
     kind = kinds[index // 2 % len(kinds)]  # // 2: each kind gets a "yes" and a "no"
-    scene, question = _find(task, kind, Random(seed), style, wanted)
+    several = task in MULTI_IMAGE
+    pictures = 2 + index // 2 % (MOST_PICTURES - 1) if several else 1
+    scenes, question = _find(task, kind, Random(seed), style, pictures, wanted)
     choices = CHOICES.get(task)
     return {
         "id": f"{task}-{style}-{split}-{index}",
@@ -59,16 +85,19 @@ def sample(task: str, split: str, index: int, style: str = "plain") -> dict[str,
         "split": split,
         "style": style,
         "seed": seed,
-        "image": scene.image,
-        "question": question.text,
+        "image": [scene.image for scene in scenes] if several else scenes[0].image,
+        "question": prompt_text(question.text, pictures),
         "answer": question.answer,
         "choices": list(choices) if choices else None,
-        "metric": "relaxed" if task == "chart_value" else "exact",
+        "metric": "relaxed" if task in ("chart_value", "chart_legend") else "exact",
         "objects": [
             {"name": thing.name, "colour": thing.colour, "box": list(thing.box)}
+            | ({"picture": number} if several else {})
+            for number, scene in enumerate(scenes, 1)
             for thing in scene.things + scene.bars
         ],
         "answer_boxes": [list(box) for box in question.boxes],
+        "answer_picture": question.picture,
     }
 
 
@@ -85,9 +114,11 @@ def samples(
 
     Returns:
         Dictionaries `{id, task, split, style, seed, image, question, answer, choices, metric,
-        objects, answer_boxes}`; `image` is an RGB picture of 336 x 336 pixels, boxes are
-        `[x0, y0, x1, y1]` in pixels. `answer_boxes` is empty where nothing shows the answer
-        ("is there a cat?", "no").
+        objects, answer_boxes, answer_picture}`. `image` is an RGB picture (252 to 672 pixels a
+        side), or a list of two to four where the task is about several; the question then has
+        a placeholder for each. Boxes are `[x0, y0, x1, y1]` in pixels of their picture;
+        `answer_boxes` is empty where nothing shows the answer ("is there a cat?", "no").
+        `answer_picture` counts from 1.
 
     Raises:
         DataError: unknown task, split or style, or n < 1.

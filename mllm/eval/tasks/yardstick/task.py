@@ -11,10 +11,12 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from PIL import Image
 
 from mllm.eval.scoring import is_correct
-from mllm.yardstick import samples
+from mllm.yardstick import prompt, samples
+from mllm.yardstick.questions import PLACEHOLDER
 
 PREFIX = "yardstick_"
-DROPPED = ("objects", "answer_boxes")  # boxes are no input of the model
+# Where things are is no input of the model.
+DROPPED = ("objects", "answer_boxes", "answer_picture")
 
 
 class Docs(list):
@@ -65,8 +67,21 @@ def _draw(task: str, split: str, n: int, style: str) -> Docs:
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The image that comes before the question."""
-    return [doc["image"]]
+    """The pictures of the prompt, in order."""
+    return prompt(doc)[0]
+
+
+def doc_to_messages(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> list[dict]:
+    """One user turn; pictures stand where the question has placeholders, else before it."""
+    images, text = prompt(doc)
+    parts = text.split(PLACEHOLDER) if len(images) > 1 else ["", text]
+    content: list[dict[str, Any]] = []
+    for number, part in enumerate(parts):
+        if number:
+            content.append({"type": "image", "url": images[number - 1]})
+        if part:
+            content.append({"type": "text", "text": part})
+    return [{"role": "user", "content": content}]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -74,13 +89,19 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
     return {"exact_match": float(is_correct(results[0], doc["answer"], doc["metric"]))}
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(image: Image.Image | list[Image.Image]) -> bytes | list[bytes]:
+    if isinstance(image, list):
+        return [_png(one) for one in image]
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
+def _image(png: bytes | list[bytes]) -> Image.Image | list[Image.Image]:
+    if isinstance(png, list):
+        return [_image(one) for one in png]
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
 def _decoded(doc: dict[str, Any]) -> dict[str, Any]:
-    if "image" not in doc:
-        return doc
-    return {**doc, "image": Image.open(io.BytesIO(doc["image"])).convert("RGB")}
+    return {**doc, "image": _image(doc["image"])} if "image" in doc else doc
