@@ -54,8 +54,8 @@ class GroundingData(Dataset):
     """Item `i` is one or several scenes with questions, a function of `seed` and `i` alone.
 
     Args:
-        scenes: "soup" (no questions), "mini" or "full".
-        questions: packed questions per item.
+        scenes: "soup", "mini" or "full".
+        questions: packed questions per item; 0 for the tower alone, as for soups.
         size: number of items.
         seed: two data sets with different seeds share no scene.
         tokenizer: turns questions into ids.
@@ -102,7 +102,7 @@ class GroundingData(Dataset):
             "patches": np.stack([scene.labels for scene in drawn]),
             "offset": offsets,
         }
-        if self.scenes == "soup":
+        if not self.questions:
             return item
         if count > 1:
             pool = ask_about_several(rng, drawn)

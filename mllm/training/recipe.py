@@ -435,12 +435,19 @@ def _check_together(recipe: Recipe) -> None:
                 "new:tiny-llava",
             )
         for number, stage in enumerate(recipe.stages):
-            if (stage.scenes == "soup") != (stage.questions == 0):
+            if stage.scenes == "soup" and stage.questions:
                 _refuse(
-                    f"stages.{number}: soup scenes have no questions, others need some",
+                    f"stages.{number}: soup scenes have no questions",
                     f"stages.{number}.questions",
                     stage.questions,
-                    "0 with scenes: soup, else at least 1",
+                    "0, or scenes: mini or full",
+                )
+            if stage.freeze_vision_tower and not stage.questions:
+                _refuse(
+                    f"stages.{number}: nothing is left to train without tower and questions",
+                    f"stages.{number}.freeze_vision_tower",
+                    True,
+                    "false, or questions of at least 1",
                 )
             _check_names(f"stages.{number}.tasks", stage.tasks or (), (*TASKS, "list", "legend"))
             _check_names(f"stages.{number}.kinds", stage.kinds or (), tuple(KINDS))
