@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -840,7 +841,13 @@ class DecoderRun:
             prompt=self.prompt_of(table), protected=self.protected_of(table),
             images=[len(own) for own in self.images], entered=self.entered, counts=counts,
             state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
+            seeds=functools.partial(self._seeds, number),
         )  # fmt: skip
+
+    def _seeds(self, number: int) -> list[int]:
+        """A seed per sample from the bits of its pictures."""
+        bits = self.reduction.bits if self.reduction else []
+        return [self.patched.plan.seed_for(number, *(bits[i] for i in own)) for own in self.images]
 
     def _select(
         self, number: int, stage: LayerMethod, layer: int, keep: Tensor, counts: list[int] | None

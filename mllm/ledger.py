@@ -29,6 +29,7 @@ class Reduction:
         ran: indices of the plan's stages that ran.
         protected: bool `[tokens]`, tokens that no stage may drop; None is none.
         counts: kept tokens of each image without separators, where the methods have said so.
+        bits: sum of the bits of each picture, for stages in the LLM that draw at random.
     """
 
     layouts: list[Layout]
@@ -41,6 +42,7 @@ class Reduction:
     ran: set[int] = field(default_factory=set)
     protected: Tensor | None = None
     counts: list[int | None] = field(default_factory=list)
+    bits: list[int] = field(default_factory=list)
 
     @classmethod
     def join(cls, parts: list[Reduction]) -> Reduction:
@@ -62,6 +64,7 @@ class Reduction:
             selection_flops=[x for part in parts for x in part.selection_flops],
             ran=set.intersection(*(part.ran for part in parts)),
             counts=[n for part in parts for n in part.counts],
+            bits=[n for part in parts for n in part.bits],
             protected=None if None in guarded else torch.cat(guarded),
         )
 

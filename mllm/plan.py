@@ -270,6 +270,11 @@ class Plan:
             )
         return cls([_parse_stage(part, text) for part in text.strip().split("+")], seed)
 
+    def seed_for(self, number: int, *bits: int) -> int:
+        """Seed of stage `number` for a picture, or a sample, known by the sums of its bits."""
+        own = getattr(self.stages[number], "seed", 0)
+        return hash((*bits, self.seed, own, number)) & (2**63 - 1)
+
     @property
     def spec(self) -> str:
         """The plan as spec text; only values that differ from the defaults are written."""

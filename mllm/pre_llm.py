@@ -81,6 +81,8 @@ class VisionRun:
             selection_flops=[0.0] * len(layouts),
             counts=[x.cells for x in layouts],
         )
+        if any(s.site == "decoder" and hasattr(s, "seed") for s in patched.plan.stages):
+            self.reduction.bits = self._bits(range(len(layouts)))
         self.groups = self._groups(pixels)
         self.pieces: dict[Any, list[Tensor]] = {}
         self.costs: dict[Any, list[tuple[int, float]]] = {}
@@ -164,18 +166,18 @@ class VisionRun:
 
     # Stages
 
-    def _seeds(self, number: int, group: Group) -> list[int]:
-        """A seed per image from its bits: independent of the batch and of the image's place."""
-        plan, pictures, sums = self.patched.plan, self.family.pictures(self.inputs), []
-        own = getattr(plan.stages[number], "seed", 0)
-        for image in group.images:
+    def _bits(self, images: Sequence[int]) -> list[int]:
+        """A number per image from its bits: independent of the batch and of its place there."""
+        pictures, sums = self.family.pictures(self.inputs), []
+        for image in images:
             x = pictures[image].detach().contiguous()
             bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
             sums.append(bits.long().sum())
-        return [
-            hash((total, plan.seed, own, number)) & (2**63 - 1)
-            for total in torch.stack(sums).tolist()
-        ]
+        return torch.stack(sums).tolist()
+
+    def _seeds(self, number: int, group: Group) -> list[int]:
+        """A seed per image."""
+        return [self.patched.plan.seed_for(number, bits) for bits in self._bits(group.images)]
 
     def _run(
         self, number: int, stage: TokenReducer, group: Group, features: Tensor | None

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 
+import families
+import layer_oracle
 import oracles
 import pytest
 import tiny
 import torch
-from matrix import CASES, LAYERS, LAYOUTS, SIDE, covering, fresh, reference
+from matrix import CASES, LAYERS, LAYOUTS, SIDE, covering, equal, fresh, reference
 
 import mllm
 from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
-NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
+NAMES = [
+    "random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv",
+]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
+    "randomllm": "randomllm:layer=2:keep=1.0",
     "stride": "stride:keep=1.0",
     "avgpool": "avgpool:keep=1.0",
     "downsample": "downsample:keep=1.0",
@@ -70,6 +75,7 @@ def test_identity(spec, layout, attn):
     "spec",
     [
         "random:keep={}",
+        "randomllm:layer=2:keep={}",
         "stride:keep={}",
         "divprune:keep={}",
         "visionzip:keep={}",
@@ -124,38 +130,63 @@ def test_stride_is_even_and_blind():
         assert abs(float(kept.float().mean()) - (TOKENS - 1) / 2) <= 1
 
 
+@pytest.mark.parametrize("spec", ["random:keep=4", "randomllm:layer=2:keep=4"])
 @torch.no_grad()
-def test_random_follows_the_seed_and_nothing_else():
+def test_random_follows_the_seed_and_nothing_else(spec):
     model = fresh()
-    inputs = tiny.collate(tiny.samples(side=SIDE))
+    batch = tiny.samples(side=SIDE)
+    inputs = tiny.collate(batch)
 
-    def kept(seed, count):
-        with mllm.patch(model, Plan.from_spec("random:keep=4", seed=seed)) as patched:
+    def kept(seed, count, inputs=inputs):
+        with mllm.patch(model, Plan.from_spec(spec, seed=seed)) as patched:
             torch.manual_seed(count)
             model(**inputs)
             state = torch.get_rng_state()
             torch.manual_seed(count)
             assert torch.equal(torch.get_rng_state(), state), "the global generator is not used"
-            return [k.tolist() for k in patched.ledger.kept("llm")]
+            return [k.tolist() for k in patched.ledger.kept(LAYERS - 1)]
 
     assert kept(0, 1) == kept(0, 2)
     assert kept(0, 1) != kept(1, 1)
-    first, second = kept(0, 1)[1][:4], kept(0, 1)[1][4:]
-    assert first != [t - TOKENS for t in second], "images draw apart"
+    for row, sample in enumerate(batch):
+        assert kept(0, 1, tiny.collate([sample]))[0] == kept(0, 1)[row], "the batch draws along"
+    if not spec.startswith("randomllm"):
+        first, second = kept(0, 1)[1][:4], kept(0, 1)[1][4:]
+        assert first != [t - TOKENS for t in second], "images draw apart"
 
 
+@pytest.mark.parametrize("spec", ["random:keep=4", "randomllm:layer=2:keep=4"])
 @torch.no_grad()
-def test_random_is_uniform():
+def test_random_is_uniform(spec):
     """Over many seeds every token is kept about equally often."""
     model = fresh()
     inputs = tiny.collate(tiny.samples("alone", side=SIDE))
     counts = torch.zeros(TOKENS)
     for seed in range(100):
-        with mllm.patch(model, Plan.from_spec("random:keep=4", seed=seed)) as patched:
+        with mllm.patch(model, Plan.from_spec(spec, seed=seed)) as patched:
             model(**inputs, logits_to_keep=1)
-            counts[patched.ledger.kept("llm")[0]] += 1
+            counts[patched.ledger.kept(LAYERS - 1)[0]] += 1
     # Expected 25 each with a deviation of 4.3: five deviations.
     assert counts.min() > 3 and counts.max() < 47
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@torch.no_grad()
+def test_dropping_at_random_in_the_llm_equals_masking(family):
+    batch = families.samples(family)
+    inputs = families.collate(family, batch)
+    with mllm.patch(families.model(family), "randomllm:layer=2:keep=3") as patched:
+        logits = tiny.per_sample(
+            patched.model(**inputs).logits[:, -1:], inputs["attention_mask"][:, -1:]
+        )
+        kept = patched.ledger.kept(2)
+    for row, sample in enumerate(batch):
+        places = sample.visual.nonzero()[:, 0]
+        gone = sample.visual.clone()
+        gone[places[kept[row]]] = False
+        want = layer_oracle.run(family, sample, layer_oracle.Edits(drop={2: gone})).logits[-1:]
+        assert not sample.pictures or gone.any()
+        equal(logits[row], want, f"sample {row}")
 
 
 @pytest.mark.parametrize(

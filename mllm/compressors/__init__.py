@@ -9,6 +9,7 @@ _HOMES = {
     "DivPrune": "divprune",
     "FastV": "fastv",
     "Random": "sanity",
+    "RandomLLM": "sanity",
     "Stride": "sanity",
     "AvgPool": "sanity",
     "Downsample": "sanity",

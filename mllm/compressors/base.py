@@ -127,9 +127,10 @@ class Context:
         return name in self._signals
 
     def generators(self) -> list[torch.Generator]:
-        """One CPU generator per image, seeded by the plan and the image's content.
+        """One CPU generator per image (in the LLM: per sample), seeded by plan and pictures.
 
-        So a draw depends neither on the batch an image is in nor on its place there.
+        So a draw depends neither on the batch that a sample is in nor on its place there. A stage
+        in the LLM that draws has a field `seed`.
         """
         return [torch.Generator().manual_seed(seed) for seed in self._seeds()]
 
@@ -214,8 +215,9 @@ class LayerContext(Context):
         queries: dict[str, Tensor],
         width: int,
         counts: list[int] | None = None,
+        seeds: Callable[[], list[int]] | None = None,
     ) -> None:
-        super().__init__(stage, signals, counts=counts)
+        super().__init__(stage, signals, counts=counts, seeds=seeds)
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual

@@ -14,6 +14,8 @@ from mllm.compressors.base import (
     Budget,
     Context,
     Keep,
+    LayerContext,
+    LayerPruner,
     Pool,
     Positions,
     Resize,
@@ -51,6 +53,31 @@ class Random(TokenReducer):
         draws = torch.stack([torch.rand(tokens, generator=g) for g in ctx.generators()])
         draws, count = draws.to(ctx.valid.device, non_blocking=True), resolve(self.keep, tokens)
         return [Keep(top_k(draws, ctx.valid, count), ctx.at_most(count))]
+
+
+@register("randomllm", stage="llm", reference_layers=32)
+@dataclass
+class RandomLLM(LayerPruner):
+    """Keep visual tokens drawn at random at a decoder layer: what FastV and its kind must beat.
+
+    Args:
+        layer: rows leave before this decoder layer; None is FastV's layer 2 of 32, scaled.
+        keep: visual tokens kept, of those that arrive at the layer.
+        seed: another draw.
+        positions: `original` or `compact`; None is `original`, like FastV.
+    """
+
+    layer: int | None = None
+    keep: Budget = 0.5
+    seed: int = 0
+    positions: Positions | None = None
+
+    paper_layer = 2
+
+    def score(self, ctx: LayerContext) -> torch.Tensor:
+        draws = [torch.rand(max(ctx.n_entered), generator=g) for g in ctx.generators()]
+        order = (ctx.visual.cumsum(1) - 1).clamp(0, max(ctx.n_entered) - 1)
+        return torch.stack(draws).to(order.device, non_blocking=True).gather(1, order)
 
 
 @register("stride", stage="pre_llm")
