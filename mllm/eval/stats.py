@@ -123,8 +123,7 @@ def paired(
     Args:
         ours, theirs: outcomes on the same questions: one row of `n` 0/1 values, or a list of
             such rows (one per task). Rows are resampled apart, so that the mix of tasks stays.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
+        seed, resamples: as for :func:`paired_seeds`; one seed leaves nothing to chance.
 
     Raises:
         ValueError: if the two do not have the same, non-empty shape.
@@ -149,8 +148,8 @@ def paired_seeds(
 
     Args:
         ours, theirs: one entry per seed, each as :func:`paired` takes it.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
+        seed: of the resampling of seeds; the law of resampled questions is computed.
+        resamples: quantiles of that law, each with one draw of the seeds.
 
     Raises:
         ValueError: if not all have the same, non-empty shape.
@@ -164,12 +163,7 @@ def paired_seeds(
     values = len(b) * a.sum(axis=0) - len(a) * b.sum(axis=0)
     scale = len(a) * len(b) * values.size
     rng = np.random.default_rng(seed)
-    totals = np.zeros(resamples)
-    for row in np.split(values, np.cumsum(shape)[:-1]):
-        # Few distinct values, so resampling n questions is one multinomial draw.
-        levels, counts = np.unique(row, return_counts=True)
-        totals += rng.multinomial(row.size, counts / row.size, size=resamples) @ levels
-    totals /= scale
+    totals = _resampled_sums(np.split(values, np.cumsum(shape)[:-1]), resamples) / scale
     for sign, side in ((1, a), (-1, b)):
         if len(side) > 1:
             draws = len(side) - 1
@@ -210,7 +204,7 @@ def mcnemar(gained: int, lost: int) -> tuple[float, float]:
         below += ways
     # Quotients of whole numbers: Python rounds them correctly however long they are.
     if gained == lost:
-        return 1.0, 1 - ways / 2 ** (n + 1)
+        return 1.0, 1 - ways / 2 ** (n + 1) if n else 1.0
     return 2 * below / 2**n, (2 * below - ways) / 2**n
 
 
@@ -270,6 +264,26 @@ def _rows(outcomes: Outcomes) -> list[np.ndarray]:
     if len(outcomes) and np.ndim(outcomes[0]) == 0:
         outcomes = [outcomes]
     return [np.asarray(row, dtype=bool).astype(np.int8) for row in outcomes]
+
+
+def _resampled_sums(rows: list[np.ndarray], count: int) -> np.ndarray:
+    """Sums of whole-numbered rows under resampling within each row: `[count]` even quantiles.
+
+    The law of a sum of n draws is the n-th power of the characteristic function of one draw, so
+    nothing has to be drawn and nothing is left to chance.
+    """
+    lowest = [int(row.min()) for row in rows]
+    reach = sum(row.size * int(np.ptp(row)) for row in rows)
+    size = 2 ** math.ceil(math.log2(reach + 1))
+    draws: dict[int, np.ndarray | float] = {}
+    for row, low in zip(rows, lowest, strict=True):
+        one = np.fft.rfft(np.bincount(row - low) / row.size, size)
+        draws[row.size] = draws.get(row.size, 1.0) * one
+    law = math.prod(one**n for n, one in draws.items())
+    below = np.cumsum(np.fft.irfft(law, size)[: reach + 1].clip(0))
+    quantiles = (np.arange(count) + 0.5) / count
+    offset = sum(row.size * low for row, low in zip(rows, lowest, strict=True))
+    return offset + np.searchsorted(below / below[-1], quantiles)
 
 
 def _table(seeds: Sequence[Sequence[bool]] | np.ndarray) -> np.ndarray:
