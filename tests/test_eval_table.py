@@ -125,7 +125,7 @@ def test_what_correction_takes_away_is_said():
     assert row["vs_random"]["p_holm"] == pytest.approx(4 * row["vs_random"]["p"])
     assert row["verdict"].startswith("better than random, before correction only;")
     chance = next(text for text in built["words"] if "expected" in text)
-    assert chance.startswith("4 comparisons with random")
+    assert "sanity rows included, 4 in all." in chance
     assert "0.2 of them would be expected" in chance and "these do not: weak at 8" in chance
     assert "11.0 △" not in table.markdown(built) and "17.0 △" in table.markdown(built)
 
@@ -218,14 +218,29 @@ def test_smaller_runs_of_a_task_are_left_out():
     assert any("1 cell with fewer questions" in text for text in built["words"])
 
 
-def test_models_and_splits_are_not_mixed():
-    about = cell("random", 8, "ocr", [1])["about"] | {"weights_sha256": "1" * 64}
-    for other in ({"about": about}, {"split": "dev"}):
+def test_what_cannot_be_compared_is_not_mixed():
+    about = cell("random", 8, "ocr", [1])["about"]
+    others = [{"split": "dev"}, {"style": "sketch"}]
+    others += [{"about": about | {name: "1" * 64}} for name in ("weights_sha256", "backend")]
+    for other in others:
         cells = [cell("random", 8, "ocr", [1]), cell("stride", 8, "ocr", [1], **other)]
-        with pytest.raises(DataError, match="several models or splits"):
+        with pytest.raises(DataError, match="'ocr' cannot be compared"):
             table.build(cells)
+    of_other_task = cell("random", 8, "color", [1], **others[-1])
+    assert table.build([cell("random", 8, "ocr", [1]), of_other_task])["rows"]
     with pytest.raises(DataError, match="at least one cell"):
         table.build([])
+
+
+def test_tasks_may_have_other_numbers_of_questions():
+    cells = [
+        cell(name, 8, task, [1] * n)
+        for name in ("random", "good")
+        for task, n in (("ocr", 40), ("color", 30))
+    ]
+    built = table.build(cells)
+    assert {row["n"] for row in built["rows"]} == {70} and built["left_out"] == 0
+    assert "2 tasks, 30 to 40 questions each" in table.markdown(built)
 
 
 def test_csv_and_json_hold_the_statistics():

@@ -84,7 +84,7 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
         `difficult.score` is None under 20 questions.
 
     Raises:
-        DataError: no cells, or a task has cells of several models or splits.
+        DataError: no cells, or those of a task differ in model, split, style, dtype or backend.
     """
     tasks, entries, missing, left_out = _grouped(list(cells))
     rows = [_row(entry, tasks, entries) for entry in entries.values() if entry.runs]
@@ -119,8 +119,9 @@ def markdown(table: dict[str, Any]) -> str:
     """The table for people."""
     tasks = table["tasks"]
     about = table["about"]
+    each = words.per_task(table)
     lines = [
-        f"# Yardstick: {len(tasks)} tasks, {table['n']} questions each, {table['split']} split",
+        f"# Yardstick: {len(tasks)} tasks, {each} questions each, {table['split']} split",
         "",
         *(f"{paragraph}\n" for paragraph in table["words"]),
         "## All tasks",
@@ -269,12 +270,12 @@ def _grouped(
             continue
         first = tasks.setdefault(task, cell)
         if _origin(cell) != _origin(first):
+            given = f"{_origin(first)} and {_origin(cell)}"
             raise DataError(
-                f"the cells of task {task!r} come from several models or splits: "
-                f"{_origin(first)} and {_origin(cell)}",
+                f"the cells of task {task!r} cannot be compared: {given}",
                 argument="cells",
-                given=f"{_origin(first)}, {_origin(cell)}",
-                expected="one model and one split for each task",
+                given=given,
+                expected="one model, split, style, dtype and backend for each task",
             )
         name = cell["method"], cell["budget"]
         runs.setdefault(name, {}).setdefault(cell["seed"], {})[task] = cell
@@ -291,8 +292,13 @@ def _grouped(
     return tasks, entries, missing, left_out
 
 
-def _origin(cell: dict[str, Any]) -> tuple[str, str]:
-    return cell["about"]["weights_sha256"][:12], cell["split"]
+def _origin(cell: dict[str, Any]) -> str:
+    """What cells must share to be compared; older cells are all of the plain style."""
+    about = cell["about"]
+    return (
+        f"weights {about['weights_sha256'][:12]}, {cell['split']} split, "
+        f"{cell.get('style', 'plain')} style, {about['dtype']}, {about['backend']}"
+    )
 
 
 def _row(

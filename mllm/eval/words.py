@@ -57,7 +57,7 @@ def paragraphs(table: dict[str, Any]) -> list[str]:
     said = [_at_budget(budget, rows, table["tasks"]) for budget in budgets]
     if budgets:
         said.append(
-            f"Each comparison is paired on the same questions ({_per_task(rows)} per task); the "
+            f"Each comparison is paired on the same questions ({per_task(table)} per task); the "
             "brackets are 95 % bootstrap intervals of the difference in points, one by one. A "
             "method beats random where its interval lies above zero; not better means that no "
             "difference is resolved, and the interval says how large it may still be. Single tasks "
@@ -74,6 +74,13 @@ def paragraphs(table: dict[str, Any]) -> list[str]:
             f"of the same task {'were' if many else 'was'} left out."
         )
     return said
+
+
+def per_task(table: dict[str, Any]) -> str:
+    """Number of questions of a task, or the least and the most."""
+    counts = {figures["n"] for row in table["rows"] for figures in row["tasks"].values()}
+    low, high = min(counts, default=table["n"]), max(counts, default=table["n"])
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def points(versus: dict[str, Any]) -> str:
@@ -117,9 +124,9 @@ def _chance(rows: Sequence[dict[str, Any]], comparisons: dict[str, dict[str, int
     lost = [row for row in resolved if not row["vs_random"]["holds"]]
     counts = comparisons["vs_random"]
     text = (
-        f"{_counted(counts['all'], 'comparison')} with random over all tasks: every method and "
-        "budget here but random itself, sanity rows included, is one family. If none differed "
-        f"from random, {LEVEL * counts['all']:.1f} of them would be expected to be resolved at "
+        "The comparisons with random over all tasks are one family: every method and budget here "
+        f"but random itself, sanity rows included, {counts['all']} in all. If none differed from "
+        f"random, {LEVEL * counts['all']:.1f} of them would be expected to be resolved at "
         f"5 % by chance, in one direction or the other; {len(resolved)} are. After Holm's "
         f"correction {len(resolved) - len(lost)} of these hold"
     )
@@ -160,11 +167,6 @@ def _missing(missing: Iterable[dict[str, Any]]) -> str:
     )
 
 
-def _per_task(rows: Sequence[dict[str, Any]]) -> str:
-    counts = sorted({figures["n"] for row in rows for figures in row["tasks"].values()})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
 def _beats(versus: dict[str, Any]) -> bool:
     return versus["verdict"] == "better" and versus["holds"]
 
@@ -184,10 +186,6 @@ def _lost(versus: dict[str, Any]) -> str:
 
 def _name(row: dict[str, Any]) -> str:
     return row["method"] if row["budget"] is None else f"{row['method']} at {row['budget']}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _listed(names: Sequence[str]) -> str:
