@@ -1,5 +1,6 @@
 """Statistics and scoring, against SciPy, worked examples, slow references and simulation."""
 
+import itertools
 import math
 
 import numpy as np
@@ -43,6 +44,21 @@ def test_paired_bootstrap_matches_a_loop():
     slow = _slow_paired(ours, theirs, 2000, 1)
     assert (found.low, found.high) == pytest.approx(tuple(slow), abs=0.02)
     assert found.flipped == sum((a != b).sum() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_paired_bootstrap_is_all_resamples():
+    """Every way to draw five questions of one task and three of the other, counted."""
+    ours, theirs = [[1, 1, 0, 0, 1], [1, 0, 1]], [[0, 1, 1, 0, 0], [0, 0, 1]]
+    pairs = zip(ours, theirs, strict=True)
+    first, second = ([a - b for a, b in zip(*row, strict=True)] for row in pairs)
+    sums = sorted(
+        sum(one) + sum(other)
+        for one in itertools.product(first, repeat=5)
+        for other in itertools.product(second, repeat=3)
+    )
+    low, high = (sums[int(share * len(sums))] / 8 for share in (0.025, 0.975))
+    found = stats.paired(ours, theirs)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-12)
 
 
 def test_paired_bootstrap_is_scipys():
