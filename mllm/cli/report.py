@@ -54,7 +54,7 @@ def report(results: Path, output: Path, svg: Path | None) -> dict[str, Any]:
             f"{results} has no method with all of its {len(made['tasks'])} tasks yet",
             argument="results",
             given=str(results),
-            expected=f"a finished sweep; missing: {made['words'][-1]}",
+            expected=f"a finished sweep. {' '.join(made['words'])}",
         )
     rows = [_row(row) for row in made["rows"]]
     about = made["about"]
