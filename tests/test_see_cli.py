@@ -160,7 +160,17 @@ def test_report_shows_the_cells_of_a_sweep(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["data"]["rows"] == 3
     page = (tmp_path / "page.html").read_text()
     assert "visionzip:keep=64" in page
+    assert "not better than random; not compared with downsample, which is missing" in page
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
+
+
+def test_report_of_a_sweep_without_a_finished_row_says_what_is_missing(tmp_path, capsys):
+    cells = [cell("random", 64, "10"), cell("unpatched", None, "11") | {"task": "ocr"}]
+    results = tmp_path / "cells.jsonl"
+    results.write_text("".join(json.dumps(c) + "\n" for c in cells))
+    assert run("report", results, "-o", tmp_path / "page.html", "--json") == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "random at 64 (seed 0: no ocr)" in json.dumps(error)
 
 
 @pytest.mark.parametrize("content", [None, "", '{"a": 1}\n', "nonsense\n"])

@@ -120,6 +120,20 @@ def test_time_is_left_out_where_it_was_not_measured():
     assert "first token, ms" not in page and "Measured time" not in page
 
 
+def test_statistics_are_shown_where_they_are_known():
+    rows = [row("unpatched", None, 12), row("random", 64, 6)]
+    page = report.render(Report("t", [], [], rows))
+    assert "verdict" not in page.split("<body>")[1] and "same answer" not in page
+    more = {"same": 0.625, "verdict": "worse than <random>", "ci": (0.11, 0.97)}
+    page = report.render(Report("t", [], [], [*rows, row("stride", 64, 6, **more)]))
+    assert "worse than &lt;random&gt;" in page and "<td>62</td>" in page and "11–97" in page
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    widths = {line.count("<td") for line in re.findall(r"<tr><th scope=.row.*?</tr>", page, re.S)}
+    assert len(widths) == 1
+
+
 def test_write_replaces_the_page_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")

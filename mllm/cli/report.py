@@ -49,6 +49,13 @@ def report(results: Path, output: Path, svg: Path | None) -> dict[str, Any]:
             expected="a JSON Lines file written by mllm sweep",
         )
     made = table.build(cells)
+    if not made["rows"]:
+        raise DataError(
+            f"{results} has no method with all of its {len(made['tasks'])} tasks yet",
+            argument="results",
+            given=str(results),
+            expected=f"a finished sweep. {' '.join(made['words'])}",
+        )
     rows = [_row(row) for row in made["rows"]]
     about = made["about"]
     page = pages.Report(
@@ -88,6 +95,9 @@ def _row(row: dict[str, Any]) -> Any:
         },
         sanity=row["method"] in SANITY,
         flipped=unpatched and unpatched["flipped"],
+        ci=tuple(row["ci"]),
+        same=row["loyalty"] and row["loyalty"]["share"],
+        verdict=row["verdict"],
     )
 
 

@@ -37,6 +37,9 @@ class Row:
         tasks: task name -> (answers right, questions).
         sanity: a row any method has to beat (random, downsample, avgpool ...).
         flipped: changes against the unpatched model (see `Report.changed`); None for that model.
+        ci: 95 % interval of `score`; None for the Wilson interval of the counts in `tasks`.
+        same: share of questions with the unpatched model's answer text; None if not known.
+        verdict: against random, downsample and unpatched, in words; empty where none was drawn.
         note: shown in the table, for example why a budget was not reached.
     """
 
@@ -50,6 +53,9 @@ class Row:
     sanity: bool = False
     flipped: int | None = None
     note: str = ""
+    ci: tuple[float, float] | None = None
+    same: float | None = None
+    verdict: str = ""
 
     @property
     def correct(self) -> int:
@@ -64,6 +70,11 @@ class Row:
         """Share of right answers over all tasks, each question counting once."""
         return self.correct / self.n if self.n else math.nan
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of `score`."""
+        return self.ci or wilson(self.correct, self.n)
+
     def as_dict(self) -> dict[str, object]:
         """What `mllm demo --json` prints of the row."""
         return {
@@ -77,7 +88,7 @@ class Row:
             "n": self.n,
             "correct": self.correct,
             "score": self.score if self.n else None,
-            "ci": list(wilson(self.correct, self.n)) if self.n else None,
+            "ci": list(self.interval) if self.n else None,
             "tasks": {name: {"correct": c, "n": n} for name, (c, n) in self.tasks.items()},
             "flipped": self.flipped,
             "note": self.note,
@@ -162,10 +173,14 @@ def render(report: Report) -> str:
         "tasks": [(task, pareto(measured, "tokens", task)) for task in tasks] * (len(tasks) > 1),
         "loss": _loss(report.training) if report.training else None,
     }
+    known = {
+        "same": any(row.same is not None for row in measured),
+        "verdict": any(row.verdict for row in measured),
+    }
     names = [row.name for row in report.rows if row.budget is not None]
     legend = [(name, _key(name, measured)) for name in dict.fromkeys(names)]
     return environment.get_template("report.html.j2").render(
-        report=report, tasks=tasks, base=base, plots=plots, legend=legend
+        report=report, tasks=tasks, base=base, plots=plots, legend=legend, known=known
     )
 
 
@@ -387,5 +402,5 @@ def _percent(value: float) -> str:
 
 
 def _interval(row: Row) -> str:
-    low, high = wilson(row.correct, row.n)
+    low, high = row.interval
     return f"{100 * low:.0f}–{100 * high:.0f}"

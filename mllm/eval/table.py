@@ -5,56 +5,104 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mllm.eval import files, stats
-from mllm.eval.plans import UNPATCHED
+import numpy as np
 
-_VERDICTS = {
-    "better": "{names} {beat} random",
-    "not better": "{names} {be} not better than random",
-    "worse": "{names} {be} worse than random",
+from mllm.errors import DataError
+from mllm.eval import files, stats, words
+from mllm.eval.plans import UNPATCHED
+from mllm.eval.words import or_dash, points
+
+VERSUS = tuple(f"vs_{name}" for name in ("random", "downsample", UNPATCHED))
+FEWEST_DIFFICULT = 20
+# Columns of the CSV that are figures as they stand.
+_PLAIN = (
+    "n",
+    "score",
+    "spread",
+    "visual_avg",
+    "kept_llm",
+    "flops",
+    "kv_bytes",
+    "prefill_s",
+    "verdict",
+)
+# By verdict and whether it holds after correction.
+_MARKS = {
+    ("better", True): "▲",
+    ("worse", True): "▼",
+    ("better", False): "△",
+    ("worse", False): "▽",
 }
-_MARKS = {"better": "▲", "worse": "▼"}
+
+
+@dataclass
+class _Entry:
+    """The finished runs of one method at one budget: per seed, a cell for every task."""
+
+    method: str
+    budget: int | None
+    runs: list[dict[str, dict[str, Any]]]
+
+    def outcomes(self, tasks: Sequence[str]) -> list[list[list[bool]]]:
+        """Per seed and task, one truth value per question."""
+        return [[_bits(run[task]) for task in tasks] for run in self.runs]
+
+    def flat(self, tasks: Sequence[str]) -> list[list[bool]]:
+        """Per seed, the outcomes of all tasks in one row."""
+        return [list(chain.from_iterable(rows)) for rows in self.outcomes(tasks)]
+
+    def answers(self, tasks: Sequence[str]) -> list[list[str]] | None:
+        """Per seed, the answers of all tasks in one row; None if a cell holds none."""
+        if not all(run[task].get("answers") for run in self.runs for task in tasks):
+            return None
+        return [[text for task in tasks for text in run[task]["answers"]] for run in self.runs]
 
 
 def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[str, Any]:
     """Everything the files show.
+
+    Cells of one method, budget and task with different seeds become one row. A seed counts where
+    all tasks are there; what is unfinished is listed in `missing`. Where cells of a task differ
+    in the number of questions, those with the most count.
 
     Args:
         cells: cells of one sweep (:func:`mllm.eval.sweep.run`).
         skipped: methods and budgets that could not be run, with `method`, `budget`, `reason`.
 
     Returns:
-        `{schema, about, split, n, seed, tasks, rows, skipped, words}`. A row covers all tasks:
-        `score` and `ci` are pooled, differences are paired and stratified by task.
+        `{schema, about, split, n, seed, tasks, rows, comparisons, missing, left_out, skipped,
+        words}`. A row covers all tasks and seeds, its `tasks` one task each, with the same
+        figures: `score` and `ci` are pooled, differences paired and stratified by task. In
+        `vs_random`, `vs_downsample` and `vs_unpatched`, `p_holm` is corrected for the other
+        comparisons with the same row: those over all tasks are one family, those on single tasks
+        another; `comparisons` has their numbers. `loyalty` is None without answers in the cells;
+        `difficult.score` is None under 20 questions.
+
+    Raises:
+        DataError: no cells, or those of a task differ in model, split, style, dtype or backend.
     """
-    grouped: dict[tuple[str, int | None], dict[str, dict]] = {}
-    tasks: dict[str, int] = {}
-    for cell in cells:
-        grouped.setdefault((cell["method"], cell["budget"]), {})[cell["task"]] = cell
-        tasks[cell["task"]] = cell["n"]
-    outcomes = {
-        name: [_bits(by_task[task]) for task in tasks]
-        for name, by_task in grouped.items()
-        if len(by_task) == len(tasks)
-    }
-    rows = [
-        _row(name, {task: grouped[name][task] for task in tasks}, outcomes) for name in outcomes
-    ]
+    tasks, entries, missing, left_out = _grouped(list(cells))
+    rows = [_row(entry, tasks, entries) for entry in entries.values() if entry.runs]
     # Equal budgets stand together: they are what is compared.
     rows.sort(key=lambda row: -(row["budget"] or float("inf")))
-    first = next(iter(next(iter(grouped.values())).values()))
-    about = {k: first[k] for k in ("about", "split", "n", "seed")}
-    return {
+    comparisons = _correct(rows)
+    first = tasks[next(iter(tasks))]
+    table = {
         "schema": 1,
-        **about,
+        **{k: first[k] for k in ("about", "split", "n", "seed")},
         "tasks": list(tasks),
         "rows": rows,
+        "comparisons": comparisons,
+        "missing": missing,
+        "left_out": left_out,
         "skipped": [{"method": s.method, "budget": s.budget, "reason": s.reason} for s in skipped],
-        "words": words(rows, list(tasks), first["n"]),
     }
+    return table | {"words": words.paragraphs(table)}
 
 
 def write(table: dict[str, Any], stem: Path) -> list[Path]:
@@ -67,52 +115,13 @@ def write(table: dict[str, Any], stem: Path) -> list[Path]:
     ]
 
 
-def words(rows: list[dict[str, Any]], tasks: list[str], n: int) -> list[str]:
-    """One paragraph per budget: which methods beat random, and on which tasks."""
-    said = []
-    for budget in dict.fromkeys(row["budget"] for row in rows if row["vs_random"]):
-        compared = [row for row in rows if row["budget"] == budget and row["vs_random"]]
-        parts = []
-        for verdict, pattern in _VERDICTS.items():
-            names = [
-                f"{row['method']} ({_difference(row['vs_random'])})"
-                for row in compared
-                if row["vs_random"]["verdict"] == verdict
-            ]
-            if names:
-                many = len(names) > 1
-                parts.append(
-                    pattern.format(
-                        names=_listed(names),
-                        beat="beat" if many else "beats",
-                        be="are" if many else "is",
-                    )
-                )
-        sentences = [f"At {budget} tokens, over all tasks, {'; '.join(parts)}."]
-        for task in tasks:
-            better = [
-                row["method"]
-                for row in compared
-                if row["tasks"][task]["vs_random"]["verdict"] == "better"
-            ]
-            verb = "beats" if len(better) == 1 else "beat"
-            what = f"{_listed(better)} {verb} random" if better else "nothing beats random"
-            sentences.append(f"On {task}, {what}.")
-        said.append(" ".join(sentences))
-    said.append(
-        f"Each comparison is paired on the same questions ({n} per task); the brackets are 95 % "
-        "bootstrap intervals of the difference in points, one by one, not corrected for their "
-        "number. A method beats random where its interval lies above zero."
-    )
-    return said
-
-
 def markdown(table: dict[str, Any]) -> str:
     """The table for people."""
     tasks = table["tasks"]
     about = table["about"]
+    each = words.per_task(table)
     lines = [
-        f"# Yardstick: {len(tasks)} tasks, {table['n']} questions each, {table['split']} split",
+        f"# Yardstick: {len(tasks)} tasks, {each} questions each, {table['split']} split",
         "",
         *(f"{paragraph}\n" for paragraph in table["words"]),
         "## All tasks",
@@ -133,21 +142,42 @@ def markdown(table: dict[str, Any]) -> str:
         "score % (95 %)",
         "vs random",
         "vs downsample",
-        "flipped vs unpatched",
     ]
     body = [
         [
             f"`{row['plan']}`",
-            _or_dash(row["budget"]),
+            or_dash(row["budget"]),
             f"{row['kept_llm']:.0f}",
             f"{row['visual_avg']:.1f}",
             f"{row['flops'] / 1e9:.2f}",
             f"{row['kv_bytes'] / 1024:.0f}",
             "–" if row["prefill_s"] is None else f"{1e3 * row['prefill_s']:.0f}",
-            _score(row),
-            _or_dash(row["vs_random"] and _difference(row["vs_random"])),
-            _or_dash(row["vs_downsample"] and _difference(row["vs_downsample"])),
-            _or_dash(row["vs_unpatched"] and row["vs_unpatched"]["flipped"]),
+            _share(row),
+            or_dash(row["vs_random"] and points(row["vs_random"])),
+            or_dash(row["vs_downsample"] and points(row["vs_downsample"])),
+        ]
+        for row in table["rows"]
+    ]
+    lines += _grid(head, body)
+    lines += ["", "## What can be said", "", *_notes(table["rows"]), ""]
+    head = [
+        "method",
+        "budget",
+        "seeds",
+        "p vs random",
+        "same answers %",
+        "difficult %",
+        "verdict",
+    ]
+    body = [
+        [
+            row["method"],
+            or_dash(row["budget"]),
+            _seeds(row),
+            _p(row["vs_random"]),
+            or_dash(row["loyalty"] and _share(row["loyalty"], "share")),
+            _on_difficult(row["difficult"]),
+            row["verdict"] or "–",
         ]
         for row in table["rows"]
     ]
@@ -156,14 +186,15 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         "## By task",
         "",
-        "Scores in percent; ▲ better than random at the same budget, ▼ worse, nothing: not "
-        "resolved. Intervals are in the CSV and JSON files.",
+        "Scores in percent; ▲ better than random at the same budget, ▼ worse, after Holm's "
+        f"correction for {table['comparisons']['vs_random']['tasks']} comparisons; △ ▽ before it "
+        "only; nothing: not resolved. Intervals are in the CSV and JSON files.",
         "",
     ]
     body = [
         [
             row["method"],
-            _or_dash(row["budget"]),
+            or_dash(row["budget"]),
             *(_marked(row["tasks"][task]) for task in tasks),
         ]
         for row in table["rows"]
@@ -172,15 +203,17 @@ def markdown(table: dict[str, Any]) -> str:
     if table["skipped"]:
         lines += ["", "## Not reachable", ""]
         lines += [f"- `{s['method']}` at {s['budget']}: {s['reason']}" for s in table["skipped"]]
+    seeds = sorted({seed for row in table["rows"] for seed in row["seeds"]})
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += [
         "",
         "## How",
         "",
         f"{about['dtype']}, {about['backend']}, {about['device']}, {about['threads']} threads; "
-        f"seed {table['seed']}; weights {about['weights_sha256'][:12]}; commit "
-        f"{about['commit'] or 'unknown'}; {versions}. Written by `mllm sweep`; the cells, with "
-        "the outcome of every question, are in the JSON Lines file beside this one.",
+        f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}; weights "
+        f"{about['weights_sha256'][:12]}; commit {about['commit'] or 'unknown'}; {versions}. "
+        "Written by `mllm sweep`; the cells, with the outcome of every question, are in the JSON "
+        "Lines file beside this one.",
         "",
     ]
     return "\n".join(lines)
@@ -188,95 +221,189 @@ def markdown(table: dict[str, Any]) -> str:
 
 def comma_separated(table: dict[str, Any]) -> str:
     """One line per method, budget and task; task `all` is the pooled row."""
-    fields = [
-        "method",
-        "budget",
-        "plan",
-        "task",
-        "n",
-        "score",
-        "low",
-        "high",
-        "visual_avg",
-        "kept_llm",
-        "flops",
-        "kv_bytes",
-        "prefill_s",
-        "vs_random",
-        "vs_random_low",
-        "vs_random_high",
-        "vs_downsample",
-        "vs_downsample_low",
-        "vs_downsample_high",
-    ]
+    fields = ["method", "budget", "plan", "task", "low", "high", "seeds", *_PLAIN]
+    for versus in VERSUS:
+        fields += [versus, *(f"{versus}_{name}" for name in ("low", "high", "p", "p_holm"))]
+    fields += ["loyalty", "difficult", "difficult_n"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fields, lineterminator="\n")
     writer.writeheader()
     for row in table["rows"]:
         for task, scores in [("all", row), *row["tasks"].items()]:
+            low, high = scores["ci"]
             line = {name: row[name] for name in ("method", "budget", "plan")}
-            line |= {"task": task, "low": scores["ci"][0], "high": scores["ci"][1]}
-            for name in ("n", "score", "visual_avg", "kept_llm", "flops", "kv_bytes", "prefill_s"):
-                line[name] = scores[name]
-            for versus in ("vs_random", "vs_downsample"):
-                if scores[versus]:
-                    low, high = scores[versus]["ci"]
-                    line |= {versus: scores[versus]["diff"]}
-                    line |= {f"{versus}_low": low, f"{versus}_high": high}
+            line |= {"task": task, "low": low, "high": high, "seeds": len(row["seeds"])}
+            line |= {name: scores[name] for name in _PLAIN}
+            for versus in VERSUS:
+                if found := scores[versus]:
+                    low, high = found["ci"]
+                    line |= {versus: found["diff"], f"{versus}_low": low, f"{versus}_high": high}
+                    line |= {f"{versus}_p": found["p"], f"{versus}_p_holm": found["p_holm"]}
+            hard = scores["difficult"] or {"n": None, "score": None}
+            line |= {"difficult": hard["score"], "difficult_n": hard["n"]}
+            line["loyalty"] = scores["loyalty"] and scores["loyalty"]["share"]
             writer.writerow(line)
     return buffer.getvalue()
 
 
+def _grouped(
+    cells: list[dict[str, Any]],
+) -> tuple[dict[str, dict], dict[tuple[str, int | None], _Entry], list[dict], int]:
+    """A first cell per task, the entries, what is missing, and how many cells were left out."""
+    if not cells:
+        raise DataError(
+            "a table needs at least one cell of a sweep",
+            argument="cells",
+            given="none",
+            expected="cells of mllm sweep",
+        )
+    most: dict[str, int] = {}
+    for cell in cells:
+        most[cell["task"]] = max(cell["n"], most.get(cell["task"], 0))
+    tasks: dict[str, dict] = {}
+    runs: dict[tuple[str, int | None], dict[int, dict[str, dict]]] = {}
+    left_out = 0
+    for cell in cells:
+        task = cell["task"]
+        if cell["n"] < most[task]:
+            left_out += 1
+            continue
+        first = tasks.setdefault(task, cell)
+        if _origin(cell) != _origin(first):
+            given = f"{_origin(first)} and {_origin(cell)}"
+            raise DataError(
+                f"the cells of task {task!r} cannot be compared: {given}",
+                argument="cells",
+                given=given,
+                expected="one model, split, style, dtype and backend for each task",
+            )
+        name = cell["method"], cell["budget"]
+        runs.setdefault(name, {}).setdefault(cell["seed"], {})[task] = cell
+    entries, missing = {}, []
+    for (method, budget), by_seed in runs.items():
+        done = []
+        for seed, run in sorted(by_seed.items()):
+            absent = [task for task in tasks if task not in run]
+            if absent:
+                missing.append({"method": method, "budget": budget, "seed": seed, "tasks": absent})
+            else:
+                done.append(run)
+        entries[method, budget] = _Entry(method, budget, done)
+    return tasks, entries, missing, left_out
+
+
+def _origin(cell: dict[str, Any]) -> str:
+    """What cells must share to be compared; older cells are all of the plain style."""
+    about = cell["about"]
+    return (
+        f"weights {about['weights_sha256'][:12]}, {cell['split']} split, "
+        f"{cell.get('style', 'plain')} style, {about['dtype']}, {about['backend']}"
+    )
+
+
 def _row(
-    name: tuple[str, int | None],
-    by_task: dict[str, dict],
-    outcomes: dict[tuple[str, int | None], list[list[bool]]],
+    entry: _Entry, tasks: Iterable[str], entries: dict[tuple[str, int | None], _Entry]
 ) -> dict[str, Any]:
-    method, budget = name
-    cells = list(by_task.values())
-    versus = {
-        f"vs_{other}": outcomes.get((other, None if other == UNPATCHED else budget))
-        if method not in (other, UNPATCHED)
-        else None
-        for other in ("random", "downsample", UNPATCHED)
-    }
-    n, correct = sum(cell["n"] for cell in cells), sum(cell["correct"] for cell in cells)
+    def baseline(name: str) -> _Entry | None:
+        found = entries.get((name, None if name == UNPATCHED else entry.budget))
+        return found if found and found.runs else None
+
+    others = {name: baseline(name) for name in ("random", "downsample", UNPATCHED)}
+    names = list(tasks)
     return {
-        "method": method,
-        "budget": budget,
-        "plan": cells[0]["plan"],
-        "n": n,
-        "score": correct / n,
-        "ci": list(stats.wilson(correct, n)),
-        "visual_avg": _mean(cells, "visual_avg"),
-        "kept_llm": _mean(cells, "kept_llm"),
-        "flops": _mean(cells, "flops"),
-        "kv_bytes": _mean(cells, "kv_bytes"),
-        "prefill_s": _median_time(cells),
-        **{label: theirs and _compared(outcomes[name], theirs) for label, theirs in versus.items()},
-        "tasks": {
-            task: {
-                **{k: cell[k] for k in ("n", "score", "ci", "visual_avg", "kept_llm", "flops")},
-                "kv_bytes": cell["kv_bytes"],
-                "prefill_s": _median_time([cell]),
-                **{
-                    label: theirs and _compared(outcomes[name][i], theirs[i])
-                    for label, theirs in versus.items()
-                },
-            }
-            for i, (task, cell) in enumerate(by_task.items())
-        },
+        "method": entry.method,
+        "budget": entry.budget,
+        "plan": entry.runs[0][names[0]]["plan"],
+        "seeds": [run[names[0]]["seed"] for run in entry.runs],
+        **_figures(entry, names, others),
+        "tasks": {task: _figures(entry, [task], others) for task in names},
     }
 
 
-def _compared(ours: Any, theirs: Any) -> dict[str, Any]:
-    found = stats.paired(ours, theirs)
+def _figures(
+    entry: _Entry, tasks: Sequence[str], others: dict[str, _Entry | None]
+) -> dict[str, Any]:
+    """What is known of an entry on some tasks."""
+    cells = [run[task] for run in entry.runs for task in tasks]
+    flat = entry.flat(tasks)
+    score = stats.share(flat)
+    compared = {
+        f"vs_{name}": _compared(entry, other, tasks)
+        if other and entry.method not in (name, UNPATCHED)
+        else None
+        for name, other in others.items()
+    }
+    return {
+        "n": score.n,
+        "score": score.share,
+        "ci": [score.low, score.high],
+        "spread": score.spread,
+        **{k: _mean(cells, k) for k in ("visual_avg", "kept_llm", "flops", "kv_bytes")},
+        "prefill_s": _median_time(cells),
+        **compared,
+        "loyalty": _loyalty(entry, others[UNPATCHED], tasks),
+        "difficult": _difficult(entry, others, tasks),
+    }
+
+
+def _compared(ours: _Entry, theirs: _Entry, tasks: Sequence[str]) -> dict[str, Any]:
+    found = stats.paired_seeds(ours.outcomes(tasks), theirs.outcomes(tasks))
     return found.as_dict() | {
         "verdict": found.verdict,
         "gained": found.gained,
         "lost": found.lost,
         "flipped": found.flipped,
+        "p": found.p,
+        "p_mid": found.p_mid,
+        "seeds": list(found.seeds),
     }
+
+
+def _loyalty(
+    entry: _Entry, unpatched: _Entry | None, tasks: Sequence[str]
+) -> dict[str, Any] | None:
+    """Same answers as unpatched; None for that row itself and where answers were not kept."""
+    if unpatched is None or entry.method == UNPATCHED:
+        return None
+    ours, theirs = entry.answers(tasks), unpatched.answers(tasks)
+    if ours is None or theirs is None:
+        return None
+    found = stats.loyalty(ours, theirs[0])
+    return {"share": found.share, "ci": [found.low, found.high], "n": found.n}
+
+
+def _difficult(
+    entry: _Entry, others: dict[str, _Entry | None], tasks: Sequence[str]
+) -> dict[str, Any] | None:
+    """Score where downsampling loses the answer; None for the two rows that choose the subset."""
+    unpatched, downsample = others[UNPATCHED], others["downsample"]
+    if entry.method in (UNPATCHED, "downsample") or unpatched is None or downsample is None:
+        return None
+    hard = stats.difficult(unpatched.flat(tasks)[0], downsample.flat(tasks)[0])
+    n = int(hard.sum())
+    if n < FEWEST_DIFFICULT:
+        return {"n": n, "score": None, "ci": None}
+    found = stats.share([np.asarray(row)[hard] for row in entry.flat(tasks)])
+    return {"n": n, "score": found.share, "ci": [found.low, found.high]}
+
+
+def _correct(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Give every comparison `p_holm` and `holds`, every row and task a verdict in words."""
+    by_task = [figures for row in rows for figures in row["tasks"].values()]
+    counts = {}
+    for versus in VERSUS:
+        families = {"all": rows, "tasks": by_task}
+        for label, family in families.items():
+            compared = [figures[versus] for figures in family if figures[versus]]
+            adjusted = stats.holm([found["p"] for found in compared])
+            for found, p in zip(compared, adjusted, strict=True):
+                resolved = found["verdict"] != "not better"
+                found |= {"p_holm": p, "holds": resolved and p < stats.LEVEL}
+            counts.setdefault(versus, {})[label] = len(compared)
+    for row in rows:
+        for figures in (row, *row["tasks"].values()):
+            figures["verdict"] = words.verdict(row["method"], figures)
+    return counts
 
 
 def _bits(cell: dict[str, Any]) -> list[bool]:
@@ -294,29 +421,58 @@ def _median_time(cells: list[dict]) -> float | None:
     return sum(cell["prefill_s"]["median"] for cell in cells) / len(cells)
 
 
-def _difference(versus: dict[str, Any]) -> str:
-    low, high = versus["ci"]
-    return f"{100 * versus['diff']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What the columns of the statistics mean, and what to beware of."""
+    several = any(row["vs_random"] and row["vs_random"]["p_mid"] is None for row in rows)
+    test = "exact McNemar"
+    if several:
+        test += ", or the bootstrap's normal p where a side has several seeds"
+    notes = [
+        f"p: two-sided ({test}), after Holm's correction over the rows of this column. Same "
+        "answers: share of questions that get the text that the unpatched model gives, right or "
+        "wrong. Brackets are 95 % intervals."
+    ]
+    if all(row["loyalty"] is None for row in rows):
+        notes.append("Same answers are not known: the cells hold no answers.")
+    if any(row["difficult"] for row in rows):
+        notes.append(
+            "Difficult: questions that unpatched answers right and downsample, with the budget's "
+            "tokens, wrong. By this choice downsample has 0 and unpatched 100 there, lucky and "
+            "unlucky answers included; so compare methods there with each other and with random, "
+            f"never with these two. Under {FEWEST_DIFFICULT} questions are too few."
+        )
+    return [line for note in notes for line in (note, "")][:-1]
 
 
-def _score(scores: dict[str, Any]) -> str:
-    low, high = scores["ci"]
-    return f"{100 * scores['score']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+def _seeds(row: dict[str, Any]) -> str:
+    if row["spread"] is None:
+        return "1"
+    return f"{len(row['seeds'])} (± {100 * row['spread']:.1f})"
+
+
+def _p(versus: dict[str, Any] | None) -> str:
+    if versus is None:
+        return "–"
+    return "< 0.0001" if versus["p_holm"] < 1e-4 else f"{versus['p_holm']:.4f}"
+
+
+def _on_difficult(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    if found["score"] is None:
+        return f"too few ({found['n']})"
+    return f"{_share(found)} of {found['n']}"
+
+
+def _share(figures: dict[str, Any], name: str = "score") -> str:
+    low, high = figures["ci"]
+    return f"{100 * figures[name]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def _marked(scores: dict[str, Any]) -> str:
-    verdict = scores["vs_random"]["verdict"] if scores["vs_random"] else ""
-    return f"{100 * scores['score']:.1f} {_MARKS.get(verdict, '')}".strip()
-
-
-def _listed(names: list[str]) -> str:
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _or_dash(value: Any) -> str:
-    return "–" if value is None else str(value)
+    versus = scores["vs_random"]
+    mark = _MARKS.get((versus["verdict"], versus["holds"]), "") if versus else ""
+    return f"{100 * scores['score']:.1f} {mark}".strip()
 
 
 def _grid(head: list[str], body: list[list[str]]) -> list[str]:
