@@ -38,7 +38,7 @@ def loaded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def docs():
     """Questions of several lengths, on one picture, on two, and on none."""
-    drawn = samples("color", n=3) + samples("ocr", n=2)
+    drawn = samples("color", n=3) + samples("ocr_word", n=2)
     found = [{"images": [d["image"]], "text": d["question"]} for d in drawn]
     found.append({"images": [drawn[0]["image"], drawn[3]["image"]], "text": "what is written?"})
     found.append({"images": [], "text": "how many cat objects are there?"})

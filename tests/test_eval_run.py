@@ -67,7 +67,7 @@ def run(folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
     result, payload = _cli(
         "eval", "--model", folder, "--plan", "none", "--plan", "visionzip:keep=8", "--tasks",
-        "yardstick_color,yardstick_ocr", "--limit", 5, "--batch-size", 3, "--split", "dev",
+        "yardstick_color,yardstick_ocr_word", "--limit", 5, "--batch-size", 3, "--split", "dev",
         "--output", output, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -81,7 +81,7 @@ def test_eval_reports_score_and_cost(run):
     assert (plain["plan"], cut["plan"]) == ("unpatched", "visionzip:keep=8")
     for row in plain["rows"] + cut["rows"]:
         assert row["n"] == 5 and row["ci"][0] <= row["score"] <= row["ci"][1]
-    assert [row["task"] for row in cut["rows"]] == ["yardstick_color", "yardstick_ocr"]
+    assert [row["task"] for row in cut["rows"]] == ["yardstick_color", "yardstick_ocr_word"]
     assert [row["visual_avg"] for row in plain["rows"]] == [TOKENS, TOKENS]
     assert [row["visual_avg"] for row in cut["rows"]] == [8, 8]
     about = cut["mllm"]
@@ -100,7 +100,7 @@ def test_eval_writes_results_and_samples(run):
         loaded = json.loads(results.read_text())
         assert loaded["mllm"] == record["mllm"]
         assert "exact_match,none" in loaded["results"]["yardstick_color"]
-        for path, task in zip(written, ("color", "ocr"), strict=True):
+        for path, task in zip(written, ("color", "ocr_word"), strict=True):
             rows = files.read_jsonl(path)
             drawn = samples(task, split="dev", n=5)
             assert [row["doc"]["question"] for row in rows] == [d["question"] for d in drawn]
@@ -154,13 +154,13 @@ def test_plain_lmms_eval_works(folder, tmp_path):
         "HF_DATASETS_OFFLINE": "1",
     }
     words = [
-        sys.executable, "-m", "lmms_eval", "--model", "mllm", "--tasks", "yardstick_ocr",
+        sys.executable, "-m", "lmms_eval", "--model", "mllm", "--tasks", "yardstick_ocr_word",
         "--model_args", f"pretrained={folder},plan=visionzip:keep=8+fastv:layer=1:keep=4",
         "--include_path", tasks.PATH, "--limit", "3", "--batch_size", "2", "--log_samples",
         "--output_path", str(tmp_path / "out"), "--device", "cpu",
     ]  # fmt: skip
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    (path,) = tmp_path.rglob("*_samples_yardstick_ocr.jsonl")
+    (path,) = tmp_path.rglob("*_samples_yardstick_ocr_word.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["token_counts"][0]["mllm"]["kept_llm"] for row in rows] == [8, 8, 8], done.stdout
     (path,) = tmp_path.rglob("*_results.json")
@@ -207,7 +207,7 @@ def test_budgets_out_of_reach(template, budget, match):
 def _sweep(loaded, path, **options):
     entries, skipped = sweep.grid(loaded[0], ["visionzip", "fastv"], [32, 8])
     options = {"n": 5, "batch_size": 2, "timings": 1} | options
-    return list(sweep.run(*loaded, entries, ["color", "ocr"], path, **options)), skipped
+    return list(sweep.run(*loaded, entries, ["color", "ocr_word"], path, **options)), skipped
 
 
 def test_sweep_gives_the_cells_of_the_contract(loaded, tmp_path):
@@ -232,7 +232,7 @@ def test_sweep_gives_the_cells_of_the_contract(loaded, tmp_path):
 def test_sweep_resumes(loaded, tmp_path, monkeypatch):
     path = tmp_path / "s.jsonl"
     entries, _ = sweep.grid(loaded[0], ["visionzip"], [8])
-    arguments = (*loaded, entries, ["color", "ocr"], path)
+    arguments = (*loaded, entries, ["color", "ocr_word"], path)
     whole = list(sweep.run(*arguments, n=4, timings=0))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:7]) + lines[7][:40])  # killed while it wrote a cell
@@ -265,7 +265,7 @@ def test_sweep_predicts_like_lmms_eval(loaded, spec):
     from mllm.eval.plans import patched_with
 
     model, processor = loaded
-    drawn = samples("color", n=4) + samples("ocr", n=3)
+    drawn = samples("color", n=4) + samples("ocr_word", n=3)
     docs = [{"images": [d["image"]], "text": d["question"]} for d in drawn]
     options = {"max_new_tokens": sweep.MAX_NEW_TOKENS, "until": list(sweep.STOPS)}
     expected = [r.text for r in _ask(_model(loaded, docs, spec), docs, options)]
@@ -297,7 +297,8 @@ def test_tower_runs_once_for_plans_after_it(loaded):
 
 
 def test_sweep_command_writes_the_table(folder, tmp_path):
-    words = ["sweep", "--model", folder, "--budgets", "32,8", "--tasks", "color,ocr", "--n", 3,
+    words = ["sweep", "--model", folder, "--budgets", "32,8", "--tasks", "color,ocr_word",
+             "--n", 3,
              "--timings", 1, "--output", tmp_path / "new" / "t.jsonl"]  # fmt: skip
     result, _ = _cli(*words)
     assert result.exit_code == 0, result.output
@@ -363,7 +364,7 @@ def test_words_follow_the_numbers():
     }  # fmt: skip
     cells = [
         _cell(name, None if name == "unpatched" else 8, task, rows[name][i])
-        for i, task in enumerate(("color", "ocr"))
+        for i, task in enumerate(("color", "ocr_word"))
         for name in rows
     ]
     built = table.build(cells)

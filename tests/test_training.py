@@ -53,7 +53,7 @@ def recipe_for(model, folder, **changes):
     written = {
         "version": 1,
         "model": {"path": str(model), "dtype": "float32"},
-        "data": [{"path": "yardstick", "tasks": ["exist", "ocr"], "limit": 6}],
+        "data": [{"path": "yardstick", "tasks": ["exist", "ocr_word"], "limit": 6}],
         "method": {"type": "lora", "r": 4},
         "train": {
             "seed": 3,
@@ -433,18 +433,18 @@ def test_a_stage_asks_its_tasks_and_as_many_yes_as_no(processor):
 def test_a_staged_run_resumes_to_the_same_weights(tmp_path):
     def staged(folder):
         short = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "bf16": False}
-        changes = [f"stages.{i}.train.{k}={v}" for i in range(4) for k, v in short.items()]
+        changes = [f"stages.{i}.train.{k}={v}" for i in range(5) for k, v in short.items()]
         changes += ["eval=null", f"output.dir={folder}"]
-        changes += [f"stages.{i}.train.lr_scheduler_kwargs.num_decay_steps=1" for i in (0, 1, 2)]
         return load("tiny-llava", changes)
 
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(staged(first))["status"] == "complete"
     shutil.copytree(first, second)
     # As if killed in the second stage, after its first step.
-    for name in ("model", "stage-3-focus", "stage-4-full", "stage-2-mini/checkpoint-2"):
+    later = ("stage-3-read", "stage-4-drill", "stage-5-full")
+    for name in ("model", *later, "stage-2-frame/checkpoint-2"):
         shutil.rmtree(second / name)
-    (second / "stage-2-mini/stage.json").unlink()
+    (second / "stage-2-frame/stage.json").unlink()
     record = json.loads((second / "run.json").read_text()) | {"status": "running"}
     (second / "run.json").write_text(json.dumps(record))
     assert run(staged(second), resume=True)["status"] == "complete"

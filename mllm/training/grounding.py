@@ -173,7 +173,11 @@ def _balanced(questions: Iterable[Question]) -> list[Question]:
 def _weighted(
     rng: Random, questions: list[Question], weights: Mapping[str, float], count: int
 ) -> list[Question]:
-    """Draw without replacement, by the weight of the task (Efraimidis and Spirakis)."""
+    """Draw without replacement, by the weight of the task (Efraimidis and Spirakis).
+
+    A weight below 1 is also the chance that a question is asked at all.
+    """
+    questions = [q for q in questions if rng.random() < weights.get(q.task, 1.0)]
     keys = [rng.random() ** (1 / weights.get(q.task, 1.0)) for q in questions]
     order = sorted(range(len(questions)), key=lambda i: -keys[i])[:count]
     return [questions[i] for i in order]
