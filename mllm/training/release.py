@@ -22,21 +22,28 @@ from mllm.yardstick.saliency import cls_attention_auc
 
 LIMIT_BYTES = 16 * 2**20
 RANDOM = "random:keep=58"  # 10 % of 576
+RANDOM_LLM = "randomllm:layer=2:keep=58"  # the same inside the language model
 # The admission rule: accuracy without a plan, points that RANDOM must lose, questions.
 LEAST_ACCURACY, LEAST_LOSS, LEAST_N = 0.85, 0.10, 500
 
 
 def admission(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per evaluated task: accuracy without a plan and under RANDOM, and whether the task counts."""
+    """Per evaluated task: accuracy without a plan, under RANDOM and under RANDOM_LLM, and whether
+    the task counts."""
     by_plan = {(row["task"], row["plan"]): row for row in rows}
     table = {}
     for task in (task for task in TASKS if (task, None) in by_plan):
-        full, few = by_plan[task, None], by_plan[task, RANDOM]
+        full, few, late = (by_plan[task, plan] for plan in (None, RANDOM, RANDOM_LLM))
         table[task] = {
             "n": full["n"],
             "accuracy": full["score"],
             "ci": full["ci"],
             "random_10_percent": {"accuracy": few["score"], "ci": few["ci"], "plan": RANDOM},
+            "randomllm_10_percent": {
+                "accuracy": late["score"],
+                "ci": late["ci"],
+                "plan": RANDOM_LLM,
+            },
             "admitted": full["n"] >= LEAST_N
             and full["score"] >= LEAST_ACCURACY
             and full["score"] - few["score"] >= LEAST_LOSS,
@@ -115,19 +122,25 @@ def card(data: dict[str, Any]) -> str:
         f"{LEAST_ACCURACY:.0%}, `{RANDOM}` (10 % of the tokens) loses at least "
         f"{100 * LEAST_LOSS:.0f} points, and n is at least {LEAST_N}.",
         "",
-        "| task | n | accuracy | 95 % interval | random, 10 % of tokens | 95 % interval |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| task | n | accuracy | 95 % interval | random, 10 % of tokens | 95 % interval "
+        "| random at layer 2 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows = data["tasks"]
     for task, row in rows.items():
         if row["admitted"]:
-            few = row["random_10_percent"]
+            few, late = row["random_10_percent"], row["randomllm_10_percent"]
             lines.append(
                 f"| {task} | {row['n']} | {row['accuracy']:.1%} | {_interval(row['ci'])} "
-                f"| {few['accuracy']:.1%} | {_interval(few['ci'])} |"
+                f"| {few['accuracy']:.1%} | {_interval(few['ci'])} | {late['accuracy']:.1%} |"
             )
-    missing = [task for task in TASKS if task not in rows or not rows[task]["admitted"]]
-    lines += ["", f"Not learnt, and not to be quoted: {', '.join(missing) or 'none'}."]
+    lines += ["", "Not learnt, or not sensitive, and not to be quoted:", ""]
+    for task in TASKS:
+        if task not in rows:
+            lines.append(f"- {task}: not scored")
+        elif not rows[task]["admitted"]:
+            few = rows[task]["random_10_percent"]["accuracy"]
+            lines.append(f"- {task}: {rows[task]['accuracy']:.1%}, random {few:.1%}")
     return "\n".join(lines) + "\n"
 
 
