@@ -37,11 +37,12 @@ def report(results: Path, output: Path, svg: Path | None) -> dict[str, Any]:
     """
     for path in filter(None, (output, svg)):
         check_writable(path)
-    from mllm.eval import files, table
+    from mllm.eval import cells as results_files
     from mllm.eval import report as pages
+    from mllm.eval import table
 
-    cells = files.read_jsonl(results)
-    if not all("outcomes" in cell and "method" in cell for cell in cells) or not cells:
+    cells = results_files.read(results).rows
+    if not cells:
         raise DataError(
             f"{results} holds no results of a sweep",
             argument="results",

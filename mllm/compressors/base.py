@@ -130,7 +130,17 @@ class Context:
         """One CPU generator per image, seeded by the plan and the image's content.
 
         So a draw depends neither on the batch an image is in nor on its place there.
+
+        Raises:
+            PlanError: the method does not declare that it `draws`.
         """
+        if not self.stage.draws:
+            raise PlanError(
+                f"{self.stage.info.name} draws random numbers but does not declare it",
+                argument="draws",
+                given=False,
+                expected="draws = True in the class",
+            )
         return [torch.Generator().manual_seed(seed) for seed in self._seeds()]
 
     def counts(self) -> list[int]:
@@ -284,7 +294,8 @@ class _Method:
     """Shared by all kinds. Subclasses are dataclasses registered with :func:`register`.
 
     Their field `positions` is None for what the paper does (`paper_positions`) where the model
-    can do it.
+    can do it. `draws` says that a method uses random numbers: its results depend on the plan's
+    seed, so sweeps repeat it for every seed.
     """
 
     site: ClassVar[str]
@@ -292,6 +303,7 @@ class _Method:
     actions: ClassVar[tuple[str, ...]] = ("Keep",)
     identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
     oracle: ClassVar[str] = "mask"
+    draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

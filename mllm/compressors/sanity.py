@@ -46,6 +46,8 @@ class Random(TokenReducer):
     seed: int = 0
     positions: Positions | None = None
 
+    draws = True
+
     def reduce(self, ctx: Context) -> list:
         images, tokens = ctx.valid.shape
         draws = torch.stack([torch.rand(tokens, generator=g) for g in ctx.generators()])
