@@ -262,7 +262,7 @@ def test_tower_runs_once_for_plans_after_it(loaded):
     shared = sweep.SharedTower(model)
     calls = []
     hook = shared.tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
-    
+
     def run(*specs):
         calls.clear()
         for spec in specs:

@@ -49,6 +49,14 @@ def report(results: Path, output: Path, svg: Path | None) -> dict[str, Any]:
             given=str(results),
             expected="a JSON Lines file written by mllm sweep",
         )
+    styles = sorted({cell.get("style", "plain") for cell in cells})
+    if len(styles) > 1:
+        raise DataError(
+            f"{results} holds results on pictures of several styles: {', '.join(styles)}",
+            argument="results",
+            given=str(results),
+            expected="one style; mllm sweep with another --output keeps them apart",
+        )
     made = table.build(cells)
     rows = [_row(row) for row in made["rows"]]
     about = made["about"]

@@ -162,7 +162,8 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
         timings=chosen.timed,
     )
     sweep.check_drawn(tasks, asked)
-    files.ensure_writable(output.parent)
+    if not dry_run:
+        files.ensure_writable(output.parent)
     damaged = cells.read(output).damaged
     console = err_console()
     load = functools.partial(load_model, chosen.model, dtype=chosen.dtype, device=chosen.device)

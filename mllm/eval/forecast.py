@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from mllm.eval.answer import answer, unpatched_costs
 from mllm.eval.plans import patched_with
 from mllm.eval.sweep import Entry, Questioning, Questions, answer_all, shares_tower
@@ -79,26 +81,40 @@ def forecast(
         task: unpatched_costs(model, given)[0]["prefill_flops"] for task, given in inputs.items()
     }
     first = next(iter(todo))
-    plans = {e.plan.sha256: e.plan for entries in todo.values() for e in entries}
-    costs = {name: _cost(model, processor, inputs[first], plan) for name, plan in plans.items()}
+    # Not by seed: a draw costs what another one does.
+    plans = {e.plan.spec: e.plan for entries in todo.values() for e in entries}
+    costs = {spec: _cost(model, processor, inputs[first], plan) for spec, plan in plans.items()}
     total = 0.0
     for task, entries in todo.items():
-        every = [costs[entry.plan.sha256] for entry in entries]
+        every = [costs[entry.plan.spec] for entry in entries]
         tower = max((cost.tower for cost in every), default=0.0)
         own = sum(cost.prefill - cost.tower for cost in every)
         total += asked.n * whole[task] / whole[first] * (tower + own)
 
-    started = time.perf_counter()
-    drawn = samples(first, n=min(PROBE, asked.n), **options)
-    questions = Questions(processor, drawn, len(drawn), model.dtype, model.device)
-    drawing = (time.perf_counter() - started) / len(drawn)
-    for _ in range(2):  # the first one warms up
-        started = time.perf_counter()
-        answer_all(model, processor, questions, None)
-        answering = (time.perf_counter() - started) / len(drawn)
+    drawing, answering = _probe(model, processor, first, asked, workers)
     repeats = 1 + (asked.timings + 1 if asked.timings else 0) / asked.n
     seconds = total * repeats * answering / whole[first] + asked.n * len(todo) * drawing
     return Forecast(cells, missing, total, seconds / min(workers, len(todo)))
+
+
+def _probe(
+    model: Any, processor: Any, task: str, asked: Questioning, workers: int
+) -> tuple[float, float]:
+    """Seconds per question to draw and preprocess it, and to answer it without a plan."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))  # as each worker has
+    try:
+        started = time.perf_counter()
+        drawn = samples(task, split=asked.split, n=min(PROBE, asked.n), style=asked.style)
+        questions = Questions(processor, drawn, len(drawn), model.dtype, model.device)
+        drawing = time.perf_counter() - started
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            answer_all(model, processor, questions, None)
+            answering = time.perf_counter() - started
+    finally:
+        torch.set_num_threads(threads)
+    return drawing / len(drawn), answering / len(drawn)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ def combine(written: Mapping[str, Any], flags: Mapping[str, Any]) -> SweepFile:
         PlanError: a method that does not exist.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    given = {name: _value(name, value, f"--{name}") for name, value in given.items()}
+    given = {
+        name: _value(name, value, "--" + name.replace("_", "-")) for name, value in given.items()
+    }
     return replace(SweepFile(), **{**written, **given})
 
 

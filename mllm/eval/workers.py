@@ -54,12 +54,12 @@ def evaluate(
             process.start()
             theirs.close()
             running[ours] = process
-            ours.send(waiting.pop())
+            _send(ours, waiting.pop())
         while running:
             for ours in wait(list(running)):
                 try:
                     kind, value = ours.recv()
-                except EOFError as error:
+                except (EOFError, ConnectionError) as error:
                     process = running[ours]
                     process.join()
                     raise MllmError(
@@ -77,15 +77,21 @@ def evaluate(
                     raise value
                 elif kind == "done":
                     if waiting:
-                        ours.send(waiting.pop())
+                        _send(ours, waiting.pop())
                     else:
-                        ours.send(None)
+                        _send(ours, None)
                         running.pop(ours).join()
                         ours.close()
     finally:
         for process in running.values():
             process.terminate()
             process.join()
+
+
+def _send(pipe: Connection, job: Any) -> None:
+    # A worker that has died is found when its end of the pipe is read.
+    with contextlib.suppress(ConnectionError):
+        pipe.send(job)
 
 
 def _work(
@@ -95,7 +101,7 @@ def _work(
     from mllm.eval import sweep
 
     torch.set_num_threads(threads)
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         try:
             loaded = load()
             while (job := pipe.recv()) is not None:
