@@ -11,11 +11,11 @@ import torch
 
 from mllm.eval.answer import answer, unpatched_costs
 from mllm.eval.plans import patched_with
-from mllm.eval.sweep import Entry, Questioning, Questions, answer_all, shares_tower
+from mllm.eval.sweep import Entry, Questioning, Questions, answer_all, draw, shares_tower
 from mllm.loading import build_inputs
 from mllm.models import resolve
 from mllm.plan import Plan
-from mllm.yardstick import prompt, samples
+from mllm.yardstick import prompt
 
 PROBE = 8
 
@@ -52,9 +52,9 @@ def forecast(
     """Cost of the entries that each task misses.
 
     Every plan runs on one question, whose ledger gives its FLOPs, so a plan that cannot run is
-    found here; the unpatched model answers a few questions against the clock. Questions of other
-    tasks count by the FLOPs of the unpatched model on one of theirs. Decoding is in the seconds
-    as far as the probe decodes, not in the FLOPs.
+    found here; the unpatched model answers a few questions against the clock. Tasks count by the
+    FLOPs of the unpatched model on their first questions. Decoding is in the seconds as far as
+    the probe decodes, not in the FLOPs.
 
     Args:
         model, processor: as `mllm.load_model` gives them.
@@ -70,26 +70,24 @@ def forecast(
     missing = sum(map(len, todo.values()))
     if not missing:
         return Forecast(cells, 0)
-    options = {"split": asked.split, "style": asked.style}
-    inputs = {
-        task: build_inputs(processor, [prompt(samples(task, n=1, **options)[0])]).to(
-            model.device, model.dtype
-        )
-        for task in todo
-    }
-    whole = {
-        task: unpatched_costs(model, given)[0]["prefill_flops"] for task, given in inputs.items()
-    }
+    whole = {}
+    for task in todo:
+        drawn = [prompt(sample) for sample in draw(task, asked, PROBE)]
+        unpatched = unpatched_costs(model, build_inputs(processor, drawn))
+        whole[task] = sum(cost["prefill_flops"] for cost in unpatched) / len(drawn)
     first = next(iter(todo))
+    one = build_inputs(processor, [prompt(draw(first, asked, 1)[0])])
+    one = one.to(model.device, model.dtype)
+    (scale,) = (cost["prefill_flops"] for cost in unpatched_costs(model, one))
     # Not by seed: a draw costs what another one does.
     plans = {e.plan.spec: e.plan for entries in todo.values() for e in entries}
-    costs = {spec: _cost(model, processor, inputs[first], plan) for spec, plan in plans.items()}
+    costs = {spec: _cost(model, processor, one, plan) for spec, plan in plans.items()}
     total = 0.0
     for task, entries in todo.items():
         every = [costs[entry.plan.spec] for entry in entries]
         tower = max((cost.tower for cost in every), default=0.0)
         own = sum(cost.prefill - cost.tower for cost in every)
-        total += asked.n * whole[task] / whole[first] * (tower + own)
+        total += asked.n * whole[task] / scale * (tower + own)
 
     drawing, answering = _probe(model, processor, first, asked, workers)
     repeats = 1 + (asked.timings + 1 if asked.timings else 0) / asked.n
@@ -105,7 +103,7 @@ def _probe(
     torch.set_num_threads(max(1, threads // workers))  # as each worker has
     try:
         started = time.perf_counter()
-        drawn = samples(task, split=asked.split, n=min(PROBE, asked.n), style=asked.style)
+        drawn = draw(task, asked, PROBE)
         questions = Questions(processor, drawn, len(drawn), model.dtype, model.device)
         drawing = time.perf_counter() - started
         for _ in range(2):  # the first one warms up

@@ -179,15 +179,22 @@ class Questions:
         self.samples = samples
         asked = [prompt(sample) for sample in samples]
         lengths = [
-            ([picture.size for picture in pictures], len(processor.tokenizer(text)["input_ids"]))
-            for pictures, text in asked
+            (len(pictures), len(processor.tokenizer(text)["input_ids"])) for pictures, text in asked
         ]
-        order = sorted(range(len(samples)), key=lambda i: (len(lengths[i][0]), lengths[i], i))
+        order = sorted(range(len(samples)), key=lambda i: (lengths[i], i))
         self.indices = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        self.batches = [
-            build_inputs(processor, [asked[i] for i in indices]).to(device, dtype)
-            for indices in self.indices
-        ]
+        self._processor, self._asked, self._to = processor, asked, (device, dtype)
+        self._alone: dict[int, Any] = {}
+        self.batches = [self._inputs(indices) for indices in self.indices]
+
+    def alone(self, index: int) -> Any:
+        """A batch of the question `index` only; made once."""
+        if index not in self._alone:
+            self._alone[index] = self._inputs([index])
+        return self._alone[index]
+
+    def _inputs(self, indices: list[int]) -> Any:
+        return build_inputs(self._processor, [self._asked[i] for i in indices]).to(*self._to)
 
 
 class SharedTower:
@@ -390,7 +397,7 @@ def evaluate(
     about = describe_run(model)
     shared = SharedTower(model)
     for task, entries in jobs:
-        drawn = samples(task, split=asked.split, n=asked.n, style=asked.style)
+        drawn = draw(task, asked)
         questions = Questions(processor, drawn, asked.batch_size, model.dtype, model.device)
         for entry in entries:
             if on_start:
@@ -446,9 +453,8 @@ def _prefill_seconds(
     if not timings:
         return None
     seconds = []
-    for sample in [questions.samples[0], *questions.samples[:timings]]:
-        inputs = build_inputs(processor, [prompt(sample)])
-        inputs = inputs.to(model.device, model.dtype)
+    for index in [0, *range(min(timings, len(questions.samples)))]:
+        inputs = questions.alone(index)
         (result,) = answer(model, processor, inputs, patched, max_new_tokens=1)
         seconds.append(result.efficiency["ttft_s"])
     median, low, high = stats.median_interval(seconds[1:])
@@ -488,7 +494,13 @@ def check_drawn(tasks: Sequence[str], asked: Questioning) -> None:
         DataError: an unknown split or style, or data that are not there.
     """
     for task in tasks:
-        samples(task, split=asked.split, n=1, style=asked.style)
+        draw(task, asked, 1)
+
+
+def draw(task: str, asked: Questioning, most: int | None = None) -> list[dict[str, Any]]:
+    """The questions of a task, or the first `most` of them."""
+    n = asked.n if most is None else min(most, asked.n)
+    return samples(task, split=asked.split, n=n, style=asked.style)
 
 
 def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
