@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import time
 import pytest
 import torch
 from eval_tiny import save_tiny
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mllm.cli import app
@@ -508,6 +510,27 @@ def test_dry_run_says_what_is_missing_and_runs_nothing(folder, tmp_path):
     assert "1 damaged line skipped, its cell is computed again" in result.stderr
     result, payload = _cli(*words, "--json")
     assert result.exit_code == 0 and len(payload["data"]["rows"]) == 11
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_finished_cells_are_shown_and_reused_ones_are_not(terminal):
+    from mllm.cli.sweep import _Display
+
+    def cell(method, budget, versus):
+        return {"task": "color", "method": method, "budget": budget, "seed": 0, "score": 0.8,
+                "ci": [0.7, 0.9], "vs_random": versus}  # fmt: skip
+
+    better = {"diff": 0.05, "ci": [-0.01, 0.11]}
+    found = [cell("stride", 8, None), cell("unpatched", None, None), cell("divprune", 8, better)]
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, height=20)
+    display = _Display(console, 3, 2)
+    display.start("color", "divprune @ 8")
+    assert list(display.follow(iter(found))) == found
+    shown = console.file.getvalue()
+    assert "divprune" in shown and "80.0 (70.0–90.0)" in shown and "stride" not in shown
+    assert "+5.0 [-1.0, +11.0]" in shown
+    assert ("newest cells" in shown) == terminal
+    assert ("[1/2] color unpatched: " in shown) != terminal
 
 
 def test_forecast_counts_the_prefills(loaded):

@@ -244,9 +244,10 @@ class _Display:
         self.progress.advance(self.bar)
         if plain:
             task, method, budget, seed, score, versus = self.rows[-1]
-            seed = f" seed {seed}" if cell["seed"] else ""
+            at = "" if cell["budget"] is None else f" @ {budget}"
+            at += f", seed {seed}" if cell["seed"] else ""
             self.console.print(
-                f"[{len(self.rows)}/{self.missing}] {task} {method} @ {budget}{seed}: {score}, "
+                f"[{len(self.rows)}/{self.missing}] {task} {method}{at}: {score}, "
                 f"vs random {versus}",
                 markup=False,
                 highlight=False,
