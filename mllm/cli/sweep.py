@@ -187,7 +187,7 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
     ahead = {"output": str(output), "damaged": damaged, **cost.as_dict()}
     if dry_run:
         return ahead
-    console.print(_in_words(ahead))
+    console.print(_in_words(ahead), highlight=False, soft_wrap=True)
 
     started = sweep.run(
         *loaded,
