@@ -59,6 +59,11 @@ def close_taps() -> None:
     _TAPS.set(None)
 
 
+def opened() -> dict[nn.Module, list[Callable]]:
+    """Taps that are open in this thread."""
+    return _TAPS.get() or {}
+
+
 def set_change(change: Change | None) -> None:
     """Say what the attention module that is about to run changes."""
     _CHANGE.set(change)
@@ -91,7 +96,7 @@ def read_only(module: nn.Module, readers: list[Callable], **arguments: Any) -> N
 def _served(base: str) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
         only, change = _ONLY.get(), _CHANGE.get()
-        for tap in (_TAPS.get() or {}).get(module, ()) if only is None else only:
+        for tap in opened().get(module, ()) if only is None else only:
             with torch.no_grad():
                 tap(query, key, attention_mask, kwargs.get("scaling"), value)
         if only is not None:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import mllm
 from mllm.cli import app
 from mllm.errors import DataError, MllmError, PlanError
-from mllm.eval import files, sweep, table, tasks
+from mllm.eval import cells as results
+from mllm.eval import sweep, table, tasks
 from mllm.eval.plans import make_plan, plan_for_budget
 from mllm.loading import load_model
 from mllm.yardstick import ADMITTED, TASKS, samples
@@ -101,7 +102,7 @@ def test_eval_writes_results_and_samples(run):
         assert loaded["mllm"] == record["mllm"]
         assert "exact_match,none" in loaded["results"]["yardstick_color"]
         for path, task in zip(written, ("color", "ocr_word"), strict=True):
-            rows = files.read_jsonl(path)
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
             drawn = samples(task, split="dev", n=5)
             assert [row["doc"]["question"] for row in rows] == [d["question"] for d in drawn]
             assert [row["target"] for row in rows] == [d["answer"] for d in drawn]
@@ -226,33 +227,7 @@ def test_sweep_gives_the_cells_of_the_contract(loaded, tmp_path):
         if cell["budget"]:
             assert abs(cell["visual_avg"] - cell["budget"]) <= 2
         assert (cell["vs_random"] is None) == (cell["method"] in ("random", "unpatched"))
-    assert files.read_jsonl(tmp_path / "s.jsonl") == cells
-
-
-def test_sweep_resumes(loaded, tmp_path, monkeypatch):
-    path = tmp_path / "s.jsonl"
-    entries, _ = sweep.grid(loaded[0], ["visionzip"], [8])
-    arguments = (*loaded, entries, ["color", "ocr_word"], path)
-    whole = list(sweep.run(*arguments, n=4, timings=0))
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:7]) + lines[7][:40])  # killed while it wrote a cell
-    ran = []
-    monkeypatch.setattr(sweep, "_cell", _counting(sweep._cell, ran))
-    again = list(sweep.run(*arguments, n=4, timings=0))
-    assert len(ran) == len(whole) - 7
-    assert again == whole
-    assert path.read_text() == "".join(lines)
-    ran.clear()
-    list(sweep.run(*arguments, n=3, timings=0))
-    assert len(ran) == len(whole)  # another n is another question
-
-
-def _counting(function, calls):
-    def counted(*arguments):
-        calls.append(arguments)
-        return function(*arguments)
-
-    return counted
+    assert results.read(tmp_path / "s.jsonl").rows == cells
 
 
 @pytest.mark.parametrize("spec", ["none", "random:keep=8", "divprune:keep=8", "visionzip:keep=8",
@@ -287,12 +262,17 @@ def test_tower_runs_once_for_plans_after_it(loaded):
     shared = sweep.SharedTower(model)
     calls = []
     hook = shared.tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
-    for spec in ("none", "random:keep=8", "divprune:keep=8", "fastv:layer=1:keep=9"):
-        entry = sweep.Entry(spec, 8, make_plan(spec))
-        sweep._cell(model, processor, questions, entry, shared, 0)
-    assert len(calls) == 1
-    sweep._cell(model, processor, questions, sweep.Entry("v", 8, make_plan("visionzip")), shared, 0)
-    assert len(calls) == 2
+
+    def run(*specs):
+        calls.clear()
+        for spec in specs:
+            entry = sweep.Entry(spec, 8, make_plan(spec))
+            sweep._cell(model, processor, questions, entry, shared, 0)
+        return len(calls)
+
+    assert run("none", "random:keep=8", "divprune:keep=8", "fastv:layer=1:keep=9") == 1
+    assert run("visionzip:keep=8", "visionzip:keep=9", "none") == 1  # it reads attention there
+    assert run("downsample:keep=16", "downsample:keep=16") == 2  # another picture
     hook.remove()
 
 

@@ -37,16 +37,25 @@ def report(results: Path, output: Path, svg: Path | None) -> dict[str, Any]:
     """
     for path in filter(None, (output, svg)):
         check_writable(path)
-    from mllm.eval import files, table
+    from mllm.eval import cells as results_files
     from mllm.eval import report as pages
+    from mllm.eval import table
 
-    cells = files.read_jsonl(results)
-    if not all("outcomes" in cell and "method" in cell for cell in cells) or not cells:
+    cells = results_files.read(results).rows
+    if not cells:
         raise DataError(
             f"{results} holds no results of a sweep",
             argument="results",
             given=str(results),
             expected="a JSON Lines file written by mllm sweep",
+        )
+    styles = sorted({cell.get("style", "plain") for cell in cells})
+    if len(styles) > 1:
+        raise DataError(
+            f"{results} holds results on pictures of several styles: {', '.join(styles)}",
+            argument="results",
+            given=str(results),
+            expected="one style; mllm sweep with another --output keeps them apart",
         )
     made = table.build(cells)
     if not made["rows"]:

@@ -129,9 +129,18 @@ class Context:
     def generators(self) -> list[torch.Generator]:
         """One CPU generator per image (in the LLM: per sample), seeded by plan and pictures.
 
-        So a draw depends neither on the batch that a sample is in nor on its place there. A stage
-        in the LLM that draws has a field `seed`.
+        So a draw depends neither on the batch that a sample is in nor on its place there.
+
+        Raises:
+            PlanError: the method does not declare that it `draws`.
         """
+        if not self.stage.draws:
+            raise PlanError(
+                f"{self.stage.info.name} draws random numbers but does not declare it",
+                argument="draws",
+                given=False,
+                expected="draws = True in the class",
+            )
         return [torch.Generator().manual_seed(seed) for seed in self._seeds()]
 
     def counts(self) -> list[int]:
@@ -286,7 +295,8 @@ class _Method:
     """Shared by all kinds. Subclasses are dataclasses registered with :func:`register`.
 
     Their field `positions` is None for what the paper does (`paper_positions`) where the model
-    can do it.
+    can do it. `draws` says that a method uses random numbers: its results depend on the plan's
+    seed, so sweeps repeat it for every seed.
     """
 
     site: ClassVar[str]
@@ -294,6 +304,7 @@ class _Method:
     actions: ClassVar[tuple[str, ...]] = ("Keep",)
     identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
     oracle: ClassVar[str] = "mask"
+    draws: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -48,6 +48,8 @@ class Random(TokenReducer):
     seed: int = 0
     positions: Positions | None = None
 
+    draws = True
+
     def reduce(self, ctx: Context) -> list:
         images, tokens = ctx.valid.shape
         draws = torch.stack([torch.rand(tokens, generator=g) for g in ctx.generators()])
@@ -72,6 +74,7 @@ class RandomLLM(LayerPruner):
     seed: int = 0
     positions: Positions | None = None
 
+    draws = True
     paper_layer = 2
 
     def score(self, ctx: LayerContext) -> torch.Tensor:

@@ -51,44 +51,6 @@ def write_jsonl(path: str | os.PathLike, rows: list[Any]) -> Path:
     return write_text(path, "".join(lines))
 
 
-def append_jsonl(path: str | os.PathLike, row: Any) -> None:
-    """Add one line to a JSON Lines file, and see it on disk before returning."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file; [] if there is none.
-
-    A last line without its end is what a killed run leaves: it is cut off the file.
-
-    Raises:
-        DataError: another line is not a JSON object.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_text(path, whole)
-    rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON",
-                argument="output",
-                given=path,
-                expected="a file written by `mllm sweep`, or a new name",
-            ) from error
-        rows.append(row)
-    return rows
-
-
 def _plain(value: Any) -> Any:
     """Numpy scalars as numbers; functions and the like, which configs hold, as text."""
     return value.item() if hasattr(value, "item") else str(value)

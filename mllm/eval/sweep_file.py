@@ -1,0 +1,247 @@
+"""The YAML of a sweep: every key checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mllm.errors import DataError, MllmError, PlanError
+from mllm.plan import Plan
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """A grid and how it is evaluated. The fields are the keys of the YAML, beside `version`.
+
+    Attributes:
+        model: folder, hub name, or `tiny-llava`.
+        methods: spec templates without `keep`; the sanity rows are added.
+        budgets: visual tokens per image, averaged over decoder layers.
+        tasks: yardstick tasks; `admitted` stands for those that the embedded model learnt,
+            `yardstick` for all.
+        seeds: seeds of methods that draw at random; the others run once.
+        seeds_of: other seeds for some of them, by method or template.
+        sanity_positions: position policies of the sanity rows; `compact` is always there.
+        n: questions per task.
+        split: of the yardstick.
+        style: of the pictures.
+        batch_size: questions per batch.
+        timings: single prefills timed per cell; None is 8 with one worker, else 0.
+        workers: processes that share the tasks.
+        dtype, device: how to load the model.
+        output: JSON Lines file, relative to the working directory.
+    """
+
+    model: str = "tiny-llava"
+    methods: tuple[str, ...] = ("visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
+    budgets: tuple[int, ...] = (192, 64, 16)
+    tasks: tuple[str, ...] = ("admitted",)
+    seeds: tuple[int, ...] = (0,)
+    seeds_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sanity_positions: tuple[Literal["compact", "original"], ...] = ("compact",)
+    n: int = 500
+    split: Literal["test", "dev", "train"] = "test"
+    style: str = "plain"
+    batch_size: int = 16
+    timings: int | None = None
+    workers: int = 1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    output: str = "sweep.jsonl"
+
+    def __post_init__(self) -> None:
+        for template in self.methods:
+            _check_template(template)
+        for name in self.seeds_of:
+            _check_seeded(name, self.methods)
+        if self.workers > 1 and self.timings:
+            raise MllmError(
+                f"{self.workers} workers disturb each other's timings",
+                argument="timings",
+                given=self.timings,
+                expected="timings 0, or one worker",
+            )
+
+    @property
+    def timed(self) -> int:
+        """Prefills to time per cell."""
+        if self.timings is None:
+            return 8 if self.workers == 1 else 0
+        return self.timings
+
+
+_LEAST = {"budgets": 1, "seeds": 0, "seeds_of": 0, "n": 1, "batch_size": 1, "timings": 0,
+          "workers": 1}  # fmt: skip
+_TYPES = typing.get_type_hints(SweepFile)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Checked keys and values of a sweep file, as arguments of :class:`SweepFile`.
+
+    Raises:
+        DataError: the file cannot be read.
+        MllmError: it is not such a YAML: the key at fault is named, and near ones.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise DataError(
+            f"cannot read the sweep file {path}: {why}",
+            argument="grid",
+            given=path,
+            expected="a YAML file as in examples/sweep.yaml",
+        ) from error
+    try:
+        written = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise MllmError(
+            f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}",
+            argument="grid",
+            given=path,
+            expected="a YAML file as in examples/sweep.yaml",
+        ) from error
+    return _checked(written, str(path))
+
+
+def combine(written: Mapping[str, Any], flags: Mapping[str, Any]) -> SweepFile:
+    """The sweep of a file's keys and of flags, which win; None is a flag that was not given.
+
+    Raises:
+        MllmError: a flag's value is not of its kind, or two values do not go together.
+        PlanError: a method that does not exist.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    given = {
+        name: _value(name, value, "--" + name.replace("_", "-")) for name, value in given.items()
+    }
+    return replace(SweepFile(), **{**written, **given})
+
+
+def _checked(written: Any, path: str) -> dict[str, Any]:
+    if not isinstance(written, dict):
+        raise MllmError(
+            f"{path} is not a list of keys and values",
+            argument="grid",
+            given=path,
+            expected="keys such as methods, budgets, tasks",
+        )
+    known = ["version", *(f.name for f in fields(SweepFile))]
+    for name in written:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1, 0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            raise MllmError(
+                f"{path}: unknown key {name!r}; {hint}",
+                argument=str(name),
+                given=name,
+                expected=close[0] if close else ", ".join(known),
+            )
+    version = written.pop("version", None)
+    if version != VERSION or isinstance(version, bool):
+        raise MllmError(
+            f"{path}: version is {version!r}, and this mllm reads version {VERSION}",
+            argument="version",
+            given=version,
+            expected=f"version: {VERSION}",
+        )
+    return {name: _value(name, value, f"{path}: {name}") for name, value in written.items()}
+
+
+def _value(name: str, value: Any, where: str) -> Any:
+    """`value` as the field `name` holds it; MllmError if it is of another kind."""
+    hint = _TYPES[name]
+    if typing.get_origin(hint) is tuple:
+        return _list(name, value, where, typing.get_args(hint)[0])
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise _wrong(name, value, where, "methods with lists of seeds: {random: [0, 1, 2]}")
+        return {key: _list(name, seeds, f"{where}.{key}", int) for key, seeds in value.items()}
+    return _scalar(name, value, where, hint)
+
+
+def _list(name: str, value: Any, where: str, item: Any) -> tuple:
+    if not isinstance(value, list | tuple) or not value:
+        raise _wrong(name, value, where, f"a list with at least one item, each {_kind(name, item)}")
+    return tuple(dict.fromkeys(_scalar(name, each, where, item) for each in value))
+
+
+def _scalar(name: str, value: Any, where: str, hint: Any) -> Any:
+    options = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is Literal:
+        fits = isinstance(value, str) and value in options
+    else:
+        fits = not isinstance(value, bool) and isinstance(value, options)
+        fits = fits and not (isinstance(value, int) and value < _LEAST[name])
+        fits = fits and value != ""
+    if not fits:
+        raise _wrong(name, value, where, _kind(name, hint))
+    return value
+
+
+def _kind(name: str, hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if int in (hint, *typing.get_args(hint)):
+        return f"a whole number from {_LEAST[name]}"
+    return "a text"
+
+
+def _wrong(name: str, value: Any, where: str, expected: str) -> MllmError:
+    return MllmError(
+        f"{where} is {expected}, not {value!r}", argument=name, given=value, expected=expected
+    )
+
+
+def _check_template(template: str) -> None:
+    plan = Plan.from_spec(template)
+    if ":keep=" in template:
+        raise PlanError(
+            f"a sweep sets keep from the budgets: leave it out of {template!r}",
+            argument="methods",
+            given=template,
+            expected="+".join(stage.info.name for stage in plan.stages),
+        )
+
+
+def _check_seeded(name: str, methods: tuple[str, ...]) -> None:
+    """`name` must be a method or template that draws at random."""
+    from mllm.eval.sweep import SANITY, draws
+
+    plans = {text: Plan.from_spec(text) for text in (*SANITY, *methods)}
+    drawn = {text: plan for text, plan in plans.items() if draws(plan)}
+    known = {stage.info.name for plan in drawn.values() for stage in plan.stages if stage.draws}
+    known |= set(drawn)
+    if name not in known:
+        expected = ", ".join(sorted(known))
+        raise MllmError(
+            f"seeds_of names {name!r}, which is no row of this sweep that draws at random; "
+            f"those are: {expected}",
+            argument="seeds_of",
+            given=name,
+            expected=expected,
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
