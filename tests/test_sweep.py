@@ -31,7 +31,7 @@ from mllm.loading import load_model
 from mllm.plan import Plan, methods
 from mllm.yardstick import samples
 
-TASKS = ["color", "ocr"]
+TASKS = ["color", "ocr_word"]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_grid_of_seeds_and_positions(loaded):
 # Batches, workers, memory: none changes an answer
 
 
-OPTIONS = {"methods": ("visionzip",), "budgets": (24,), "n": 5, "tasks": ["relation", "ocr"]}
+OPTIONS = {"methods": ("visionzip",), "budgets": (24,), "n": 5, "tasks": ["relation", "ocr_word"]}
 
 
 def _texts(found):
@@ -384,7 +384,7 @@ def slow(*arguments):
 sweep._cell = slow
 loaded = load_model(sys.argv[1], device="cpu")
 entries, _ = sweep.grid(loaded[0], ["visionzip"], [32, 8])
-for _ in sweep.run(*loaded, entries, ["color", "ocr"], sys.argv[2], n=4, timings=0):
+for _ in sweep.run(*loaded, entries, ["color", "ocr_word"], sys.argv[2], n=4, timings=0):
     print("cell", flush=True)
 """
 
@@ -492,7 +492,7 @@ def test_the_example_is_a_grid():
 def test_dry_run_says_what_is_missing_and_runs_nothing(folder, tmp_path):
     out = tmp_path / "s.jsonl"
     words = ["sweep", "--model", folder, "--plans", "visionzip", "--budgets", "32,8", "--tasks",
-             "color,ocr", "--n", 3, "--timings", 0, "--output", out]  # fmt: skip
+             "color,ocr_word", "--n", 3, "--timings", 0, "--output", out]  # fmt: skip
     result, payload = _cli(*words, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     ahead = payload["data"]
@@ -539,7 +539,7 @@ def test_forecast_counts_the_prefills(loaded):
     asked = sweep.Questioning(n=5, timings=0)
     entries = [sweep.Entry("unpatched", None, Plan([]))]
     entries += [sweep.Entry("stride", 8, Plan.from_spec(f"stride:keep={k}")) for k in (8, 16)]
-    found = forecast(model, processor, {"color": entries, "ocr": []}, 9, asked)
+    found = forecast(model, processor, {"color": entries, "ocr_word": []}, 9, asked)
     shared = sweep.SharedTower(model)
     questions = sweep.Questions(processor, samples("color", n=1), 1, model.dtype, model.device)
     made = [sweep._cell(model, processor, questions, e, shared, 0)["flops"] for e in entries]
