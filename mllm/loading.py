@@ -109,6 +109,30 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
+def chat_content(images: int, text: str, token: str) -> list[dict[str, str]]:
+    """A chat message's content: `images` pictures where `text` has `token`, else before it.
+
+    Raises:
+        DataError: `text` has some placeholders, but not one for each picture.
+    """
+    found = text.count(token)
+    if found not in (0, images):
+        raise DataError(
+            f"the question has {found} image placeholders for {images} images",
+            argument="question",
+            given=text,
+            expected=f"no {token}, or one for each image",
+        )
+    parts = text.split(token) if found else [*[""] * images, text]
+    content: list[dict[str, str]] = []
+    for i, part in enumerate(parts):
+        if i:
+            content.append({"type": "image"})
+        if part:
+            content.append({"type": "text", "text": part})
+    return content
+
+
 def build_inputs(processor: Any, samples: list[tuple[list[Image.Image], str]]) -> Any:
     """A left-padded batch for `model.generate`, from pictures and questions.
 
@@ -119,28 +143,13 @@ def build_inputs(processor: Any, samples: list[tuple[list[Image.Image], str]]) -
             the images come first.
     """
     token = processor.image_token
-    prompts = []
-    for images, text in samples:
-        found = text.count(token)
-        if found not in (0, len(images)):
-            raise DataError(
-                f"the question has {found} image placeholders for {len(images)} images",
-                argument="question",
-                given=text,
-                expected=f"no {token}, or one for each image",
-            )
-        parts = text.split(token) if found else [*[""] * len(images), text]
-        content: list[dict[str, str]] = []
-        for i, part in enumerate(parts):
-            if i:
-                content.append({"type": "image"})
-            if part:
-                content.append({"type": "text", "text": part})
-        prompts.append(
-            processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
+    prompts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": chat_content(len(images), text, token)}],
+            add_generation_prompt=True,
         )
+        for images, text in samples
+    ]
     pictures = [image for images, _ in samples for image in images]
     return processor(
         text=prompts, images=pictures or None, padding=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""The yardstick as lmms-eval tasks: samples drawn on the spot instead of a downloaded data set."""
+"""Our samples as lmms-eval tasks: made on the spot instead of a downloaded data set."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from lmms_eval.api.task import ConfigurableMessagesTask
 from PIL import Image
 
+from mllm.eval import sources
 from mllm.eval.scoring import is_correct
-from mllm.yardstick import samples
+from mllm.yardstick import prompt
 
 PREFIX = "yardstick_"
 DROPPED = ("objects", "answer_boxes")  # boxes are no input of the model
@@ -36,7 +37,10 @@ class Docs(list):
 
 
 class YardstickTask(ConfigurableMessagesTask):
-    """One yardstick task; `dataset_kwargs` of its YAML are `n` and `style` of `samples()`."""
+    """One task of `mllm.eval.sources`; `dataset_kwargs` of its YAML are `n` (at most) and `style`.
+
+    Yardstick tasks have the prefix `yardstick_` here, so as not to claim names like `color`.
+    """
 
     def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
         config = {key: value for key, value in (config or {}).items() if key != "class"}
@@ -58,15 +62,17 @@ class YardstickTask(ConfigurableMessagesTask):
 @functools.lru_cache(maxsize=32)
 def _draw(task: str, split: str, n: int, style: str) -> Docs:
     """The samples, once per process: several plans are evaluated on the same ones."""
+    n = sources.at_most(task, split, n)
     return Docs(
-        {k: v for k, v in sample.items() if k not in DROPPED} | {"image": _png(sample["image"])}
-        for sample in samples(task, split=split, n=n, style=style)
+        {k: v for k, v in sample.items() if k not in DROPPED}
+        | {"image": [_png(image) for image in prompt(sample)[0]]}
+        for sample in sources.samples(task, split=split, n=n, style=style)
     )
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The image that comes before the question."""
-    return [doc["image"]]
+    """The pictures of the question, in its order."""
+    return doc["image"]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -83,4 +89,4 @@ def _png(image: Image.Image) -> bytes:
 def _decoded(doc: dict[str, Any]) -> dict[str, Any]:
     if "image" not in doc:
         return doc
-    return {**doc, "image": Image.open(io.BytesIO(doc["image"])).convert("RGB")}
+    return {**doc, "image": [Image.open(io.BytesIO(png)).convert("RGB") for png in doc["image"]]}
