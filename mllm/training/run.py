@@ -131,9 +131,7 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
     sizes = {task: sources.at_most(task, part.split, part.limit) for task in names}
     rows = []
     model, processor = load_model(path)
-    with tqdm(
-        total=sum(sizes.values()) * len(part.plans), desc="evaluate", file=sys.stderr
-    ) as bar:
+    with tqdm(total=sum(sizes.values()) * len(part.plans), desc="evaluate", file=sys.stderr) as bar:
         for task, n in sizes.items():
             drawn = sources.samples(task, part.split, n, part.style)
             for plan in part.plans:

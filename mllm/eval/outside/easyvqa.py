@@ -81,6 +81,8 @@ def _questions(split: str) -> dict[str, list[Question]]:
     """Questions by task, in an order that depends on nothing but the questions.
 
     The package lists them picture by picture; mixed, the first few hundred show as many pictures.
+    Four of five answers to "is there ...?" are "no": pairs of "yes" and "no" to the same words come
+    first, so that the first 1,000 cannot be answered blindly, and all together are as published.
     """
     path = _file(f"{_folder(split)}/questions.json")
     try:
@@ -93,7 +95,22 @@ def _questions(split: str) -> dict[str, list[Question]]:
     found: dict[str, list[Question]] = {task: [] for task in TASKS}
     for entry in sorted(entries, key=_mixed):
         found[task_of(entry[0])].append(entry)
+    for task in ("easyvqa_exist", "easyvqa_not"):
+        found[task] = _alternating(found[task])
     return found
+
+
+def _alternating(entries: list[Question]) -> list[Question]:
+    """Pairs of a "yes" and a "no" to the same words first, then what has no counterpart."""
+    waiting: dict[str, list[Question]] = {}
+    pairs: list[Question] = []
+    for entry in entries:
+        others = waiting.setdefault(entry[0], [])
+        if others and others[0][1] != entry[1]:
+            pairs += [others.pop(0), entry]
+        else:
+            others.append(entry)
+    return pairs + [entry for others in waiting.values() for entry in others]
 
 
 def _mixed(value: Any) -> bytes:

@@ -150,13 +150,14 @@ def _pictures(split: str) -> list[list[np.ndarray]]:
 @lru_cache(maxsize=1)
 def _all_pictures() -> list[list[np.ndarray]]:
     """Per digit its 500 pictures, ordered by the hash of their pixels."""
+    path = _path()
     try:
-        with gzip.open(_path(), "rt") as file:
+        with gzip.open(path, "rt") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
         if table.shape != (5000, SIDE * SIDE + 1):
             raise ValueError(f"a table of {table.shape}")
     except (OSError, EOFError, ValueError) as error:
-        raise damaged(PACKAGE[0], f"has an unreadable mnist_5k.csv.gz ({error})") from error
+        raise damaged(PACKAGE[0], f"has an unreadable {path.name} ({error})") from error
     return [
         sorted(
             table[table[:, -1] == digit, :-1].reshape(-1, SIDE, SIDE),
