@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EMBEDDED = "tiny-llava"
+PLACEHOLDER = "<image>"  # in our own samples and in LLaVA JSON; a model may call it otherwise
 MAX_PIXELS = 2**28  # more than any camera; a damaged header can claim anything
 
 
@@ -109,7 +110,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
-def chat_content(images: int, text: str, token: str) -> list[dict[str, str]]:
+def chat_content(images: int, text: str, token: str = PLACEHOLDER) -> list[dict[str, str]]:
     """A chat message's content: `images` pictures where `text` has `token`, else before it.
 
     Raises:

@@ -407,6 +407,16 @@ def test_mllm_eval_asks_the_published_questions(name, tiny, tmp_path):
         assert row["visual_in"] == TOKENS
 
 
+def test_several_pictures_stand_where_the_question_has_them():
+    pytest.importorskip("lmms_eval")
+    from mllm.eval.tasks.yardstick.task import doc_to_messages
+
+    (turn,) = doc_to_messages({"image": ["a", "b"], "question": "<image> or <image>?"})
+    assert [piece.get("url") or piece["text"] for piece in turn["content"]] == ["a", " or ", "b", "?"]
+    (turn,) = doc_to_messages({"image": ["a"], "question": "what?"})
+    assert [piece["type"] for piece in turn["content"]] == ["image", "text"]
+
+
 def test_mllm_eval_names_the_missing_package(tiny, monkeypatch):
     pytest.importorskip("lmms_eval")
     from mllm.eval.tasks.yardstick import task

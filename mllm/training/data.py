@@ -14,12 +14,11 @@ from torch.utils.data import Dataset
 
 from mllm.errors import DataError
 from mllm.eval import sources
-from mllm.loading import chat_content, load_image
+from mllm.loading import PLACEHOLDER, chat_content, load_image
 from mllm.training.recipe import DataPart
 from mllm.yardstick import prompt
 
 IGNORED = -100
-PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 Message = dict[str, Any]
@@ -69,7 +68,7 @@ def _from_source(part: DataPart) -> tuple[list[Record], str]:
             made = source.make(task, part.split, index, part.style)
             images, text = prompt(made)
             messages = [
-                {"role": "user", "content": chat_content(len(images), text, PLACEHOLDER)},
+                {"role": "user", "content": chat_content(len(images), text)},
                 {"role": "assistant", "content": [{"type": "text", "text": made["answer"]}]},
             ]
             return messages, images

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mllm.eval import sources
 from mllm.eval.scoring import is_correct
+from mllm.loading import chat_content
 from mllm.yardstick import prompt
 
 PREFIX = "yardstick_"
@@ -73,6 +74,16 @@ def _draw(task: str, split: str, n: int, style: str) -> Docs:
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
     """The pictures of the question, in its order."""
     return doc["image"]
+
+
+def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """The user's turn, with every picture where the question has it."""
+    pictures = iter(doc["image"])
+    content = [
+        {"type": "image", "url": next(pictures)} if piece["type"] == "image" else piece
+        for piece in chat_content(len(doc["image"]), doc["question"])
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
