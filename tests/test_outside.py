@@ -412,7 +412,8 @@ def test_several_pictures_stand_where_the_question_has_them():
     from mllm.eval.tasks.yardstick.task import doc_to_messages
 
     (turn,) = doc_to_messages({"image": ["a", "b"], "question": "<image> or <image>?"})
-    assert [piece.get("url") or piece["text"] for piece in turn["content"]] == ["a", " or ", "b", "?"]
+    parts = [piece.get("url") or piece["text"] for piece in turn["content"]]
+    assert parts == ["a", " or ", "b", "?"]
     (turn,) = doc_to_messages({"image": ["a"], "question": "what?"})
     assert [piece["type"] for piece in turn["content"]] == ["image", "text"]
 

@@ -39,8 +39,8 @@ def command(
 ) -> None:
     """Score a model under one or more plans with lmms-eval.
 
-    Our own tasks (yardstick, easyvqa, mnist) need no network. Public tasks (mme, pope, gqa, ...) run where lmms-eval
-    can fetch their data and has what their scoring needs.
+    Our own tasks (yardstick, easyvqa, mnist) need no network. Public tasks (mme, pope, gqa, ...)
+    run where lmms-eval can fetch their data and has what their scoring needs.
 
     Example: mllm eval --plan none --plan visionzip:keep=64 --tasks yardstick --limit 100
     """

@@ -71,10 +71,11 @@ def write_card(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
         base = {(row["task"], row["plan"]): f"{row['score']:.1%}" for row in found.get("base", [])}
         for row in found["rows"]:
             tokens = "all" if row["visual_avg"] is None else f"{row['visual_avg']:.0f}"
+            before = base.get((row["task"], row["plan"]), "")
             low, high = row["ci"]
             lines.append(
                 f"| {row['task']} | {row['plan'] or 'none'} | {tokens} | {row['n']} "
-                f"| {base.get((row['task'], row['plan']), '')} | {row['score']:.1%} | {low:.1%} to {high:.1%} |"
+                f"| {before} | {row['score']:.1%} | {low:.1%} to {high:.1%} |"
             )
     write_text(folder / "README.md", "\n".join(lines) + "\n")
 
