@@ -145,9 +145,7 @@ def test_easyvqa_is_the_whole_data_set_and_its_own_split():
             for found in easyvqa._questions(part).values()
             for text, answer, number in found
         )
-        raw = json.loads(
-            (folder_of("easy_vqa") / f"data/{published}/questions.json").read_text()
-        )
+        raw = json.loads((folder_of("easy_vqa") / f"data/{published}/questions.json").read_text())
         assert ours == Counter(map(tuple, raw))
         assert sum(ours.values()) == {"test": 9673, "train": 38575}[published]
 
