@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EMBEDDED = "tiny-llava"
+PLACEHOLDER = "<image>"  # in our own samples and in LLaVA JSON; a model may call it otherwise
 MAX_PIXELS = 2**28  # more than any camera; a damaged header can claim anything
 
 
@@ -66,7 +67,9 @@ def load_model(
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise DataError(
-            f"dtype={dtype!r} is not known", argument="dtype", given=dtype,
+            f"dtype={dtype!r} is not known",
+            argument="dtype",
+            given=dtype,
             expected="auto, float32, bfloat16, float16",
         )
     device = pick_device(device)
@@ -102,11 +105,37 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     # UnidentifiedImageError is an OSError.
     except (OSError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"cannot read the image {path}: {error}", argument="image", given=path,
+            f"cannot read the image {path}: {error}",
+            argument="image",
+            given=path,
             expected="a readable image file",
         ) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def chat_content(images: int, text: str, token: str = PLACEHOLDER) -> list[dict[str, str]]:
+    """A chat message's content: `images` pictures where `text` has `token`, else before it.
+
+    Raises:
+        DataError: `text` has some placeholders, but not one for each picture.
+    """
+    found = text.count(token)
+    if found not in (0, images):
+        raise DataError(
+            f"the question has {found} image placeholders for {images} images",
+            argument="question",
+            given=text,
+            expected=f"no {token}, or one for each image",
+        )
+    parts = text.split(token) if found else [*[""] * images, text]
+    content: list[dict[str, str]] = []
+    for i, part in enumerate(parts):
+        if i:
+            content.append({"type": "image"})
+        if part:
+            content.append({"type": "text", "text": part})
+    return content
 
 
 def build_inputs(processor: Any, samples: list[tuple[list[Image.Image], str]]) -> Any:
@@ -121,28 +150,8 @@ def build_inputs(processor: Any, samples: list[tuple[list[Image.Image], str]]) -
     token = processor.image_token
     prompts = []
     for images, text in samples:
-        text = text.replace("<image>", token)
-        found = text.count(token)
-        if found not in (0, len(images)):
-            raise DataError(
-                f"the question has {found} image placeholders for {len(images)} images",
-                argument="question",
-                given=text,
-                expected=f"no {token}, or one for each image",
-            )
-        parts = text.split(token) if found else [*[""] * len(images), text]
-        content: list[dict[str, str]] = []
-        for i, part in enumerate(parts):
-            if i:
-                content.append({"type": "image"})
-            if part:
-                content.append({"type": "text", "text": part})
-        prompts.append(
-            processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-        )
+        content = chat_content(len(images), text.replace(PLACEHOLDER, token), token)
+        message = {"role": "user", "content": content}
+        prompts.append(processor.apply_chat_template([message], add_generation_prompt=True))
     pictures = [image for images, _ in samples for image in images]
-    return processor(
-        text=prompts, images=pictures or None, padding=True, return_tensors="pt"
-    )
+    return processor(text=prompts, images=pictures or None, padding=True, return_tensors="pt")

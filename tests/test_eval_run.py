@@ -359,6 +359,6 @@ def test_words_follow_the_numbers():
     assert "| good | 8 | 100.0 ▲ |" in table.markdown(built)
 
 
-def test_check_tasks_names_neighbours():
+def test_a_wrong_task_names_its_neighbours():
     with pytest.raises(MllmError, match="needle_color"):
-        sweep.check_tasks(["needle_colour"], TASKS)
+        sweep.chosen_tasks(["needle_colour"])

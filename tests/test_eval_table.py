@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mllm.errors import DataError
-from mllm.eval import files, stats, table
+from mllm.eval import cells, stats, table
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 N = 500
@@ -260,7 +260,7 @@ def test_csv_and_json_hold_the_statistics():
 
 def test_the_committed_results_are_still_read():
     """Cells without answers, and tables whose figures have not changed since."""
-    built = table.build(files.read_jsonl(RESULTS / "yardstick-v1.jsonl"))
+    built = table.build(cells.read(RESULTS / "yardstick-v1.jsonl").rows)
     before = json.loads((RESULTS / "yardstick-v1.json").read_text())
     names = [(row["method"], row["budget"]) for row in built["rows"]]
     assert sorted(names, key=str) == sorted(

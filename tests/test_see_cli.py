@@ -165,12 +165,12 @@ def test_report_shows_the_cells_of_a_sweep(tmp_path, capsys):
 
 
 def test_report_of_a_sweep_without_a_finished_row_says_what_is_missing(tmp_path, capsys):
-    cells = [cell("random", 64, "10"), cell("unpatched", None, "11") | {"task": "ocr"}]
+    cells = [cell("random", 64, "10"), cell("unpatched", None, "11") | {"task": "ocr_word"}]
     results = tmp_path / "cells.jsonl"
     results.write_text("".join(json.dumps(c) + "\n" for c in cells))
     assert run("report", results, "-o", tmp_path / "page.html", "--json") == 2
     error = json.loads(capsys.readouterr().out)["error"]
-    assert "random at 64 (seed 0: no ocr)" in json.dumps(error)
+    assert "random at 64 (seed 0: no ocr_word)" in json.dumps(error)
 
 
 @pytest.mark.parametrize("content", [None, "", '{"a": 1}\n', "nonsense\n"])

@@ -501,7 +501,7 @@ def test_dry_run_says_what_is_missing_and_runs_nothing(folder, tmp_path):
     result, _ = _cli(*words)
     assert result.exit_code == 0, result.output
     assert "22 cells, 22 missing" in result.stderr and "estimated" in result.stderr
-    assert "[22/22] ocr visionzip @ 8: " in result.stderr and "vs random" in result.stderr
+    assert "[22/22] ocr_word visionzip @ 8: " in result.stderr and "vs random" in result.stderr
     assert "[22/22]" not in result.stdout and not (tmp_path / "s.jsonl.lock").exists()
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:-1]) + lines[-1][:50])

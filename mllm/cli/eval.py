@@ -26,7 +26,7 @@ def command(
         int, typer.Option(min=1, help="Requests per batch; 1 also measures the first token.")
     ] = 16,
     split: Annotated[
-        str | None, typer.Option(help="test, dev or train (yardstick tasks only).")
+        str | None, typer.Option(help="test, dev or train (our own tasks only).")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for results and samples.")
@@ -39,8 +39,8 @@ def command(
 ) -> None:
     """Score a model under one or more plans with lmms-eval.
 
-    Our yardstick tasks need no network. Public tasks (mme, pope, gqa, ...) run where lmms-eval
-    can fetch their data and has what their scoring needs.
+    Our own tasks (yardstick, easyvqa, mnist) need no network. Public tasks (mme, pope, gqa, ...)
+    run where lmms-eval can fetch their data and has what their scoring needs.
 
     Example: mllm eval --plan none --plan visionzip:keep=64 --tasks yardstick --limit 100
     """

@@ -1,4 +1,4 @@
-"""`mllm sweep`: methods x budgets x tasks x seeds on the yardstick."""
+"""`mllm sweep`: methods x budgets x tasks x seeds."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def command(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Yardstick tasks, separated by commas; also `admitted` (those that the embedded "
-            "model learnt) and `yardstick` (all).",
+            help="Tasks, separated by commas; also `admitted` (those that the embedded model "
+            "learnt), or all of a source: `yardstick`, `easyvqa`, `mnist`.",
             show_default="admitted",
         ),
     ] = None,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mllm.eval import sources
 from mllm.eval.answer import answer, unpatched_costs
 from mllm.eval.plans import patched_with
 from mllm.eval.sweep import Entry, Questioning, Questions, answer_all, draw, shares_tower
@@ -70,6 +71,7 @@ def forecast(
     missing = sum(map(len, todo.values()))
     if not missing:
         return Forecast(cells, 0)
+    sizes = {task: sources.at_most(task, asked.split, asked.n) for task in todo}
     whole = {}
     for task in todo:
         drawn = [prompt(sample) for sample in draw(task, asked, PROBE)]
@@ -87,11 +89,11 @@ def forecast(
         every = [costs[entry.plan.spec] for entry in entries]
         tower = max((cost.tower for cost in every), default=0.0)
         own = sum(cost.prefill - cost.tower for cost in every)
-        total += asked.n * whole[task] / scale * (tower + own)
+        total += sizes[task] * whole[task] / scale * (tower + own)
 
     drawing, answering = _probe(model, processor, first, asked, workers)
     repeats = 1 + (asked.timings + 1 if asked.timings else 0) / asked.n
-    seconds = total * repeats * answering / whole[first] + asked.n * len(todo) * drawing
+    seconds = total * repeats * answering / whole[first] + sum(sizes.values()) * drawing
     return Forecast(cells, missing, total, seconds / min(workers, len(todo)))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.errors import DataError, MllmError
-from mllm.eval import files, stats, tasks
+from mllm.eval import files, sources, stats, tasks
 from mllm.eval.plans import UNPATCHED, make_plan
 
 _SUMS = ("kept_llm", "visual_in", "visual_avg", "prefill_flops", "kv_bytes")
@@ -37,11 +37,11 @@ def evaluate(
     Args:
         pretrained: model folder, hub name, or `tiny-llava`.
         plans: spec texts or plan folders; `none` is the model as it is.
-        task_names: lmms-eval names: `yardstick`, `yardstick_<task>`, or public ones, whose data
-            lmms-eval fetches.
+        task_names: lmms-eval names: `yardstick`, `yardstick_<task>`, `easyvqa`, `mnist` and their
+            tasks, or public ones, whose data lmms-eval fetches.
         limit: most samples per task.
         batch_size: requests per batch.
-        split: `test` (the default), `dev` or `train`, for yardstick tasks.
+        split: `test` (the default), `dev` or `train`, for our own tasks.
         dtype, device, attn_implementation: how to load the model.
         seed: seed of the plans.
         output: folder for `<time>_results.json` and `<time>_samples_<task>.jsonl`, in one folder
@@ -149,15 +149,15 @@ def _need_lmms_eval() -> None:
 
 
 def _configured(name: str, split: str | None, limit: int | None) -> str | dict[str, Any]:
-    """A task for lmms-eval; a yardstick task draws no more samples than are asked for."""
-    if not name.startswith("yardstick"):
+    """A task for lmms-eval; one of ours makes no more samples than are asked for."""
+    if not name.startswith("yardstick") and name not in (*sources.GROUPS, *sources.TASKS):
         if split is None:
             return name
         raise MllmError(
             f"{name} has no choice of split",
             argument="split",
             given=split,
-            expected="no --split, or yardstick tasks only",
+            expected="no --split, or our own tasks only",
         )
     changes: dict[str, Any] = {} if split is None else {"test_split": split}
     if limit is not None:

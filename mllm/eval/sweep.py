@@ -19,14 +19,14 @@ import torch
 
 from mllm import attention
 from mllm.errors import MllmError, PlanError
-from mllm.eval import cells, stats
+from mllm.eval import cells, sources, stats
 from mllm.eval.answer import Answer, answer
 from mllm.eval.plans import UNPATCHED, patched_with, plan_for_budget
 from mllm.eval.provenance import describe_run
 from mllm.eval.scoring import is_correct, normalise
 from mllm.loading import build_inputs
-from mllm.plan import Plan, near
-from mllm.yardstick import ADMITTED, TASKS, prompt, samples
+from mllm.plan import Plan
+from mllm.yardstick import prompt
 
 SANITY = ("random", "downsample", "stride", "avgpool")
 METHODS = (*SANITY, "visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
@@ -167,7 +167,7 @@ class Questions:
 
     Args:
         processor: of the model.
-        samples: yardstick samples.
+        samples: of `mllm.eval.sources`.
         batch_size: questions per batch; like lengths go together, so padding is rare.
         dtype: of `pixel_values`.
         device: where the batches are kept.
@@ -309,7 +309,7 @@ def run(
     Args:
         model, processor: as `mllm.load_model` gives them.
         entries: rows of the grid, sanity rows first (see :func:`grid`).
-        tasks: yardstick tasks.
+        tasks: tasks of `mllm.eval.sources`.
         output: JSON Lines file; each finished cell is appended at once.
         n, split, style, batch_size, timings: see :class:`Questioning`.
         workers: processes that share the tasks among them; they change no cell.
@@ -358,10 +358,10 @@ def run(
 
 def identity(
     entry: Entry, task: str, about: Mapping[str, Any], asked: Questioning
-) -> tuple[str, int, str, str]:
+) -> cells.Identity:
     """The :func:`mllm.eval.cells.identity` that a cell will have."""
     name = key(entry, task, asked.split, about["weights_sha256"])
-    return name, asked.n, asked.style, about["backend"]
+    return name, asked.n, asked.style, data(task, asked.split), about["backend"]
 
 
 def split_cells(
@@ -404,6 +404,7 @@ def evaluate(
                 on_start(task, entry.name)
             cell = _cell(model, processor, questions, entry, shared, asked.timings)
             cell |= {"task": task, "split": asked.split, "style": asked.style}
+            cell["data"] = data(task, asked.split)
             yield task, entry, cell | {"n_asked": asked.n, "about": about}
         shared.forget()
 
@@ -469,20 +470,23 @@ def _mean(answers: list[Answer], name: str) -> float:
     return sum(result.efficiency[name] for result in answers) / len(answers)
 
 
+def data(task: str, split: str) -> str:
+    """What tells the questions of a task from those of another version of its data."""
+    return sources.source_of(task).digest(split)
+
+
 def chosen_tasks(names: Sequence[str]) -> list[str]:
-    """Tasks by name, each once; `admitted` and `yardstick` stand for several.
+    """Tasks by name, each once; names of sources and `admitted` stand for several.
 
     Raises:
         MllmError: an unknown task, or the embedded model has none that are admitted.
     """
-    groups = {"admitted": ADMITTED, "yardstick": TASKS}
-    check_tasks(names, (*TASKS, *groups))
-    tasks = [task for name in names for task in groups.get(name, (name,))]
+    tasks = [task for name in names for task in sources.expand(name)]
     if not tasks:
         raise MllmError(
             "the embedded model has no admitted tasks; name some with --tasks",
             argument="tasks",
-            expected=", ".join(TASKS),
+            expected=", ".join(sources.TASKS),
         )
     return list(dict.fromkeys(tasks))
 
@@ -498,19 +502,6 @@ def check_drawn(tasks: Sequence[str], asked: Questioning) -> None:
 
 
 def draw(task: str, asked: Questioning, most: int | None = None) -> list[dict[str, Any]]:
-    """The questions of a task, or the first `most` of them."""
-    n = asked.n if most is None else min(most, asked.n)
-    return samples(task, split=asked.split, n=n, style=asked.style)
-
-
-def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
-    """Raise MllmError with near names if one of `tasks` is not a yardstick task."""
-    for task in tasks:
-        if task not in known:
-            expected = near(task, known)
-            raise MllmError(
-                f"there is no yardstick task {task!r}; did you mean: {expected}?",
-                argument="tasks",
-                given=task,
-                expected=expected,
-            )
+    """The questions of a task, as many as there are up to `asked.n`, or the first `most`."""
+    n = sources.at_most(task, asked.split, asked.n)
+    return sources.samples(task, asked.split, n if most is None else min(most, n), asked.style)

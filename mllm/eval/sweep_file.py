@@ -25,13 +25,13 @@ class SweepFile:
         model: folder, hub name, or `tiny-llava`.
         methods: spec templates without `keep`; the sanity rows are added.
         budgets: visual tokens per image, averaged over decoder layers.
-        tasks: yardstick tasks; `admitted` stands for those that the embedded model learnt,
-            `yardstick` for all.
+        tasks: tasks of `mllm.eval.sources`; `admitted` stands for those that the embedded model
+            learnt, the name of a source (`yardstick`, `easyvqa`, `mnist`) for all of its own.
         seeds: seeds of methods that draw at random; the others run once.
         seeds_of: other seeds for some of them, by method or template.
         sanity_positions: position policies of the sanity rows; `compact` is always there.
         n: questions per task.
-        split: of the yardstick.
+        split: of the tasks.
         style: of the pictures.
         batch_size: questions per batch.
         timings: single prefills timed per cell; None is 8 with one worker, else 0.

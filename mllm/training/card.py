@@ -63,17 +63,19 @@ def write_card(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
         found = json.loads(scores.read_text())
         lines += [
             "",
-            f"## Accuracy (yardstick, {found['style']} style, {found['split']} split)",
+            f"## Accuracy ({found['style']} style, {found['split']} split)",
             "",
-            "| task | plan | visual tokens (layer average) | n | accuracy | 95 % interval |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| task | plan | visual tokens (layer average) | n | base | accuracy | 95 % interval |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
+        base = {(row["task"], row["plan"]): f"{row['score']:.1%}" for row in found.get("base", [])}
         for row in found["rows"]:
             tokens = "all" if row["visual_avg"] is None else f"{row['visual_avg']:.0f}"
+            before = base.get((row["task"], row["plan"]), "")
             low, high = row["ci"]
             lines.append(
                 f"| {row['task']} | {row['plan'] or 'none'} | {tokens} | {row['n']} "
-                f"| {row['score']:.1%} | {low:.1%} to {high:.1%} |"
+                f"| {before} | {row['score']:.1%} | {low:.1%} to {high:.1%} |"
             )
     write_text(folder / "README.md", "\n".join(lines) + "\n")
 

@@ -1,4 +1,4 @@
-"""Fine-tuning data: LLaVA JSON, chat messages, the generated yardstick; and their collator."""
+"""Fine-tuning data: LLaVA JSON, chat messages, sources of samples; and their collator."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mllm.errors import DataError
-from mllm.loading import load_image
+from mllm.eval import sources
+from mllm.loading import PLACEHOLDER, chat_content, load_image
 from mllm.training.recipe import DataPart
-from mllm.yardstick import TASKS, sample
+from mllm.yardstick import prompt
 
 IGNORED = -100
-PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 Message = dict[str, Any]
@@ -50,7 +50,7 @@ def load_data(parts: Sequence[DataPart]) -> tuple[Conversations, list[str]]:
     records: list[Record] = []
     digests = []
     for part in parts:
-        found, digest = _generated(part) if part.path == "yardstick" else _from_file(part)
+        found, digest = _from_source(part) if part.path in sources.SOURCES else _from_file(part)
         # Weight 0.5 keeps every second record, weight 2 has each twice.
         wanted = max(1, round(part.weight * len(found)))
         records += [found[int(i / part.weight) % len(found)] for i in range(wanted)]
@@ -58,24 +58,37 @@ def load_data(parts: Sequence[DataPart]) -> tuple[Conversations, list[str]]:
     return Conversations(records), digests
 
 
-def _generated(part: DataPart) -> tuple[list[Record], str]:
-    tasks = part.tasks or list(TASKS)
+def _from_source(part: DataPart) -> tuple[list[Record], str]:
+    """Records of a source of samples: in turn one of each task, as long as it has more."""
+    source = sources.SOURCES[part.path]
+    tasks = part.tasks or list(source.tasks)
 
     def record(task: str, index: int) -> Record:
         def make() -> tuple[list[Message], list[Any]]:
-            drawn = sample(task, part.split, index, part.style)
-            question = {"type": "text", "text": drawn["question"]}
+            made = source.make(task, part.split, index, part.style)
+            images, text = prompt(made)
             messages = [
-                {"role": "user", "content": [{"type": "image"}, question]},
-                {"role": "assistant", "content": [{"type": "text", "text": drawn["answer"]}]},
+                {"role": "user", "content": chat_content(len(images), text)},
+                {"role": "assistant", "content": [{"type": "text", "text": made["answer"]}]},
             ]
-            return messages, [drawn["image"]]
+            return messages, images
 
         return make
 
-    described = json.dumps([part.split, part.style, tasks, part.limit])
-    records = [record(task, index) for index in range(part.limit) for task in tasks]
-    return records, hashlib.sha256(described.encode()).hexdigest()
+    sizes = {task: _limited(sources.size(task, part.split), part.limit) for task in tasks}
+    described = [part.split, part.style, tasks, part.limit, source.digest(part.split)]
+    records = [
+        record(task, index)
+        for index in range(max(sizes.values()))
+        for task in tasks
+        if index < sizes[task]
+    ]
+    return records, hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _limited(size: int | None, limit: int | None) -> int:
+    """The smaller of what there is and what is wanted; recipes give a limit where needed."""
+    return min(value for value in (size, limit) if value is not None)
 
 
 def _from_file(part: DataPart) -> tuple[list[Record], str]:

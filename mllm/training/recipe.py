@@ -41,10 +41,10 @@ class ModelPart(Strict):
 
 
 class DataPart(Strict):
-    """One data source: a JSON file, or the generated yardstick (`path: yardstick`).
+    """One data source: a JSON file, or a source of samples (`path: yardstick`, `easyvqa`, `mnist`).
 
-    `limit` samples are taken (generated: per task); `weight` 0.5 shows every second one, 2.0 each
-    one twice. `tasks`, `style` and `split` belong to the generated source.
+    `limit` samples are taken (sources of samples: per task); `weight` 0.5 shows every second one,
+    2.0 each one twice. `tasks`, `style` and `split` belong to the sources of samples.
     """
 
     path: str
@@ -115,8 +115,9 @@ class ParallelPart(Strict):
 class EvalPart(Strict):
     """What is evaluated at the end, under which plans (null: unpatched).
 
-    `tasks` are yardstick tasks; `yardstick` means all of them, `admitted` those the embedded model
-    learnt. `limit` samples a task.
+    `tasks` are names of `mllm.eval.sources`: tasks, a source for all of its tasks, or `admitted`
+    for those the embedded model learnt. At most `limit` samples a task. `base` evaluates the model
+    that training started from as well.
     """
 
     tasks: list[str] = ["admitted"]
@@ -124,6 +125,7 @@ class EvalPart(Strict):
     limit: int = Field(default=500, ge=1)
     split: Literal["dev", "test"] = "test"
     style: str = "plain"
+    base: bool = False
 
 
 class OutputPart(Strict):
@@ -390,10 +392,10 @@ def _refuse(message: str, argument: str, given: Any, expected: str) -> typing.No
 
 def _check_together(recipe: Recipe) -> None:
     """Parts that cannot go together."""
+    from mllm.eval import sources
     from mllm.plan import Plan
     from mllm.yardstick import TASKS
     from mllm.yardstick.scenes import KINDS
-    from mllm.yardstick.styles import STYLES
 
     parallel = recipe.parallel.model_dump()
     for key, value in parallel.items():
@@ -476,28 +478,38 @@ def _check_together(recipe: Recipe) -> None:
     frozen = model.freeze_vision_tower, model.freeze_multi_modal_projector
     if method == "full" and all(frozen) and model.freeze_language_model:
         _refuse("everything is frozen: nothing to train", "model", "all frozen", "one part free")
-    for number, source in enumerate(recipe.data):
-        if source.path == "yardstick":
-            _check_names(f"data.{number}.tasks", source.tasks or [], TASKS)
-            _check_names(f"data.{number}.style", [source.style], tuple(STYLES))
-            if source.limit is None:
+    for number, part in enumerate(recipe.data):
+        source = sources.SOURCES.get(part.path)
+        if source:
+            _check_names(f"data.{number}.tasks", part.tasks or [], source.tasks)
+            _check_names(f"data.{number}.style", [part.style], source.styles)
+            if part.limit is None and not source.size:
                 _refuse(
-                    f"data.{number}.limit must be given: the yardstick is endless",
+                    f"data.{number}.limit must be given: the {source.name} is endless",
                     f"data.{number}.limit",
                     None,
                     "samples per task",
                 )
-        elif source.tasks is not None or source.style != "plain":
+        elif part.tasks is not None or part.style != "plain":
+            names = ", ".join(sources.SOURCES)
             _refuse(
-                f"data.{number}: tasks and style belong to path: yardstick",
+                f"data.{number}: tasks and style belong to path: {names}",
                 f"data.{number}.tasks",
-                source.tasks,
-                "path: yardstick, or no tasks and style",
+                part.tasks,
+                f"path: {names}; or no tasks and style",
             )
     plans = [recipe.plan]
     if recipe.eval:
-        _check_names("eval.tasks", recipe.eval.tasks, ("yardstick", "admitted", *TASKS))
-        _check_names("eval.style", [recipe.eval.style], tuple(STYLES))
+        _check_names("eval.tasks", recipe.eval.tasks, (*sources.GROUPS, *sources.TASKS))
+        for task in (task for name in recipe.eval.tasks for task in sources.expand(name)):
+            _check_names("eval.style", [recipe.eval.style], sources.source_of(task).styles)
+        if recipe.eval.base and new:
+            _refuse(
+                "a new model has no base to evaluate",
+                "eval.base",
+                True,
+                "false, or the path of a model",
+            )
         plans += recipe.eval.plans
     for plan in plans:
         # A folder with a saved plan is read when it is used.

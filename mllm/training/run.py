@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 import mllm
 from mllm.errors import DataError, RecipeError
+from mllm.eval import sources
 from mllm.eval.files import write_json, write_text
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import wilson
 from mllm.plan import Plan
 from mllm.training.card import write_card, write_loss_plot
 from mllm.training.recipe import EvalPart, Recipe, load
-from mllm.yardstick import TASKS, admitted, samples
 
 RECORD = "run.json"
 # What a run writes, and so what `output.overwrite` may delete.
@@ -91,7 +91,10 @@ def _work(recipe: Recipe, folder: Path, record: dict[str, Any], resume: Path | b
             return "stopped"
         _save_model(recipe, folder, *trained)
     if recipe.eval:
-        write_json(folder / "eval.json", evaluate(folder / "model", recipe.eval))
+        found = evaluate(folder / "model", recipe.eval)
+        if recipe.eval.base:
+            found["base"] = evaluate(recipe.model.path, recipe.eval)["rows"]
+        write_json(folder / "eval.json", found)
     return "complete"
 
 
@@ -113,7 +116,7 @@ def _plan(text: str) -> Plan:
 
 
 def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
-    """Score a model on yardstick tasks under each plan, greedily.
+    """Score a model on tasks of `mllm.eval.sources` under each plan, greedily.
 
     Returns:
         `{schema, split, style, rows: [{task, plan, n, correct, score, ci, visual_avg, outcomes}]}`;
@@ -124,14 +127,13 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
     from mllm.loading import load_model
     from mllm.yardstick.score import score
 
-    names = [name for group in part.tasks for name in _tasks(group)]
+    names = dict.fromkeys(task for name in part.tasks for task in sources.expand(name))
+    sizes = {task: sources.at_most(task, part.split, part.limit) for task in names}
     rows = []
     model, processor = load_model(path)
-    with tqdm(
-        total=len(names) * len(part.plans) * part.limit, desc="evaluate", file=sys.stderr
-    ) as bar:
-        for task in dict.fromkeys(names):
-            drawn = samples(task, part.split, part.limit, part.style)
+    with tqdm(total=sum(sizes.values()) * len(part.plans), desc="evaluate", file=sys.stderr) as bar:
+        for task, n in sizes.items():
+            drawn = sources.samples(task, part.split, n, part.style)
             for plan in part.plans:
                 with mllm.patch(model, _plan(plan)) if plan else nullcontext() as patched:
                     right = score(model, processor, drawn, on_batch=bar.update)
@@ -149,12 +151,6 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
                     }
                 )
     return {"schema": 1, "split": part.split, "style": part.style, "rows": rows}
-
-
-def _tasks(name: str) -> tuple[str, ...]:
-    if name == "yardstick":
-        return TASKS
-    return admitted() if name == "admitted" else (name,)
 
 
 def _place(recipe: Recipe, resume: bool | str) -> tuple[Path, Path | None]:

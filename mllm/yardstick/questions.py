@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from mllm.loading import PLACEHOLDER
 from mllm.yardstick.scenes import (
     CHARACTERS,
     COLOUR_NAMES,
@@ -26,7 +27,6 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 # near to each other are not compared, and a corner's object must lead by as much as CLEAR.
 MARGIN, CLEAR = 14, 24
 MOST_PICTURES = 4
-PLACEHOLDER = "<image>"
 
 YES_NO = ("yes", "no")
 # task -> kinds of scene it is asked about, in turn

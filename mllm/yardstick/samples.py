@@ -27,6 +27,7 @@ from mllm.yardstick.scenes import Scene, draw
 from mllm.yardstick.styles import STYLES
 
 TASKS = tuple(TASK_SCENES)
+VERSION = 2  # of what is drawn and asked: results of another version are other results
 SPLITS = ("train", "dev", "test")
 # Tasks whose object occurs once.
 SINGLE = ("exist", "exist_attr", "find_image", "image_exist")

@@ -1,4 +1,4 @@
-"""The yardstick as lmms-eval tasks: samples drawn on the spot instead of a downloaded data set."""
+"""Our samples as lmms-eval tasks: made on the spot instead of a downloaded data set."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from lmms_eval.api.task import ConfigurableMessagesTask
 from PIL import Image
 
+from mllm.eval import sources
 from mllm.eval.scoring import is_correct
-from mllm.yardstick import prompt, samples
-from mllm.yardstick.questions import PLACEHOLDER
+from mllm.loading import chat_content
+from mllm.yardstick import prompt
 
 PREFIX = "yardstick_"
 # Where things are is no input of the model.
@@ -38,7 +39,10 @@ class Docs(list):
 
 
 class YardstickTask(ConfigurableMessagesTask):
-    """One yardstick task; `dataset_kwargs` of its YAML are `n` and `style` of `samples()`."""
+    """One task of `mllm.eval.sources`; `dataset_kwargs` of its YAML are `n` (at most) and `style`.
+
+    Yardstick tasks have the prefix `yardstick_` here, so as not to claim names like `color`.
+    """
 
     def __init__(self, config: dict[str, Any] | None = None, **kwargs: Any) -> None:
         config = {key: value for key, value in (config or {}).items() if key != "class"}
@@ -60,27 +64,26 @@ class YardstickTask(ConfigurableMessagesTask):
 @functools.lru_cache(maxsize=32)
 def _draw(task: str, split: str, n: int, style: str) -> Docs:
     """The samples, once per process: several plans are evaluated on the same ones."""
+    n = sources.at_most(task, split, n)
     return Docs(
-        {k: v for k, v in sample.items() if k not in DROPPED} | {"image": _png(sample["image"])}
-        for sample in samples(task, split=split, n=n, style=style)
+        {k: v for k, v in sample.items() if k not in DROPPED}
+        | {"image": [_png(image) for image in prompt(sample)[0]]}
+        for sample in sources.samples(task, split=split, n=n, style=style)
     )
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The pictures of the prompt, in order."""
-    return prompt(doc)[0]
+    """The pictures of the question, in its order."""
+    return doc["image"]
 
 
-def doc_to_messages(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> list[dict]:
-    """One user turn; pictures stand where the question has placeholders, else before it."""
-    images, text = prompt(doc)
-    parts = text.split(PLACEHOLDER) if len(images) > 1 else ["", text]
-    content: list[dict[str, Any]] = []
-    for number, part in enumerate(parts):
-        if number:
-            content.append({"type": "image", "url": images[number - 1]})
-        if part:
-            content.append({"type": "text", "text": part})
+def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """The user's turn, with every picture where the question has it."""
+    pictures = iter(doc["image"])
+    content = [
+        {"type": "image", "url": next(pictures)} if piece["type"] == "image" else piece
+        for piece in chat_content(len(doc["image"]), doc["question"])
+    ]
     return [{"role": "user", "content": content}]
 
 
@@ -89,19 +92,13 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
     return {"exact_match": float(is_correct(results[0], doc["answer"], doc["metric"]))}
 
 
-def _png(image: Image.Image | list[Image.Image]) -> bytes | list[bytes]:
-    if isinstance(image, list):
-        return [_png(one) for one in image]
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def _image(png: bytes | list[bytes]) -> Image.Image | list[Image.Image]:
-    if isinstance(png, list):
-        return [_image(one) for one in png]
-    return Image.open(io.BytesIO(png)).convert("RGB")
-
-
 def _decoded(doc: dict[str, Any]) -> dict[str, Any]:
-    return {**doc, "image": _image(doc["image"])} if "image" in doc else doc
+    if "image" not in doc:
+        return doc
+    return {**doc, "image": [Image.open(io.BytesIO(png)).convert("RGB") for png in doc["image"]]}

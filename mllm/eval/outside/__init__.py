@@ -1,0 +1,1 @@
+"""Published pictures that come inside ordinary packages, asked as yardstick-like questions."""
