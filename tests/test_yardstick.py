@@ -1,5 +1,6 @@
 """The yardstick: scenes, questions, samples, scoring, and the embedded model on them."""
 
+import hashlib
 import json
 import math
 from importlib.resources import files
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mllm.errors import DataError
-from mllm.yardstick import ADMITTED, TASKS, prompt, sample, samples
+from mllm.yardstick import ADMITTED, TASKS, VERSION, prompt, sample, samples
 from mllm.yardstick.questions import CHOICES, MULTI_IMAGE, Places, ask, caption
 from mllm.yardstick.saliency import auc, cls_attention_auc, object_patches
 from mllm.yardstick.scenes import (
@@ -68,6 +69,18 @@ def test_no_scene_is_in_two_splits():
         for s in samples(task, split, 40)
     ]
     assert len(set(drawn)) == len(drawn)
+
+
+def test_what_is_asked_has_a_version():
+    """Whoever redraws the scenes makes results that are no longer comparable: raise VERSION."""
+    fields = [
+        {name: value for name, value in sample.items() if name != "image"}
+        for style in STYLES
+        for task in TASKS
+        for sample in samples(task, "test", 3, style)
+    ]
+    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    assert (VERSION, digest[:16]) == (2, "b2e36a78c20ec58d")
 
 
 @pytest.mark.parametrize("task", ["exist", "exist_attr", "relation", "image_exist"])

@@ -51,6 +51,7 @@ def sample(task: str, split: str, index: int) -> dict[str, Any]:
         "choices": list(CHOICES[task]),
         "metric": "exact",
         "objects": [],
+        "answer_picture": 1,
         "answer_boxes": [],
     }
 

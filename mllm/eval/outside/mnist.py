@@ -73,6 +73,7 @@ def sample(task: str, split: str, index: int) -> dict[str, Any]:
             {"name": str(digit), "colour": "white", "box": box}
             for digit, box in zip(shown, boxes, strict=True)
         ],
+        "answer_picture": 1,
         "answer_boxes": [boxes[i] for i in asked],
     }
 
