@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import mllm
 from mllm.cli import app
 from mllm.errors import DataError, MllmError, PlanError
+from mllm.eval import asking, sweep, table, tasks
 from mllm.eval import cells as results
-from mllm.eval import sweep, table, tasks
 from mllm.eval.plans import make_plan, plan_for_budget
 from mllm.loading import load_model
 from mllm.yardstick import ADMITTED, TASKS, samples
@@ -242,15 +242,15 @@ def test_sweep_predicts_like_lmms_eval(loaded, spec):
     model, processor = loaded
     drawn = samples("color", n=4) + samples("ocr_word", n=3)
     docs = [{"images": [d["image"]], "text": d["question"]} for d in drawn]
-    options = {"max_new_tokens": sweep.MAX_NEW_TOKENS, "until": list(sweep.STOPS)}
+    options = {"max_new_tokens": asking.MAX_NEW_TOKENS, "until": list(asking.STOPS)}
     expected = [r.text for r in _ask(_model(loaded, docs, spec), docs, options)]
 
-    questions = sweep.Questions(processor, drawn, 3, model.dtype, model.device)
-    shared = sweep.SharedTower(model)
+    questions = asking.Questions(processor, drawn, 3, model.dtype, model.device)
+    shared = asking.SharedTower(model)
     plan = make_plan(spec)
     for _ in range(2):  # the second time from memory
         with patched_with(model, plan) as patched, shared.used_by(plan):
-            found = sweep.answer_all(model, processor, questions, patched)
+            found = asking.answer_all(model, processor, questions, patched)
         assert [a.text for a in found] == expected
     assert "forward" not in shared.tower.__dict__
 
@@ -258,8 +258,8 @@ def test_sweep_predicts_like_lmms_eval(loaded, spec):
 def test_tower_runs_once_for_plans_after_it(loaded):
     model, processor = loaded
     drawn = samples("color", n=2)
-    questions = sweep.Questions(processor, drawn, 2, model.dtype, model.device)
-    shared = sweep.SharedTower(model)
+    questions = asking.Questions(processor, drawn, 2, model.dtype, model.device)
+    shared = asking.SharedTower(model)
     calls = []
     hook = shared.tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from mllm.cli import app
 from mllm.compressors.base import Keep, TokenReducer
 from mllm.errors import DataError, MllmError, PlanError
-from mllm.eval import cells, sweep, sweep_file, workers
+from mllm.eval import asking, cells, sweep, sweep_file, workers
 from mllm.eval.forecast import forecast
 from mllm.eval.provenance import describe_run
 from mllm.loading import load_model
@@ -48,7 +48,7 @@ def loaded(folder):
 def short_answers(request, monkeypatch):
     """Two tokens are enough; other processes, which some slow tests start, would not know."""
     if not request.node.get_closest_marker("slow"):
-        monkeypatch.setattr(sweep, "MAX_NEW_TOKENS", 2)
+        monkeypatch.setattr(asking, "MAX_NEW_TOKENS", 2)
 
 
 def _run(loaded, path, methods=("visionzip",), budgets=(8,), tasks=TASKS, grid=None, **options):
@@ -288,10 +288,10 @@ def test_an_error_in_a_worker_is_the_error(loaded, tmp_path):
 
 def test_a_tower_without_memory_gives_the_same(loaded, tmp_path):
     model, processor = loaded
-    questions = sweep.Questions(processor, samples("color", n=4), 2, model.dtype, model.device)
+    questions = asking.Questions(processor, samples("color", n=4), 2, model.dtype, model.device)
     answers = []
     for limit in (0, 2**30):
-        shared = sweep.SharedTower(model, limit)
+        shared = asking.SharedTower(model, limit)
         for budget in (8, 9):
             entry = sweep.Entry("visionzip", budget, Plan.from_spec(f"visionzip:keep={budget}"))
             answers.append(sweep._cell(model, processor, questions, entry, shared, 0)["answers"])
@@ -540,8 +540,8 @@ def test_forecast_counts_the_prefills(loaded):
     entries = [sweep.Entry("unpatched", None, Plan([]))]
     entries += [sweep.Entry("stride", 8, Plan.from_spec(f"stride:keep={k}")) for k in (8, 16)]
     found = forecast(model, processor, {"color": entries, "ocr_word": []}, 9, asked)
-    shared = sweep.SharedTower(model)
-    questions = sweep.Questions(processor, samples("color", n=1), 1, model.dtype, model.device)
+    shared = asking.SharedTower(model)
+    questions = asking.Questions(processor, samples("color", n=1), 1, model.dtype, model.device)
     made = [sweep._cell(model, processor, questions, e, shared, 0)["flops"] for e in entries]
     alone = forecast(model, processor, {"color": entries[:1]}, 9, asked)
     again = forecast(model, processor, {"color": [entries[0], entries[0]]}, 9, asked)

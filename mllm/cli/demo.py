@@ -23,8 +23,9 @@ from mllm.cli._common import JsonOption, err_console, run_command
 from mllm.errors import DataError, MllmError
 
 if TYPE_CHECKING:
+    from mllm.eval.asking import Questions
     from mllm.eval.report import Row, Training
-    from mllm.eval.sweep import Entry, Questions
+    from mllm.eval.sweep import Entry
 
 MODEL = "tiny-llava"
 BUDGETS = (192, 64, 16)
@@ -154,8 +155,9 @@ class Run:
 
     def __init__(self, model: Any, processor: Any, tasks: tuple[str, ...], per_task: int) -> None:
         from mllm.errors import PlanError
+        from mllm.eval.asking import Questions
         from mllm.eval.plans import plan_for_budget
-        from mllm.eval.sweep import Entry, Questions, visual_tokens
+        from mllm.eval.sweep import Entry, visual_tokens
         from mllm.plan import Plan
         from mllm.yardstick import samples
 
@@ -186,9 +188,9 @@ class Run:
 
     def answer_everything(self) -> None:
         """Ask every question under every plan, in batches of a task."""
+        from mllm.eval.asking import SharedTower, answer_all
         from mllm.eval.plans import patched_with
         from mllm.eval.scoring import is_correct
-        from mllm.eval.sweep import SharedTower, answer_all
 
         shared = SharedTower(self.model)
         with _progress() as bar:

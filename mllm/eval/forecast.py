@@ -11,8 +11,9 @@ import torch
 
 from mllm.eval import sources
 from mllm.eval.answer import answer, unpatched_costs
+from mllm.eval.asking import Questions, answer_all, shares_tower
 from mllm.eval.plans import patched_with
-from mllm.eval.sweep import Entry, Questioning, Questions, answer_all, draw, shares_tower
+from mllm.eval.sweep import Entry, Questioning, draw
 from mllm.loading import build_inputs
 from mllm.models import resolve
 from mllm.plan import Plan

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import mllm
 from mllm.errors import DataError, RecipeError
 from mllm.eval import sources
 from mllm.eval.files import write_json, write_text
@@ -23,6 +22,7 @@ from mllm.training.card import write_card, write_loss_plot
 from mllm.training.recipe import EvalPart, Recipe, load
 
 RECORD = "run.json"
+BATCH = 16  # questions answered at once
 # What a run writes, and so what `output.overwrite` may delete.
 OWN = (RECORD, "recipe.yaml", "metrics.jsonl", "loss.png", "eval.json", "README.md")
 OWN_FOLDERS = ("model", "adapter", "checkpoint-*", "stage-*", ".saving")
@@ -122,26 +122,29 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
         `{schema, split, style, rows: [{task, plan, n, correct, score, ci, visual_avg, outcomes}]}`;
         `plan` None is the unpatched model, `outcomes` one character a sample ("1" right).
     """
-    from contextlib import nullcontext
-
+    from mllm.eval.asking import Questions, SharedTower, answer_all, marks
+    from mllm.eval.plans import patched_with
     from mllm.loading import load_model
-    from mllm.yardstick.score import score
 
     names = dict.fromkeys(task for name in part.tasks for task in sources.expand(name))
     sizes = {task: sources.at_most(task, part.split, part.limit) for task in names}
     rows = []
     model, processor = load_model(path)
+    shared = SharedTower(model)
     with tqdm(total=sum(sizes.values()) * len(part.plans), desc="evaluate", file=sys.stderr) as bar:
         for task, n in sizes.items():
             drawn = sources.samples(task, part.split, n, part.style)
-            for plan in part.plans:
-                with mllm.patch(model, _plan(plan)) if plan else nullcontext() as patched:
-                    right = score(model, processor, drawn, on_batch=bar.update)
-                    tokens = patched.ledger.visual_avg if plan else None
+            questions = Questions(processor, drawn, BATCH, model.dtype, model.device)
+            for text in part.plans:
+                plan = _plan(text) if text else Plan([])
+                with patched_with(model, plan) as patched, shared.used_by(plan):
+                    answers = answer_all(model, processor, questions, patched, bar.update)
+                right = marks(questions, answers)
+                tokens = [given.efficiency["visual_avg"] for given in answers] if text else None
                 rows.append(
                     {
                         "task": task,
-                        "plan": plan,
+                        "plan": text,
                         "n": len(right),
                         "correct": sum(right),
                         "score": sum(right) / len(right),
@@ -150,6 +153,7 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
                         "outcomes": "".join("01"[r] for r in right),
                     }
                 )
+            shared.forget()
     return {"schema": 1, "split": part.split, "style": part.style, "rows": rows}
 
 
