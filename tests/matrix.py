@@ -16,6 +16,7 @@ import oracles
 import pytest
 import tiny
 import torch
+import zoo_oracles as zoo
 from oracles import Cut, Rows
 from tiny import Sample
 from torch import Tensor
@@ -146,6 +147,14 @@ _CASES = [
         _divprune(9, "original"),
         [Cut(2, 2, "compact")],
     ),
+    Case(
+        "pyramiddrop:keep=0.5/5/0.125",
+        _plain,
+        [
+            Cut(i, positions="compact", choose=zoo.pyramiddrop(k))
+            for i, k in [(1, 0.5), (2, 5), (3, 0.125)]
+        ],
+    ),
 ]
 CASES = {case.spec: case for case in _CASES}
 #: One case of every kind of stage, for tests of what happens around a forward.
@@ -249,8 +258,9 @@ def watch(model):
     """Rows that really enter every decoder layer, by hooks of our own."""
     rows = {}
     for i, layer in enumerate(model.model.language_model.layers):
-        # On the norm inside the layer: whatever an engine does around a layer, this is after it.
-        layer.input_layernorm.register_forward_pre_hook(
+        # On a norm inside the layer: whatever an engine does around a layer, this is after it; and
+        # not on the first norm, which is also called for attention that is read beforehand.
+        layer.post_attention_layernorm.register_forward_pre_hook(
             lambda _, args, i=i: rows.setdefault(i, []).append(args[0].shape[1])
         )
     return rows

@@ -9,7 +9,7 @@ tokens is written from the methods' published descriptions, with loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,20 +91,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass
-class Cut:
-    """Rows leave before `layer`: `count(visual rows that arrive, images)` of them stay."""
-
-    layer: int
-    keep: int | float
-    positions: str = "original"
-
-    def count(self, arriving: int, images: int) -> int:
-        if isinstance(self.keep, int):
-            return min(arriving, self.keep * images)
-        return max(1, round(self.keep * arriving))
-
-
-@dataclass
 class Rows:
     """A prompt as rows that enter the decoder.
 
@@ -126,6 +112,69 @@ class Rows:
 
 
 @dataclass
+class View:
+    """What a method may look at before a layer, one sample alone; rows are those of `h`.
+
+    Attributes:
+        model, layer: where it is.
+        h: `[n, width]`, what enters the layer.
+        weights: `[heads, n, n]`, attention of the layer before; None before the first.
+        visual, alive: bool `[n]`.
+        position: int64 `[n]`.
+        prompt: rows of the prompt.
+        images: images of the sample.
+        rows: the prompt.
+    """
+
+    model: object
+    layer: int
+    h: Tensor
+    weights: Tensor | None
+    visual: Tensor
+    alive: Tensor
+    position: Tensor
+    prompt: int
+    images: int
+    rows: Rows
+
+    @property
+    def arriving(self) -> list[int]:
+        return (self.visual & self.alive).nonzero()[:, 0].tolist()
+
+    @property
+    def text(self) -> list[int]:
+        """Text behind the first visual token."""
+        first = int(self.visual.int().argmax())
+        return [r for r in range(first, self.prompt) if not self.visual[r]]
+
+    def look(self, rope: bool = True) -> Tensor:
+        """`[heads, n, n]`, the attention that this layer would pay."""
+        return weigh(self.model, self.layer, self.h, self.alive, self.position, rope)[0]
+
+
+#: What stays of the rows that arrive, and the hidden states: what a method makes of its view.
+Choose = Callable[[View], tuple[Sequence[int], Tensor]]
+
+
+@dataclass
+class Cut:
+    """Rows leave before `layer`: `count(visual rows that arrive, images)` of them stay.
+
+    They are those that the last row of the prompt attends to most, or `choose` says which.
+    """
+
+    layer: int
+    keep: int | float = 1.0
+    positions: str = "original"
+    choose: Choose | None = None
+
+    def count(self, arriving: int, images: int) -> int:
+        if isinstance(self.keep, int):
+            return min(arriving, self.keep * images)
+        return max(1, round(self.keep * arriving))
+
+
+@dataclass
 class Dense:
     """What the dense loop saw.
 
@@ -141,6 +190,26 @@ class Dense:
     weights: list[Tensor] = field(default_factory=list)
 
 
+def weigh(
+    model, layer: int, h: Tensor, alive: Tensor, position: Tensor, rope: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Attention of a decoder layer over `h` and its values: `[heads, n, n]`, `[heads, n, dim]`."""
+    lm, n = model.model.language_model, len(h)
+    cfg, a = lm.config, lm.layers[layer].self_attn
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    allowed &= alive[None] | torch.eye(n, dtype=torch.bool)
+    cos, sin = lm.rotary_emb(h[None], position_ids=position[None])
+    x = lm.layers[layer].input_layernorm(h)
+    q = heads(a.q_proj(x), cfg.num_attention_heads)
+    k = heads(a.k_proj(x), cfg.num_key_value_heads)
+    if rope:
+        q, k = rotate(q, cos[0], sin[0]), rotate(k, cos[0], sin[0])
+    v = heads(a.v_proj(x), cfg.num_key_value_heads)
+    group = cfg.num_attention_heads // cfg.num_key_value_heads
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    return attend(q, k, v, q.shape[-1] ** -0.5, allowed)[1], v
+
+
 def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = ()) -> Dense:
     """The decoder over prompt rows and further tokens, in one pass without a cache.
 
@@ -151,7 +220,6 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
         cuts: drops inside the decoder, decided by the last row of the prompt.
     """
     lm = model.model.language_model
-    cfg = lm.config
     prompt = rows.embeds.shape[0]
     h, visual, alive, position = rows.embeds, rows.visual, rows.alive, rows.position
     if more is not None and len(more):
@@ -160,9 +228,6 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
         visual, alive = torch.cat([visual, ~new]), torch.cat([alive, new])
         position = torch.cat([position, rows.position[-1] + 1 + torch.arange(len(more))])
     alive = alive.clone()
-    n = h.shape[0]
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
-    itself = torch.eye(n, dtype=torch.bool)
     entering, all_weights = [], []
     weights = None
     for i, layer in enumerate(lm.layers):
@@ -170,7 +235,13 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
             if cut.layer != i:
                 continue
             arriving = (visual & alive).nonzero()[:, 0].tolist()
-            if arriving:
+            if arriving and cut.choose:
+                view = View(model, i, h, weights, visual, alive, position, prompt,
+                            rows.images, rows)  # fmt: skip
+                stay, h = cut.choose(view)
+                for r in set(arriving) - set(stay):
+                    alive[r] = False
+            elif arriving:
                 score = weights[:, prompt - 1].mean(0)
                 ranked = sorted(arriving, key=lambda r: -score[r].item())
                 for r in ranked[cut.count(len(arriving), rows.images) :]:
@@ -178,16 +249,8 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
             if cut.positions == "compact":
                 position = alive.long().cumsum(0) - 1
         entering.append(rows.source[(visual & alive)[:prompt]])
-        allowed = causal & (alive[None] | itself)
-        cos, sin = lm.rotary_emb(h[None], position_ids=position[None])
-        a = layer.self_attn
-        x = layer.input_layernorm(h)
-        q = rotate(heads(a.q_proj(x), cfg.num_attention_heads), cos[0], sin[0])
-        k = rotate(heads(a.k_proj(x), cfg.num_key_value_heads), cos[0], sin[0])
-        v = heads(a.v_proj(x), cfg.num_key_value_heads)
-        group = cfg.num_attention_heads // cfg.num_key_value_heads
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        out, weights = attend(q, k, v, q.shape[-1] ** -0.5, allowed)
+        weights, v = weigh(model, i, h, alive, position)
+        a, out = layer.self_attn, weights @ v
         all_weights.append(weights)
         h = h + a.o_proj(out.transpose(0, 1).flatten(1))
         h = h + layer.mlp(layer.post_attention_layernorm(h))

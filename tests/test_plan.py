@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from typing import Literal
 
 import pytest
@@ -27,8 +28,12 @@ keeps = st.one_of(
 def stages(draw):
     """Any method with any legal parameters, some of them left at their defaults."""
     cls = get_method(draw(st.sampled_from(NAMES)))
+    hints = typing.get_type_hints(cls)
     values = {
-        "keep": keeps,
+        "keep": st.tuples(*[keeps] * 3) if "tuple" in str(hints["keep"]) else keeps,
+        "layers": st.sets(st.integers(1, 60), min_size=3, max_size=3).map(
+            lambda layers: tuple(sorted(layers))
+        ),
         "layer": st.one_of(st.none(), st.integers(1, 60)),
         "positions": st.sampled_from(["original", "compact"]),
         "dominant": st.floats(0.01, 1),

@@ -31,7 +31,7 @@ from mllm.actions import (
     Write,
 )
 from mllm.errors import PlanError
-from mllm.plan import Budget, check_fields, register, resolve
+from mllm.plan import Budget, check_fields, register, resolve, schedule_for_average
 from mllm.signals import (
     AttentionRows,
     ColumnMass,
@@ -72,6 +72,7 @@ __all__ = [
     "Merge",
     "Pool",
     "Positions",
+    "Preset",
     "Protect",
     "Resize",
     "TextEmbeds",
@@ -446,11 +447,11 @@ class LayerSchedule(LayerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         layers = self.paper_layers if self.layers is None else self.layers
-        if len(layers) != len(self.keep):
+        if len(layers) != len(self.budgets()):
             raise PlanError(
-                f"{self.info.name}: {len(layers)} layers and {len(self.keep)} budgets",
+                f"{self.info.name}: {len(layers)} layers and {len(self.budgets())} budgets",
                 argument="keep",
-                given="/".join(map(str, self.keep)),
+                given="/".join(map(str, self.budgets())),
                 expected="one budget for each layer",
             )
 
@@ -477,8 +478,53 @@ class LayerSchedule(LayerMethod):
         return self.layers
 
     def act(self, ctx: LayerContext) -> list[Any]:
-        keep = self.keep[self.layers.index(ctx.layer)]
-        return [self.keep_best(ctx, keep, ctx.n_entered)]
+        return [self.select(ctx)]
+
+    def select(self, ctx: LayerContext) -> Keep:
+        """Keep the best of each sample's visual rows, as many as the budget of this layer says."""
+        return self.keep_best(ctx, self.budgets()[self.layers.index(ctx.layer)], ctx.n_entered)
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budget of every layer."""
+        return self.keep
+
+    def for_average(self, average: float, tokens: int, num_layers: int) -> LayerSchedule:
+        """The schedule of the same shape under which layers see `average` tokens per image.
+
+        See :func:`mllm.plan.schedule_for_average`.
+        """
+        fixed = self.at_depth(num_layers)
+        keep = schedule_for_average(average, tokens, fixed.layers, num_layers, self.budgets())
+        return fixed.replace(keep=keep)
+
+
+class Preset(_Method):
+    """A whole paper under one name: the stages that it consists of, with their budgets.
+
+    A plan is written with the name and runs the stages, which the ledger lists. A field `keep`
+    is the paper's own budget: visual tokens per image, averaged over the decoder's layers.
+    """
+
+    site = "several"
+
+    def expand(self) -> list[Any]:
+        """The stages, in the order in which they run."""
+        raise NotImplementedError
+
+    def reads(self):
+        return {
+            f"{stage.info.name}.{name}": signal
+            for stage in self.expand()
+            for name, signal in stage.reads().items()
+        }
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(a for stage in self.expand() for a in stage.actions))
+
+    @property
+    def paper_positions(self) -> Positions:
+        return self.expand()[0].paper_positions
 
 
 @dataclass(frozen=True)

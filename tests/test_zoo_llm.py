@@ -1,0 +1,241 @@
+"""Methods inside the decoder on real classes: what stays is what a plain reading of the card says.
+
+The reference runs one unpadded sample by hand, cut by cut, and decides by loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+import zoo_oracles as zoo
+from families import KITS, LAYERS, Sample, collate, model, samples
+from family_oracles import features
+from layer_oracle import Edits, Seen, run
+from matrix import equal
+from torch import Tensor
+
+import mllm
+from mllm.compressors import PyramidDrop
+from mllm.errors import PlanError
+from mllm.plan import keep_for_average
+
+FAMILIES = ["llava", "llava_next", "gemma3", "qwen2_5_vl", "qwen2_vl_video"]
+
+
+@dataclass
+class Here:
+    """What a reference may look at before a layer, of one sample.
+
+    Attributes:
+        seen: a run with the cuts of earlier layers.
+        layer: the layer.
+        rows: rows of the visual tokens that arrive, without separators.
+        entered: visual tokens that entered the decoder.
+        sample: the sample.
+        embeds: `[n, width]`, what enters the decoder.
+    """
+
+    seen: Seen
+    layer: int
+    rows: list[int]
+    entered: int
+    sample: Sample
+    embeds: Tensor
+
+    @property
+    def last(self) -> int:
+        return len(self.sample.ids) - 1
+
+    @property
+    def text(self) -> list[int]:
+        """Text behind the first visual token."""
+        visual = self.sample.visual
+        return [i for i in range(int(visual.int().argmax()), len(visual)) if not visual[i]]
+
+    def share(self, keep: int | float) -> int:
+        return zoo.share(keep, self.entered, len(self.sample.pictures))
+
+
+#: Rows that stay, and new vectors by row.
+Reference = Callable[[Here], tuple[Sequence[int], dict[int, Tensor]]]
+
+
+def pyramiddrop(here: Here) -> tuple:
+    row = here.seen.weights[here.layer][:, here.last].mean(0)
+    keep = {1: 0.5, 2: 3, 3: 0.125}[here.layer]
+    return zoo.best({i: float(row[i]) for i in here.rows}, here.share(keep)), {}
+
+
+#: Spec, layers of its cuts, reference.
+METHODS: dict[str, tuple[str, Sequence[int], Reference]] = {
+    "pyramiddrop": (
+        "pyramiddrop:keep=0.5/3/0.125:positions=original", (1, 2, 3), pyramiddrop
+    ),
+}  # fmt: skip
+
+
+def cells(family: str, sample: Sample) -> list[int]:
+    """Rows of visual tokens that are no separators."""
+    rows, found, at = sample.visual.nonzero()[:, 0].tolist(), [], 0
+    for picture in sample.pictures:
+        found += [rows[at + i] for i in KITS[family].cells(picture)]
+        at += picture.tokens
+    return found
+
+
+def follow(family: str, sample: Sample, layers: Sequence[int], choose: Reference) -> tuple:
+    """(ordinals of the visual tokens that enter each layer, logits)."""
+    edits, visual = Edits(), sample.visual.nonzero()[:, 0].tolist()
+    rows, entering = cells(family, sample), []
+    entered, embeds = len(rows), reference_embeds(family, sample)
+    left = list(visual)
+    for layer in range(LAYERS):
+        if layer in layers and rows:
+            seen = run(family, sample, edits)
+            stay, vectors = choose(Here(seen, layer, rows, entered, sample, embeds))
+            rows = [r for r in rows if r in set(stay)]
+            kept = [visual.index(r) for r in rows]
+            lines = KITS[family].separators(sample, kept)
+            left = sorted(rows + [visual[i] for i in lines])
+            gone = torch.zeros(len(sample.ids), dtype=torch.bool)
+            gone[[r for r in visual if r not in left]] = True
+            edits.drop[layer] = gone
+            if vectors:
+                edits.write[layer] = lambda h, vectors=vectors: torch.stack(
+                    [vectors.get(r, x) for r, x in enumerate(h)]
+                )
+        entering.append([visual.index(r) for r in left])
+    return entering, run(family, sample, edits).logits
+
+
+def reference_embeds(family: str, sample: Sample) -> Tensor:
+    from families import reference
+
+    embeds = reference(family).get_input_embeddings()(sample.ids)
+    if sample.pictures:
+        embeds[sample.visual] = torch.cat(features(family, sample)).to(embeds)
+    return embeds
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "family, attn",
+    [("llava", "sdpa"), ("llava", "eager"), ("llava_next", "sdpa"), ("qwen2_5_vl", "eager")]
+    + [pytest.param(f, a, marks=pytest.mark.slow) for f in FAMILIES for a in ("sdpa", "eager")],
+)  # fmt: skip
+@torch.no_grad()
+def test_methods_on_real_classes(name, family, attn):
+    """Images of several sizes in one padded batch: the same rows and logits as one by one."""
+    spec, layers, choose = METHODS[name]
+    batch = samples(family, seed=2)
+    inputs, net = collate(family, batch), model(family, attn)
+    with mllm.patch(net, spec) as patched:
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+        kept = [patched.ledger.kept(i) for i in range(LAYERS)]
+    for b, sample in enumerate(batch):
+        entering, want = follow(family, sample, layers, choose)
+        assert [kept[i][b].tolist() for i in range(LAYERS)] == entering
+        scale = max(1.0, float(want.std()))
+        equal(logits[b][-1] / scale, want[-1] / scale, f"sample {b}", 2e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_equal_scores_go_to_the_earlier_token(name):
+    """A decoder whose queries are zero looks at everything alike."""
+    spec, _, _ = METHODS[name]
+    net, batch = model("llava"), samples("llava")
+    for layer in net.get_decoder().layers:
+        layer.self_attn.q_proj.weight.zero_()
+    with mllm.patch(net, spec) as patched:
+        net(**collate("llava", batch))
+        together = [k.tolist() for k in patched.ledger.kept(1)]
+        net(**collate("llava", batch[::-1]))
+        assert [k.tolist() for k in patched.ledger.kept(1)] == together[::-1]
+        net(**collate("llava", batch[1:2]))
+        assert patched.ledger.kept(1)[0].tolist() == together[1]
+    assert together[0][: len(together[0]) // 2] == list(range(len(together[0]) // 2))
+
+
+def counts(stage, tokens: int, depth: int = 32) -> list[int]:
+    """Visual tokens that enter each layer, of one image."""
+    from mllm.plan import resolve
+
+    at = dict(zip(stage.layers, (resolve(k, tokens) for k in stage.budgets()), strict=True))
+    seen = []
+    for layer in range(depth):
+        tokens = min(tokens, at.get(layer, tokens))
+        seen.append(tokens)
+    return seen
+
+
+def test_pyramiddrop_has_the_published_schedule():
+    stage = PyramidDrop().at_depth(32)
+    assert counts(stage, 576) == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
+    assert sum(counts(stage, 576)) / 32 == 270
+    assert PyramidDrop().at_depth(40).layers == (10, 20, 30)
+    assert PyramidDrop().at_depth(4).layers == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "tokens, average, layers, kept",
+    [
+        # Ratios of 0.253 on layers 8, 16 and 24, as the card works it out.
+        (576, 192, None, (146, 37, 9)),
+        (576, 128, (4, 8, 16), (204, 72, 25)),
+        (576, 64, (2, 4, 8), None),
+        (2880, 640, (4, 8, 16), None),
+        (2880, 320, (2, 4, 8), None),
+        (2880, 160, (1, 2, 4), None),
+    ],
+)
+def test_pyramiddrop_at_published_budgets(tokens, average, layers, kept):
+    """Schedules stay geometric; 128 and fewer of 576 need earlier layers than the paper's."""
+    stage = PyramidDrop(layers=layers).for_average(average, tokens, 32)
+    assert abs(sum(counts(stage, tokens)) / 32 - average) < 0.6
+    one, two, three = stage.keep
+    assert one / tokens == pytest.approx(two / one, rel=0.1)
+    assert kept is None or stage.keep == pytest.approx(kept, abs=1)
+    assert three >= 1
+
+
+@pytest.mark.parametrize("tokens, average", [(576, 128), (576, 64), (2880, 640), (2880, 160)])
+def test_averages_below_the_first_layers_are_refused(tokens, average):
+    with pytest.raises(PlanError, match="the least is") as caught:
+        PyramidDrop().for_average(average, tokens, 32)
+    assert caught.value.argument == "tokens_avg"
+
+
+def test_one_cut_is_a_schedule():
+    """The two ways to meet an average agree where there is one cut."""
+    from mllm.plan import schedule_for_average
+
+    for average in (192, 128, 64):
+        assert schedule_for_average(average, 576, (2,), 32, (0.5,)) == (
+            keep_for_average(average, 576, 2, 32),
+        )
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("keep", [1, 16, 1.0])
+@torch.no_grad()
+def test_budgets_of_one_and_of_all(name, keep):
+    """One token per image, and everything: then bit-equal to the unpatched model."""
+    net, batch = model("llava"), samples("llava")
+    inputs = collate("llava", batch)
+    plain = net(**inputs).logits
+    stage = mllm.Plan.from_spec(METHODS[name][0]).stages[0]
+    budgets = (keep,) * len(stage.budgets())
+    with mllm.patch(net, stage.replace(keep=budgets)) as patched:
+        logits = net(**inputs).logits
+        kept = [len(k) for k in patched.ledger.kept(LAYERS - 1)]
+    if keep == 1:
+        assert kept[2] == 0 and kept[0] >= 1 and kept[1] >= 2
+    else:
+        assert kept == [16, 32, 0]
+        real = inputs["attention_mask"].bool()
+        assert torch.equal(logits[real], plain[real])
