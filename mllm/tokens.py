@@ -77,8 +77,11 @@ class Places:
     Attributes:
         newline: bool, separators.
         tile, frame, row, col: int64 grid and place in it; a separator stands behind its row.
+        part: int64, picture of the tower that it comes from: a frame, the base view, or one of
+            the tiles behind it.
         line: int64, what a separator separates: it stays while a cell of its line stays.
         cell: int64 `[cells]`, tokens that are no separators.
+        parts: pictures of the tower.
     """
 
     newline: Tensor
@@ -87,15 +90,15 @@ class Places:
     row: Tensor
     col: Tensor
     line: Tensor
+    part: Tensor
     cell: Tensor
+    parts: int
 
     def cells(self) -> Places:
         """The tokens that are no separators alone."""
         here = self.cell
-        return Places(
-            self.newline[here], self.tile[here], self.row[here], self.col[here], self.line[here],
-            here,
-        )
+        columns = ("newline", "tile", "frame", "row", "col", "line", "part")
+        return Places(**{n: getattr(self, n)[here] for n in columns}, cell=here, parts=self.parts)
 
 
 @lru_cache(maxsize=256)
@@ -118,7 +121,27 @@ def _places(layout: Layout) -> Places:
         end[0], end[4] = 1, end[4] + 1
         parts.append(end)
     newline, *place = torch.cat(parts, 1).unbind()
-    return Places(newline.bool(), *place, newline.logical_not().nonzero()[:, 0])
+    tiling, part = layout.tiling, place[0] + place[1]
+    if tiling is not None:
+        tile = [
+            _tile_of(at, layout.grids[-1][i], length, count, layout.grids[0][i])
+            for i, (at, length, count) in enumerate(
+                [(place[2], tiling.height, tiling.rows), (place[3], tiling.width, tiling.cols)]
+            )
+        ]
+        part = torch.where(part > 0, 1 + tile[0] * tiling.cols + tile[1], 0)
+    count = len(layout.grids) if tiling is None else 1 + tiling.rows * tiling.cols
+    cell = newline.logical_not().nonzero()[:, 0]
+    return Places(newline.bool(), *place, part=part, cell=cell, parts=count)
+
+
+def _tile_of(at: Tensor, size: int, length: int, tiles: int, side: int) -> Tensor:
+    """The tile, along one axis, of places in a tiled view of `size` cells.
+
+    The view shows the middle `length` of `tiles * side` cells, perhaps made smaller.
+    """
+    middle = (2 * at + 1) * length // (2 * size) + (tiles * side - length) // 2
+    return (middle // side).clamp(max=tiles - 1)
 
 
 def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]] | None:

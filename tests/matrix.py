@@ -95,6 +95,17 @@ def _pooled(reference, small, positions):
     return rows
 
 
+def _picked(choose, keep, positions="compact"):
+    """Tokens that a reference chooses picture by picture."""
+
+    def rows(model, sample, kept):
+        n = SIDE * SIDE
+        own = [[i * n + t for t in choose(model, p, keep)] for i, p in enumerate(sample.pixels)]
+        return oracles.dropped(model, sample, torch.tensor(sum(own, [])).long(), positions)
+
+    return rows
+
+
 LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 _CASES = [
@@ -147,6 +158,7 @@ _CASES = [
         _divprune(9, "original"),
         [Cut(2, 2, "compact")],
     ),
+    Case("fastervlm:keep=5", _picked(zoo.fastervlm, 5)),
     Case(
         "pyramiddrop:keep=0.5/5/0.125",
         _plain,

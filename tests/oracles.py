@@ -44,12 +44,27 @@ class Tower:
         attention: `[heads, n]` of the block that produced the features: the row of [CLS], or
             in a tower without one what each patch receives from all.
         keys: `[heads, n, dim]` of that block, bias included, unscaled.
+        blocks: queries and keys of every block, `[heads, n or n + 1, dim]` each, [CLS] first.
     """
 
     patches: Tensor
     cls: Tensor | None
     attention: Tensor
     keys: Tensor
+    blocks: list[tuple[Tensor, Tensor]]
+
+    def looks(self, block: int, joint: bool = False) -> Tensor:
+        """`[heads, n]`, the row of [CLS], or what is received, in another block.
+
+        Args:
+            block: the block.
+            joint: one head of the full width instead, `[1, n]`.
+        """
+        q, k = self.blocks[block]
+        if joint:
+            q, k = (x.transpose(0, 1).flatten(1)[None] for x in (q, k))
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return weights.sum(1) if self.cls is None else weights[:, 0, 1:]
 
 
 def tower(model, pixels: Tensor) -> Tower:
@@ -63,21 +78,22 @@ def tower(model, pixels: Tensor) -> Tower:
     prefix = int(hasattr(net, "pre_layrnorm"))  # CLIP, which has [CLS]
     if prefix:
         x = net.pre_layrnorm(x)
-    last = None
-    for block in net.encoder.layers[:-1]:
+    features, blocks = None, []
+    for block in net.encoder.layers:
+        features = x
         h = block.layer_norm1(x)
         attention = block.self_attn
         q, k, v = (
             heads(p(h), n_heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        out, weights = attend(q, k, v, q.shape[-1] ** -0.5)
+        out, _ = attend(q, k, v, q.shape[-1] ** -0.5)
         x = x + attention.out_proj(out.transpose(0, 1).flatten(1))
         x = x + block.mlp(block.layer_norm2(x))
-        last = (weights, k)
-    weights, k = last
-    if not prefix:
-        return Tower(x, None, weights.sum(1), k)
-    return Tower(x[1:], x[0], weights[:, 0, 1:], k[:, 1:])
+        blocks.append((q, k))
+    k = blocks[-2][1]
+    found = Tower(features[prefix:], features[0] if prefix else None, k, k[:, prefix:], blocks)
+    found.attention = found.looks(-2)
+    return found
 
 
 def project(model, features: Tensor) -> Tensor:

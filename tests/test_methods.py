@@ -15,7 +15,7 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
-NAMES += ["pyramiddrop"]
+NAMES += ["pyramiddrop", "fastervlm"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -27,6 +27,7 @@ IDENTITY = {
     "visionzip+fastv": "visionzip:keep=1.0:cls=false:positions=original+fastv:layer=2:keep=1.0",
     "fastv+fastv": "fastv:layer=1:keep=1.0+fastv:layer=3:keep=1.0",
     "pyramiddrop": "pyramiddrop:keep=1.0/1.0/1.0",
+    "fastervlm": "fastervlm:keep=1.0",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 

@@ -38,6 +38,7 @@ def stages(draw):
         "positions": st.sampled_from(["original", "compact"]),
         "dominant": st.floats(0.01, 1),
         "cls": st.booleans(),
+        "tiles": st.booleans(),
         "merge": st.sampled_from(["sum", "mean"]),
         "seed": st.integers(0, 2**31),
     }

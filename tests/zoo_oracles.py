@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oracles import Choose, View, budget
+from oracles import Choose, View, budget, tower
 from torch import Tensor
 
 
@@ -31,3 +31,20 @@ def pyramiddrop(keep: int | float) -> Choose:
         return best(score, share(keep, entered, view.images)), view.h
 
     return choose
+
+
+def by_tile(score: dict[int, float], part: Sequence[int], count: int) -> list[int]:
+    """The best of every tile, split as evenly as can be; what is left goes to the best others."""
+    parts = max(part) + 1
+    chosen = []
+    for p in range(parts):
+        own = {i: x for i, x in score.items() if part[i] == p}
+        chosen += best(own, (p + 1) * count // parts - p * count // parts)
+    rest = {i: x for i, x in score.items() if i not in chosen}
+    return sorted(chosen + best(rest, min(count, len(score)) - len(chosen)))
+
+
+def fastervlm(model, pixels: Tensor, keep: int | float) -> list[int]:
+    """The patches that [CLS] attends to most, or that receive most."""
+    score = tower(model, pixels).attention.mean(0).tolist()
+    return best(dict(enumerate(score)), budget(keep, len(score)))

@@ -8,6 +8,7 @@ _HOMES = {
     "VisionZip": "visionzip",
     "DivPrune": "divprune",
     "FastV": "fastv",
+    "FasterVLM": "fastervlm",
     "PyramidDrop": "pyramiddrop",
     "Random": "sanity",
     "Stride": "sanity",

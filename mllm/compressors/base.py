@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mllm.actions import (
     BranchGate,
@@ -83,10 +84,14 @@ __all__ = [
     "VisionAttention",
     "VisionKeys",
     "Write",
+    "even_shares",
+    "fill_up",
     "merge_rows",
+    "on_device",
     "register",
     "resolve",
     "top_k",
+    "top_k_each",
 ]
 
 Positions = Literal["original", "compact"]
@@ -258,6 +263,32 @@ def top_k(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     )
     limit = count[:, None] if isinstance(count, Tensor) else count
     return candidates & (rank < limit)
+
+
+def top_k_each(scores: Tensor, candidates: Tensor, part: Tensor, count: Tensor) -> Tensor:
+    """Mask of the best candidates of every part; ties go to the earlier token.
+
+    Args:
+        scores, candidates: as in :func:`top_k`.
+        part: int64 `[tokens]`, from 0.
+        count: int64 `[parts]` or `[batch, parts]`, of each part.
+    """
+    scores = scores.float().masked_fill(~candidates, float("-inf"))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ranked, parts = part[order], count.shape[-1]
+    among = F.one_hot(ranked, parts).cumsum(1).gather(2, ranked[..., None])[..., 0] - 1
+    rank = torch.empty_like(order).scatter_(1, order, among)
+    return candidates & (rank < count.expand(len(scores), -1)[:, part])
+
+
+def fill_up(chosen: Tensor, scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """`chosen` and the best other candidates, `count` in all: bool `[batch, tokens]`."""
+    return chosen | top_k(scores, candidates & ~chosen, count - chosen.sum(1))
+
+
+def even_shares(count: int, parts: int) -> Tensor:
+    """`count` split over parts as evenly as whole numbers can be: int64 `[parts]`."""
+    return (torch.arange(parts + 1) * count // parts).diff()
 
 
 def merge_rows(values: Tensor, into: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -1,0 +1,177 @@
+"""Methods before the decoder on real classes: what stays is what a plain reading of the card says.
+
+The reference looks at one picture at a time, with attention written out, and decides by loops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+import zoo_oracles as zoo
+from families import KITS, Sample, collate, model, samples
+from family_oracles import as_tokens, dense, features, reference, seen
+from matrix import equal
+from torch import Tensor
+
+import mllm
+from mllm.compressors import FasterVLM
+from mllm.compressors.base import Context, Grid
+
+FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "gemma3", "qwen2_vl_video"]
+
+
+def parts(family: str, sample: Sample, ordinal: int) -> list[int]:
+    """The picture of the tower that each cell comes from, by transformers' own packing."""
+    picture = sample.pictures[ordinal]
+    n = len(KITS[family].cells(picture))
+    if picture.frames:
+        return [i * picture.frames // n for i in range(n)]
+    if not family.startswith("llava_") or picture.end:
+        return [0] * n
+    tiles = sum(1 for tile in picture.fields["pixel_values"][0] if tile.any())
+    marks = torch.arange(tiles).float().view(-1, 1, 1).expand(-1, 16, 1)
+    found = as_tokens(family, reference(family), marks, picture)[:, 0]
+    return found.round().long().tolist()
+
+
+#: Cells that stay of a picture, and features instead of the model's.
+Reference = Callable[[str, Sample, int], tuple[list[int], Tensor | None]]
+
+
+def fastervlm(family: str, sample: Sample, ordinal: int) -> tuple:
+    score = dict(enumerate(seen(family, sample, ordinal).score.tolist()))
+    return zoo.by_tile(score, parts(family, sample, ordinal), 5), None
+
+
+METHODS: dict[str, tuple[str, Reference]] = {
+    "fastervlm": ("fastervlm:keep=5:positions=original", fastervlm),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "family, attn",
+    [("llava", "sdpa"), ("llava_next", "eager"), ("qwen2_5_vl", "sdpa"), ("gemma3", "sdpa")]
+    + [pytest.param(f, a, marks=pytest.mark.slow) for f in FAMILIES for a in ("sdpa", "eager")],
+)  # fmt: skip
+@torch.no_grad()
+def test_methods_on_real_classes(name, family, attn):
+    """Images of several sizes in one padded batch: the same rows and logits as one by one."""
+    spec, choose = METHODS[name]
+    if family == "llava_onevision":  # tiles are made smaller: a cell may show two of them
+        spec = spec.replace(":positions", ":tiles=false:positions")
+    batch = samples(family, seed=2)
+    inputs, net = collate(family, batch), model(family, attn)
+    with mllm.patch(net, spec) as patched:
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+        kept = patched.ledger.kept(0)
+    for b, sample in enumerate(batch):
+        stay, vectors, at = [], features(family, sample) if sample.pictures else [], 0
+        for i, picture in enumerate(sample.pictures):
+            cells = KITS[family].cells(picture)
+            chosen, own = choose(family, sample, i)
+            stay += [at + cells[t] for t in chosen]
+            if own is not None:
+                vectors[i][cells] = own
+            at += picture.tokens
+        stay = sorted(stay + KITS[family].separators(sample, stay))
+        assert kept[b].tolist() == stay, f"sample {b}"
+        want = dense(
+            family, sample, None, kept=torch.tensor(stay).long() if stay else None,
+            vectors=torch.cat(vectors) if stay else None,
+        ).logits  # fmt: skip
+        scale = max(1.0, float(want.std()))
+        equal(logits[b][-1] / scale, want[-1] / scale, f"sample {b}", 2e-4)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl_video", "llava"])
+def test_tokens_know_their_tile(family):
+    """`part` of every cell against the packing of transformers."""
+    kit = KITS[family]
+    net = mllm.patch(model(family), "stride:keep=3")
+    for size in (0, 1, 2):
+        sample = samples(family, (((size,), 6),))[0]
+        fields = kit.join([sample.pictures])
+        own = net.kinds["video" if sample.pictures[0].frames else "image"]
+        (layout,) = own.layouts(fields)
+        places = layout.places.cells()
+        assert places.part.tolist() == parts(family, sample, 0)
+        assert places.parts == max(places.part.tolist()) + 1
+    net.remove()
+
+
+@torch.no_grad()
+def test_equal_scores_go_to_the_earlier_token():
+    """Queries of zero look at everything alike: the same choice in any batch and order."""
+    for name, (spec, _) in METHODS.items():
+        net, batch = model("llava_next"), samples("llava_next")
+        for module in net.model.vision_tower.modules():
+            if hasattr(module, "q_proj"):
+                module.q_proj.weight.zero_()
+                module.q_proj.bias.zero_()
+        with mllm.patch(net, spec) as patched:
+            net(**collate("llava_next", batch))
+            together = [k.tolist() for k in patched.ledger.kept(0)]
+            net(**collate("llava_next", batch[::-1]))
+            assert [k.tolist() for k in patched.ledger.kept(0)] == together[::-1], name
+            net(**collate("llava_next", batch[1:2]))
+            assert patched.ledger.kept(0)[0].tolist() == together[1], name
+
+
+def reduce(stage, tiles: int, side: int, seed: int = 0, **signals):
+    """Run a method on made-up signals of one picture of `tiles` tiles."""
+    from mllm.tokens import Layout, Tiling
+
+    grid = (side, side)
+    if tiles == 1:
+        layout = Layout((grid,))
+    else:
+        rows = math.isqrt(tiles - 1)
+        cols = (tiles - 1) // rows
+        view = (rows * side, cols * side)
+        layout = Layout((grid, view), "rows", Tiling(rows, cols, *view))
+    n = layout.cells
+    g = torch.Generator().manual_seed(seed)
+    given = {}
+    for name, signal in stage.reads().items():
+        if isinstance(signal, Grid):
+            given[name] = layout.places.cells()
+        else:
+            given[name] = signals.get(name, torch.rand(1, n, generator=g))
+    ctx = Context(
+        stage, given, grid=grid if tiles == 1 else None,
+        valid=torch.ones(1, n, dtype=torch.bool), counts=[n],
+    )  # fmt: skip
+    return stage.reduce(ctx), layout
+
+
+@pytest.mark.parametrize("tiles, keep", [(1, 192), (1, 128), (1, 64), (5, 640), (5, 320), (5, 160)])
+def test_fastervlm_at_published_budgets(tiles, keep):
+    """All of 576; of LLaVA-NeXT's five tiles 128, 64 and 32 each."""
+    (keeping,), layout = reduce(FasterVLM(keep=keep), tiles, 24)
+    assert int(keeping.mask.sum()) == keep == keeping.counts[0]
+    part = layout.places.cells().part
+    assert part[keeping.mask[0]].bincount().tolist() == [keep // tiles] * tiles
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("keep", [1, 16])
+@torch.no_grad()
+def test_budgets_of_one_and_of_all(name, keep):
+    """Exactly the budget per image, whatever the sizes of its tiles."""
+    for family in ("llava", "llava_next"):
+        net, batch = model(family), samples(family)
+        stage = mllm.Plan.from_spec(METHODS[name][0]).stages[0].replace(keep=keep)
+        with mllm.patch(net, stage) as patched:
+            net(**collate(family, batch))
+            kept = patched.ledger.kept(0)
+        for b, sample in enumerate(batch):
+            at, cells = 0, []
+            for picture in sample.pictures:
+                cells += [at + i for i in KITS[family].cells(picture)]
+                at += picture.tokens
+            assert len(set(kept[b].tolist()) & set(cells)) == keep * len(sample.pictures)
