@@ -106,6 +106,16 @@ def _picked(choose, keep, positions="compact"):
     return rows
 
 
+def _merged(block, keep, **options):
+    """Tokens that a reference makes picture by picture."""
+
+    def rows(model, sample, kept):
+        blocks = [block(model, p, keep, **options) for p in sample.pixels]
+        return oracles.rebuilt(model, sample, blocks, "compact")
+
+    return rows
+
+
 LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 _CASES = [
@@ -159,6 +169,12 @@ _CASES = [
         [Cut(2, 2, "compact")],
     ),
     Case("fastervlm:keep=5", _picked(zoo.fastervlm, 5)),
+    Case("prumerge:neighbours=3", _merged(zoo.prumerge_block, None, neighbours=3), placed=False),
+    Case(
+        "prumergeplus:keep=9:neighbours=3:merge=mean",
+        _merged(zoo.prumerge_block, 9, neighbours=3, merge="mean", plus=True),
+        placed=False,
+    ),
     Case(
         "pyramiddrop:keep=0.5/5/0.125",
         _plain,

@@ -38,6 +38,7 @@ def test_prompt(spec, layout, attn):
         "divprune:keep=6",
         "visionzip:keep=10+fastv:layer=2:keep=0.5",
         "fastervlm:keep=5",
+        "prumerge:neighbours=3",
     ]
 )
 def test_a_tower_without_cls(spec, attn):

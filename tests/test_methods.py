@@ -15,7 +15,7 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
-NAMES += ["pyramiddrop", "fastervlm"]
+NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -28,6 +28,8 @@ IDENTITY = {
     "fastv+fastv": "fastv:layer=1:keep=1.0+fastv:layer=3:keep=1.0",
     "pyramiddrop": "pyramiddrop:keep=1.0/1.0/1.0",
     "fastervlm": "fastervlm:keep=1.0",
+    "prumerge": "prumerge:keep=1.0:merge=none:positions=original",
+    "prumergeplus": "prumergeplus:keep=1.0:merge=none:positions=original",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 

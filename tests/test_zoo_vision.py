@@ -5,6 +5,7 @@ The reference looks at one picture at a time, with attention written out, and de
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -13,13 +14,14 @@ import tiny
 import torch
 import zoo_oracles as zoo
 from families import KITS, Sample, collate, model, samples
-from family_oracles import as_tokens, dense, features, reference, seen
+from family_oracles import as_tokens, base_name, dense, features, reference, seen
 from matrix import equal
 from torch import Tensor
 
 import mllm
 from mllm.compressors import FasterVLM
 from mllm.compressors.base import Context, Grid
+from mllm.plan import get_method
 
 FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "gemma3", "qwen2_vl_video"]
 
@@ -47,9 +49,38 @@ def fastervlm(family: str, sample: Sample, ordinal: int) -> tuple:
     return zoo.by_tile(score, parts(family, sample, ordinal), 5), None
 
 
+def prumerge(keep, **options) -> Reference:
+    def choose(family: str, sample: Sample, ordinal: int) -> tuple:
+        block = {"qwen2_5_vl": 1}.get(base_name(family), -1)
+        told = seen(family, sample, ordinal, block, joint=True)
+        x = features(family, sample)[ordinal][KITS[family].cells(sample.pictures[ordinal])]
+        if family == "llava":  # before the projector
+            net, pixels = reference(family).model, sample.pictures[ordinal].fields["pixel_values"]
+            x = net.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+        out, kept = zoo.prumerge(
+            x, told.score.tolist(), told.keys, parts(family, sample, ordinal), keep, **options
+        )
+        out = torch.stack(out)
+        if family == "llava":
+            out = net.multi_modal_projector(out)
+        full = features(family, sample)[ordinal]
+        full = full[KITS[family].cells(sample.pictures[ordinal])].clone()
+        full[kept] = out.to(full)
+        return sorted(kept), full
+
+    return choose
+
+
 METHODS: dict[str, tuple[str, Reference]] = {
     "fastervlm": ("fastervlm:keep=5:positions=original", fastervlm),
-}
+    "prumerge": (
+        "prumerge:neighbours=3:positions=original", prumerge(None, neighbours=3)
+    ),
+    "prumergeplus": (
+        "prumergeplus:keep=7:neighbours=3:positions=original",
+        prumerge(7, neighbours=3, plus=True),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -62,7 +93,9 @@ METHODS: dict[str, tuple[str, Reference]] = {
 def test_methods_on_real_classes(name, family, attn):
     """Images of several sizes in one padded batch: the same rows and logits as one by one."""
     spec, choose = METHODS[name]
-    if family == "llava_onevision":  # tiles are made smaller: a cell may show two of them
+    if family == "llava_onevision":
+        if "tiles" not in {f.name for f in dataclasses.fields(get_method(name))}:
+            pytest.skip("its tiles are made smaller: a cell may show two of them")
         spec = spec.replace(":positions", ":tiles=false:positions")
     batch = samples(family, seed=2)
     inputs, net = collate(family, batch), model(family, attn)
@@ -156,6 +189,44 @@ def test_fastervlm_at_published_budgets(tiles, keep):
     assert int(keeping.mask.sum()) == keep == keeping.counts[0]
     part = layout.places.cells().part
     assert part[keeping.mask[0]].bincount().tolist() == [keep // tiles] * tiles
+
+
+@torch.no_grad()
+def test_prumerge_adapts_to_the_picture():
+    """Of 576 tokens the outliers stay, or four times as many, and one for the rest."""
+    g = torch.Generator().manual_seed(0)
+    attention = torch.rand(1, 576, generator=g) * 1e-4
+    attention[0, torch.randperm(576, generator=g)[:36]] = 0.01
+    keys, x = torch.randn(1, 576, 8, generator=g), torch.randn(1, 576, 8, generator=g)
+    for name, want in (("prumerge", 36 + 1), ("prumergeplus", None)):
+        (keep, merge, write), _ = reduce(
+            get_method(name)(), 1, 24, attention=attention, keys=keys, features=x
+        )
+        kept = int(keep.mask.sum())
+        assert keep.counts == [kept]
+        if want is None:  # int(int(576 / 36) / 3) = 5: 115 places, some of them taken
+            assert 36 + 115 - 36 < kept <= 36 + 115 + 1
+        else:
+            assert kept == want
+        # Everything is accounted for: what goes is in the token for the rest.
+        into = merge.into[0]
+        assert into[keep.mask[0]].tolist() == keep.mask[0].nonzero()[:, 0].tolist()
+        (seat,) = set(into[~keep.mask[0]].tolist())
+        gone = (~keep.mask[0]).clone()
+        gone[seat] = True
+        assert torch.allclose(write.values[0, seat], attention[0, gone] @ x[0, gone], atol=1e-6)
+        assert int(write.order[0, seat]) == kept - 1, "it stands last"
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumergeplus"])
+@pytest.mark.parametrize("tiles, keep", [(1, 192), (1, 128), (1, 64), (5, 640), (5, 320), (5, 160)])
+@torch.no_grad()
+def test_prumerge_at_published_budgets(name, tiles, keep):
+    n = 576 * tiles
+    g = torch.Generator().manual_seed(0)
+    keys, x = torch.randn(1, n, 8, generator=g), torch.randn(1, n, 8, generator=g)
+    (keeping, *_), _ = reduce(get_method(name)(keep=keep), tiles, 24, keys=keys, features=x)
+    assert int(keeping.mask.sum()) == keep == keeping.counts[0]
 
 
 @pytest.mark.parametrize("name", METHODS)

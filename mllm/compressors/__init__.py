@@ -9,6 +9,8 @@ _HOMES = {
     "DivPrune": "divprune",
     "FastV": "fastv",
     "FasterVLM": "fastervlm",
+    "PruMerge": "prumerge",
+    "PruMergePlus": "prumerge",
     "PyramidDrop": "pyramiddrop",
     "Random": "sanity",
     "Stride": "sanity",
