@@ -15,6 +15,7 @@ from mllm.signals import (
     Grid,
     Hidden,
     Keys,
+    Rotary,
     Text,
     TextEmbeds,
     Values,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
 
 # The axis of rows in the value of each signal.
-_AXIS = {AttentionRows: -1, ColumnMass: -1, Keys: 2, Values: 2, Hidden: 1}
+_AXIS = {AttentionRows: -1, ColumnMass: -1, Keys: 2, Values: 2, Hidden: 1, Rotary: 1}
 
 
 def declared(stages: list[tuple[int, LayerMethod]]) -> dict[tuple[int, Any], int]:
@@ -107,6 +108,10 @@ class Captures:
     ) -> None:
         number, signal = slot
         table, rows = self.run.attention_table, query.shape[2]
+        if isinstance(signal, Rotary):
+            both = torch.cat(self.run.attention_rotary, -1)
+            self._found[slot] = both.expand(len(query), -1, -1), table.index
+            return
         if isinstance(signal, Values):
             self._found[slot] = value[:, :, -rows:], table.index
             return

@@ -26,6 +26,7 @@ from mllm.compressors.base import (
     CacheCompressor,
     Hidden,
     LayerMethod,
+    Rotary,
     TextEmbeds,
     TokenReducer,
     TowerReducer,
@@ -279,7 +280,7 @@ class Patched:
         read = [
             signal.layer
             for _, signal in self.signals
-            if isinstance(signal, Hidden) or not getattr(signal, "rope", True)
+            if isinstance(signal, Hidden | Rotary) or not getattr(signal, "rope", True)
         ]
         return min([*self.acts, *read, len(self.layers)])
 

@@ -184,6 +184,16 @@ class Values(_AtLayer):
 
 
 @dataclass(frozen=True)
+class Rotary(_AtLayer):
+    """What rotates queries and keys of a decoder layer: `[batch, rows, 2 * rotary_dim]`.
+
+    The cosines of every row's position, then the sines, as the layer is given them.
+    """
+
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
 class Hidden(_AtLayer):
     """Hidden states at a decoder layer: `[batch, rows, width]`, with their gradient.
 

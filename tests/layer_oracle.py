@@ -54,6 +54,7 @@ class Seen:
         hidden: what enters each layer; `attn` and `mlp` are the normalised inputs of branches.
         weights: attention `[heads, tokens, tokens]`; `raw` its logits.
         bare: logits without rotary positions.
+        rotary: `[tokens, 2 * dim]`, cosines and sines.
         keys, plain_keys, values: `[kv_heads, tokens, dim]`, rotated, not rotated.
     """
 
@@ -68,6 +69,7 @@ class Seen:
     keys: list[Tensor] = field(default_factory=list)
     plain_keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    rotary: list[Tensor] = field(default_factory=list)
 
 
 def _whole(x: Any, n: int, neutral: float | bool) -> Any:
@@ -141,6 +143,7 @@ def run_with_gradients(
         cos, sin = lm.rotary_emb(
             h[None], place[:, None] if place.dim() == 2 else place[None], *kind
         )
+        seen.rotary.append(torch.cat([cos[0], sin[0]], -1))
         x = layer.input_layernorm(h)
         seen.hidden.append(h)
         seen.attn.append(x)

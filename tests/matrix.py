@@ -183,6 +183,24 @@ _CASES = [
             for i, k in [(1, 0.5), (2, 5), (3, 0.125)]
         ],
     ),
+    Case(
+        "sparsevlm:keep=9/5/0.125:cluster=2:recycle=0.5",
+        _plain,
+        [
+            Cut(i, positions="compact",
+                choose=zoo.sparsevlm_cut(k, recycle=0.5, per_cluster=2))
+            for i, k in [(1, 9), (2, 5), (3, 0.125)]
+        ],
+        placed=False,
+    ),
+    Case(
+        "sparsevlm:version=2.0:keep=9/5/2",
+        _plain,
+        [
+            Cut(i, choose=zoo.sparsevlm_cut(k, True, recycle=0, per_cluster=10, heads=14 / 32))
+            for i, k in [(1, 9), (2, 5), (3, 2)]
+        ],
+    ),
 ]
 CASES = {case.spec: case for case in _CASES}
 #: One case of every kind of stage, for tests of what happens around a forward.

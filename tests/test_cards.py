@@ -28,11 +28,7 @@ from mllm.compressors.base import (
     LayerMethod,
     LayerPruner,
     LayerSchedule,
-    Merge,
     Positions,
-    TextEmbeds,
-    Write,
-    merge_rows,
     top_k,
 )
 from mllm.plan import MethodInfo
@@ -52,50 +48,6 @@ class VTW(LayerPruner):
 
     def act(self, ctx):
         return [Keep(torch.zeros_like(ctx.visual))]
-
-
-@dataclass
-class SparseVLM(LayerSchedule):
-    """Text that resembles the picture rates; some of what goes is recycled into clusters."""
-
-    layers: tuple[int, ...] | None = (2, 3)
-    keep: tuple[Budget, ...] = (0.5, 3)
-    positions: Positions | None = None
-    info = sketch("sparsevlm")
-    actions = ("Keep", "Merge", "Write")
-
-    def reads(self):
-        return {
-            "rows": AttentionRows(rows=self.raters), "text": TextEmbeds(),
-            "inputs": Hidden(layer=0), "hidden": Hidden(),
-        }  # fmt: skip
-
-    def raters(self, ctx) -> Tensor:
-        if "raters" not in ctx.state:  # chosen once, by what enters the decoder
-            text = ctx["text"]
-            like = ctx["inputs"] @ text.embeds.transpose(1, 2)
-            like = like.masked_fill(~text.valid[:, None], -1e9).softmax(-1)
-            rate = (like * ctx.visual[..., None]).sum(1) / ctx.visual.sum(1, True).clamp(min=1)
-            mean = rate.sum(1, True) / text.valid.sum(1, True).clamp(min=1)
-            chosen = (text.valid & (rate > mean)).int()
-            mask = torch.zeros_like(ctx.visual, dtype=torch.int).scatter_add(1, text.rows, chosen)
-            ctx.state["raters"] = mask > 0, ctx.index
-        return ctx.bring(*ctx.state["raters"])
-
-    def score(self, ctx) -> Tensor:
-        count = (ctx.queries("rows") >= 0).sum(1, True).clamp(min=1)
-        return ctx["rows"].sum(1) / count
-
-    def act(self, ctx):
-        (kept,) = super().act(ctx)
-        gone = ctx.visual & ~kept.mask
-        recycled = top_k(self.score(ctx), gone, (0.3 * gone.sum(1)).int() + 1)
-        centre = top_k(self.score(ctx), recycled, 1)
-        own = torch.arange(gone.shape[1]).expand_as(gone)
-        at = centre.int().argmax(1, keepdim=True)
-        into = torch.where(recycled, at, torch.where(gone, -1, own))
-        values = merge_rows(ctx["hidden"], into)
-        return [Keep(kept.mask | centre), Merge(into), Write(values)]
 
 
 @dataclass
@@ -224,10 +176,10 @@ class SkipVision(LayerMethod):
         ]  # fmt: skip
 
 
-SKETCHES = [VTW(), SparseVLM(), Feather(), TopV(), FitPrune(), ZipVL(), SkipVision()]
+SKETCHES = [VTW(), Feather(), TopV(), FitPrune(), ZipVL(), SkipVision()]
 #: Visual tokens that enter each layer, of a picture of 16.
 COUNTS = {
-    "vtw": [16, 16, 0, 0], "sparsevlm": [16, 16, 9, 4], "topv": [16, 16, 8, 8],
+    "vtw": [16, 16, 0, 0], "topv": [16, 16, 8, 8],
     "fitprune": [16, 14, 12, 10], "zipvl": [16] * 4, "skipvision": [16] * 4,
 }  # fmt: skip
 

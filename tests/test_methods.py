@@ -15,7 +15,7 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
-NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus"]
+NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -30,6 +30,8 @@ IDENTITY = {
     "fastervlm": "fastervlm:keep=1.0",
     "prumerge": "prumerge:keep=1.0:merge=none:positions=original",
     "prumergeplus": "prumergeplus:keep=1.0:merge=none:positions=original",
+    "sparsevlm": "sparsevlm:keep=1.0/1.0/1.0",
+    "sparsevlm, version 2.0": "sparsevlm:version=2.0:keep=1.0/1.0/1.0",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 

@@ -12,14 +12,17 @@ import pytest
 import tiny
 import torch
 import zoo_oracles as zoo
+from acting import acting
 from families import KITS, LAYERS, Sample, collate, model, samples
 from family_oracles import features
 from layer_oracle import Edits, Seen, run
 from matrix import equal
+from oracles import rotate
 from torch import Tensor
 
 import mllm
-from mllm.compressors import PyramidDrop
+from mllm.compressors import PyramidDrop, SparseVLM
+from mllm.compressors.sparsevlm import density_peaks
 from mllm.errors import PlanError
 from mllm.plan import keep_for_average
 
@@ -37,6 +40,7 @@ class Here:
         entered: visual tokens that entered the decoder.
         sample: the sample.
         embeds: `[n, width]`, what enters the decoder.
+        family: its name.
     """
 
     seen: Seen
@@ -45,6 +49,7 @@ class Here:
     entered: int
     sample: Sample
     embeds: Tensor
+    family: str
 
     @property
     def last(self) -> int:
@@ -70,10 +75,35 @@ def pyramiddrop(here: Here) -> tuple:
     return zoo.best({i: float(row[i]) for i in here.rows}, here.share(keep)), {}
 
 
+def sparsevlm(gravity: bool, **options) -> Reference:
+    def choose(here: Here) -> tuple:
+        visual = cells(here.family, here.sample)
+        rating = zoo.raters(here.embeds, visual, here.text)
+        keep = {1: 9, 2: 5, 3: 0.125}[here.layer]
+        ones, before = None, here.layer - 1
+        if gravity:
+            cos, sin = here.seen.rotary[before].chunk(2, -1)
+            ones = rotate(torch.ones_like(cos), cos, sin)
+        return zoo.sparsevlm(
+            here.seen.weights[before], here.seen.hidden[here.layer], here.rows, rating,
+            min(len(here.rows), here.share(keep)), ones=ones, **options,
+        )[:2]  # fmt: skip
+
+    return choose
+
+
 #: Spec, layers of its cuts, reference.
 METHODS: dict[str, tuple[str, Sequence[int], Reference]] = {
     "pyramiddrop": (
         "pyramiddrop:keep=0.5/3/0.125:positions=original", (1, 2, 3), pyramiddrop
+    ),
+    "sparsevlm": (
+        "sparsevlm:keep=9/5/0.125:cluster=2:recycle=0.5:positions=original", (1, 2, 3),
+        sparsevlm(False, recycle=0.5, per_cluster=2),
+    ),
+    "sparsevlm 2.0": (
+        "sparsevlm:version=2.0:keep=9/5/0.125", (1, 2, 3),
+        sparsevlm(True, recycle=0.0, per_cluster=10, heads=14 / 32),
     ),
 }  # fmt: skip
 
@@ -96,7 +126,7 @@ def follow(family: str, sample: Sample, layers: Sequence[int], choose: Reference
     for layer in range(LAYERS):
         if layer in layers and rows:
             seen = run(family, sample, edits)
-            stay, vectors = choose(Here(seen, layer, rows, entered, sample, embeds))
+            stay, vectors = choose(Here(seen, layer, rows, entered, sample, embeds, family))
             rows = [r for r in rows if r in set(stay)]
             kept = [visual.index(r) for r in rows]
             lines = KITS[family].separators(sample, kept)
@@ -233,9 +263,82 @@ def test_budgets_of_one_and_of_all(name, keep):
     with mllm.patch(net, stage.replace(keep=budgets)) as patched:
         logits = net(**inputs).logits
         kept = [len(k) for k in patched.ledger.kept(LAYERS - 1)]
-    if keep == 1:
-        assert kept[2] == 0 and kept[0] >= 1 and kept[1] >= 2
+    if isinstance(keep, int) and keep == 1:
+        # SparseVLM's clusters come on top.
+        assert kept[2] == 0 and 1 <= kept[0] <= 8 and 2 <= kept[1] <= 10
+        assert name == "sparsevlm" or kept == [1, 2, 0]
     else:
         assert kept == [16, 32, 0]
         real = inputs["attention_mask"].bool()
         assert torch.equal(logits[real], plain[real])
+
+
+#: Tokens that enter the layers behind each cut with the recycled ones, and their average, as the
+#: card works them out from the authors' schedules.
+RECYCLED = {
+    192: ((309, 204, 113), 206.5), 128: ((312, 117, 39), 145.4), 96: ((249, 55, 27), 114.1),
+    64: ((82, 32, 18), 82.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", RECYCLED)
+@torch.no_grad()
+def test_sparsevlm_has_the_published_schedules(budget):
+    """576 tokens and 32 layers; the layer whose attention decides runs in full."""
+    from mllm.plan import resolve
+
+    stage = SparseVLM(budget=budget).at_depth(32)
+    assert stage.layers == (3, 7, 16)
+    there, seen = 576, []
+    for layer in range(32):
+        if layer in stage.layers:
+            keep = resolve(stage.budgets()[stage.layers.index(layer)], 576)
+            gone = there - keep
+            taken = int(0.3 * gone) + 1
+            there = keep + taken // 10 + 1
+        seen.append(there)
+    counts, average = RECYCLED[budget]
+    assert (seen[3], seen[7], seen[16]) == counts
+    assert sum(seen) / 32 == pytest.approx(average, abs=0.06)
+    published = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
+    new = SparseVLM(version="2.0", budget=budget).at_depth(32)
+    assert [resolve(k, 576) for k in new.budgets()] == list(published[budget])
+    assert new.share == 0 and new.bias and new.head_share == 14 / 32
+    assert new.paper_positions == "original" and stage.paper_positions == "compact"
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_density_peaks_are_those_of_the_description(count):
+    """Unequal samples in one batch, equal vectors among them."""
+    g = torch.Generator().manual_seed(count)
+    x = torch.randn(3, 9, 4, generator=g)
+    x[0, 5] = x[0, 2]
+    x[1] = x[1, :1]
+    sizes = [9, 6, 1]
+    valid = torch.arange(9) < torch.tensor(sizes)[:, None]
+    counts = torch.tensor([min(count, n) for n in sizes])
+    mine = density_peaks(x, valid, counts)
+    for b, n in enumerate(sizes):
+        assert mine[b, :n].tolist() == zoo.density_peaks(list(x[b, :n]), int(counts[b]))
+
+
+@torch.no_grad()
+def test_recycled_tokens_are_accounted_for():
+    """Sizes add up to the tokens that stayed or were recycled; nothing counts twice."""
+    net, batch = model("llava"), samples("llava", "alone")
+    found = []
+    reader = acting([2], lambda ctx: found.append((ctx.size * ctx.visual).clone()) or [])
+    for recycle, total in ((1.0, 16), (0.5, 6 + 6), (0.0, 6)):
+        stage = SparseVLM(layers=(1, 2, 3), keep=(6, 4, 2), recycle=recycle, cluster=4)
+        with mllm.patch(net, [reader, stage]) as patched:
+            net(**collate("llava", batch))
+            entering = patched.ledger.as_dict()["layers"][1]["visual"][0]
+        clusters = (int(recycle * 10) + 1) // 4 + 1 if recycle else 0
+        assert entering == 6 + clusters
+        assert float(found[-1].sum()) == total
+
+
+def test_an_unpublished_budget_is_refused():
+    with pytest.raises(PlanError, match="no schedule") as caught:
+        SparseVLM(budget=100)
+    assert caught.value.argument == "budget" and "192" in caught.value.expected

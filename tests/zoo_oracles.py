@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from oracles import Block, Choose, View, budget, project, tower
+from oracles import Block, Choose, View, budget, project, rotate, tower
 from torch import Tensor
 
 
@@ -126,3 +126,94 @@ def prumerge_block(model, pixels: Tensor, keep: int | float | None, **options) -
     out, kept = prumerge(t.patches, a, keys, [0] * len(a), keep, **options)
     into = [i if i in kept else kept[-1] for i in range(len(a))]
     return Block(project(model, torch.stack(out)), kept, into)
+
+
+def raters(embeds: Tensor, visual: Sequence[int], text: Sequence[int]) -> list[int]:
+    """Text rows that resemble the picture more than text does on average."""
+    rate = {t: 0.0 for t in text}
+    for v in visual:
+        like = torch.stack([embeds[v] @ embeds[t] for t in text]).softmax(0)
+        for t, x in zip(text, like.tolist(), strict=True):
+            rate[t] += x / len(visual)
+    mean = sum(rate.values()) / max(1, len(rate))
+    return [t for t in text if rate[t] > mean] or list(text)
+
+
+def density_peaks(x: list[Tensor], count: int) -> list[int]:
+    """The centre of each vector: DPC-kNN as its description has it."""
+    n, width = len(x), len(x[0])
+    apart = [[float((a - b).double().norm()) / width**0.5 for b in x] for a in x]
+    spread = [sum(d * d for d in sorted(row)[:count]) / min(count, n) for row in apart]
+    order = sorted(range(n), key=lambda i: (spread[i], i))  # the densest first
+    gap = [0.0] * n
+    for place, i in enumerate(order):
+        gap[i] = min((apart[i][j] for j in order[:place]), default=max(map(max, apart)))
+    peak = {i: math.exp(-spread[i]) * gap[i] for i in range(n)}
+    centres = best(peak, count)
+    return [i if i in centres else min(centres, key=lambda c: (apart[i][c], c)) for i in range(n)]
+
+
+def sparsevlm(
+    weights: Tensor,
+    h: Tensor,
+    rows: Sequence[int],
+    rating: Sequence[int],
+    keep: int,
+    *,
+    recycle: float,
+    per_cluster: int,
+    heads: float = 1.0,
+    ones: Tensor | None = None,
+) -> tuple[list[int], dict[int, Tensor], dict[int, int]]:
+    """One cut of SparseVLM: rows that stay, new vectors by row, where recycled rows went.
+
+    Args:
+        weights: `[heads, n, n]`, attention of the layer that has run.
+        h: `[n, width]`, what it gave.
+        rows: visual rows.
+        rating: raters.
+        keep: tokens that stay.
+        recycle, per_cluster, heads: options.
+        ones: `[n, dim]`, queries and keys of ones, rotated.
+    """
+    mass = {}
+    for head, own in enumerate(weights):
+        pulled = own.clone()
+        if ones is not None:
+            for q in rating:
+                for k in rows:
+                    pulled[q, k] /= max(0.01, float(ones[q] @ ones[k]) / ones.shape[1])
+        mass[head] = {k: sum(float(pulled[q, k]) for q in rating) for k in rows}
+    count = max(1, round(heads * len(mass)))
+    used = best({head: sum(of.values()) for head, of in mass.items()}, count)
+    score = {k: sum(mass[head][k] for head in used) for k in rows}
+    stay = best(score, keep)
+    gone = [r for r in rows if r not in stay]
+    if not gone or not recycle:
+        return stay, {}, {}
+    again = best({r: score[r] for r in gone}, int(recycle * len(gone)) + 1)
+    centre = density_peaks([h[r] for r in again], int(len(again) / per_cluster) + 1)
+    into = {r: again[c] for r, c in zip(again, centre, strict=True)}
+    means = {
+        c: torch.stack([h[r] for r in again if into[r] == c]).mean(0) for c in set(into.values())
+    }
+    return sorted(stay + list(means)), means, into
+
+
+def sparsevlm_cut(keep: int | float, gravity: bool = False, **options) -> Choose:
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        rows, ones = view.rows, None
+        visual = (rows.visual & rows.alive).nonzero()[:, 0].tolist()
+        rating = raters(rows.embeds, visual, view.text)
+        if gravity:
+            lm = view.model.model.language_model
+            cos, sin = lm.rotary_emb(view.h[None], position_ids=view.position[None])
+            ones = rotate(torch.ones_like(cos[0]), cos[0], sin[0])
+        count = min(len(view.arriving), share(keep, len(visual), view.images))
+        stay, means, _ = sparsevlm(
+            view.weights, view.h, view.arriving, rating, count, ones=ones, **options
+        )
+        h = torch.stack([means.get(i, x) for i, x in enumerate(view.h)])
+        return stay, h
+
+    return choose

@@ -12,6 +12,7 @@ _HOMES = {
     "PruMerge": "prumerge",
     "PruMergePlus": "prumerge",
     "PyramidDrop": "pyramiddrop",
+    "SparseVLM": "sparsevlm",
     "Random": "sanity",
     "Stride": "sanity",
     "AvgPool": "sanity",
