@@ -82,6 +82,7 @@ class Places:
         line: int64, what a separator separates: it stays while a cell of its line stays.
         cell: int64 `[cells]`, tokens that are no separators.
         parts: pictures of the tower.
+        tiles: rows and columns of tiles behind the base view; zeros without tiles.
     """
 
     newline: Tensor
@@ -93,12 +94,14 @@ class Places:
     part: Tensor
     cell: Tensor
     parts: int
+    tiles: tuple[int, int]
 
     def cells(self) -> Places:
         """The tokens that are no separators alone."""
         here = self.cell
         columns = ("newline", "tile", "frame", "row", "col", "line", "part")
-        return Places(**{n: getattr(self, n)[here] for n in columns}, cell=here, parts=self.parts)
+        own = {name: getattr(self, name)[here] for name in columns}
+        return Places(**own, cell=here, parts=self.parts, tiles=self.tiles)
 
 
 @lru_cache(maxsize=256)
@@ -132,7 +135,8 @@ def _places(layout: Layout) -> Places:
         part = torch.where(part > 0, 1 + tile[0] * tiling.cols + tile[1], 0)
     count = len(layout.grids) if tiling is None else 1 + tiling.rows * tiling.cols
     cell = newline.logical_not().nonzero()[:, 0]
-    return Places(newline.bool(), *place, part=part, cell=cell, parts=count)
+    tiles = (0, 0) if tiling is None else (tiling.rows, tiling.cols)
+    return Places(newline.bool(), *place, part=part, cell=cell, parts=count, tiles=tiles)
 
 
 def _tile_of(at: Tensor, size: int, length: int, tiles: int, side: int) -> Tensor:

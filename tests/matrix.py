@@ -175,6 +175,13 @@ _CASES = [
         _merged(zoo.prumerge_block, 9, neighbours=3, merge="mean", plus=True),
         placed=False,
     ),
+    Case("hired:keep=6", _picked(zoo.hired_alone, 6)),
+    Case(
+        "vscan_vision:keep=9:window=2:local=0.0+vscan_llm:keep=3",
+        _merged(zoo.vscan_block, 9, window=2),
+        [Cut(2, positions="compact", choose=zoo.pyramiddrop(3))],
+        placed=False,
+    ),
     Case(
         "pyramiddrop:keep=0.5/5/0.125",
         _plain,

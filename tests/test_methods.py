@@ -15,7 +15,8 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
-NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm"]
+NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
+          "vscan_vision", "vscan_llm"]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -32,6 +33,10 @@ IDENTITY = {
     "prumergeplus": "prumergeplus:keep=1.0:merge=none:positions=original",
     "sparsevlm": "sparsevlm:keep=1.0/1.0/1.0",
     "sparsevlm, version 2.0": "sparsevlm:version=2.0:keep=1.0/1.0/1.0",
+    "hired": "hired:keep=1.0",
+    "vscan": "vscan:keep=1.0",
+    "vscan_vision": "vscan_vision:keep=1.0",
+    "vscan_llm": "vscan_llm:keep=1.0",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 
@@ -45,7 +50,7 @@ def test_declared_identity_is_the_one_tested(name):
     """What a method declares as its identity is a plan of this file."""
     declared = get_method(name).identity
     assert declared is not None
-    stage = Plan.from_spec(IDENTITY[name]).stages[0]
+    stage = Plan.from_spec(IDENTITY[name]).written[0]
     assert all(getattr(stage, k) == v for k, v in declared.items())
 
 

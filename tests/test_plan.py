@@ -16,6 +16,7 @@ from mllm import plan as plan_module
 from mllm.compressors.base import Keep, TokenReducer
 from mllm.errors import PlanError
 from mllm.plan import Plan, get_method, register
+from mllm.plan import _options as options
 
 NAMES = sorted(row["name"] for row in mllm.methods())
 keeps = st.one_of(
@@ -38,20 +39,21 @@ def stages(draw):
         "positions": st.sampled_from(["original", "compact"]),
         "dominant": st.floats(0.01, 1),
         "cls": st.booleans(),
-        "tiles": st.booleans(),
+        "window": st.integers(1, 24),
+        "local": st.floats(0, 1),
+        "alpha": st.floats(0, 1),
         "version": st.sampled_from(["1.5", "2.0"]),
         "budget": st.sampled_from([192, 128, 96, 64]),
         "recycle": st.floats(0, 1),
         "cluster": st.integers(1, 100),
         "heads": st.floats(0.01, 1),
-        "gravity": st.booleans(),
-        "last": st.booleans(),
         "neighbours": st.integers(1, 64),
         "important": st.floats(0.01, 1),
         "merge": st.sampled_from(["sum", "mean"]),
         "seed": st.integers(0, 2**31),
     }
     names = [f.name for f in dataclasses.fields(cls)]
+    values |= {name: st.booleans() for name in names if bool in options(hints[name])}
     assert set(names) <= set(values), "a new parameter needs a strategy here"
     given = draw(st.sets(st.sampled_from(names)))
     return cls(**{name: draw(values[name]) for name in sorted(given)})
@@ -206,7 +208,7 @@ def test_methods_describe_themselves():
     assert json.loads(json.dumps(rows)) == rows
     for row in rows:
         assert keys <= set(row)
-        assert row["stage"] in ("pre_llm", "llm")
+        assert row["stage"] in ("pre_llm", "llm", "preset")
         assert row["oracle"] in ("mask", "rebuild", "reference")
         assert row["positions"] in ("original", "compact")
         assert {"sdpa", "eager"} <= set(row["backends"])
@@ -308,6 +310,22 @@ def test_files_that_are_no_plan(content, tmp_path):
         Plan.from_pretrained(tmp_path)
     with pytest.raises(PlanError, match="plan"):
         Plan.from_pretrained(tmp_path / "nothing here")
+
+
+def test_a_preset_is_written_as_one_and_runs_as_its_stages(tmp_path):
+    """The paper's name stands in spec text and files; everything else sees the stages."""
+    plan = Plan.from_spec("vscan:keep=64+fastv:layer=20")
+    assert plan.spec == "vscan:keep=64+fastv:layer=20" and len(plan.stages) == 3
+    parts = Plan.from_spec("vscan_vision:keep=96+vscan_llm:keep=32+fastv:layer=20")
+    assert plan.stages == parts.stages and plan.sha256 == parts.sha256
+    plan.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path) == plan
+    (row,) = [row for row in mllm.methods() if row["name"] == "vscan"]
+    assert row["stage"] == "preset" and row["site"] == "several"
+    assert set(row["actions"]) == {"Keep", "Merge", "Write"}
+    assert "VisionAttention" in row["reads"] and "AttentionRows" in row["reads"]
+    with pytest.raises(PlanError, match="did you mean: keep"):
+        Plan.from_spec("vscan:kep=64")
 
 
 def test_a_plan_is_made_of_stages():

@@ -19,7 +19,7 @@ from matrix import equal
 from torch import Tensor
 
 import mllm
-from mllm.compressors import FasterVLM
+from mllm.compressors import FasterVLM, HiRED, VScan, VScanVision
 from mllm.compressors.base import Context, Grid
 from mllm.plan import get_method
 
@@ -71,6 +71,40 @@ def prumerge(keep, **options) -> Reference:
     return choose
 
 
+def places(family: str, sample: Sample, ordinal: int) -> tuple[list, list]:
+    """Row and column of every cell in its grid, and the size of that grid."""
+    picture = sample.pictures[ordinal]
+    n, (rows, cols) = len(KITS[family].cells(picture)), picture.grid
+    if family.startswith("llava_") and not picture.end:
+        at = [(i // 4, i % 4) for i in range(16)]
+        at += [(i // cols, i % cols) for i in range(n - 16)]
+        return at, [(4, 4)] * 16 + [(rows, cols)] * (n - 16)
+    at = [(i % (rows * cols) // cols, i % cols) for i in range(n)]
+    return at, [(rows, cols)] * n
+
+
+def vscan_vision(family: str, sample: Sample, ordinal: int) -> tuple:
+    first = 1 if base_name(family) == "qwen2_5_vl" else 0  # the only block that sees everything
+    local = seen(family, sample, ordinal, first).score.tolist()
+    deep = seen(family, sample, ordinal).score.tolist()
+    x = features(family, sample)[ordinal][KITS[family].cells(sample.pictures[ordinal])].clone()
+    kept, means, _ = zoo.vscan(
+        x, local, deep, parts(family, sample, ordinal), *places(family, sample, ordinal), 7, 2
+    )
+    for i, mean in means.items():
+        x[i] = mean
+    return kept, x
+
+
+def hired(family: str, sample: Sample, ordinal: int) -> tuple:
+    picture, part = sample.pictures[ordinal], parts(family, sample, ordinal)
+    if not family.startswith("llava_") or picture.end:
+        part = [0] * len(part)
+    early = seen(family, sample, ordinal, 0).score.tolist()
+    tiles = (2, 2) if max(part) > 1 else (1, 1)
+    return zoo.hired(early, seen(family, sample, ordinal).score.tolist(), part, tiles, 7), None
+
+
 METHODS: dict[str, tuple[str, Reference]] = {
     "fastervlm": ("fastervlm:keep=5:positions=original", fastervlm),
     "prumerge": (
@@ -80,6 +114,10 @@ METHODS: dict[str, tuple[str, Reference]] = {
         "prumergeplus:keep=7:neighbours=3:positions=original",
         prumerge(7, neighbours=3, plus=True),
     ),
+    "vscan_vision": (
+        "vscan_vision:keep=7:window=2:local=0.0:positions=original", vscan_vision
+    ),
+    "hired": ("hired:keep=7:positions=original", hired),
 }  # fmt: skip
 
 
@@ -189,6 +227,58 @@ def test_fastervlm_at_published_budgets(tiles, keep):
     assert int(keeping.mask.sum()) == keep == keeping.counts[0]
     part = layout.places.cells().part
     assert part[keeping.mask[0]].bincount().tolist() == [keep // tiles] * tiles
+
+
+@pytest.mark.parametrize("average, first, second", [(192, 288, 96), (128, 192, 64), (64, 96, 32)])
+@torch.no_grad()
+def test_vscan_has_the_published_budgets(average, first, second):
+    """1.5 times the budget enters, a third of it stays for the second half; half is local."""
+    vision, llm = VScan(keep=average).expand()
+    assert (vision.keep, llm.keep) == (first, second)
+    assert llm.at_depth(32).layer == 16 and llm.at_depth(28).layer == 14
+    assert first * 16 + second * 16 == average * 32
+    share = VScan(keep=average / 576).expand()
+    assert round(share[0].keep * 576) == first and round(share[1].keep * first) == second
+    x = torch.randn(1, 576, 8, generator=torch.Generator().manual_seed(0))
+    one_way = dict(local=torch.arange(576.0)[None], features=x)
+    one_way["global"] = torch.arange(576.0).flip(0)[None]
+    (keep, merge, write), _ = reduce(vision, 1, 24, **one_way)
+    assert int(keep.mask.sum()) == first == keep.counts[0]
+    grid = keep.mask.view(24, 24)
+    low = grid.view(4, 6, 4, 6).sum((1, 3))
+    assert int(low.min()) >= first // 32, "every window has its share"
+    assert int(merge.into.unique().numel()) <= first
+    # Means conserve mass: weighted by their members they add up to the picture.
+    size = torch.zeros(576).index_add(0, merge.into[0], torch.ones(576))
+    assert float(size.sum()) == 576
+    total = (write.values[0] * size[:, None]).sum(0)
+    assert torch.allclose(total, x[0].sum(0), atol=1e-3)
+
+
+@pytest.mark.parametrize("keep", [640, 320, 160])
+@torch.no_grad()
+def test_vscan_on_tiles(keep):
+    """LLaVA-NeXT: each of five tiles keeps its share, and merges within itself."""
+    x = torch.randn(1, 2880, 8, generator=torch.Generator().manual_seed(0))
+    (keeping, merge, _), layout = reduce(VScanVision(keep=keep), 5, 24, features=x)
+    part = layout.places.cells().part
+    assert part[keeping.mask[0]].bincount().tolist() == [keep // 5] * 5
+    assert torch.equal(part[merge.into[0]], part)
+
+
+@pytest.mark.parametrize("keep, full", [(640, 320), (320, 160), (160, 80), (0.2, 288)])
+def test_hired_has_the_published_split(keep, full):
+    """Half for the base view, the other by what it marks in each quarter; nothing is left over."""
+    early = torch.zeros(1, 2880)
+    base = torch.arange(576).view(24, 24)
+    early[0, base[:12, 12:].flatten()] = 2.0  # the whole second tile is marked
+    early[0, base[12:, :12].flatten()] = torch.arange(144.0) / 1e3 + 1  # and the third
+    (keeping,), layout = reduce(HiRED(keep=keep), 5, 24, early=early)
+    counts = layout.places.cells().part[keeping.mask[0]].bincount(minlength=5).tolist()
+    total = 576 if keep == 0.2 else keep
+    assert sum(counts) == total == keeping.counts[0]
+    rest = total - full
+    assert counts == [full, 0, rest / 2, rest / 2, 0]
 
 
 @torch.no_grad()

@@ -217,3 +217,90 @@ def sparsevlm_cut(keep: int | float, gravity: bool = False, **options) -> Choose
         return stay, h
 
     return choose
+
+
+def vscan(
+    x: Tensor,
+    local: list[float],
+    deep: list[float],
+    part: Sequence[int],
+    place: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]],
+    keep: int,
+    window: int,
+) -> tuple[list[int], dict[int, Tensor], list[int]]:
+    """VScan's first stage on one picture: tokens that stay, their means, where each token goes.
+
+    Args:
+        place: row and column of each token in its grid.
+        sizes: rows and columns of the grid of each token.
+    """
+    n = len(x)
+
+    def cell(i: int) -> tuple:
+        at = [min(p // window, max(1, s // window) - 1)
+              for p, s in zip(place[i], sizes[i], strict=True)]  # fmt: skip
+        return (part[i], *at)
+
+    windows = sorted({cell(i) for i in range(n)})
+    kept: list[int] = []
+    for own in windows:
+        inside = {i: local[i] for i in range(n) if cell(i) == own}
+        kept += best(inside, keep // 2 // len(windows))
+    parts = max(part) + 1
+    for p in range(parts):
+        quota = (p + 1) * keep // parts - p * keep // parts
+        quota -= sum(part[i] == p for i in kept)
+        kept += best({i: deep[i] for i in range(n) if part[i] == p and i not in kept}, quota)
+    kept += best({i: deep[i] for i in range(n) if i not in kept}, keep - len(kept))
+    into = []
+    for i in range(n):
+        near = [j for j in sorted(kept) if part[j] == part[i]] or sorted(kept)
+        into.append(i if i in kept else max(near, key=lambda j: (cosine(x[i], x[j]), -j)))
+    means = {j: torch.stack([x[i] for i in range(n) if into[i] == j]).mean(0) for j in kept}
+    return sorted(kept), means, into
+
+
+def vscan_block(model, pixels: Tensor, keep: int, window: int) -> Block:
+    t = tower(model, pixels)
+    x, n = project(model, t.patches), len(t.patches)
+    side = math.isqrt(n)
+    kept, means, into = vscan(
+        x, t.looks(0).mean(0).tolist(), t.attention.mean(0).tolist(), [0] * n,
+        [(i // side, i % side) for i in range(n)], [(side, side)] * n, keep, window,
+    )  # fmt: skip
+    return Block(torch.stack([means[j] for j in kept]), kept, into)
+
+
+def hired(
+    early: list[float],
+    score: list[float],
+    part: Sequence[int],
+    tiles: tuple[int, int],
+    keep: int,
+    alpha: float = 0.5,
+) -> list[int]:
+    """HiRED on one picture whose base view is square and comes first."""
+    everything = dict(enumerate(score))
+    if max(part) == 0:
+        return best(everything, keep)
+    base = [i for i in everything if part[i] == 0]
+    side = math.isqrt(len(base))
+    full = min(int(alpha * keep), len(base))
+    kept = best({i: score[i] for i in base}, full)
+    marks: dict[int, int] = {}
+    for i in best({i: early[i] for i in base}, int(len(base) * (1 - alpha))):
+        tile = 1 + (i // side * tiles[0] // side) * tiles[1] + i % side * tiles[1] // side
+        marks[tile] = marks.get(tile, 0) + 1
+    for tile, count in marks.items():
+        own = {i: x for i, x in everything.items() if part[i] == tile}
+        kept += best(own, int(count * (keep - full) // sum(marks.values())))
+    kept += best({i: score[i] for i in everything if i not in kept and part[i]}, keep - len(kept))
+    kept += best({i: score[i] for i in base if i not in kept}, keep - len(kept))
+    return sorted(kept)
+
+
+def hired_alone(model, pixels: Tensor, keep: int) -> list[int]:
+    """HiRED on a picture without tiles."""
+    score = tower(model, pixels).attention.sum(0).tolist()
+    return best(dict(enumerate(score)), keep)
