@@ -68,6 +68,7 @@ class Captures:
         self.flops = 0.0
         self._found: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
         self._queries: dict[tuple[int, Any], Tensor] = {}
+        self._texts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def taps(self) -> dict[nn.Module, list[Any]]:
         """Taps for what is read while a layer's attention runs."""
@@ -206,12 +207,16 @@ class Captures:
         return signals, queries
 
     def _text(self, signal: TextEmbeds, table: TokenTable) -> Text:
-        text = self.run.prompt_of(table) & ~table.visual
-        rows = pick(text & question(table) if signal.which == "question" else text)
-        embeds, index = self.embeds
-        own = table.index.gather(1, rows.clamp(min=0))
-        at = locate(own, index, self.run.full.valid.shape[1])
-        return Text(along(embeds, at, 1), rows >= 0, rows.clamp(min=0))
+        size = self.run.full.valid.shape[1]
+        if signal.which not in self._texts:  # text rows do not leave
+            text = self.run.prompt_of(table) & ~table.visual
+            rows = pick(text & question(table) if signal.which == "question" else text)
+            own = table.index.gather(1, rows.clamp(min=0))
+            embeds, index = self.embeds
+            self._texts[signal.which] = along(embeds, locate(own, index, size), 1), rows >= 0, own
+        embeds, valid, own = self._texts[signal.which]
+        rows = locate(own, table.index, size).masked_fill(~valid, 0)
+        return Text(embeds, valid, rows)
 
 
 def question(table: TokenTable) -> Tensor:

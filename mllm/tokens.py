@@ -70,9 +70,9 @@ class Layout:
         return _places(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Places:
-    """Per token of one image, `[tokens]` each.
+    """Per token of one image, `[tokens]` each; one object per layout, to cache things by.
 
     Attributes:
         newline: bool, separators.
@@ -98,10 +98,14 @@ class Places:
 
     def cells(self) -> Places:
         """The tokens that are no separators alone."""
-        here = self.cell
-        columns = ("newline", "tile", "frame", "row", "col", "line", "part")
-        own = {name: getattr(self, name)[here] for name in columns}
-        return Places(**own, cell=here, parts=self.parts, tiles=self.tiles)
+        return _cells(self)
+
+
+@lru_cache(maxsize=256)
+def _cells(places: Places) -> Places:
+    columns = ("newline", "tile", "frame", "row", "col", "line", "part")
+    own = {name: getattr(places, name)[places.cell] for name in columns}
+    return Places(**own, cell=places.cell, parts=places.parts, tiles=places.tiles)
 
 
 @lru_cache(maxsize=256)

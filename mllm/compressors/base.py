@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mllm.actions import (
     BranchGate,
@@ -46,7 +45,7 @@ from mllm.signals import (
     VisionAttention,
     VisionKeys,
 )
-from mllm.tokens import TokenTable, along, locate, on_device
+from mllm.tokens import Places, TokenTable, along, locate, on_device
 
 __all__ = [
     "AttentionRows",
@@ -72,6 +71,7 @@ __all__ = [
     "LayerSchedule",
     "LogitBias",
     "Merge",
+    "Places",
     "Pool",
     "Positions",
     "Preset",
@@ -277,8 +277,8 @@ def top_k_each(scores: Tensor, candidates: Tensor, part: Tensor, count: Tensor) 
     """
     scores = scores.float().masked_fill(~candidates, float("-inf"))
     order = scores.argsort(dim=1, descending=True, stable=True)
-    ranked, parts = part[order], count.shape[-1]
-    among = F.one_hot(ranked, parts).cumsum(1).gather(2, ranked[..., None])[..., 0] - 1
+    ranked, parts = part[order], torch.arange(count.shape[-1], device=order.device)
+    among = (ranked[..., None] == parts).int().cumsum(1).gather(2, ranked[..., None])[..., 0] - 1
     rank = torch.empty_like(order).scatter_(1, order, among)
     return candidates & (rank < count.expand(len(scores), -1)[:, part])
 

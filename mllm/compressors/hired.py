@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from mllm.compressors.base import (
     Budget,
     Context,
     Grid,
     Keep,
+    Places,
     Positions,
     TokenReducer,
     VisionAttention,
@@ -59,15 +62,12 @@ class HiRED(TokenReducer):
     def reduce(self, ctx: Context) -> list:
         score, valid, places = ctx["attention"], ctx.valid, ctx["grid"]
         budget = resolve(self.keep, valid.shape[1])
-        rows, cols = places.tiles
-        if not rows:
+        if not places.tiles[0]:
             return [Keep(top_k(score, valid, budget), ctx.at_most(budget))]
-        whole = places.part == 0
-        count, base = int(whole.sum()), on_device(whole, valid)
+        region, count = regions(places)
+        region = on_device(region, valid)
+        base = on_device(places.part == 0, valid)
         full = min(int(self.alpha * budget), count)
-        height, width = (int(at[whole].max()) + 1 for at in (places.row, places.col))
-        region = 1 + places.row * rows // height * cols + places.col * cols // width
-        region = on_device(torch.where(whole, region, 0), valid)
         marked = top_k(ctx["early"], valid & base, int(count * (1 - self.alpha)))
         marks = torch.zeros(len(score), places.parts, dtype=torch.long, device=score.device)
         marks = marks.index_add(1, region, marked.long())
@@ -76,3 +76,15 @@ class HiRED(TokenReducer):
         keep = top_k_each(score, valid, on_device(places.part, valid), shares)
         keep = fill_up(keep, score, valid & ~base, budget)
         return [Keep(fill_up(keep, score, valid, budget), ctx.at_most(budget))]
+
+
+@lru_cache(maxsize=256)
+def regions(places: Places) -> tuple[Tensor, int]:
+    """The tile that shows the place of each patch of the base view, int64 `[tokens]`.
+
+    It is 0 in tiles. Also the number of patches of the base view.
+    """
+    (rows, cols), whole = places.tiles, places.part == 0
+    height, width = (int(at[whole].max()) + 1 for at in (places.row, places.col))
+    region = 1 + places.row * rows // height * cols + places.col * cols // width
+    return torch.where(whole, region, 0), int(whole.sum())

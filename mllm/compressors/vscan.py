@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from mllm.compressors.base import (
     LayerContext,
     LayerPruner,
     Merge,
+    Places,
     Positions,
     Preset,
     TokenReducer,
@@ -80,7 +82,7 @@ class VScanVision(TokenReducer):
         images, tokens, width = x.shape
         budget = resolve(self.keep, tokens)
         part = on_device(places.part, x)
-        window, count = self._windows(places)
+        window, count = windows(places, self.window)
         shares = on_device(torch.full((count,), budget // 2 // count), x)
         keep = top_k_each(ctx["local"], valid, on_device(window, x), shares)
 
@@ -102,15 +104,16 @@ class VScanVision(TokenReducer):
         into = torch.where(keep, own, rows.gather(1, like.argmax(2)))
         return [*actions, Merge(into), Write(merge_rows(x, into))]
 
-    def _windows(self, places) -> tuple[Tensor, int]:
-        """The window of each token, int64 `[tokens]`, and how many there are."""
-        key = places.part
-        for at in (places.row, places.col):
-            size = torch.zeros_like(at).scatter_reduce(0, places.tile, at + 1, "amax")[places.tile]
-            last = (size // self.window).clamp(min=1) - 1
-            key = key * 10_000 + torch.minimum(at // self.window, last)
-        found, window = key.unique(return_inverse=True)
-        return window, len(found)
+
+@lru_cache(maxsize=256)
+def windows(places: Places, side: int) -> tuple[Tensor, int]:
+    """The window of each token of a picture, int64 `[tokens]`, and how many there are."""
+    key = places.part
+    for at in (places.row, places.col):
+        size = torch.zeros_like(at).scatter_reduce(0, places.tile, at + 1, "amax")[places.tile]
+        key = key * 10_000 + torch.minimum(at // side, (size // side).clamp(min=1) - 1)
+    found, window = key.unique(return_inverse=True)
+    return window, len(found)
 
 
 @register("vscan_llm", paper="arXiv:2505.22654", stage="llm", reference_layers=32)
