@@ -182,6 +182,13 @@ _CASES = [
         [Cut(2, positions="compact", choose=zoo.pyramiddrop(3))],
         placed=False,
     ),
+    Case("vispruner:keep=6:step=3", _picked(zoo.vispruner_alone, 6)),
+    Case("vtw:layer=2", _plain, [Cut(2, choose=zoo.withdrawn)]),
+    Case(
+        "feather:layers=1/3:keep=5/2:stride=2",
+        _plain,
+        [Cut(1, choose=zoo.feather(5, 2)), Cut(3, choose=zoo.feather(2, None))],
+    ),
     Case(
         "pyramiddrop:keep=0.5/5/0.125",
         _plain,

@@ -140,6 +140,7 @@ class View:
         prompt: rows of the prompt.
         images: images of the sample.
         rows: the prompt.
+        inputs: `[n, width]`, what entered each layer that has run.
     """
 
     model: object
@@ -152,6 +153,7 @@ class View:
     prompt: int
     images: int
     rows: Rows
+    inputs: list[Tensor]
 
     @property
     def arriving(self) -> list[int]:
@@ -244,7 +246,7 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
         visual, alive = torch.cat([visual, ~new]), torch.cat([alive, new])
         position = torch.cat([position, rows.position[-1] + 1 + torch.arange(len(more))])
     alive = alive.clone()
-    entering, all_weights = [], []
+    entering, all_weights, inputs = [], [], []
     weights = None
     for i, layer in enumerate(lm.layers):
         for cut in cuts:
@@ -253,7 +255,7 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
             arriving = (visual & alive).nonzero()[:, 0].tolist()
             if arriving and cut.choose:
                 view = View(model, i, h, weights, visual, alive, position, prompt,
-                            rows.images, rows)  # fmt: skip
+                            rows.images, rows, inputs)  # fmt: skip
                 stay, h = cut.choose(view)
                 for r in set(arriving) - set(stay):
                     alive[r] = False
@@ -264,6 +266,7 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
                     alive[r] = False
             if cut.positions == "compact":
                 position = alive.long().cumsum(0) - 1
+        inputs.append(h)
         entering.append(rows.source[(visual & alive)[:prompt]])
         weights, v = weigh(model, i, h, alive, position)
         a, out = layer.self_attn, weights @ v

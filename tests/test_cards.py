@@ -27,7 +27,6 @@ from mllm.compressors.base import (
     Keep,
     LayerMethod,
     LayerPruner,
-    LayerSchedule,
     Positions,
     top_k,
 )
@@ -36,41 +35,6 @@ from mllm.plan import MethodInfo
 
 def sketch(name: str) -> MethodInfo:
     return MethodInfo(name, "llm", reference_layers=LAYERS)
-
-
-@dataclass
-class VTW(LayerPruner):
-    """No visual token from a layer on."""
-
-    layer: int | None = 2
-    positions: Positions | None = None
-    info = sketch("vtw")
-
-    def act(self, ctx):
-        return [Keep(torch.zeros_like(ctx.visual))]
-
-
-@dataclass
-class Feather(LayerSchedule):
-    """Scores without rotary positions, and a coarse grid at the first cut."""
-
-    layers: tuple[int, ...] | None = (1, 3)
-    keep: tuple[Budget, ...] = (0.25, 0.125)
-    positions: Positions | None = None
-    info = sketch("feather")
-
-    def reads(self):
-        return {"rows": AttentionRows(rope=False), "grid": Grid()}
-
-    def score(self, ctx) -> Tensor:
-        return ctx["rows"][:, 0]
-
-    def act(self, ctx):
-        (kept,) = super().act(ctx)
-        if ctx.layer != self.layers[0]:
-            return [kept]
-        grid = ctx["grid"]
-        return [Keep(kept.mask | ((grid.row % 3 == 1) & (grid.col % 3 == 1)))]
 
 
 @dataclass
@@ -176,10 +140,10 @@ class SkipVision(LayerMethod):
         ]  # fmt: skip
 
 
-SKETCHES = [VTW(), Feather(), TopV(), FitPrune(), ZipVL(), SkipVision()]
+SKETCHES = [TopV(), FitPrune(), ZipVL(), SkipVision()]
 #: Visual tokens that enter each layer, of a picture of 16.
 COUNTS = {
-    "vtw": [16, 16, 0, 0], "topv": [16, 16, 8, 8],
+     "topv": [16, 16, 8, 8],
     "fitprune": [16, 14, 12, 10], "zipvl": [16] * 4, "skipvision": [16] * 4,
 }  # fmt: skip
 

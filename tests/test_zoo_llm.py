@@ -21,7 +21,7 @@ from oracles import rotate
 from torch import Tensor
 
 import mllm
-from mllm.compressors import PyramidDrop, SparseVLM
+from mllm.compressors import VTW, Feather, PyramidDrop, SparseVLM
 from mllm.compressors.sparsevlm import density_peaks
 from mllm.errors import PlanError
 from mllm.plan import keep_for_average
@@ -97,6 +97,33 @@ def vscan_llm(here: Here) -> tuple:
     return zoo.best({i: float(row[i]) for i in here.rows}, here.share(5)), {}
 
 
+def vtw(here: Here) -> tuple:
+    return [], {}
+
+
+def feather(here: Here) -> tuple:
+    row = here.seen.bare[here.layer - 1].softmax(-1)[:, here.last].mean(0)
+    score = {i: float(row[i]) for i in here.rows}
+    if here.layer == 1:
+        everything = cells(here.family, here.sample)
+        for i, (r, c) in zip(everything, places(here.family, here.sample), strict=True):
+            if i in score and r % 2 == c % 2 == 1:
+                score[i] += 10
+    return zoo.best(score, here.share({1: 0.4, 3: 2}[here.layer])), {}
+
+
+def places(family: str, sample: Sample) -> list[tuple[int, int]]:
+    """Row and column of every cell of a sample."""
+    found = []
+    for picture in sample.pictures:
+        n, (rows, cols) = len(KITS[family].cells(picture)), picture.grid
+        if family == "llava_next":
+            found += [divmod(i, 4) for i in range(16)]
+            n -= 16
+        found += [divmod(i % (rows * cols), cols) for i in range(n)]
+    return found
+
+
 #: Spec, layers of its cuts, reference.
 METHODS: dict[str, tuple[str, Sequence[int], Reference]] = {
     "pyramiddrop": (
@@ -106,6 +133,8 @@ METHODS: dict[str, tuple[str, Sequence[int], Reference]] = {
         "sparsevlm:keep=9/5/0.125:cluster=2:recycle=0.5:positions=original", (1, 2, 3),
         sparsevlm(False, recycle=0.5, per_cluster=2),
     ),
+    "vtw": ("vtw:layer=2", (2,), vtw),
+    "feather": ("feather:layers=1/3:keep=0.4/2:stride=2", (1, 3), feather),
     "vscan_llm": ("vscan_llm:keep=5:rope=false:positions=original", (2,), vscan_llm),
     "sparsevlm 2.0": (
         "sparsevlm:version=2.0:keep=9/5/0.125", (1, 2, 3),
@@ -194,8 +223,8 @@ def test_equal_scores_go_to_the_earlier_token(name):
         assert [k.tolist() for k in patched.ledger.kept(2)] == together[::-1]
         net(**collate("llava", batch[1:2]))
         assert patched.ledger.kept(2)[0].tolist() == together[1]
-    # (A cluster of SparseVLM may stand anywhere.)
-    few = len(together[0]) // 2
+    # (A cluster of SparseVLM may stand anywhere, and FEATHER's grid comes first.)
+    few = 0 if name == "feather" else len(together[0]) // 2
     assert together[0][:few] == list(range(few))
 
 
@@ -258,7 +287,7 @@ def test_one_cut_is_a_schedule():
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "vtw"])
 @pytest.mark.parametrize("keep", [1, 16, 1.0])
 @torch.no_grad()
 def test_budgets_of_one_and_of_all(name, keep):
@@ -350,3 +379,19 @@ def test_an_unpublished_budget_is_refused():
     with pytest.raises(PlanError, match="no schedule") as caught:
         SparseVLM(budget=100)
     assert caught.value.argument == "budget" and "192" in caught.value.expected
+
+
+@pytest.mark.parametrize("tokens, average", [(576, 192), (576, 180), (2880, 1000)])
+def test_feather_at_averages(tokens, average):
+    stage = Feather().for_average(average, tokens, 32)
+    assert stage.layers == (8, 16)
+    assert abs(sum(counts(stage, tokens)) / 32 - average) < 1
+    with pytest.raises(PlanError, match="the least is"):
+        Feather().for_average(tokens / 9, tokens, 32)
+
+
+def test_vtw_halves_the_layers_with_pictures():
+    """16 of 32 layers see 576 tokens: 288 on average; 128 is layer 7 (126), 64 is layer 4 (72)."""
+    stage = VTW().at_depth(32)
+    assert stage.layer == 16 and VTW().at_depth(40).layer == 20
+    assert [576 * layer / 32 for layer in (16, 7, 4)] == [288, 126, 72]

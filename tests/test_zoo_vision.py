@@ -105,6 +105,16 @@ def hired(family: str, sample: Sample, ordinal: int) -> tuple:
     return zoo.hired(early, seen(family, sample, ordinal).score.tolist(), part, tiles, 7), None
 
 
+def vispruner(family: str, sample: Sample, ordinal: int) -> tuple:
+    picture = sample.pictures[ordinal]
+    x = features(family, sample)[ordinal][KITS[family].cells(picture)]
+    if family == "llava":  # before the projector
+        net, pixels = reference(family).model, picture.fields["pixel_values"]
+        x = net.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+    score = seen(family, sample, ordinal).score.tolist()
+    return zoo.vispruner(score, x, parts(family, sample, ordinal), 7, 2), None
+
+
 METHODS: dict[str, tuple[str, Reference]] = {
     "fastervlm": ("fastervlm:keep=5:positions=original", fastervlm),
     "prumerge": (
@@ -117,6 +127,7 @@ METHODS: dict[str, tuple[str, Reference]] = {
     "vscan_vision": (
         "vscan_vision:keep=7:window=2:local=0.0:positions=original", vscan_vision
     ),
+    "vispruner": ("vispruner:keep=7:step=2:positions=original", vispruner),
     "hired": ("hired:keep=7:positions=original", hired),
 }  # fmt: skip
 
@@ -264,6 +275,23 @@ def test_vscan_on_tiles(keep):
     part = layout.places.cells().part
     assert part[keeping.mask[0]].bincount().tolist() == [keep // 5] * 5
     assert torch.equal(part[merge.into[0]], part)
+
+
+@pytest.mark.parametrize("tiles, keep", [(1, 128), (1, 64), (1, 32), (5, 640), (5, 160)])
+@torch.no_grad()
+def test_vispruner_at_published_budgets(tiles, keep):
+    """Exactly the budget, half of it by attention: of five tiles each has its share of those."""
+    x = torch.randn(1, 576 * tiles, 8, generator=torch.Generator().manual_seed(0))
+    stage = get_method("vispruner")(keep=keep)
+    g = torch.Generator().manual_seed(1)
+    attention = torch.rand(1, 576 * tiles, generator=g)
+    (keeping,), layout = reduce(stage, tiles, 24, features=x, attention=attention)
+    assert int(keeping.mask.sum()) == keep == keeping.counts[0]
+    part = layout.places.cells().part
+    for p in range(tiles):
+        own = (part == p).nonzero()[:, 0]
+        best = own[attention[0, own].argsort(descending=True)[: keep // 2 // tiles]]
+        assert keeping.mask[0, best].all()
 
 
 @pytest.mark.parametrize("keep, full", [(640, 320), (320, 160), (160, 80), (0.2, 288)])

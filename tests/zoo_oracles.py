@@ -304,3 +304,49 @@ def hired_alone(model, pixels: Tensor, keep: int) -> list[int]:
     """HiRED on a picture without tiles."""
     score = tower(model, pixels).attention.sum(0).tolist()
     return best(dict(enumerate(score)), keep)
+
+
+def vispruner(
+    score: list[float], x: Tensor, part: Sequence[int], keep: int, step: int
+) -> list[int]:
+    """VisPruner on one picture: half by attention, the others by rounds that drop repetitions."""
+    everything, first = dict(enumerate(score)), int(0.5 * keep)
+    kept = by_tile(everything, part, first)
+    rest = sorted((i for i in everything if i not in kept), key=lambda i: (-score[i], i))
+    while len(rest) > keep - first:
+        even, odd = rest[0::2], rest[1::2]
+        like = {a: max(cosine(x[a], x[b]) for b in odd) for a in even}
+        rising = sorted(even, key=lambda a: like[a])
+        for _ in range(min(step * (max(part) + 1), len(rest) - (keep - first))):
+            if rising:
+                rising.pop()
+        rest = rising + odd
+    return sorted(kept + rest)
+
+
+def vispruner_alone(model, pixels: Tensor, keep: int) -> list[int]:
+    t = tower(model, pixels)
+    score = t.attention.mean(0).tolist()
+    return vispruner(score, t.patches, [0] * len(score), keep, 3)
+
+
+def withdrawn(view: View) -> tuple[Sequence[int], Tensor]:
+    """VTW: nothing stays."""
+    return [], view.h
+
+
+def feather(keep: int | float, stride: int | None) -> Choose:
+    """Attention of the layer that has run, without rotary positions; at first a coarse grid."""
+
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        before = View(**{**vars(view), "layer": view.layer - 1, "h": view.inputs[-1]})
+        row = before.look(rope=False)[:, view.prompt - 1].mean(0)
+        side = math.isqrt(sum(view.rows.source >= 0) // view.images)
+        score = {}
+        for i in view.arriving:
+            r, c = divmod(int(view.rows.source[i]) % side**2, side)
+            coarse = stride and r % stride == c % stride == stride // 2
+            score[i] = float(row[i]) + (10 if coarse else 0)
+        return best(score, share(keep, int((view.rows.source >= 0).sum()), view.images)), view.h
+
+    return choose
