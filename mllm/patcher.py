@@ -38,9 +38,9 @@ from mllm.ledger import Ledger, Record
 from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
-from mllm.pre_llm import VisionRun
+from mllm.pre_llm import Prompts, VisionRun
 from mllm.running import running
-from mllm.tokens import Counts, Layout, count_rows, split_images
+from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
 from mllm.validate import check_generation, check_plan, family_notes
 
 
@@ -63,6 +63,7 @@ class _Prompt:
     patched: Patched
     length: int | None
     drafts: bool
+    given: dict[str, Any] | None = None  # arguments, with the ids
 
 
 _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
@@ -120,6 +121,11 @@ class Patched:
         self.reads_embeds = any(
             isinstance(signal, TextEmbeds)
             for _, s in self.pruners
+            for signal in s.reads().values()
+        )
+        self.reads_prompts = any(
+            isinstance(signal, TextEmbeds)
+            for _, s in self.reducers
             for signal in s.reads().values()
         )
         self.acts = sorted({layer for _, s in self.pruners for layer in s.at()})
@@ -375,7 +381,8 @@ class Patched:
             # Positions come from the pictures, before the prompt is read.
             self._placeholders(ids, kwargs, drafts)
         length = None if ids is None else ids.shape[1]
-        token = _PROMPT.set(_Prompt(self, length, drafts))
+        given = None if ids is None else {**kwargs, "input_ids": ids}
+        token = _PROMPT.set(_Prompt(self, length, drafts, given))
         try:
             return generate(*args, **kwargs)
         finally:
@@ -456,9 +463,13 @@ class Patched:
         if marks:
             visual = functools.reduce(torch.logical_or, marks.values())
         call = _CALL.get()
+        call = call if call is not None and call.patched is self else None
+        prompts = {}
+        if marks and self.reads_prompts:
+            labels = None if call is None else call.labels
+            prompts = self._prompts(given, marks, counts, labels)
         return DecoderRun(
-            self, visual, None, mask,
-            call=call if call is not None and call.patched is self else None,
+            self, visual, None, mask, call=call, prompts=prompts,
             counts=counts, answering=answering, marks=marks, layouts=layouts,
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
@@ -510,6 +521,25 @@ class Patched:
                     encoders.get(kind),
                 )
         return {kind: marks[kind] for kind in brought}, counts, layouts
+
+    def _prompts(
+        self, given: dict[str, Any], marks: dict[str, Tensor], counts: Counts,
+        labels: Tensor | None = None,
+    ) -> dict[str, Prompts]:
+        """By kind, the prompts that pre-LLM stages read, from the arguments of a call."""
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        cache, length = given.get("past_key_values"), self._prompt().length
+        visual = functools.reduce(torch.logical_or, marks.values())
+        text = ~visual
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            text = text & mask[:, -ids.shape[1] :].bool()
+        if length is not None:
+            past = 0 if cache is None else cache.get_seq_length()
+            text = text & (torch.arange(ids.shape[1], device=ids.device) + past < length)
+        if labels is not None:
+            text = text & ~supervised(labels.to(ids.device), visual)
+        most = max(n - v for n, v in zip(counts.valid, counts.seen, strict=True))
+        return {kind: Prompts(ids, text, visual, counts.marked[kind], most) for kind in marks}
 
     def _answering(self, cache: Any) -> bool:
         """Whether all rows are tokens that generate() has added: none is padding or visual."""
@@ -575,7 +605,12 @@ class Patched:
                 )
         decoder_run = self._run()
         known = None if decoder_run is None else decoder_run.layouts.get(kind)
-        run = VisionRun(self, self.kinds[kind], inputs, known)
+        prompts = {} if decoder_run is None else decoder_run.prompts
+        given = self._prompt().given
+        if decoder_run is None and self.reads_prompts and given is not None:
+            marks, counts, _ = self._placeholders(given["input_ids"], given, drafts=False)
+            prompts = self._prompts(given, marks, counts)
+        run = VisionRun(self, self.kinds[kind], inputs, known, prompts.get(kind))
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:

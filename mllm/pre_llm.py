@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import attention
+from mllm.capture import pick
 from mllm.compressors.base import (
     Context,
     Features,
@@ -21,14 +22,16 @@ from mllm.compressors.base import (
     Pool,
     Protect,
     Resize,
+    TextEmbeds,
     TokenReducer,
     VisionAttention,
     VisionKeys,
     Write,
 )
-from mllm.errors import PlanError
+from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of
+from mllm.signals import Text
+from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of, split_images
 from mllm.tower import TowerRun
 
 if TYPE_CHECKING:
@@ -51,6 +54,25 @@ class Group:
     at: Tensor
 
 
+@dataclass
+class Prompts:
+    """The prompts that the images of a call stand in.
+
+    Attributes:
+        ids: int64 `[batch, rows]`.
+        text: bool `[batch, rows]`, text of the prompt: nothing supervised, no candidates.
+        visual: bool `[batch, rows]`, placeholders.
+        counts: placeholders of these images, of each sample.
+        most: text tokens of the sample that has most, or more.
+    """
+
+    ids: Tensor
+    text: Tensor
+    visual: Tensor
+    counts: list[int]
+    most: int
+
+
 class VisionRun:
     """One call of get_image_features: runs the pre-LLM stages on its images.
 
@@ -64,8 +86,10 @@ class VisionRun:
         family: Family,
         inputs: Mapping[str, Any],
         layouts: list[Layout] | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         self.patched, self.family, self.inputs = patched, family, inputs
+        self.prompts = prompts
         pixels = inputs[family.pixels]
         if layouts is None:
             family.check(inputs)
@@ -85,6 +109,7 @@ class VisionRun:
         self.pieces: dict[Any, list[Tensor]] = {}
         self.costs: dict[Any, list[tuple[int, float]]] = {}
         self.signals: dict[Any, Tensor] = {}
+        self.texts: dict[TextEmbeds, Text] = {}
         self.cls: Tensor | None = None
         self.resized: list[tuple[int, int]] = []
         self.rows: Tensor | None = None
@@ -162,6 +187,33 @@ class VisionRun:
                     left -= patches
         return self.signals[signal]
 
+    def _text(self, signal: TextEmbeds, group: Group, method: str) -> Text:
+        """The text around each image of a group."""
+        prompts = self.prompts
+        if prompts is None:
+            raise DataError(
+                f"{method} reads the question, and these pictures came without a prompt",
+                argument="input_ids",
+                given=None,
+                expected="the model's forward or generate(), with input_ids",
+            )
+        if signal not in self.texts:
+            text = prompts.text
+            if signal.which == "question":
+                text = text & (prompts.visual.long().cumsum(1) > 0)
+            rows = pick(text, prompts.most)
+            there, rows = rows >= 0, rows.clamp(min=0)
+            ids = prompts.ids.gather(1, rows).masked_fill(~there, 0)
+            words = self.patched.family.model.get_input_embeddings()
+            self.texts[signal] = Text(words(ids), there, rows)
+        owner: dict[int, int] = {}
+        for sample, own in enumerate(split_images(prompts.counts, self.reduction.sizes)):
+            for image in own:  # beams share images
+                owner.setdefault(image, sample)
+        at = on_device(torch.tensor([owner[image] for image in group.images]), group.at)
+        whole = self.texts[signal]
+        return Text(whole.embeds[at], whole.valid[at], whole.rows[at])
+
     # Stages
 
     def _seeds(self, number: int, group: Group) -> list[int]:
@@ -188,7 +240,7 @@ class VisionRun:
                 given=stage.info.name,
                 expected="a method that chooses tokens",
             )
-        signals: dict[str, Tensor] = {}
+        signals: dict[str, Any] = {}
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
                 signals[name] = features
@@ -196,6 +248,8 @@ class VisionRun:
                     signals["cls"] = self.cls
             elif isinstance(signal, Grid):
                 signals[name] = group.layout.places.cells()
+            elif isinstance(signal, TextEmbeds):
+                signals[name] = self._text(signal, group, stage.info.name)
             else:
                 signals[name] = self._signal(signal, stage.info.name)[group.at]
         counts = [self.reduction.counts[i] for i in group.images]

@@ -68,6 +68,8 @@ class Grid:
 class TextEmbeds:
     """Input embeddings of text tokens of the prompt: a :class:`Text`, its width the LLM's.
 
+    Before the LLM it has one row per image, the text of its sample.
+
     Attributes:
         which: `"question"` is the text behind a sample's first visual token, `"all"` all text.
     """
@@ -80,9 +82,9 @@ class Text:
     """Text tokens of every sample, in order, filled up to a rectangle.
 
     Attributes:
-        embeds: `[batch, tokens, width]`, what entered the decoder.
-        valid: bool `[batch, tokens]`, false for fillers.
-        rows: int64 `[batch, tokens]`, their rows where the method acts.
+        embeds: `[batch or images, tokens, width]`, what enters the decoder.
+        valid: bool `[batch or images, tokens]`, false for fillers.
+        rows: int64, their rows where the method acts; before the LLM, in the prompt.
     """
 
     embeds: Tensor
@@ -184,10 +186,13 @@ class Hidden(_AtLayer):
         layer: decoder layer; None is the layer that is about to run (only with `of="layer"`).
         of: `"layer"` is what enters the layer; `"attn"` and `"mlp"` are the normalised inputs of
             its branches.
+        norm: what enters the layer, through the norm behind the decoder's last layer; what has
+            left the last layer has gone through it already. Only with `of="layer"`.
     """
 
     layer: int | None = None
     of: Literal["layer", "attn", "mlp"] = "layer"
+    norm: bool = False
 
     def at(self, here: int) -> Hidden:
         if self.layer is not None:

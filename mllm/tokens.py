@@ -93,9 +93,9 @@ class Places:
         """The tokens that are no separators alone."""
         here = self.cell
         return Places(
-            self.newline[here], self.tile[here], self.row[here], self.col[here], self.line[here],
-            here,
-        )
+            self.newline[here], self.tile[here], self.frame[here], self.row[here], self.col[here],
+            self.line[here], here,
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -179,6 +179,19 @@ def count_rows(marks: dict[str, Tensor], mask: Tensor | None) -> Counts:
     seen = visual.any(0) & valid
     *marked, valid, seen = torch.cat([visual, valid[None], seen[None]]).sum(2).tolist()
     return Counts(dict(zip(marks, marked, strict=True)), valid, seen)
+
+
+def supervised(labels: Tensor, visual: Tensor | None) -> Tensor:
+    """Rows from the first supervised one on, which are no prompt: bool `[batch, rows]`.
+
+    Args:
+        labels: `[batch, rows]`, -100 is not supervised.
+        visual: bool `[batch, rows]`, placeholders; a prompt goes on at least to its last image.
+    """
+    own = labels != -100
+    if visual is not None:
+        own = own & (visual.flip(1).cumsum(1).flip(1) == 0)
+    return own.long().cumsum(1) > 0
 
 
 def on_device(values: Tensor, like: Tensor) -> Tensor:

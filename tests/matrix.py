@@ -5,6 +5,7 @@ The checks are plain functions, so that the mutation tests can run them on a bro
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import random
@@ -72,6 +73,20 @@ def _divprune(keep, positions):
     return rows
 
 
+def _cdpruner(keep, positions):
+    def rows(model, sample, kept):
+        chosen, at = [], 0
+        words = model.model.language_model.embed_tokens(sample.ids)
+        behind = ~sample.visual & (sample.visual.cumsum(0) > 0)
+        for picture in sample.pixels:
+            features = oracles.project(model, oracles.tower(model, picture).patches)
+            chosen += [at + i for i in oracles.cdpruner(features, words[behind], keep)]
+            at += len(features)
+        return oracles.dropped(model, sample, torch.tensor(chosen, dtype=torch.long), positions)
+
+    return rows
+
+
 def _visionzip(keep, positions="compact", **options):
     def rows(model, sample, kept):
         blocks = [
@@ -133,6 +148,14 @@ _CASES = [
         "fastv:layer=1:keep=9:positions=compact+fastv:layer=3:keep=0.5:positions=compact",
         _plain,
         [Cut(1, 9, "compact"), Cut(3, 0.5, "compact")],
+    ),
+    Case("cdpruner:keep=6", _cdpruner(6, "compact")),
+    Case("cdpruner:keep=9:positions=original", _cdpruner(9, "original")),
+    Case("dart:layer=2:keep=11:rope=false", _plain, [Cut(2, 11, choose=oracles.dart)]),
+    Case(
+        "dart:layer=1:keep=9:pivots=2:text_pivots=3:rope=false:positions=compact",
+        _plain,
+        [Cut(1, 9, "compact", functools.partial(oracles.dart, pivots=2, text_pivots=3))],
     ),
     Case(
         "visionzip:keep=10+fastv:layer=2:keep=3:positions=compact",

@@ -9,7 +9,7 @@ tokens is written from the methods' published descriptions, with loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,12 +91,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass
+class Moment:
+    """What a method may look at before a layer.
+
+    Attributes:
+        rows: visual rows that arrive.
+        text: prompt rows of text behind the first of them.
+        hidden: `[n, width]`, what enters the layer, through the last norm.
+        keys: `[kv_heads, n, dim]` of the layer before, not rotated.
+    """
+
+    rows: list[int]
+    text: list[int]
+    hidden: Tensor
+    keys: Tensor | None
+
+
+@dataclass
 class Cut:
-    """Rows leave before `layer`: `count(visual rows that arrive, images)` of them stay."""
+    """Rows leave before `layer`: `count(visual rows that arrive, images)` of them stay.
+
+    `choose` names them; None are those that the last row of the prompt attends to most.
+    """
 
     layer: int
     keep: int | float
     positions: str = "original"
+    choose: Callable[[Moment, int], list[int]] | None = None
 
     def count(self, arriving: int, images: int) -> int:
         if isinstance(self.keep, int):
@@ -164,13 +185,19 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
     causal = torch.ones(n, n, dtype=torch.bool).tril()
     itself = torch.eye(n, dtype=torch.bool)
     entering, all_weights = [], []
-    weights = None
+    weights = keys = None
     for i, layer in enumerate(lm.layers):
         for cut in cuts:
             if cut.layer != i:
                 continue
             arriving = (visual & alive).nonzero()[:, 0].tolist()
-            if arriving:
+            if arriving and cut.choose is not None:
+                behind = [r for r in range(arriving[0], prompt) if not visual[r]]
+                moment = Moment(arriving, behind, lm.norm(h), keys)
+                stay = cut.choose(moment, cut.count(len(arriving), rows.images))
+                for r in set(arriving) - set(stay):
+                    alive[r] = False
+            elif arriving:
                 score = weights[:, prompt - 1].mean(0)
                 ranked = sorted(arriving, key=lambda r: -score[r].item())
                 for r in ranked[cut.count(len(arriving), rows.images) :]:
@@ -183,7 +210,8 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
         a = layer.self_attn
         x = layer.input_layernorm(h)
         q = rotate(heads(a.q_proj(x), cfg.num_attention_heads), cos[0], sin[0])
-        k = rotate(heads(a.k_proj(x), cfg.num_key_value_heads), cos[0], sin[0])
+        keys = heads(a.k_proj(x), cfg.num_key_value_heads)
+        k = rotate(keys, cos[0], sin[0])
         v = heads(a.v_proj(x), cfg.num_key_value_heads)
         group = cfg.num_attention_heads // cfg.num_key_value_heads
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
@@ -297,6 +325,22 @@ def divprune(features: Tensor, keep: int) -> list[int]:
     return sorted(chosen)
 
 
+def cdpruner(features: Tensor, words: Tensor, keep: int) -> list[int]:
+    """Greedy MAP of a DPP by determinants; q is the negated mean cosine with the question."""
+    x = [f / f.norm() for f in features.double()]
+    words = [w / w.norm() for w in words.double()]
+    q = [-sum((f @ w).item() for w in words) / len(words) for f in x]
+    q = [(s - min(q) + 1e-6) / (max(q) - min(q)) for s in q]
+    kernel = torch.stack(
+        [torch.stack([q[i] * (a @ b) * q[j] for j, b in enumerate(x)]) for i, a in enumerate(x)]
+    )
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        sets = [[*chosen, i] for i in range(len(x)) if i not in chosen]
+        chosen = max(sets, key=lambda s: torch.linalg.det(kernel[s][:, s]).item())
+    return sorted(chosen)
+
+
 def visionzip(
     model,
     pixels: Tensor,
@@ -348,6 +392,24 @@ def visionzip(
         order = sorted(range(len(seats)), key=lambda i: seats[i])
         features, seats = [features[i] for i in order], [seats[i] for i in order]
     return Block(project(model, torch.stack(features)), seats, into)
+
+
+def dart(
+    moment: Moment, keep: int, *, pivots: int = 4, text_pivots: int = 4, extra: bool = False
+) -> list[int]:
+    """Pivots by the L1 norm of their keys, then for each the rows least like it."""
+    loud = {r: moment.keys[:, r].abs().sum().item() for r in [*moment.rows, *moment.text]}
+    own = sorted(moment.rows, key=lambda r: -loud[r])[: pivots if extra else min(pivots, keep)]
+    other = sorted(moment.text, key=lambda r: -loud[r])[:text_pivots]
+    total = keep if extra else keep - len(own)
+    share, rest = divmod(total, len(own) + len(other))
+    chosen = list(own)
+    for number, pivot in enumerate([*own, *other]):
+        left = [r for r in moment.rows if r not in chosen]
+        like = {r: F.cosine_similarity(moment.hidden[r], moment.hidden[pivot], 0) for r in left}
+        quota = share + (number < rest and not extra)
+        chosen += sorted(left, key=lambda r: like[r].item())[:quota]
+    return sorted(chosen)
 
 
 def grid_for(keep: int | float, side: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
+NAMES += ["dart", "cdpruner"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -23,6 +24,8 @@ IDENTITY = {
     "visionzip": "visionzip:keep=1.0:cls=false:positions=original",
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:layer=2:keep=1.0",
+    "cdpruner": "cdpruner:keep=1.0",
+    "dart": "dart:layer=2:keep=1.0",
     "visionzip+fastv": "visionzip:keep=1.0:cls=false:positions=original+fastv:layer=2:keep=1.0",
     "fastv+fastv": "fastv:layer=1:keep=1.0+fastv:layer=3:keep=1.0",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
@@ -61,7 +64,7 @@ def test_identity(spec, layout, attn):
     assert torch.equal(mine.sequences, answer.sequences)
     assert all(torch.equal(a, b) for a, b in zip(mine.logits, answer.logits, strict=True))
     assert ledger["kept_llm"] == ledger["visual_tokens"]
-    if kind != "text" and spec.startswith(("fastv", "divprune", "visionzip")):
+    if kind != "text" and spec.startswith(("fastv", "divprune", "visionzip", "dart", "cdpruner")):
         # Not short-circuited: the selection was paid for.
         assert max(ledger["selection_flops"]) > 0
 
@@ -72,8 +75,10 @@ def test_identity(spec, layout, attn):
         "random:keep={}",
         "stride:keep={}",
         "divprune:keep={}",
+        "cdpruner:keep={}",
         "visionzip:keep={}",
         "fastv:layer=1:keep={}",
+        "dart:layer=1:keep={}",
     ],
 )
 @pytest.mark.parametrize("keep", [1, 2, 7, 15, 16, "0.01", "0.3", "0.5", "0.99", "1.0"])
@@ -85,7 +90,7 @@ def test_budgets_are_met_per_image(spec, keep):
     with mllm.patch(model, spec) as patched:
         model(**tiny.collate(tiny.samples(side=SIDE)))
         kept = [len(k) for k in patched.ledger.kept(LAYERS - 1)]
-    if spec.startswith("fastv") and not isinstance(keep, int):
+    if spec.startswith(("fastv", "dart")) and not isinstance(keep, int):
         # A fraction of all the visual rows that arrive.
         assert kept == [per_image, max(1, round(float(keep) * 2 * TOKENS)), 0]
     else:

@@ -8,6 +8,8 @@ _HOMES = {
     "VisionZip": "visionzip",
     "DivPrune": "divprune",
     "FastV": "fastv",
+    "CDPruner": "cdpruner",
+    "DART": "dart",
     "Random": "sanity",
     "Stride": "sanity",
     "AvgPool": "sanity",

@@ -232,6 +232,21 @@ class LayerContext(Context):
         """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
         return self._queries[name]
 
+    def budget(self, keep: Budget, tokens: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Visual rows that a budget leaves of each sample, at most what is there.
+
+        Args:
+            keep: tokens per image, or a fraction of `tokens`.
+            tokens: of each sample.
+
+        Returns:
+            The counts, and the same as int64 `[batch]`.
+        """
+        # In Python, so that rounding is that of `resolve` and the device is not asked.
+        wanted = [resolve(keep, n, i) for n, i in zip(tokens, self.n_images, strict=True)]
+        counts = [min(n, there) for n, there in zip(wanted, self.counts(), strict=True)]
+        return counts, on_device(torch.tensor(counts), self.visual)
+
     def bring(self, x: Tensor, index: Tensor) -> Tensor:
         """What was kept over the rows of an earlier layer, over the rows of this one.
 
@@ -391,11 +406,8 @@ class LayerMethod(_Method):
             keep: budget: tokens per image, or a fraction of `tokens`.
             tokens: of each sample.
         """
-        # In Python, so that rounding is that of `resolve` and the device is not asked.
-        wanted = [resolve(keep, n, i) for n, i in zip(tokens, ctx.n_images, strict=True)]
-        counts = [min(n, there) for n, there in zip(wanted, ctx.counts(), strict=True)]
+        counts, limit = ctx.budget(keep, tokens)
         score = self.score(ctx).float().masked_fill(ctx.protected, float("inf"))
-        limit = on_device(torch.tensor(counts), score)
         return Keep(top_k(score, ctx.visual, limit), counts)
 
 
