@@ -412,6 +412,76 @@ def dart(
     return sorted(chosen)
 
 
+def strips(tokens: int, crops: int) -> list[range]:
+    """Neighbouring tokens in equal parts, the first of them one longer."""
+    sizes = [tokens // crops + (c < tokens % crops) for c in range(crops)]
+    return [range(sum(sizes[:c]), sum(sizes[: c + 1])) for c in range(crops)]
+
+
+def holov(
+    x: Tensor, attention: Tensor, keep: int, crops: int, beta: float = 0.09, tau: float = 1.0,
+    among: Sequence[int] | None = None,
+) -> list[int]:
+    """Quotas of strips by mean score, in each the best attended."""
+    among = set(range(len(x))) if among is None else set(among)
+    parts = [[t for t in part if t in among] for part in strips(len(x), crops)]
+    variety = {}
+    for part in parts:
+        for i in part:
+            row = [0.0 if i == j else F.cosine_similarity(x[i], x[j], 0).item() for j in part]
+            others = max(1, len(part) - 1)
+            mean = sum(row) / others
+            variety[i] = sum((s - mean) ** 2 for s in row) / others
+    a = {i: attention[i].item() for i in among}
+    gamma = sum(a.values()) / max(sum(variety.values()), 1e-12)
+    score = {i: a[i] + beta * gamma * variety[i] for i in among}
+    weight = [(sum(score[i] for i in p) / max(1, len(p))) ** tau for p in parts]
+    keep = min(keep, len(among))
+    quota = [min(len(p), math.floor(w / sum(weight) * keep))
+             for p, w in zip(parts, weight, strict=True)]  # fmt: skip
+    order = sorted(range(crops), key=lambda c: -weight[c])
+    while sum(quota) < keep:
+        for c in order:
+            if quota[c] < len(parts[c]) and sum(quota) < keep:
+                quota[c] += 1
+    return sorted(t for part, n in zip(parts, quota, strict=True)
+                  for t in sorted(part, key=lambda t: -a[t])[:n])  # fmt: skip
+
+
+def vmtc(
+    x: Tensor, importance: Tensor, keep: int, primary: float = 0.75, rounds: int = 10
+) -> tuple[Tensor, list[int]]:
+    """Primary tokens and clusters of the others: (features, the token that each goes into)."""
+    n, first = len(x), math.ceil(primary * keep)
+    ranked = sorted(range(n), key=lambda i: -importance[i].item())
+    chosen, clusters = ranked[:first], keep - first
+    rest = [i for i in range(n) if i not in chosen]
+    unit = [v / v.norm() for v in x.double()]
+    means = [unit[rest[c * len(rest) // clusters]] for c in range(clusters)]
+
+    def nearest(i: int) -> int:
+        return max(range(clusters), key=lambda c: (unit[i] @ means[c]).item())
+
+    for _ in range(rounds if clusters else 0):
+        members = [[i for i in rest if nearest(i) == c] for c in range(clusters)]
+        new = [sum(unit[i] for i in own) if own else means[c] for c, own in enumerate(members)]
+        means = [v / v.norm() for v in new]
+    into = {i: i for i in chosen}
+    groups = [[i for i in rest if nearest(i) == c] for c in range(clusters)] if clusters else []
+    for own in groups:
+        into |= {i: min(own, key=ranked.index) for i in own}
+    left = [i for i in ranked if i in rest and into.get(i) != i]
+    for i in left[: sum(not own for own in groups)]:
+        into[i] = i
+    features = x.clone()
+    for seat in rest if clusters else []:
+        own = [i for i in rest if into[i] == seat]
+        if own:
+            weight = sum(importance[i] for i in own)
+            features[seat] = sum(importance[i] * x[i] for i in own) / weight
+    return features, [into.get(i, -1) for i in range(n)]
+
+
 def grid_for(keep: int | float, side: int) -> tuple[int, int]:
     """The grid closest to a square with at most `keep` cells."""
     cells = budget(keep, side * side)
@@ -433,6 +503,33 @@ def avgpool(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> 
     side = math.isqrt(len(features))
     pooled = torch.stack([features[c].mean(0) for c in cells(side, small)])
     return Block(pooled, seats, [])
+
+
+def ggem(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> Block:
+    """Means of powers 1, 2 and 3, of a third of the channels each; the sign stays outside."""
+    features = project(model, tower(model, pixels).patches)
+    side, third = math.isqrt(len(features)), features.shape[1] // 3
+    pooled = []
+    for c in cells(side, small):
+        parts = []
+        for p in (1, 2, 3):
+            x = features[c, (p - 1) * third : p * third]
+            mean = (x.sign() * x.abs() ** p).mean(0)
+            parts.append(mean.sign() * mean.abs() ** (1 / p))
+        pooled.append(torch.cat(parts))
+    return Block(torch.stack(pooled), seats, [])
+
+
+def pyramid(model, pixels: Tensor, levels: list[tuple[int, int]], order: list[int]) -> Block:
+    """Averages over the cells of several grids, one level after the other.
+
+    Args:
+        order: in the sequence, ordinals among all cells.
+    """
+    features = project(model, tower(model, pixels).patches)
+    side = math.isqrt(len(features))
+    pooled = [features[c].mean(0) for level in levels for c in cells(side, level)]
+    return Block(torch.stack([pooled[i] for i in order]), [], [])
 
 
 def downsample(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> Block:
