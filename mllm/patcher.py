@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm import attention, compat
+from mllm import attention, compat, joint
 from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
 from mllm.cache import CacheMark, KVCache, cache_bytes
 from mllm.capture import declared
 from mllm.compressors.base import (
     CacheCompressor,
     Hidden,
+    Joint,
     LayerMethod,
     TextEmbeds,
     TokenReducer,
@@ -123,10 +124,11 @@ class Patched:
             for _, s in self.pruners
             for signal in s.reads().values()
         )
-        self.reads_prompts = any(
-            isinstance(signal, TextEmbeds)
-            for _, s in self.reducers
-            for signal in s.reads().values()
+        read = [signal for _, s in self.reducers for signal in s.reads().values()]
+        self.reads_prompts = any(isinstance(x, TextEmbeds | Joint) for x in read)
+        self.space = joint.space_of(self.family.model) if Joint() in read else None
+        self.early = bool(self.mergers) or any(
+            self.site(s) == "pre_projector" for _, s in self.reducers
         )
         self.acts = sorted({layer for _, s in self.pruners for layer in s.at()})
         self.cuts = sorted(
@@ -180,7 +182,7 @@ class Patched:
                 if isinstance(signal, VisionAttention | VisionKeys):
                     found.append(self.family.block_attention(self.family.block(signal.block)))
         for _, stage in self.mergers:
-            blocks = stage.blocks(len(self.family.blocks))
+            blocks = stage.blocks(self.family.block(None) + 1)
             found += [self.family.block_attention(block) for block in blocks]
         for _, signal in self.signals:
             if not isinstance(signal, Hidden):
@@ -238,8 +240,9 @@ class Patched:
             if self.compressors:
                 post(layer, functools.partial(self._layer_post, i))
         self._install_branches(pre, post)
-        if self.mergers or any(self.site(s) == "pre_projector" for _, s in self.reducers):
+        if self.early or self.space is not None:
             pre(family.projector, self._projector_pre)
+        if self.early:
             post(family.projector, self._projector_post)
             post(family.tower, self._tower_post)
         for i, block in enumerate(family.blocks if self.mergers else ()):
@@ -625,7 +628,10 @@ class Patched:
         return output
 
     def _projector_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        if (run := _VISION.get()) is not None:
+        if (run := _VISION.get()) is None:
+            return None
+        run.unprojected = args[0].detach()
+        if self.early:
             return (run.before_projector(args[0]), *args[1:]), kwargs
 
     def _projector_post(self, module: nn.Module, args: tuple, output: Tensor) -> Any:

@@ -17,6 +17,7 @@ from mllm.compressors.base import (
     Context,
     Features,
     Grid,
+    Joint,
     Keep,
     Merge,
     Pool,
@@ -30,7 +31,7 @@ from mllm.compressors.base import (
 )
 from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
-from mllm.signals import Text
+from mllm.signals import Compared, Text
 from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of, split_images
 from mllm.tower import TowerRun
 
@@ -110,6 +111,8 @@ class VisionRun:
         self.costs: dict[Any, list[tuple[int, float]]] = {}
         self.signals: dict[Any, Tensor] = {}
         self.texts: dict[TextEmbeds, Text] = {}
+        self.unprojected: Tensor | None = None
+        self.compared: tuple[Tensor, Tensor, Tensor] | None = None
         self.cls: Tensor | None = None
         self.resized: list[tuple[int, int]] = []
         self.rows: Tensor | None = None
@@ -187,8 +190,8 @@ class VisionRun:
                     left -= patches
         return self.signals[signal]
 
-    def _text(self, signal: TextEmbeds, group: Group, method: str) -> Text:
-        """The text around each image of a group."""
+    def _question(self, which: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of text of each prompt, which of them there are, and their ids: `[batch, text]`."""
         prompts = self.prompts
         if prompts is None:
             raise DataError(
@@ -197,22 +200,53 @@ class VisionRun:
                 given=None,
                 expected="the model's forward or generate(), with input_ids",
             )
-        if signal not in self.texts:
-            text = prompts.text
-            if signal.which == "question":
-                text = text & (prompts.visual.long().cumsum(1) > 0)
-            rows = pick(text, prompts.most)
-            there, rows = rows >= 0, rows.clamp(min=0)
-            ids = prompts.ids.gather(1, rows).masked_fill(~there, 0)
-            words = self.patched.family.model.get_input_embeddings()
-            self.texts[signal] = Text(words(ids), there, rows)
+        text = prompts.text
+        if which == "question":
+            text = text & (prompts.visual.long().cumsum(1) > 0)
+        rows = pick(text, prompts.most)
+        there, rows = rows >= 0, rows.clamp(min=0)
+        return rows, there, prompts.ids.gather(1, rows).masked_fill(~there, 0)
+
+    def _owners(self, group: Group) -> Tensor:
+        """The prompt of each image of a group: int64 `[images]`."""
         owner: dict[int, int] = {}
-        for sample, own in enumerate(split_images(prompts.counts, self.reduction.sizes)):
+        for sample, own in enumerate(split_images(self.prompts.counts, self.reduction.sizes)):
             for image in own:  # beams share images
                 owner.setdefault(image, sample)
-        at = on_device(torch.tensor([owner[image] for image in group.images]), group.at)
-        whole = self.texts[signal]
+        return on_device(torch.tensor([owner[image] for image in group.images]), group.at)
+
+    def _text(self, signal: TextEmbeds, group: Group, method: str) -> Text:
+        """The text around each image of a group."""
+        if signal not in self.texts:
+            rows, there, ids = self._question(signal.which, method)
+            words = self.patched.family.model.get_input_embeddings()
+            self.texts[signal] = Text(words(ids), there, rows)
+        whole, at = self.texts[signal], self._owners(group)
         return Text(whole.embeds[at], whole.valid[at], whole.rows[at])
+
+    def _joint(self, group: Group, method: str) -> Compared:
+        """The images of a group, and the text behind them, in CLIP's joint space."""
+        if self.compared is None:
+            space, layouts = self.patched.space, self.reduction.layouts
+            _, there, ids = self._question("question", method)
+            ids = [
+                row[:n] for row, n in zip(ids.tolist(), there.sum(1).tolist(), strict=True)
+            ]
+            patches = space.patches(self.unprojected.flatten(0, 1))
+            text, valid = space.texts(ids)
+            self.compared = self.family.to_rows(patches, layouts), text, valid
+            width, dim = self.unprojected.shape[-1], text.shape[2]
+            for image, layout in enumerate(layouts):
+                cost = 2.0 * self.family.patches(layout) * width * dim
+                self.reduction.selection_flops[image] += cost
+            for sample, own in enumerate(
+                split_images(self.prompts.counts, self.reduction.sizes)
+            ):
+                for image in own:
+                    cost = space.word_flops * len(ids[sample]) / len(own)
+                    self.reduction.selection_flops[image] += cost
+        (patches, text, valid), at = self.compared, self._owners(group)
+        return Compared(patches[group.at], text[at], valid[at])
 
     # Stages
 
@@ -250,6 +284,8 @@ class VisionRun:
                 signals[name] = group.layout.places.cells()
             elif isinstance(signal, TextEmbeds):
                 signals[name] = self._text(signal, group, stage.info.name)
+            elif isinstance(signal, Joint):
+                signals[name] = self._joint(group, stage.info.name)
             else:
                 signals[name] = self._signal(signal, stage.info.name)[group.at]
         counts = [self.reduction.counts[i] for i in group.images]

@@ -92,6 +92,30 @@ class Text:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class Joint:
+    """Patches and the question in CLIP's joint space, before the LLM: a :class:`Compared`.
+
+    Only where :func:`mllm.joint.attach` has given the model the text half of its tower's CLIP.
+    The texts are decoded on the host, so the device is asked for them.
+    """
+
+
+@dataclass
+class Compared:
+    """What :class:`Joint` gives, not scaled to length one.
+
+    Attributes:
+        patches: `[images, tokens, dim]`.
+        text: `[images, segments, dim]`, the text behind the first image of the sample.
+        valid: bool `[images, segments]`, false for fillers.
+    """
+
+    patches: Tensor
+    text: Tensor
+    valid: Tensor
+
+
 class _AtLayer:
     """A signal of a decoder layer."""
 

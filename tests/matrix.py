@@ -5,6 +5,7 @@ The checks are plain functions, so that the mutation tests can run them on a bro
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -87,6 +88,34 @@ def _cdpruner(keep, positions):
     return rows
 
 
+def _holov(keep, crops, positions):
+    def rows(model, sample, kept):
+        chosen, at = [], 0
+        for picture in sample.pixels:
+            seen = oracles.tower(model, picture)
+            own = oracles.holov(seen.patches, seen.attention.mean(0), keep, crops)
+            chosen += [at + i for i in own]
+            at += len(seen.patches)
+        return oracles.dropped(model, sample, torch.tensor(chosen, dtype=torch.long), positions)
+
+    return rows
+
+
+def _vmtc(keep, positions, **options):
+    def rows(model, sample, kept):
+        blocks = []
+        for picture in sample.pixels:
+            seen = oracles.tower(model, picture)
+            features, into = oracles.vmtc(
+                seen.patches, seen.attention.mean(0), keep, **options
+            )
+            seats = [i for i, to in enumerate(into) if to == i]
+            blocks.append(oracles.Block(oracles.project(model, features[seats]), seats, into))
+        return oracles.rebuilt(model, sample, blocks, positions)
+
+    return rows
+
+
 def _visionzip(keep, positions="compact", **options):
     def rows(model, sample, kept):
         blocks = [
@@ -109,6 +138,14 @@ def _pooled(reference, small, positions):
     return rows
 
 
+def _pyramid(levels, positions, order):
+    def reference(model, picture, small, seats):
+        block = oracles.pyramid(model, picture, levels, order)
+        return dataclasses.replace(block, seat=seats)
+
+    return _pooled(reference, None, positions)
+
+
 LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 _CASES = [
@@ -126,6 +163,25 @@ _CASES = [
     Case(
         "downsample:keep=8:positions=original",
         _pooled(oracles.downsample, (2, 4), "original"),
+        placed=False,
+    ),
+    Case("adaptivepool:grid=2/3", _pooled(oracles.avgpool, (2, 3), "compact"), placed=False),
+    Case(
+        "pyramid:keep=6:positions=original",
+        _pyramid([(2, 2), (1, 1)], "original", [0, 1, 4, 2, 3]),
+        placed=False,
+    ),
+    Case("pyramid:grids=3/1x2", _pyramid([(3, 3), (1, 2)], "compact", range(11)), placed=False),
+    Case("ggem:keep=4:p=1/2/3", _pooled(oracles.ggem, (2, 2), "compact"), placed=False),
+    Case(
+        "pllava:grid=2/4:positions=original",
+        _pooled(oracles.avgpool, (2, 4), "original"),
+        placed=False,
+    ),
+    Case("vmtc:keep=8", _vmtc(8, "compact"), placed=False),
+    Case(
+        "vmtc:keep=6:primary=0.0:rounds=2:positions=original",
+        _vmtc(6, "original", primary=0.0, rounds=2),
         placed=False,
     ),
     Case("visionzip:keep=10", _visionzip(10), placed=False),
@@ -151,6 +207,7 @@ _CASES = [
     ),
     Case("cdpruner:keep=6", _cdpruner(6, "compact")),
     Case("cdpruner:keep=9:positions=original", _cdpruner(9, "original")),
+    Case("holov:keep=7:crops=3", _holov(7, 3, "compact")),
     Case("dart:layer=2:keep=11:rope=false", _plain, [Cut(2, 11, choose=oracles.dart)]),
     Case(
         "dart:layer=1:keep=9:pivots=2:text_pivots=3:rope=false:positions=compact",

@@ -15,7 +15,10 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
-NAMES += ["dart", "cdpruner"]
+NAMES += ["dart", "cdpruner", "adaptivepool", "pyramid", "ggem", "pllava",
+          "tome", "holov", "vmtc", "cmai"]
+#: Their size is no budget.
+SIZED = ["adaptivepool", "pllava", "cmai"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -24,6 +27,14 @@ IDENTITY = {
     "visionzip": "visionzip:keep=1.0:cls=false:positions=original",
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:layer=2:keep=1.0",
+    "vmtc": "vmtc:keep=1.0:primary=1.0",
+    "cmai": "cmai:share=0.0",
+    "holov": "holov:keep=1.0",
+    "tome": "tome:keep=1.0",
+    "adaptivepool": "adaptivepool:grid=1024/1024",
+    "pyramid": "pyramid:keep=1.0:count=1",
+    "ggem": "ggem:keep=1.0:p=1.0",
+    "pllava": "pllava:frames=1024:grid=1024/1024",
     "cdpruner": "cdpruner:keep=1.0",
     "dart": "dart:layer=2:keep=1.0",
     "visionzip+fastv": "visionzip:keep=1.0:cls=false:positions=original+fastv:layer=2:keep=1.0",
@@ -76,6 +87,8 @@ def test_identity(spec, layout, attn):
         "stride:keep={}",
         "divprune:keep={}",
         "cdpruner:keep={}",
+        "vmtc:keep={}",
+        "holov:keep={}",
         "visionzip:keep={}",
         "fastv:layer=1:keep={}",
         "dart:layer=1:keep={}",
@@ -320,5 +333,5 @@ def test_methods_are_small_dataclasses():
     for name in NAMES:
         cls = get_method(name)
         assert dataclasses.is_dataclass(cls)
-        assert "keep" in {f.name for f in dataclasses.fields(cls)}
+        assert ("keep" in {f.name for f in dataclasses.fields(cls)}) is (name not in SIZED)
         assert cls.oracle in ("mask", "rebuild", "reference")

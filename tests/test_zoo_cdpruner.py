@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import oracles
 import pytest
 import tiny
 import torch
+import transformers as hf
 from families import collate, model, samples
-from matrix import SIDE, fresh
+from matrix import SIDE, fresh, reference
 from torch.nn import functional as F
-from zoo import FAMILIES, check_family, context
+from zoo import FAMILIES, check_family, context, shared
 
 import mllm
+from mllm import joint
 from mllm.compressors import CDPruner
 from mllm.compressors.base import Keep, Positions, TextEmbeds, TokenReducer
 from mllm.errors import DataError, PlanError
@@ -29,12 +32,13 @@ def example(images=2, tokens=12, seed=0):
     return features, Text(words, valid, torch.zeros(images, 5, dtype=torch.long))
 
 
-def by_hand(features, words, keep, negate=True, theta=None, among=None):
+def by_hand(features, words, keep, negate=True, theta=None, among=None, seen_by=None):
     """Greedy by determinants of the kernel, one image, in double precision."""
-    x, words = features.double(), words.double()
+    x, words = features.double(), [w.double() for w in words]
+    y = x if seen_by is None else seen_by.double()
     n = len(x)
     among = list(range(n)) if among is None else among
-    near = [sum(F.cosine_similarity(x[i], w, 0).item() for w in words) / len(words)
+    near = [sum(F.cosine_similarity(y[i], w, 0).item() for w in words) / len(words)
             for i in range(n)]  # fmt: skip
     q = [-s if negate else s for s in near]
     low, high = min(q[i] for i in among), max(q[i] for i in among)
@@ -171,6 +175,73 @@ def test_the_text_of_each_image(family, which, way):
         want.add(tuple(words(s.ids[rows]).flatten().tolist()))
     assert got == want
     assert sum(len(t.embeds) for t in seen) == sum(len(s.pictures) for s in batch)
+
+
+class Words:
+    """A tokenizer whose words are numbers."""
+
+    bos_token_id, eos_token_id = 1, 49
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [int(w) for w in text.split()]}
+
+
+def space():
+    """The text half of a CLIP whose vision half has the width of the tiny tower."""
+    vision = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=1, image_size=56,
+                  num_attention_heads=4, patch_size=14)  # fmt: skip
+    text = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                vocab_size=50, max_position_embeddings=8, bos_token_id=1,
+                eos_token_id=49)  # fmt: skip
+    torch.manual_seed(3)
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    for p in clip.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return joint.JointSpace(clip, Words(), lambda ids: " ".join(str(3 + i % 40) for i in ids))
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+@torch.no_grad()
+def test_clip_equals_its_description(way):
+    """Patches and the question, six words at a time, by CLIP's own halves; then determinants."""
+    net, own, batch = fresh(), space(), tiny.samples(side=SIDE)
+    joint.attach(net, own)
+    with mllm.patch(net, "cdpruner:keep=5:relevance=clip") as patched:
+        if way == "forward":
+            net(**tiny.collate(batch))
+        else:
+            net.generate(**tiny.collate(batch), max_new_tokens=2, do_sample=False)
+        kept = patched.ledger.kept("llm")
+        assert patched.ledger.as_dict()["selection_flops"][0] > own.word_flops
+    for b, sample in enumerate(batch):
+        behind = ~sample.visual & (sample.visual.cumsum(0) > 0)
+        words = [3 + i % 40 for i in sample.ids[behind].tolist()]
+        parts = [[1, *words[i : i + 6], 49] for i in range(0, len(words), 6)]
+        text = [own.clip.text_projection(own.clip.text_model(torch.tensor([p])).pooler_output[0])
+                for p in parts]  # fmt: skip
+        want = []
+        for n, picture in enumerate(sample.pixels):
+            tower = oracles.tower(reference(), picture).patches
+            patches = own.clip.visual_projection(own.clip.vision_model.post_layernorm(tower))
+            features = oracles.project(reference(), tower)
+            want += [n * SIDE**2 + t for t in by_hand(features, text, 5, seen_by=patches)]
+        assert kept[b].tolist() == want
+
+
+def test_clip_on_tiles():
+    joint.attach(shared("llava_next", "sdpa"), space())
+    stage = CDPruner(keep=5, relevance="clip")
+    assert check_family("llava_next", stage) == [[5] * 4, [10] * 4, [0] * 4]
+
+
+def test_clip_needs_its_text_tower():
+    with pytest.raises(PlanError, match="no text tower") as caught:
+        mllm.patch(fresh(), "cdpruner:keep=4:relevance=clip")
+    assert "relevance=llm" in caught.value.expected
+    for net in (model("gemma3"), model("qwen2_5_vl")):
+        with pytest.raises(PlanError, match="no CLIP"):
+            joint.attach(net, space())
 
 
 @torch.no_grad()

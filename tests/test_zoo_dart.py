@@ -6,27 +6,16 @@ import pytest
 import tiny
 import torch
 from matrix import LAYERS, SIDE, fresh
-from zoo import FAMILIES, check_family
+from zoo import FAMILIES, check_family, layer_context
 
 import mllm
 from mllm.compressors import DART
-from mllm.compressors.base import LayerContext
 from mllm.errors import PlanError
-from mllm.tokens import TokenTable
 
 
 def moment(keys, hidden, visual, stage, protected=None):
     """A context of one layer: keys `[batch, heads, rows, dim]`, hidden `[batch, rows, width]`."""
-    valid = torch.ones_like(visual)
-    table = TokenTable.text(valid, 0)
-    table.visual = visual
-    images = [int(v.any()) for v in visual]
-    return LayerContext(
-        stage, {"keys": keys, "hidden": hidden}, layer=2, num_layers=4, table=table,
-        visual=visual, prompt=valid, state={}, queries={}, width=visual.shape[1],
-        protected=torch.zeros_like(valid) if protected is None else protected,
-        images=images, entered=visual.sum(1).tolist(),
-    )  # fmt: skip
+    return layer_context(stage, visual, protected=protected, keys=keys, hidden=hidden)
 
 
 def example(seed=0, batch=3, rows=40):

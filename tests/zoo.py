@@ -11,7 +11,8 @@ from matrix import CLOSE_CALL, equal
 from torch import Tensor
 
 import mllm
-from mllm.compressors.base import Context
+from mllm.compressors.base import Context, LayerContext
+from mllm.tokens import TokenTable
 
 #: A family of every kind of layout and tower: one grid with and without [CLS], rotary rows and
 #: columns, tiles with separators.
@@ -19,7 +20,7 @@ FAMILIES = ["llava", "gemma3", "qwen2_5_vl", "llava_next"]
 
 
 @cache
-def _shared(family: str, attn: str):
+def shared(family: str, attn: str):
     return model(family, attn)
 
 
@@ -38,7 +39,7 @@ def check_family(family: str, plan, attn: str = "sdpa", kind="padded") -> list[l
     Returns:
         Cells (visual tokens without separators) that enter each layer, by sample.
     """
-    batch, net = samples(family, kind), _shared(family, attn)
+    batch, net = samples(family, kind), shared(family, attn)
     inputs = _placed(family, batch)
     plain = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
     options = dict(max_new_tokens=4, do_sample=False, output_logits=True,
@@ -73,9 +74,42 @@ def check_family(family: str, plan, attn: str = "sdpa", kind="padded") -> list[l
     ]
 
 
-def context(stage, grid: tuple[int, int] | None = None, valid: Tensor | None = None, **signals):
+def context(stage, valid: Tensor | None = None, **signals) -> Context:
     """What a pre-LLM method is given, from values; `valid` None is all tokens."""
-    first = next(iter(signals.values()))
     if valid is None:
-        valid = torch.ones(first.shape[:2], dtype=torch.bool)
-    return Context(stage, signals, grid=grid, valid=valid)
+        valid = torch.ones(signals["features"].shape[:2], dtype=torch.bool)
+    return Context(stage, signals, valid=valid)
+
+
+def layer_context(
+    stage,
+    visual: Tensor,
+    place: dict[str, Tensor] | None = None,
+    protected: Tensor | None = None,
+    queries: dict[str, Tensor] | None = None,
+    **signals,
+) -> LayerContext:
+    """What an in-LLM method is given, from values; without padding.
+
+    Args:
+        stage: the method.
+        visual: bool `[batch, rows]`.
+        place: fields of the token table that are not those of text; they say how many images.
+        protected: bool `[batch, rows]`; None is none.
+        queries: rows of the queries of signals.
+        **signals: their values.
+    """
+    valid = torch.ones_like(visual)
+    table = TokenTable.text(valid, 0)
+    table.visual = visual
+    images = visual.any(1).int()
+    for name, value in (place or {}).items():
+        setattr(table, name, value)
+    if place:
+        images, signals["grid"] = table.image.amax(1) + 1, table
+    return LayerContext(
+        stage, signals, layer=2, num_layers=4, table=table, visual=visual, prompt=valid, state={},
+        queries=queries or {}, width=visual.shape[1], images=images.tolist(),
+        entered=visual.sum(1).tolist(),
+        protected=torch.zeros_like(valid) if protected is None else protected,
+    )  # fmt: skip

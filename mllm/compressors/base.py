@@ -38,6 +38,7 @@ from mllm.signals import (
     Features,
     Grid,
     Hidden,
+    Joint,
     Keys,
     TextEmbeds,
     Values,
@@ -62,6 +63,7 @@ __all__ = [
     "Hidden",
     "Inject",
     "Insert",
+    "Joint",
     "Keep",
     "Keys",
     "LayerContext",
@@ -164,15 +166,19 @@ class TowerContext(Context):
 
     Attributes:
         block: 0-based tower block.
+        depth: blocks whose output the projector sees, as :meth:`TowerReducer.blocks` is given.
+        patches: patches of an image before any block.
         prefix: tokens at the start that are no patches ([CLS]); they must stay.
         size: fp32 `[images, tokens]`, how many original tokens each stands for.
     """
 
     def __init__(
-        self, stage: Any, keys: Tensor, *, block: int, prefix: int, size: Tensor
-    ) -> None:
+        self, stage: Any, keys: Tensor, *, block: int, depth: int, patches: int, prefix: int,
+        size: Tensor,
+    ) -> None:  # fmt: skip
         super().__init__(stage, {"keys": keys})
-        self.block, self.prefix, self.size = block, prefix, size
+        self.block, self.depth, self.patches = block, depth, patches
+        self.prefix, self.size = prefix, size
 
 
 class LayerContext(Context):
@@ -351,7 +357,7 @@ class TowerReducer(_Method):
     proportional: ClassVar[bool] = True
 
     def blocks(self, depth: int) -> Sequence[int]:
-        """0-based tower blocks, of `depth`, at which tokens merge."""
+        """0-based tower blocks at which tokens merge, of the `depth` that the projector sees."""
         raise NotImplementedError
 
     def merge(self, ctx: TowerContext) -> Merge:

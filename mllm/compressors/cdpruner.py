@@ -13,6 +13,7 @@ from mllm.compressors.base import (
     Budget,
     Context,
     Features,
+    Joint,
     Keep,
     Positions,
     TextEmbeds,
@@ -33,9 +34,11 @@ class CDPruner(TokenReducer):
     the batch, so that a choice would depend on its neighbours). Picking goes by the Cholesky
     update of the fast greedy algorithm, O(keep^2 tokens) for an image.
 
+    `relevance="clip"` is the paper: cosines of patches and question in CLIP's joint space. Only
+    for models whose tower is a CLIP, with its text half beside them (:mod:`mllm.joint`).
     `relevance="llm"` takes the cosines of projected tokens with the embeddings of the question's
-    words, as for models without a text tower: no second checkpoint. A report calls the row
-    `cdpruner:relevance=llm`; the paper's figures are those of CLIP's text tower.
+    words, as for models without a text tower: it needs nothing more, and is the default. The
+    paper's figures on LLaVA are those of "clip".
 
     Args:
         keep: visual tokens kept per image.
@@ -48,7 +51,7 @@ class CDPruner(TokenReducer):
     """
 
     keep: Budget = 0.222
-    relevance: Literal["llm"] = "llm"
+    relevance: Literal["llm", "clip"] = "llm"
     negate: bool = True
     theta: float | None = None
     positions: Positions | None = None
@@ -64,7 +67,8 @@ class CDPruner(TokenReducer):
             )
 
     def reads(self):
-        return {"features": Features(), "text": TextEmbeds()}
+        clip = self.relevance == "clip"
+        return {"features": Features(), "text": Joint() if clip else TextEmbeds()}
 
     @torch.no_grad()
     def reduce(self, ctx: Context) -> list:
@@ -80,7 +84,11 @@ class CDPruner(TokenReducer):
     def _relevance(self, ctx: Context, x: Tensor) -> Tensor:
         """q: fp32 `[images, tokens]`."""
         text = ctx["text"]
-        words = F.normalize(text.embeds.float(), dim=-1) * text.valid[..., None]
+        if self.relevance == "clip":
+            x, words = F.normalize(text.patches.float(), dim=-1), text.text
+        else:
+            words = text.embeds
+        words = F.normalize(words.float(), dim=-1) * text.valid[..., None]
         # The mean of cosines is the cosine with the mean of unit vectors.
         mean = words.sum(1) / text.valid.sum(1, keepdim=True).clamp(min=1)
         q = (x @ mean[..., None])[..., 0]
