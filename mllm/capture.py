@@ -47,9 +47,14 @@ def reads_before(signal: Any) -> bool:
     return isinstance(signal, AttentionRows) and signal.when == "before"
 
 
-def pick(mask: Tensor) -> Tensor:
-    """The rows of a mask in order: int64 `[batch, most in the batch]`, -1 fills up at the end."""
-    count = int(mask.sum(1).max())
+def pick(mask: Tensor, count: int | None = None) -> Tensor:
+    """The rows of a mask in order: int64 `[batch, count]`, -1 fills up at the end.
+
+    Args:
+        mask: bool `[batch, rows]`.
+        count: at least the most in the batch; None asks the device for it.
+    """
+    count = int(mask.sum(1).max()) if count is None else count
     rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :count]
     return rows.masked_fill(~mask.gather(1, rows), -1)
 
@@ -82,9 +87,13 @@ class Captures:
 
     def hidden(self, layer: int, of: str, hidden: Tensor) -> None:
         """Hidden states as they come by."""
+        inside = layer < len(self.patched.layers)
         for key in self.patched.signals:
             if key[1] == Hidden(layer, of):
                 self._found[key] = hidden, self.run.table.index
+            elif key[1] == Hidden(layer, of, norm=True):
+                normed = self.patched.family.final_norm(hidden) if inside else hidden
+                self._found[key] = normed, self.run.table.index
 
     def before(self, layer: int, hidden: Tensor, kwargs: dict) -> None:
         """Read the attention of a layer that is about to run, without its cache."""

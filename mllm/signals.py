@@ -75,6 +75,8 @@ class Grid:
 class TextEmbeds:
     """Input embeddings of text tokens of the prompt: a :class:`Text`, its width the LLM's.
 
+    Before the LLM it has one row per image, the text of its sample.
+
     Attributes:
         which: `"question"` is the text behind a sample's first visual token, `"all"` all text.
     """
@@ -87,14 +89,38 @@ class Text:
     """Text tokens of every sample, in order, filled up to a rectangle.
 
     Attributes:
-        embeds: `[batch, tokens, width]`, what entered the decoder.
-        valid: bool `[batch, tokens]`, false for fillers.
-        rows: int64 `[batch, tokens]`, their rows where the method acts.
+        embeds: `[batch or images, tokens, width]`, what enters the decoder.
+        valid: bool `[batch or images, tokens]`, false for fillers.
+        rows: int64, their rows where the method acts; before the LLM, in the prompt.
     """
 
     embeds: Tensor
     valid: Tensor
     rows: Tensor
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Patches and the question in CLIP's joint space, before the LLM: a :class:`Compared`.
+
+    Only where :func:`mllm.joint.attach` has given the model the text half of its tower's CLIP.
+    The texts are decoded on the host, so the device is asked for them.
+    """
+
+
+@dataclass
+class Compared:
+    """What :class:`Joint` gives, not scaled to length one.
+
+    Attributes:
+        patches: `[images, tokens, dim]`.
+        text: `[images, segments, dim]`, the text behind the first image of the sample.
+        valid: bool `[images, segments]`, false for fillers.
+    """
+
+    patches: Tensor
+    text: Tensor
+    valid: Tensor
 
 
 class _AtLayer:
@@ -201,10 +227,13 @@ class Hidden(_AtLayer):
         layer: decoder layer; None is the layer that is about to run (only with `of="layer"`).
         of: `"layer"` is what enters the layer; `"attn"` and `"mlp"` are the normalised inputs of
             its branches.
+        norm: what enters the layer, through the norm behind the decoder's last layer; what has
+            left the last layer has gone through it already. Only with `of="layer"`.
     """
 
     layer: int | None = None
     of: Literal["layer", "attn", "mlp"] = "layer"
+    norm: bool = False
 
     def at(self, here: int) -> Hidden:
         if self.layer is not None:

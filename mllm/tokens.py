@@ -212,6 +212,19 @@ def count_rows(marks: dict[str, Tensor], mask: Tensor | None) -> Counts:
     return Counts(dict(zip(marks, marked, strict=True)), valid, seen)
 
 
+def supervised(labels: Tensor, visual: Tensor | None) -> Tensor:
+    """Rows from the first supervised one on, which are no prompt: bool `[batch, rows]`.
+
+    Args:
+        labels: `[batch, rows]`, -100 is not supervised.
+        visual: bool `[batch, rows]`, placeholders; a prompt goes on at least to its last image.
+    """
+    own = labels != -100
+    if visual is not None:
+        own = own & (visual.flip(1).cumsum(1).flip(1) == 0)
+    return own.long().cumsum(1) > 0
+
+
 def on_device(values: Tensor, like: Tensor) -> Tensor:
     """A tensor made on the CPU, beside `like`, without waiting for the device."""
     return values.to(like.device, non_blocking=True)

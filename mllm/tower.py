@@ -25,6 +25,8 @@ class TowerRun:
         into: int64 `[images, patches]`, patch that has received each patch.
         seats: int64 `[images, tokens]`, patch in whose place each token is; -1 for [CLS].
         rows: tokens in the attention and in the MLP of each block that has run.
+        depth: blocks whose output the projector sees.
+        flops: what choosing has cost, per image.
     """
 
     def __init__(self, patched: Patched, images: int, patches: int, device: Any) -> None:
@@ -37,11 +39,11 @@ class TowerRun:
         self.rows: list[tuple[int, int]] = []
         self.ran: set[int] = set()
         self._keys: dict[int, Tensor] = {}
-        depth = len(self.family.blocks)
+        self.depth, self.flops = self.family.block(None) + 1, 0.0
         self.stages = {
             block: (number, stage)
             for number, stage in patched.mergers
-            for block in stage.blocks(depth)
+            for block in stage.blocks(self.depth)
         }
         self.proportional = any(stage.proportional for _, stage in patched.mergers)
 
@@ -66,7 +68,7 @@ class TowerRun:
                 given=True,
                 expected="a frozen tower in eval mode, or no checkpointing of the tower",
             )
-        if self.proportional and number and x.shape[1] < self.into.shape[1]:
+        if self.proportional and x.shape[1] < self.family.prefix + self.into.shape[1]:
             bias = self.size.log()[:, None, None].to(x.dtype)
             mask = bias if mask is None else mask + bias
         x = x + attend(hidden_states=norm1(x), attention_mask=mask, **kwargs)[0]
@@ -80,10 +82,12 @@ class TowerRun:
         stage_number, stage = self.stages[number]
         prefix, count = self.family.prefix, x.shape[1]
         ctx = TowerContext(
-            stage, self._keys.pop(number), block=number, prefix=prefix, size=self.size
-        )
+            stage, self._keys.pop(number), block=number, depth=self.depth,
+            patches=self.into.shape[1], prefix=prefix, size=self.size,
+        )  # fmt: skip
         with torch.no_grad():
             into = stage.merge(ctx).into
+        self.flops += ctx.flops
         self.ran.add(stage_number)
         own = torch.arange(count, device=x.device)
         stay = into == own
@@ -114,6 +118,7 @@ class TowerRun:
         reduction.counts = [seats.shape[1]] * len(keep)
         reduction.into = self.into.flatten()
         reduction.ran |= self.ran
+        reduction.selection_flops = [x + self.flops for x in reduction.selection_flops]
         return seats
 
     def saved(self) -> float:

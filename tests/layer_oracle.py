@@ -51,7 +51,8 @@ class Seen:
     Attributes:
         logits: `[tokens, vocabulary]`.
         alive: bool `[tokens]`, rows that are there at the end.
-        hidden: what enters each layer; `attn` and `mlp` are the normalised inputs of branches.
+        hidden: what enters each layer; `normed` is that through the last norm; `attn` and `mlp`
+            are the normalised inputs of branches.
         weights: attention `[heads, tokens, tokens]`; `raw` its logits.
         bare: logits without rotary positions.
         rotary: `[tokens, 2 * dim]`, cosines and sines.
@@ -61,6 +62,7 @@ class Seen:
     logits: Tensor
     alive: Tensor
     hidden: list[Tensor] = field(default_factory=list)
+    normed: list[Tensor] = field(default_factory=list)
     attn: list[Tensor] = field(default_factory=list)
     mlp: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -146,6 +148,7 @@ def run_with_gradients(
         seen.rotary.append(torch.cat([cos[0], sin[0]], -1))
         x = layer.input_layernorm(h)
         seen.hidden.append(h)
+        seen.normed.append(lm.norm(h))
         seen.attn.append(x)
         out = _attend(layer.self_attn, x, cos[0], sin[0], see, i, edits, there, rows, seen)
         if family == "gemma3":

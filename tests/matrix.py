@@ -5,6 +5,8 @@ The checks are plain functions, so that the mutation tests can run them on a bro
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import itertools
 import random
@@ -16,7 +18,7 @@ import oracles
 import pytest
 import tiny
 import torch
-import zoo_oracles as zoo
+import zoo_oracles as cards
 from oracles import Cut, Rows
 from tiny import Sample
 from torch import Tensor
@@ -73,6 +75,20 @@ def _divprune(keep, positions):
     return rows
 
 
+def _cdpruner(keep, positions):
+    def rows(model, sample, kept):
+        chosen, at = [], 0
+        words = model.model.language_model.embed_tokens(sample.ids)
+        behind = ~sample.visual & (sample.visual.cumsum(0) > 0)
+        for picture in sample.pixels:
+            features = oracles.project(model, oracles.tower(model, picture).patches)
+            chosen += [at + i for i in oracles.cdpruner(features, words[behind], keep)]
+            at += len(features)
+        return oracles.dropped(model, sample, torch.tensor(chosen, dtype=torch.long), positions)
+
+    return rows
+
+
 def _visionzip(keep, positions="compact", **options):
     def rows(model, sample, kept):
         blocks = [
@@ -106,14 +122,20 @@ def _picked(choose, keep, positions="compact"):
     return rows
 
 
-def _merged(block, keep, **options):
+def _merged(block, keep, positions="compact", **options):
     """Tokens that a reference makes picture by picture."""
 
     def rows(model, sample, kept):
         blocks = [block(model, p, keep, **options) for p in sample.pixels]
-        return oracles.rebuilt(model, sample, blocks, "compact")
+        return oracles.rebuilt(model, sample, blocks, positions)
 
     return rows
+def _pyramid(levels, positions, order):
+    def reference(model, picture, small, seats):
+        block = oracles.pyramid(model, picture, levels, order)
+        return dataclasses.replace(block, seat=seats)
+
+    return _pooled(reference, None, positions)
 
 
 LAYOUTS = ["alone-left", "padded-left", "padded-right"]
@@ -133,6 +155,25 @@ _CASES = [
     Case(
         "downsample:keep=8:positions=original",
         _pooled(oracles.downsample, (2, 4), "original"),
+        placed=False,
+    ),
+    Case("adaptivepool:grid=2/3", _pooled(oracles.avgpool, (2, 3), "compact"), placed=False),
+    Case(
+        "pyramid:keep=6:positions=original",
+        _pyramid([(2, 2), (1, 1)], "original", [0, 1, 4, 2, 3]),
+        placed=False,
+    ),
+    Case("pyramid:grids=3/1x2", _pyramid([(3, 3), (1, 2)], "compact", range(11)), placed=False),
+    Case("ggem:keep=4:p=1/2/3", _pooled(oracles.ggem, (2, 2), "compact"), placed=False),
+    Case(
+        "pllava:grid=2/4:positions=original",
+        _pooled(oracles.avgpool, (2, 4), "original"),
+        placed=False,
+    ),
+    Case("vmtc:keep=8", _merged(oracles.vmtc_block, 8), placed=False),
+    Case(
+        "vmtc:keep=6:primary=0.0:rounds=2:positions=original",
+        _merged(oracles.vmtc_block, 6, "original", primary=0.0, rounds=2),
         placed=False,
     ),
     Case("visionzip:keep=10", _visionzip(10), placed=False),
@@ -156,6 +197,15 @@ _CASES = [
         _plain,
         [Cut(1, 9, "compact"), Cut(3, 0.5, "compact")],
     ),
+    Case("cdpruner:keep=6", _cdpruner(6, "compact")),
+    Case("cdpruner:keep=9:positions=original", _cdpruner(9, "original")),
+    Case("holov:keep=7:crops=3", _picked(functools.partial(oracles.holov_alone, crops=3), 7)),
+    Case("dart:layer=2:keep=11:rope=false", _plain, [Cut(2, choose=oracles.dart(11))]),
+    Case(
+        "dart:layer=1:keep=9:pivots=2:text_pivots=3:rope=false:positions=compact",
+        _plain,
+        [Cut(1, positions="compact", choose=oracles.dart(9, pivots=2, text_pivots=3))],
+    ),
     Case(
         "visionzip:keep=10+fastv:layer=2:keep=3:positions=compact",
         _visionzip(10),
@@ -168,32 +218,32 @@ _CASES = [
         _divprune(9, "original"),
         [Cut(2, 2, "compact")],
     ),
-    Case("fastervlm:keep=5", _picked(zoo.fastervlm, 5)),
-    Case("prumerge:neighbours=3", _merged(zoo.prumerge_block, None, neighbours=3), placed=False),
+    Case("fastervlm:keep=5", _picked(cards.fastervlm, 5)),
+    Case("prumerge:neighbours=3", _merged(cards.prumerge_block, None, neighbours=3), placed=False),
     Case(
         "prumergeplus:keep=9:neighbours=3:merge=mean",
-        _merged(zoo.prumerge_block, 9, neighbours=3, merge="mean", plus=True),
+        _merged(cards.prumerge_block, 9, neighbours=3, merge="mean", plus=True),
         placed=False,
     ),
-    Case("hired:keep=6", _picked(zoo.hired_alone, 6)),
+    Case("hired:keep=6", _picked(cards.hired_alone, 6)),
     Case(
         "vscan_vision:keep=9:window=2:local=0.0+vscan_llm:keep=3",
-        _merged(zoo.vscan_block, 9, window=2),
-        [Cut(2, positions="compact", choose=zoo.pyramiddrop(3))],
+        _merged(cards.vscan_block, 9, window=2),
+        [Cut(2, positions="compact", choose=cards.pyramiddrop(3))],
         placed=False,
     ),
-    Case("vispruner:keep=6:step=3", _picked(zoo.vispruner_alone, 6)),
-    Case("vtw:layer=2", _plain, [Cut(2, choose=zoo.withdrawn)]),
+    Case("vispruner:keep=6:step=3", _picked(cards.vispruner_alone, 6)),
+    Case("vtw:layer=2", _plain, [Cut(2, choose=cards.withdrawn)]),
     Case(
         "feather:layers=1/3:keep=5/2:stride=2",
         _plain,
-        [Cut(1, choose=zoo.feather(5, 2)), Cut(3, choose=zoo.feather(2, None))],
+        [Cut(1, choose=cards.feather(5, 2)), Cut(3, choose=cards.feather(2, None))],
     ),
     Case(
         "pyramiddrop:keep=0.5/5/0.125",
         _plain,
         [
-            Cut(i, positions="compact", choose=zoo.pyramiddrop(k))
+            Cut(i, positions="compact", choose=cards.pyramiddrop(k))
             for i, k in [(1, 0.5), (2, 5), (3, 0.125)]
         ],
     ),
@@ -202,7 +252,7 @@ _CASES = [
         _plain,
         [
             Cut(i, positions="compact",
-                choose=zoo.sparsevlm_cut(k, recycle=0.5, per_cluster=2))
+                choose=cards.sparsevlm_cut(k, recycle=0.5, per_cluster=2))
             for i, k in [(1, 9), (2, 5), (3, 0.125)]
         ],
         placed=False,
@@ -211,7 +261,7 @@ _CASES = [
         "sparsevlm:version=2.0:keep=9/5/2",
         _plain,
         [
-            Cut(i, choose=zoo.sparsevlm_cut(k, True, recycle=0, per_cluster=10, heads=14 / 32))
+            Cut(i, choose=cards.sparsevlm_cut(k, True, recycle=0, per_cluster=10, heads=14 / 32))
             for i, k in [(1, 9), (2, 5), (3, 2)]
         ],
     ),

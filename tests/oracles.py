@@ -379,6 +379,22 @@ def divprune(features: Tensor, keep: int) -> list[int]:
     return sorted(chosen)
 
 
+def cdpruner(features: Tensor, words: Tensor, keep: int) -> list[int]:
+    """Greedy MAP of a DPP by determinants; q is the negated mean cosine with the question."""
+    x = [f / f.norm() for f in features.double()]
+    words = [w / w.norm() for w in words.double()]
+    q = [-sum((f @ w).item() for w in words) / len(words) for f in x]
+    q = [(s - min(q) + 1e-6) / (max(q) - min(q)) for s in q]
+    kernel = torch.stack(
+        [torch.stack([q[i] * (a @ b) * q[j] for j, b in enumerate(x)]) for i, a in enumerate(x)]
+    )
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        sets = [[*chosen, i] for i in range(len(x)) if i not in chosen]
+        chosen = max(sets, key=lambda s: torch.linalg.det(kernel[s][:, s]).item())
+    return sorted(chosen)
+
+
 def visionzip(
     model,
     pixels: Tensor,
@@ -432,6 +448,111 @@ def visionzip(
     return Block(project(model, torch.stack(features)), seats, into)
 
 
+def dart(keep: int, *, pivots: int = 4, text_pivots: int = 4) -> Choose:
+    """Pivots by the L1 norm of their keys, then for each the rows least like it."""
+
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        lm, before = view.model.model.language_model, view.layer - 1
+        keys = lm.layers[before].self_attn.k_proj(
+            lm.layers[before].input_layernorm(view.inputs[before])
+        )
+        hidden, count = lm.norm(view.h), min(len(view.arriving), keep * view.images)
+        loud = {r: keys[r].abs().sum().item() for r in [*view.arriving, *view.text]}
+        own = sorted(view.arriving, key=lambda r: -loud[r])[: min(pivots, count)]
+        other = sorted(view.text, key=lambda r: -loud[r])[:text_pivots]
+        share, rest = divmod(count - len(own), len(own) + len(other))
+        chosen = list(own)
+        for number, pivot in enumerate([*own, *other]):
+            left = [r for r in view.arriving if r not in chosen]
+            like = {r: F.cosine_similarity(hidden[r], hidden[pivot], 0) for r in left}
+            chosen += sorted(left, key=lambda r: like[r].item())[: share + (number < rest)]
+        return sorted(chosen), view.h
+
+    return choose
+
+
+def strips(tokens: int, crops: int) -> list[range]:
+    """Neighbouring tokens in equal parts, the first of them one longer."""
+    sizes = [tokens // crops + (c < tokens % crops) for c in range(crops)]
+    return [range(sum(sizes[:c]), sum(sizes[: c + 1])) for c in range(crops)]
+
+
+def holov(
+    x: Tensor, attention: Tensor, keep: int, crops: int, beta: float = 0.09, tau: float = 1.0,
+    among: Sequence[int] | None = None,
+) -> list[int]:
+    """Quotas of strips by mean score, in each the best attended."""
+    among = set(range(len(x))) if among is None else set(among)
+    parts = [[t for t in part if t in among] for part in strips(len(x), crops)]
+    variety = {}
+    for part in parts:
+        for i in part:
+            row = [0.0 if i == j else F.cosine_similarity(x[i], x[j], 0).item() for j in part]
+            others = max(1, len(part) - 1)
+            mean = sum(row) / others
+            variety[i] = sum((s - mean) ** 2 for s in row) / others
+    a = {i: attention[i].item() for i in among}
+    gamma = sum(a.values()) / max(sum(variety.values()), 1e-12)
+    score = {i: a[i] + beta * gamma * variety[i] for i in among}
+    weight = [(sum(score[i] for i in p) / max(1, len(p))) ** tau for p in parts]
+    keep = min(keep, len(among))
+    quota = [min(len(p), math.floor(w / sum(weight) * keep))
+             for p, w in zip(parts, weight, strict=True)]  # fmt: skip
+    order = sorted(range(crops), key=lambda c: -weight[c])
+    while sum(quota) < keep:
+        for c in order:
+            if quota[c] < len(parts[c]) and sum(quota) < keep:
+                quota[c] += 1
+    return sorted(t for part, n in zip(parts, quota, strict=True)
+                  for t in sorted(part, key=lambda t: -a[t])[:n])  # fmt: skip
+
+
+def holov_alone(model, pixels: Tensor, keep: int, crops: int) -> list[int]:
+    seen = tower(model, pixels)
+    return holov(seen.patches, seen.attention.mean(0), keep, crops)
+
+
+def vmtc(
+    x: Tensor, importance: Tensor, keep: int, primary: float = 0.75, rounds: int = 10
+) -> tuple[Tensor, list[int]]:
+    """Primary tokens and clusters of the others: (features, the token that each goes into)."""
+    n, first = len(x), math.ceil(primary * keep)
+    ranked = sorted(range(n), key=lambda i: -importance[i].item())
+    chosen, clusters = ranked[:first], keep - first
+    rest = [i for i in range(n) if i not in chosen]
+    unit = [v / v.norm() for v in x.double()]
+    means = [unit[rest[c * len(rest) // clusters]] for c in range(clusters)]
+
+    def nearest(i: int) -> int:
+        return max(range(clusters), key=lambda c: (unit[i] @ means[c]).item())
+
+    for _ in range(rounds if clusters else 0):
+        members = [[i for i in rest if nearest(i) == c] for c in range(clusters)]
+        new = [sum(unit[i] for i in own) if own else means[c] for c, own in enumerate(members)]
+        means = [v / v.norm() for v in new]
+    into = {i: i for i in chosen}
+    groups = [[i for i in rest if nearest(i) == c] for c in range(clusters)] if clusters else []
+    for own in groups:
+        into |= {i: min(own, key=ranked.index) for i in own}
+    left = [i for i in ranked if i in rest and into.get(i) != i]
+    for i in left[: sum(not own for own in groups)]:
+        into[i] = i
+    features = x.clone()
+    for seat in rest if clusters else []:
+        own = [i for i in rest if into[i] == seat]
+        if own:
+            weight = sum(importance[i] for i in own)
+            features[seat] = sum(importance[i] * x[i] for i in own) / weight
+    return features, [into.get(i, -1) for i in range(n)]
+
+
+def vmtc_block(model, pixels: Tensor, keep: int, **options) -> Block:
+    seen = tower(model, pixels)
+    features, into = vmtc(seen.patches, seen.attention.mean(0), keep, **options)
+    seats = [i for i, to in enumerate(into) if to == i]
+    return Block(project(model, features[seats]), seats, into)
+
+
 def grid_for(keep: int | float, side: int) -> tuple[int, int]:
     """The grid closest to a square with at most `keep` cells."""
     cells = budget(keep, side * side)
@@ -453,6 +574,33 @@ def avgpool(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> 
     side = math.isqrt(len(features))
     pooled = torch.stack([features[c].mean(0) for c in cells(side, small)])
     return Block(pooled, seats, [])
+
+
+def ggem(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> Block:
+    """Means of powers 1, 2 and 3, of a third of the channels each; the sign stays outside."""
+    features = project(model, tower(model, pixels).patches)
+    side, third = math.isqrt(len(features)), features.shape[1] // 3
+    pooled = []
+    for c in cells(side, small):
+        parts = []
+        for p in (1, 2, 3):
+            x = features[c, (p - 1) * third : p * third]
+            mean = (x.sign() * x.abs() ** p).mean(0)
+            parts.append(mean.sign() * mean.abs() ** (1 / p))
+        pooled.append(torch.cat(parts))
+    return Block(torch.stack(pooled), seats, [])
+
+
+def pyramid(model, pixels: Tensor, levels: list[tuple[int, int]], order: list[int]) -> Block:
+    """Averages over the cells of several grids, one level after the other.
+
+    Args:
+        order: in the sequence, ordinals among all cells.
+    """
+    features = project(model, tower(model, pixels).patches)
+    side = math.isqrt(len(features))
+    pooled = [features[c].mean(0) for level in levels for c in cells(side, level)]
+    return Block(torch.stack([pooled[i] for i in order]), [], [])
 
 
 def downsample(model, pixels: Tensor, small: tuple[int, int], seats: list[int]) -> Block:

@@ -16,7 +16,13 @@ from mllm.plan import Plan, get_method
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
-          "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner"]  # fmt: skip
+          "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
+          "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc", "cmai"]  # fmt: skip
+#: They choose without arithmetic, or at their identity choose nothing.
+FREE = ["random", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem", "pllava",
+        "tome", "vmtc", "cmai"]  # fmt: skip
+#: Their size is no budget.
+SIZED = ["adaptivepool", "pllava", "cmai", "vtw"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -25,6 +31,16 @@ IDENTITY = {
     "visionzip": "visionzip:keep=1.0:cls=false:positions=original",
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:layer=2:keep=1.0",
+    "vmtc": "vmtc:keep=1.0:primary=1.0",
+    "cmai": "cmai:share=0.0",
+    "holov": "holov:keep=1.0",
+    "tome": "tome:keep=1.0",
+    "adaptivepool": "adaptivepool:grid=1024/1024",
+    "pyramid": "pyramid:keep=1.0:count=1",
+    "ggem": "ggem:keep=1.0:p=1.0",
+    "pllava": "pllava:frames=1024:grid=1024/1024",
+    "cdpruner": "cdpruner:keep=1.0",
+    "dart": "dart:layer=2:keep=1.0",
     "visionzip+fastv": "visionzip:keep=1.0:cls=false:positions=original+fastv:layer=2:keep=1.0",
     "fastv+fastv": "fastv:layer=1:keep=1.0+fastv:layer=3:keep=1.0",
     "pyramiddrop": "pyramiddrop:keep=1.0/1.0/1.0",
@@ -77,7 +93,7 @@ def test_identity(spec, layout, attn):
     assert torch.equal(mine.sequences, answer.sequences)
     assert all(torch.equal(a, b) for a, b in zip(mine.logits, answer.logits, strict=True))
     assert ledger["kept_llm"] == ledger["visual_tokens"]
-    if kind != "text" and not spec.startswith(("random", "stride", "avgpool", "downsample")):
+    if kind != "text" and spec.split(":")[0] not in FREE:
         # Not short-circuited: the selection was paid for.
         assert max(ledger["selection_flops"]) > 0
 
@@ -88,8 +104,12 @@ def test_identity(spec, layout, attn):
         "random:keep={}",
         "stride:keep={}",
         "divprune:keep={}",
+        "cdpruner:keep={}",
+        "vmtc:keep={}",
+        "holov:keep={}",
         "visionzip:keep={}",
         "fastv:layer=1:keep={}",
+        "dart:layer=1:keep={}",
     ],
 )
 @pytest.mark.parametrize("keep", [1, 2, 7, 15, 16, "0.01", "0.3", "0.5", "0.99", "1.0"])
@@ -101,7 +121,7 @@ def test_budgets_are_met_per_image(spec, keep):
     with mllm.patch(model, spec) as patched:
         model(**tiny.collate(tiny.samples(side=SIDE)))
         kept = [len(k) for k in patched.ledger.kept(LAYERS - 1)]
-    if spec.startswith("fastv") and not isinstance(keep, int):
+    if spec.startswith(("fastv", "dart")) and not isinstance(keep, int):
         # A fraction of all the visual rows that arrive.
         assert kept == [per_image, max(1, round(float(keep) * 2 * TOKENS)), 0]
     else:
@@ -331,5 +351,5 @@ def test_methods_are_small_dataclasses():
     for name in NAMES:
         cls = get_method(name)
         assert dataclasses.is_dataclass(cls)
-        assert name == "vtw" or "keep" in {f.name for f in dataclasses.fields(cls)}
+        assert ("keep" in {f.name for f in dataclasses.fields(cls)}) is (name not in SIZED)
         assert cls.oracle in ("mask", "rebuild", "reference")

@@ -32,9 +32,9 @@ def stages(draw):
     hints, cuts = typing.get_type_hints(cls), len(getattr(cls, "paper_layers", ()))
     values = {
         "keep": st.tuples(*[keeps] * cuts) if cuts else keeps,
-        "layers": st.sets(st.integers(1, 60), min_size=cuts, max_size=cuts).map(
-            lambda layers: tuple(sorted(layers))
-        ),
+        "layers": st.sets(st.integers(1, 60), min_size=cuts or 1, max_size=cuts or None)
+        .map(sorted)
+        .map(tuple),
         "layer": st.one_of(st.none(), st.integers(1, 60)),
         "positions": st.sampled_from(["original", "compact"]),
         "dominant": st.floats(0.01, 1),
@@ -53,6 +53,24 @@ def stages(draw):
         "important": st.floats(0.01, 1),
         "merge": st.sampled_from(["sum", "mean"]),
         "seed": st.integers(0, 2**31),
+        "pivots": st.integers(1, 9),
+        "text_pivots": st.integers(0, 9),
+        "relevance": st.sampled_from(["llm", "clip"]),
+        "theta": st.none() | st.floats(0, 0.99),
+        "grid": st.tuples(st.integers(1, 64), st.integers(1, 64)),
+        "grids": st.none() | st.lists(st.sampled_from(["12", "6x8", "1"]), min_size=1).map(tuple),
+        "count": st.integers(1, 9),
+        "p": st.lists(st.floats(0.1, 9), min_size=1, max_size=3).map(tuple),
+        "frames": st.integers(1, 64),
+        "inflect": st.floats(-1, 1),
+        "r": st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
+        "crops": st.none() | st.integers(1, 64),
+        "beta": st.floats(0, 9),
+        "gamma": st.floats(0, 9),
+        "tau": st.floats(0.1, 1),
+        "primary": st.floats(0, 1),
+        "rounds": st.integers(0, 9),
+        "share": st.floats(0.1, 0.9),
     }
     names = [f.name for f in dataclasses.fields(cls)]
     values |= {name: st.booleans() for name in names if bool in options(hints[name])}

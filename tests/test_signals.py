@@ -133,6 +133,7 @@ SIGNALS = {
     "rotary of layer 0": (Rotary(layer=0), per_row("rotary", 0)),
     "hidden": (Hidden(), per_row("hidden", HERE)),
     "hidden of layer 0": (Hidden(layer=0), per_row("hidden", 0)),
+    "hidden, normed": (Hidden(norm=True), per_row("normed", HERE)),
     "hidden at the attention": (Hidden(of="attn"), per_row("attn", HERE - 1)),
     "hidden at the MLP": (Hidden(layer=1, of="mlp"), per_row("mlp", 1)),
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-import zoo_oracles as zoo
+import zoo_oracles as cards
 from acting import acting
 from families import KITS, LAYERS, Sample, collate, model, samples
 from family_oracles import features
@@ -62,7 +62,7 @@ class Here:
         return [i for i in range(int(visual.int().argmax()), len(visual)) if not visual[i]]
 
     def share(self, keep: int | float) -> int:
-        return zoo.share(keep, self.entered, len(self.sample.pictures))
+        return cards.share(keep, self.entered, len(self.sample.pictures))
 
 
 #: Rows that stay, and new vectors by row.
@@ -72,19 +72,19 @@ Reference = Callable[[Here], tuple[Sequence[int], dict[int, Tensor]]]
 def pyramiddrop(here: Here) -> tuple:
     row = here.seen.weights[here.layer][:, here.last].mean(0)
     keep = {1: 0.5, 2: 3, 3: 0.125}[here.layer]
-    return zoo.best({i: float(row[i]) for i in here.rows}, here.share(keep)), {}
+    return cards.best({i: float(row[i]) for i in here.rows}, here.share(keep)), {}
 
 
 def sparsevlm(gravity: bool, **options) -> Reference:
     def choose(here: Here) -> tuple:
         visual = cells(here.family, here.sample)
-        rating = zoo.raters(here.embeds, visual, here.text)
+        rating = cards.raters(here.embeds, visual, here.text)
         keep = {1: 9, 2: 5, 3: 0.125}[here.layer]
         ones, before = None, here.layer - 1
         if gravity:
             cos, sin = here.seen.rotary[before].chunk(2, -1)
             ones = rotate(torch.ones_like(cos), cos, sin)
-        return zoo.sparsevlm(
+        return cards.sparsevlm(
             here.seen.weights[before], here.seen.hidden[here.layer], here.rows, rating,
             min(len(here.rows), here.share(keep)), ones=ones, **options,
         )[:2]  # fmt: skip
@@ -94,7 +94,7 @@ def sparsevlm(gravity: bool, **options) -> Reference:
 
 def vscan_llm(here: Here) -> tuple:
     row = here.seen.bare[here.layer].softmax(-1)[:, here.last].mean(0)
-    return zoo.best({i: float(row[i]) for i in here.rows}, here.share(5)), {}
+    return cards.best({i: float(row[i]) for i in here.rows}, here.share(5)), {}
 
 
 def vtw(here: Here) -> tuple:
@@ -109,7 +109,7 @@ def feather(here: Here) -> tuple:
         for i, (r, c) in zip(everything, places(here.family, here.sample), strict=True):
             if i in score and r % 2 == c % 2 == 1:
                 score[i] += 10
-    return zoo.best(score, here.share({1: 0.4, 3: 2}[here.layer])), {}
+    return cards.best(score, here.share({1: 0.4, 3: 2}[here.layer])), {}
 
 
 def places(family: str, sample: Sample) -> list[tuple[int, int]]:
@@ -356,7 +356,7 @@ def test_density_peaks_are_those_of_the_description(count):
     counts = torch.tensor([min(count, n) for n in sizes])
     mine = density_peaks(x, valid, counts)
     for b, n in enumerate(sizes):
-        assert mine[b, :n].tolist() == zoo.density_peaks(list(x[b, :n]), int(counts[b]))
+        assert mine[b, :n].tolist() == cards.density_peaks(list(x[b, :n]), int(counts[b]))
 
 
 @torch.no_grad()

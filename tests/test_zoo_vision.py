@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
-import zoo_oracles as zoo
+import zoo_oracles as cards
 from families import KITS, Sample, collate, model, samples
 from family_oracles import as_tokens, base_name, dense, features, reference, seen
 from matrix import equal
@@ -46,7 +46,7 @@ Reference = Callable[[str, Sample, int], tuple[list[int], Tensor | None]]
 
 def fastervlm(family: str, sample: Sample, ordinal: int) -> tuple:
     score = dict(enumerate(seen(family, sample, ordinal).score.tolist()))
-    return zoo.by_tile(score, parts(family, sample, ordinal), 5), None
+    return cards.by_tile(score, parts(family, sample, ordinal), 5), None
 
 
 def prumerge(keep, **options) -> Reference:
@@ -57,7 +57,7 @@ def prumerge(keep, **options) -> Reference:
         if family == "llava":  # before the projector
             net, pixels = reference(family).model, sample.pictures[ordinal].fields["pixel_values"]
             x = net.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
-        out, kept = zoo.prumerge(
+        out, kept = cards.prumerge(
             x, told.score.tolist(), told.keys, parts(family, sample, ordinal), keep, **options
         )
         out = torch.stack(out)
@@ -88,7 +88,7 @@ def vscan_vision(family: str, sample: Sample, ordinal: int) -> tuple:
     local = seen(family, sample, ordinal, first).score.tolist()
     deep = seen(family, sample, ordinal).score.tolist()
     x = features(family, sample)[ordinal][KITS[family].cells(sample.pictures[ordinal])].clone()
-    kept, means, _ = zoo.vscan(
+    kept, means, _ = cards.vscan(
         x, local, deep, parts(family, sample, ordinal), *places(family, sample, ordinal), 7, 2
     )
     for i, mean in means.items():
@@ -102,7 +102,7 @@ def hired(family: str, sample: Sample, ordinal: int) -> tuple:
         part = [0] * len(part)
     early = seen(family, sample, ordinal, 0).score.tolist()
     tiles = (2, 2) if max(part) > 1 else (1, 1)
-    return zoo.hired(early, seen(family, sample, ordinal).score.tolist(), part, tiles, 7), None
+    return cards.hired(early, seen(family, sample, ordinal).score.tolist(), part, tiles, 7), None
 
 
 def vispruner(family: str, sample: Sample, ordinal: int) -> tuple:
@@ -112,7 +112,7 @@ def vispruner(family: str, sample: Sample, ordinal: int) -> tuple:
         net, pixels = reference(family).model, picture.fields["pixel_values"]
         x = net.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
     score = seen(family, sample, ordinal).score.tolist()
-    return zoo.vispruner(score, x, parts(family, sample, ordinal), 7, 2), None
+    return cards.vispruner(score, x, parts(family, sample, ordinal), 7, 2), None
 
 
 METHODS: dict[str, tuple[str, Reference]] = {

@@ -38,6 +38,7 @@ from mllm.signals import (
     Features,
     Grid,
     Hidden,
+    Joint,
     Keys,
     Rotary,
     TextEmbeds,
@@ -63,6 +64,7 @@ __all__ = [
     "Hidden",
     "Inject",
     "Insert",
+    "Joint",
     "Keep",
     "Keys",
     "LayerContext",
@@ -172,15 +174,19 @@ class TowerContext(Context):
 
     Attributes:
         block: 0-based tower block.
+        depth: blocks whose output the projector sees, as :meth:`TowerReducer.blocks` is given.
+        patches: patches of an image before any block.
         prefix: tokens at the start that are no patches ([CLS]); they must stay.
         size: fp32 `[images, tokens]`, how many original tokens each stands for.
     """
 
     def __init__(
-        self, stage: Any, keys: Tensor, *, block: int, prefix: int, size: Tensor
-    ) -> None:
+        self, stage: Any, keys: Tensor, *, block: int, depth: int, patches: int, prefix: int,
+        size: Tensor,
+    ) -> None:  # fmt: skip
         super().__init__(stage, {"keys": keys})
-        self.block, self.prefix, self.size = block, prefix, size
+        self.block, self.depth, self.patches = block, depth, patches
+        self.prefix, self.size = prefix, size
 
 
 class LayerContext(Context):
@@ -239,6 +245,21 @@ class LayerContext(Context):
     def queries(self, name: str) -> Tensor:
         """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
         return self._queries[name]
+
+    def budget(self, keep: Budget, tokens: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Visual rows that a budget leaves of each sample, at most what is there.
+
+        Args:
+            keep: tokens per image, or a fraction of `tokens`.
+            tokens: of each sample.
+
+        Returns:
+            The counts, and the same as int64 `[batch]`.
+        """
+        # In Python, so that rounding is that of `resolve` and the device is not asked.
+        wanted = [resolve(keep, n, i) for n, i in zip(tokens, self.n_images, strict=True)]
+        counts = [min(n, there) for n, there in zip(wanted, self.counts(), strict=True)]
+        return counts, on_device(torch.tensor(counts), self.visual)
 
     def bring(self, x: Tensor, index: Tensor) -> Tensor:
         """What was kept over the rows of an earlier layer, over the rows of this one.
@@ -370,7 +391,7 @@ class TowerReducer(_Method):
     proportional: ClassVar[bool] = True
 
     def blocks(self, depth: int) -> Sequence[int]:
-        """0-based tower blocks, of `depth`, at which tokens merge."""
+        """0-based tower blocks at which tokens merge, of the `depth` that the projector sees."""
         raise NotImplementedError
 
     def merge(self, ctx: TowerContext) -> Merge:
@@ -425,11 +446,8 @@ class LayerMethod(_Method):
             keep: budget: tokens per image, or a fraction of `tokens`.
             tokens: of each sample.
         """
-        # In Python, so that rounding is that of `resolve` and the device is not asked.
-        wanted = [resolve(keep, n, i) for n, i in zip(tokens, ctx.n_images, strict=True)]
-        counts = [min(n, there) for n, there in zip(wanted, ctx.counts(), strict=True)]
+        counts, limit = ctx.budget(keep, tokens)
         score = self.score(ctx).float().masked_fill(ctx.protected, float("inf"))
-        limit = on_device(torch.tensor(counts), score)
         return Keep(top_k(score, ctx.visual, limit), counts)
 
 

@@ -110,6 +110,10 @@ class Family:
         """What the attention of a decoder layer is given when `hidden` enters the layer."""
         return self.layers[layer].input_layernorm(hidden)
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the norm behind the last decoder layer makes of hidden states."""
+        return self.decoder.norm(hidden)
+
     def mlp(self, layer: int) -> nn.Module:
         """MLP of a decoder layer."""
         return self.layers[layer].mlp
