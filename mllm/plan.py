@@ -396,6 +396,10 @@ class Plan:
         for stage, row in zip(self.stages, data["stages"], strict=True):
             if "positions" in row["params"]:
                 row["params"]["positions"] = stage.positions or stage.paper_positions
+            if row["params"].get("calibration"):
+                path = Path(stage.calibration)  # what it says counts, not where it lies
+                if path.is_file():
+                    row["params"]["calibration"] = hashlib.sha256(path.read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:

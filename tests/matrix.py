@@ -240,6 +240,21 @@ _CASES = [
         [Cut(1, choose=cards.feather(5, 2)), Cut(3, choose=cards.feather(2, None))],
     ),
     Case(
+        "fitprune:layers=1/2/3:keep=0.7/6/0.2",
+        _plain,
+        [Cut(i, choose=cards.fitprune_cut(k)) for i, k in [(1, 0.7), (2, 6), (3, 0.2)]],
+    ),
+    Case(
+        "btp:layers=1/2:keep=10/6:spatial=0.4/0.0:attention=0.5/0.5:diversity=0.3/0.4:over=2.0/1.5"
+        ":end=3",
+        _plain,
+        [
+            Cut(1, choose=cards.btp_cut(10, spatial=0.4, attention=0.5, diversity=0.3, over=2.0)),
+            Cut(2, choose=cards.btp_cut(6, spatial=0.0, attention=0.5, diversity=0.4, over=1.5)),
+            Cut(3, choose=cards.withdrawn),
+        ],
+    ),
+    Case(
         "pyramiddrop:keep=0.5/5/0.125",
         _plain,
         [

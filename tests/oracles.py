@@ -165,6 +165,10 @@ class View:
         first = int(self.visual.int().argmax())
         return [r for r in range(first, self.prompt) if not self.visual[r]]
 
+    def logits(self) -> Tensor:
+        """`[heads, n, n]`, scaled dot products of this layer; what is not seen is -inf."""
+        return weigh(self.model, self.layer, self.h, self.alive, self.position)[2]
+
     def look(self, rope: bool = True) -> Tensor:
         """`[heads, n, n]`, the attention that this layer would pay."""
         return weigh(self.model, self.layer, self.h, self.alive, self.position, rope)[0]
@@ -210,8 +214,8 @@ class Dense:
 
 def weigh(
     model, layer: int, h: Tensor, alive: Tensor, position: Tensor, rope: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Attention of a decoder layer over `h` and its values: `[heads, n, n]`, `[heads, n, dim]`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention `[heads, n, n]` of a decoder layer over `h`, values, and logits."""
     lm, n = model.model.language_model, len(h)
     cfg, a = lm.config, lm.layers[layer].self_attn
     allowed = torch.ones(n, n, dtype=torch.bool).tril()
@@ -225,7 +229,8 @@ def weigh(
     v = heads(a.v_proj(x), cfg.num_key_value_heads)
     group = cfg.num_attention_heads // cfg.num_key_value_heads
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    return attend(q, k, v, q.shape[-1] ** -0.5, allowed)[1], v
+    logits = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    return logits.softmax(-1), v, logits
 
 
 def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = ()) -> Dense:
@@ -268,7 +273,7 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
                 position = alive.long().cumsum(0) - 1
         inputs.append(h)
         entering.append(rows.source[(visual & alive)[:prompt]])
-        weights, v = weigh(model, i, h, alive, position)
+        weights, v, _ = weigh(model, i, h, alive, position)
         a, out = layer.self_attn, weights @ v
         all_weights.append(weights)
         h = h + a.o_proj(out.transpose(0, 1).flatten(1))

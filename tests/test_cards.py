@@ -19,7 +19,6 @@ from mllm.compressors.base import (
     AttentionRows,
     BranchRows,
     Budget,
-    ColumnMass,
     Evict,
     Grid,
     Hidden,
@@ -63,28 +62,6 @@ class TopV(LayerPruner):
             u = ctx.visual / (kernel @ v[..., None])[..., 0].clamp(min=1e-9)
             v = ctx.visual / (kernel.transpose(1, 2) @ u[..., None])[..., 0].clamp(min=1e-9)
         return (u[..., None] * kernel * v[:, None]).sum(2)
-
-
-@dataclass
-class FitPrune(LayerMethod):
-    """Every layer drops a few of those that neither pictures nor text look at."""
-
-    drop: int = 2
-    positions: Positions | None = None
-    info = sketch("fitprune")
-
-    def at(self):
-        return range(1, LAYERS)
-
-    def reads(self):
-        return {
-            "own": ColumnMass(rows="visual", heads="max"),
-            "cross": ColumnMass(rows="text", heads="max"),
-        }  # fmt: skip
-
-    def act(self, ctx):
-        count = (ctx.visual.sum(1) - self.drop * ctx.images).clamp(min=0)
-        return [Keep(top_k(ctx["own"] * ctx["cross"], ctx.visual, count))]
 
 
 @dataclass
@@ -140,11 +117,10 @@ class SkipVision(LayerMethod):
         ]  # fmt: skip
 
 
-SKETCHES = [TopV(), FitPrune(), ZipVL(), SkipVision()]
+SKETCHES = [TopV(), ZipVL(), SkipVision()]
 #: Visual tokens that enter each layer, of a picture of 16.
 COUNTS = {
-     "topv": [16, 16, 8, 8],
-    "fitprune": [16, 14, 12, 10], "zipvl": [16] * 4, "skipvision": [16] * 4,
+    "topv": [16, 16, 8, 8], "zipvl": [16] * 4, "skipvision": [16] * 4,
 }  # fmt: skip
 
 

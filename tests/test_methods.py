@@ -17,7 +17,8 @@ TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
-          "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc", "cmai"]  # fmt: skip
+          "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
+          "cmai"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem", "pllava",
         "tome", "vmtc", "cmai"]  # fmt: skip
@@ -53,6 +54,8 @@ IDENTITY = {
     "vscan": "vscan:keep=1.0",
     "vscan_vision": "vscan_vision:keep=1.0",
     "vscan_llm": "vscan_llm:keep=1.0",
+    "fitprune": "fitprune:keep=" + "/".join(["1.0"] * 13),
+    "btp": "btp:keep=1.0/1.0/1.0:end=0",
     "feather": "feather:layers=1/3:keep=1.0/1.0",
     "vispruner": "vispruner:keep=1.0",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",

@@ -53,6 +53,12 @@ def stages(draw):
         "important": st.floats(0.01, 1),
         "merge": st.sampled_from(["sum", "mean"]),
         "seed": st.integers(0, 2**31),
+        "spatial": st.tuples(*[st.floats(0, 1)] * cuts),
+        "attention": st.tuples(*[st.floats(0, 1)] * cuts),
+        "diversity": st.tuples(*[st.floats(0, 1)] * cuts),
+        "over": st.tuples(*[st.floats(1, 9)] * cuts),
+        "end": st.none() | st.just(0) | st.integers(61, 99),
+        "calibration": st.none(),  # a file beside layers is refused
         "pivots": st.integers(1, 9),
         "text_pivots": st.integers(0, 9),
         "relevance": st.sampled_from(["llm", "clip"]),

@@ -112,6 +112,42 @@ def feather(here: Here) -> tuple:
     return cards.best(score, here.share({1: 0.4, 3: 2}[here.layer])), {}
 
 
+def fitprune(here: Here) -> tuple:
+    keep = here.share({1: 0.6, 2: 3, 3: 0.125}[here.layer])
+    return cards.fitprune(here.seen.weights[here.layer - 1], here.rows, here.text, keep), {}
+
+
+#: Two cuts of BTP, and none behind them.
+BTP_SHARES = {
+    "spatial": (0.4, 0.0), "attention": (0.4, 0.5), "diversity": (0.3, 0.4), "over": (2.0, 1.5)
+}  # fmt: skip
+
+
+def btp(here: Here) -> tuple:
+    if here.layer == 3:
+        return [], {}
+    row = here.seen.raw[here.layer - 1][:, here.last].mean(0)
+    score = {i: float(row[i]) for i in here.rows}
+    visual = cells(here.family, here.sample)
+    where = dict(zip(visual, grids(here.family, here.sample), strict=True))
+    return cards.btp(
+        here.rows, score, here.seen.hidden[here.layer], where,
+        min(len(here.rows), here.share({1: 0.6, 2: 5}[here.layer])),
+        **{name: of[here.layer - 1] for name, of in BTP_SHARES.items()},
+    ), {}  # fmt: skip
+
+
+def grids(family: str, sample: Sample) -> list[tuple]:
+    """Picture, view or frame, row and column of every cell of a sample."""
+    found, place = [], places(family, sample)
+    for number, picture in enumerate(sample.pictures):
+        for i in range(len(KITS[family].cells(picture))):
+            rows, cols = picture.grid
+            part = int(i >= 16) if family == "llava_next" else i // (rows * cols)
+            found.append((number, part, *place[len(found)]))
+    return found
+
+
 def places(family: str, sample: Sample) -> list[tuple[int, int]]:
     """Row and column of every cell of a sample."""
     found = []
@@ -135,6 +171,14 @@ METHODS: dict[str, tuple[str, Sequence[int], Reference]] = {
     ),
     "vtw": ("vtw:layer=2", (2,), vtw),
     "feather": ("feather:layers=1/3:keep=0.4/2:stride=2", (1, 3), feather),
+    "fitprune": (
+        "fitprune:layers=1/2/3:keep=0.6/3/0.125", (1, 2, 3), fitprune
+    ),
+    "btp": (
+        "btp:layers=1/2:keep=0.6/5:end=3:" + ":".join(
+            f"{name}={'/'.join(map(str, of))}" for name, of in BTP_SHARES.items()
+        ), (1, 2, 3), btp
+    ),
     "vscan_llm": ("vscan_llm:keep=5:rope=false:positions=original", (2,), vscan_llm),
     "sparsevlm 2.0": (
         "sparsevlm:version=2.0:keep=9/5/0.125", (1, 2, 3),
@@ -223,8 +267,9 @@ def test_equal_scores_go_to_the_earlier_token(name):
         assert [k.tolist() for k in patched.ledger.kept(2)] == together[::-1]
         net(**collate("llava", batch[1:2]))
         assert patched.ledger.kept(2)[0].tolist() == together[1]
-    # (A cluster of SparseVLM may stand anywhere, and FEATHER's grid comes first.)
-    few = 0 if name == "feather" else len(together[0]) // 2
+    # (A cluster of SparseVLM may stand anywhere, FEATHER's grid comes first, and BTP also looks
+    # at hidden states.)
+    few = 0 if name in ("feather", "btp") else len(together[0]) // 2
     assert together[0][:few] == list(range(few))
 
 
@@ -297,7 +342,8 @@ def test_budgets_of_one_and_of_all(name, keep):
     plain = net(**inputs).logits
     stage = mllm.Plan.from_spec(METHODS[name][0]).stages[0]
     budgets = (keep,) * len(stage.budgets()) if hasattr(stage, "layers") else keep
-    with mllm.patch(net, stage.replace(keep=budgets)) as patched:
+    whole = {"end": 0} if name == "btp" else {}
+    with mllm.patch(net, stage.replace(keep=budgets, **whole)) as patched:
         logits = net(**inputs).logits
         kept = [len(k) for k in patched.ledger.kept(LAYERS - 1)]
     if isinstance(keep, int) and keep == 1:

@@ -6,7 +6,7 @@ Loops over tokens, one sample and one picture at a time; nothing is shared with 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from oracles import Block, Choose, View, budget, project, rotate, tower
@@ -350,3 +350,118 @@ def feather(keep: int | float, stride: int | None) -> Choose:
         return best(score, share(keep, int((view.rows.source >= 0).sum()), view.images)), view.h
 
     return choose
+
+
+def farthest(
+    apart: Callable[[int, int], float], among: Sequence[int], count: int, chosen: Sequence[int] = ()
+) -> list[int]:
+    """Farthest first: the nearest chosen one is as far as can be; in the order of the picks."""
+    picked = list(chosen)
+    while len(picked) < min(count, len(among)):
+        far = {}
+        for i in among:
+            others = picked or [j for j in among if j != i]
+            far[i] = min((apart(i, j) for j in others), default=0.0)
+        picked.append(min((i for i in among if i not in picked), key=lambda i: (-far[i], i)))
+    return picked
+
+
+def btp(
+    rows: Sequence[int],
+    score: dict[int, float],
+    hidden: Tensor,
+    place: dict[int, tuple],
+    keep: int,
+    *,
+    spatial: float,
+    attention: float,
+    diversity: float,
+    over: float,
+) -> list[int]:
+    """One cut of BTP: rows that stay.
+
+    Args:
+        score: raw logits of the last prompt token.
+        place: picture, row and column of each row.
+    """
+
+    def steps(a: int, b: int) -> float:
+        far = abs(place[a][-2] - place[b][-2]) + abs(place[a][-1] - place[b][-1])
+        return far if place[a][:-2] == place[b][:-2] else 1e6
+
+    def differ(a: int, b: int) -> float:
+        return 1 - cosine(hidden[a], hidden[b])
+
+    part = int(attention * keep)
+    ranked = sorted(rows, key=lambda r: (-score[r], r))
+    looked = ranked[: int(over * part)]
+    early = [r for r in looked if rows.index(r) < keep][:part]
+    attended = early + [r for r in ranked if r not in early][: part - len(early)]
+    chosen = set(attended)
+
+    def join(more: list[int]) -> None:
+        new = sorted((r for r in more if r not in chosen), key=lambda r: (-score[r], r))
+        chosen.update(new[: max(0, keep - len(chosen))])
+
+    if int(spatial * keep):
+        join(farthest(steps, rows, int(spatial * keep), rows[:1]))
+    join(farthest(differ, rows, int(diversity * keep)))
+    return sorted(farthest(differ, rows, keep, sorted(chosen)))
+
+
+def btp_cut(keep: int | float, **shares: float) -> Choose:
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        entered = int((view.rows.source >= 0).sum())
+        side = math.isqrt(entered // max(1, view.images))
+        before = View(**{**vars(view), "layer": view.layer - 1, "h": view.inputs[-1]})
+        row = before.logits()[:, view.prompt - 1].mean(0)
+        score = {r: float(row[r]) for r in view.arriving}
+        place = {}
+        for r in view.arriving:
+            picture, at = divmod(int(view.rows.source[r]), side * side)
+            place[r] = (picture, *divmod(at, side))
+        count = min(len(view.arriving), share(keep, entered, view.images))
+        return btp(view.arriving, score, view.h, place, count, **shares), view.h
+
+    return choose
+
+
+def fitprune(
+    weights: Tensor, rows: Sequence[int], text: Sequence[int], keep: int
+) -> list[int]:
+    """One cut of FitPrune: self-attention times cross-attention, the maximum over heads."""
+    score = {}
+    for k in rows:
+        own = sum(max(float(head[q, k]) for head in weights) for q in rows if q >= k)
+        cross = sum(max(float(head[q, k]) for head in weights) for q in text if q >= k)
+        score[k] = own * cross
+    return best(score, keep)
+
+
+def fitprune_cut(keep: int | float) -> Choose:
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        entered = int((view.rows.source >= 0).sum())
+        count = min(len(view.arriving), share(keep, entered, view.images))
+        return fitprune(view.weights, view.arriving, view.text, count), view.h
+
+    return choose
+
+
+def fitted(masses: Sequence[Tensor], alpha: float) -> list[float]:
+    """FitPrune's counts for a share of attention that may go, as mean fractions, layer by layer."""
+    left = [0.0] * len(masses[0])
+    for sample in masses:
+        there = list(range(sample.shape[2]))
+        for layer, pair in enumerate(sample):
+            least = []
+            for mass in pair.double().tolist():
+                held, own = 0.0, []
+                for t in sorted(there, key=lambda t: (mass[t], t)):
+                    held += mass[t]
+                    if held > alpha * sum(mass):
+                        break
+                    own.append(t)
+                least.append(own)
+            there = [t for t in there if t not in least[0] or t not in least[1]]
+            left[layer] += len(there) / sample.shape[2] / len(masses)
+    return left

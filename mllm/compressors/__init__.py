@@ -20,6 +20,8 @@ _HOMES = {
     "VTW": "vtw",
     "Feather": "feather",
     "VisPruner": "vispruner",
+    "FitPrune": "fitprune",
+    "BTP": "btp",
     "CDPruner": "cdpruner",
     "DART": "dart",
     "AdaptivePool": "pooling",

@@ -55,6 +55,7 @@ __all__ = [
     "Budget",
     "CacheCompressor",
     "CacheEvent",
+    "Calibrated",
     "ColumnMass",
     "Context",
     "Evict",
@@ -89,6 +90,7 @@ __all__ = [
     "VisionKeys",
     "Write",
     "even_shares",
+    "farthest",
     "fill_up",
     "merge_rows",
     "on_device",
@@ -307,6 +309,43 @@ def top_k_each(scores: Tensor, candidates: Tensor, part: Tensor, count: Tensor) 
 def fill_up(chosen: Tensor, scores: Tensor, candidates: Tensor, count: int) -> Tensor:
     """`chosen` and the best other candidates, `count` in all: bool `[batch, tokens]`."""
     return chosen | top_k(scores, candidates & ~chosen, count - chosen.sum(1))
+
+
+def farthest(
+    distance: Tensor, among: Tensor, count: Tensor | int, steps: int, chosen: Tensor | None = None
+) -> Tensor:
+    """Mask of `chosen` and, one by one, of the candidates farthest from what is chosen by then.
+
+    Greedy max-min. With nothing chosen, the candidate with the most distant nearest neighbour is
+    the first. Ties go to the earlier token.
+
+    Args:
+        distance: fp32 `[batch, tokens, tokens]`, symmetric.
+        among: bool `[batch, tokens]`, candidates.
+        count: int, or int64 `[batch]`; in all, with what is chosen already.
+        steps: picks, at most; known on the host, so that the device is not asked.
+        chosen: bool `[batch, tokens]`; None is nothing.
+    """
+    chosen = torch.zeros_like(among) if chosen is None else chosen
+    apart = distance.masked_fill(~among[:, None], float("inf"))
+    apart.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    empty, limit = ~chosen.any(1, keepdim=True), count
+    if isinstance(count, Tensor):
+        limit = count[:, None]
+    left = limit - chosen.sum(1, keepdim=True)
+    nearest = distance.masked_fill(~chosen[:, None], float("inf")).amin(2)
+    nearest = torch.where(empty, apart.amin(2), nearest)
+    nearest = nearest.masked_fill(~among | chosen, float("-inf"))
+    for step in range(steps):
+        pick = nearest.argmax(1, keepdim=True)
+        more = (nearest.gather(1, pick) > float("-inf")) & (step < left)
+        to = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        shrunk = torch.minimum(nearest, to)
+        if step == 0:  # the first pick starts the distances to the chosen set
+            shrunk = torch.where(empty, to.masked_fill(~among, float("-inf")), shrunk)
+        nearest = shrunk.scatter(1, pick, float("-inf"))
+        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | more)
+    return chosen
 
 
 def even_shares(count: int, parts: int) -> Tensor:
@@ -547,6 +586,50 @@ class LayerSchedule(LayerMethod):
         fixed = self.at_depth(num_layers)
         keep = schedule_for_average(average, tokens, fixed.layers, num_layers, self.budgets())
         return fixed.replace(keep=keep)
+
+
+class Calibrated(LayerSchedule):
+    """A schedule that :func:`mllm.calibrate` fits to what a model does on some samples.
+
+    Subclasses also have the field `calibration: str | None`, a file that says everything else of
+    the stage but its `positions`.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is None:
+            return
+        for other in dataclasses.fields(self):
+            value = getattr(self, other.name)
+            if other.name not in ("calibration", "positions") and value != other.default:
+                raise PlanError(
+                    f"{self.info.name}: {other.name}={value!r} beside a calibration file, which "
+                    "says it",
+                    argument=other.name,
+                    given=value,
+                    expected="calibration alone",
+                )
+
+    def observes(self) -> dict[str, Any]:
+        """Signals that are read before every decoder layer but the first, by name."""
+        raise NotImplementedError
+
+    def observe(self, ctx: LayerContext) -> list[Tensor]:
+        """What is recorded at one layer: a tensor per sample of the batch, on the CPU."""
+        raise NotImplementedError
+
+    def fit(self, seen: list[list[Tensor]], share: float | None) -> dict[str, Any]:
+        """Fields of the fitted stage: `layers`, and what else changes.
+
+        Args:
+            seen: per sample what :meth:`observe` gave before layer 1, 2 and so on.
+            share: visual tokens that decoder layers see on average, as a fraction; None is the
+                method's own.
+
+        Raises:
+            PlanError: the share cannot be reached.
+        """
+        raise NotImplementedError
 
 
 class Preset(_Method):
