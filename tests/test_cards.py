@@ -23,7 +23,6 @@ from mllm.compressors.base import (
     Grid,
     Hidden,
     Insert,
-    Keep,
     LayerMethod,
     LayerPruner,
     Positions,
