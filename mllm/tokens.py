@@ -70,7 +70,7 @@ class Layout:
         return _places(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Places:
     """Per token of one image, `[tokens]` each.
 
@@ -91,11 +91,16 @@ class Places:
 
     def cells(self) -> Places:
         """The tokens that are no separators alone."""
-        here = self.cell
-        return Places(
-            self.newline[here], self.tile[here], self.frame[here], self.row[here], self.col[here],
-            self.line[here], here,
-        )  # fmt: skip
+        return _cells(self)
+
+
+@lru_cache(maxsize=256)
+def _cells(places: Places) -> Places:
+    here = places.cell
+    return Places(
+        **{f.name: getattr(places, f.name)[here] for f in dataclasses.fields(Places)[:-1]},
+        cell=here,
+    )
 
 
 @lru_cache(maxsize=256)
