@@ -108,15 +108,20 @@ def _describe(cls: type) -> dict[str, Any]:
         "paper": info.paper,
         "licence_note": info.licence_note,
         "params": [
-            {"name": n, "type": _type_name(hints[n]), "default": f.default}
+            {"name": n, "type": _type_name(hints[n]), "default": _listed(f.default)}
             for n, f in fields.items()
         ],
         "positions": cls.paper_positions,
-        "identity": cls.identity,
+        "identity": cls.identity and {k: _listed(v) for k, v in cls.identity.items()},
         "oracle": cls.oracle,
         "backends": ["sdpa", "eager"],
         "summary": (cls.__doc__ or "").strip().splitlines()[0],
     }
+
+
+def _listed(value: Any) -> Any:
+    """A value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _type_name(hint: Any) -> str:
