@@ -122,34 +122,6 @@ class Feather(LayerSchedule):
 
 
 @dataclass
-class TopV(LayerPruner):
-    """Optimal transport between what enters a layer and what its MLP reads."""
-
-    layer: int | None = 2
-    keep: Budget = 0.5
-    positions: Positions | None = None
-    info = sketch("topv")
-
-    def reads(self):
-        return {
-            "source": Hidden(layer=self.layer - 1), "target": Hidden(of="mlp"), "grid": Grid()
-        }  # fmt: skip
-
-    def score(self, ctx) -> Tensor:
-        grid, pair = ctx["grid"], ctx.visual[:, :, None] & ctx.visual[:, None]
-        cost = torch.cdist(ctx["source"], ctx["target"]).square()
-        place = torch.stack([grid.row, grid.col], -1)
-        cost = cost / cost.masked_fill(~pair, 0).amax((1, 2), True).clamp(min=1e-6)
-        cost = cost + 1 - torch.exp(-torch.cdist(place, place).square() / 50)
-        kernel = torch.exp(-cost / 0.1) * pair
-        u = v = ctx.visual.float()
-        for _ in range(3):
-            u = ctx.visual / (kernel @ v[..., None])[..., 0].clamp(min=1e-9)
-            v = ctx.visual / (kernel.transpose(1, 2) @ u[..., None])[..., 0].clamp(min=1e-9)
-        return (u[..., None] * kernel * v[:, None]).sum(2)
-
-
-@dataclass
 class FitPrune(LayerMethod):
     """Every layer drops a few of those that neither pictures nor text look at."""
 
@@ -224,10 +196,10 @@ class SkipVision(LayerMethod):
         ]  # fmt: skip
 
 
-SKETCHES = [VTW(), SparseVLM(), Feather(), TopV(), FitPrune(), ZipVL(), SkipVision()]
+SKETCHES = [VTW(), SparseVLM(), Feather(), FitPrune(), ZipVL(), SkipVision()]
 #: Visual tokens that enter each layer, of a picture of 16.
 COUNTS = {
-    "vtw": [16, 16, 0, 0], "sparsevlm": [16, 16, 9, 4], "topv": [16, 16, 8, 8],
+    "vtw": [16, 16, 0, 0], "sparsevlm": [16, 16, 9, 4],
     "fitprune": [16, 14, 12, 10], "zipvl": [16] * 4, "skipvision": [16] * 4,
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from mllm.plan import Plan, get_method
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["dart", "cdpruner", "adaptivepool", "pyramid", "ggem", "pllava",
-          "tome", "holov", "vmtc", "cmai"]
+          "tome", "holov", "vmtc", "cmai", "topv"]
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai"]
 IDENTITY = {
@@ -27,6 +27,7 @@ IDENTITY = {
     "visionzip": "visionzip:keep=1.0:cls=false:positions=original",
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:layer=2:keep=1.0",
+    "topv": "topv:layer=2:keep=1.0",
     "vmtc": "vmtc:keep=1.0:primary=1.0",
     "cmai": "cmai:share=0.0",
     "holov": "holov:keep=1.0",

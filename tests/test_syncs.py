@@ -120,6 +120,7 @@ PREFILL = {
     ("llava", "holov:keep=3"): (0, 1),
     ("llava", "vmtc:keep=4"): (0, 1),
     ("llava", "dart:layer=2:keep=3"): (1, 3),
+    ("llava", "topv:layer=2:keep=3"): (1, 3),
     ("llava", IN): (1, 3),
     ("llava", BOTH): (0, 3),
     ("llava", TWO): (1, 5),

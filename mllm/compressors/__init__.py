@@ -18,6 +18,7 @@ _HOMES = {
     "HoloV": "holov",
     "VMTC": "vmtc",
     "CMAI": "cmai",
+    "TopV": "topv",
     "Random": "sanity",
     "Stride": "sanity",
     "AvgPool": "sanity",
