@@ -144,32 +144,6 @@ class FitPrune(LayerMethod):
 
 
 @dataclass
-class ZipVL(LayerMethod):
-    """Every layer attends among the tokens that carry most of the mass."""
-
-    share: float = 0.9
-    positions: Positions | None = None
-    info = sketch("zipvl")
-    actions = ("BranchRows",)
-
-    def at(self):
-        return range(LAYERS)
-
-    def reads(self):
-        return {"rows": AttentionRows(rows="window", window=4, when="before")}
-
-    def act(self, ctx):
-        mass = ctx["rows"].sum(1).masked_fill(~ctx.prompt, 0)
-        ranked = mass.sort(1, descending=True).values
-        needed = (ranked.cumsum(1) < self.share * ranked.sum(1, True)).sum(1) + 1
-        important = top_k(mass, ctx.prompt, needed)
-        tail = torch.arange(mass.shape[1]) == torch.where(
-            ctx.prompt, torch.arange(mass.shape[1]), -1
-        ).amax(1, keepdim=True)
-        return [BranchRows(ctx.layer, "attn", important | tail | ~ctx.prompt)]
-
-
-@dataclass
 class SkipVision(LayerMethod):
     """Some visual tokens skip every MLP and leave the cache; a summary of them stays."""
 
@@ -196,11 +170,11 @@ class SkipVision(LayerMethod):
         ]  # fmt: skip
 
 
-SKETCHES = [VTW(), SparseVLM(), Feather(), FitPrune(), ZipVL(), SkipVision()]
+SKETCHES = [VTW(), SparseVLM(), Feather(), FitPrune(), SkipVision()]
 #: Visual tokens that enter each layer, of a picture of 16.
 COUNTS = {
     "vtw": [16, 16, 0, 0], "sparsevlm": [16, 16, 9, 4],
-    "fitprune": [16, 14, 12, 10], "zipvl": [16] * 4, "skipvision": [16] * 4,
+    "fitprune": [16, 14, 12, 10], "skipvision": [16] * 4,
 }  # fmt: skip
 
 

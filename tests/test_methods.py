@@ -16,9 +16,9 @@ from mllm.plan import Plan, get_method
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["dart", "cdpruner", "adaptivepool", "pyramid", "ggem", "pllava",
-          "tome", "holov", "vmtc", "cmai", "topv"]
+          "tome", "holov", "vmtc", "cmai", "topv", "zipvl"]
 #: Their size is no budget.
-SIZED = ["adaptivepool", "pllava", "cmai"]
+SIZED = ["adaptivepool", "pllava", "cmai", "zipvl"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -28,6 +28,7 @@ IDENTITY = {
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:layer=2:keep=1.0",
     "topv": "topv:layer=2:keep=1.0",
+    "zipvl": "zipvl:tau=1.0",
     "vmtc": "vmtc:keep=1.0:primary=1.0",
     "cmai": "cmai:share=0.0",
     "holov": "holov:keep=1.0",

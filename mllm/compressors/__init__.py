@@ -19,6 +19,7 @@ _HOMES = {
     "VMTC": "vmtc",
     "CMAI": "cmai",
     "TopV": "topv",
+    "ZipVL": "zipvl",
     "Random": "sanity",
     "Stride": "sanity",
     "AvgPool": "sanity",
