@@ -173,6 +173,7 @@ SIGNALS: list[tuple[type, Any]] = [
     (_Pruner, base.AttentionRows(rope=False)),
     (_Pruner, base.ColumnMass()),
     (_Pruner, base.Keys()),
+    (_Pruner, base.Queries()),
     (_Pruner, base.Values()),
     (_Pruner, base.Hidden()),
 ]

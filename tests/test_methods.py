@@ -16,7 +16,7 @@ from mllm.plan import Plan, get_method
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["dart", "cdpruner", "adaptivepool", "pyramid", "ggem", "pllava",
-          "tome", "holov", "vmtc", "cmai", "topv", "zipvl"]
+          "tome", "holov", "vmtc", "cmai", "topv", "zipvl", "pact"]
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "zipvl"]
 IDENTITY = {
@@ -28,6 +28,7 @@ IDENTITY = {
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:layer=2:keep=1.0",
     "topv": "topv:layer=2:keep=1.0",
+    "pact": "pact:layer=2:keep=1.0:distance=0.0:proportional=false",
     "zipvl": "zipvl:tau=1.0",
     "vmtc": "vmtc:keep=1.0:primary=1.0",
     "cmai": "cmai:share=0.0",

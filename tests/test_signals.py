@@ -25,6 +25,7 @@ from mllm.compressors.base import (
     Keys,
     LayerSchedule,
     Positions,
+    Queries,
     TextEmbeds,
     Values,
 )
@@ -127,6 +128,10 @@ SIGNALS = {
     "keys": (Keys(), per_row("keys", HERE - 1)),
     "keys of layer 0": (Keys(layer=0), per_row("keys", 0)),
     "plain keys": (Keys(rope=False), per_row("plain_keys", HERE - 1)),
+    "keys before": (Keys(when="before"), per_row("keys", HERE)),
+    "plain keys before": (Keys(rope=False, when="before"), per_row("plain_keys", HERE)),
+    "queries": (Queries(), per_row("queries", HERE - 1)),
+    "plain queries before": (Queries(rope=False, when="before"), per_row("plain_queries", HERE)),
     "values": (Values(), per_row("values", HERE - 1)),
     "hidden": (Hidden(), per_row("hidden", HERE)),
     "hidden of layer 0": (Hidden(layer=0), per_row("hidden", 0)),

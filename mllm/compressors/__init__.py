@@ -19,6 +19,7 @@ _HOMES = {
     "VMTC": "vmtc",
     "CMAI": "cmai",
     "TopV": "topv",
+    "PACT": "pact",
     "ZipVL": "zipvl",
     "Random": "sanity",
     "Stride": "sanity",

@@ -28,9 +28,9 @@ class ZipVL(LayerMethod):
     Before each layer a few probe rows are read: the last `recent` prompt tokens and `spread` more.
     The p tokens with the largest sums carry the share tau of what these rows pay; which p tokens
     are important is told by the sum divided by the number of probes that see the token (that pay
-    more than 0), so that early tokens have no advantage. Text and picture are treated alike. The others pass the
-    layer's attention on the residual, run its MLP, and are not stored in its cache, so that p is
-    of each sample and layer. The last prompt token always takes part.
+    more than 0), so that early tokens have no advantage. Text and picture are treated alike. The
+    others pass the layer's attention on the residual, run its MLP, and are not stored in its
+    cache, so that p is of each sample and layer. The last prompt token always takes part.
 
     The authors draw probes at random; here they are spread by the golden ratio over the prompt, so
     that a sample's do not depend on its batch. Their numbers (64 and 64) are unverified. Reading
