@@ -16,9 +16,11 @@ from mllm.plan import Plan, get_method
 TOKENS = SIDE * SIDE
 NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["dart", "cdpruner", "adaptivepool", "pyramid", "ggem", "pllava",
-          "tome", "holov", "vmtc", "cmai", "topv", "zipvl", "pact"]
+          "tome", "holov", "vmtc", "cmai", "topv", "zipvl", "pact",
+          "windowmerge", "keytokens", "dualfilter"]
 #: Their size is no budget.
-SIZED = ["adaptivepool", "pllava", "cmai", "zipvl"]
+SIZED = ["adaptivepool", "pllava", "cmai", "zipvl", "windowmerge", "keytokens",
+         "dualfilter"]
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -29,6 +31,9 @@ IDENTITY = {
     "fastv": "fastv:layer=2:keep=1.0",
     "topv": "topv:layer=2:keep=1.0",
     "pact": "pact:layer=2:keep=1.0:distance=0.0:proportional=false",
+    "windowmerge": "windowmerge:share=0.0",
+    "keytokens": "keytokens:share=0.08",
+    "dualfilter": "dualfilter:together=0.0:alone=0.0",
     "zipvl": "zipvl:tau=1.0",
     "vmtc": "vmtc:keep=1.0:primary=1.0",
     "cmai": "cmai:share=0.0",
