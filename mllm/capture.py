@@ -15,6 +15,7 @@ from mllm.signals import (
     Grid,
     Hidden,
     Keys,
+    Queries,
     Rotary,
     Text,
     TextEmbeds,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
 
 # The axis of rows in the value of each signal.
-_AXIS = {AttentionRows: -1, ColumnMass: -1, Keys: 2, Values: 2, Hidden: 1, Rotary: 1}
+_AXIS = {
+    AttentionRows: -1, ColumnMass: -1, Keys: 2, Queries: 2, Values: 2, Hidden: 1, Rotary: 1
+}  # fmt: skip
 
 
 def declared(stages: list[tuple[int, LayerMethod]]) -> dict[tuple[int, Any], int]:
@@ -44,7 +47,7 @@ def declared(stages: list[tuple[int, LayerMethod]]) -> dict[tuple[int, Any], int
 
 def reads_before(signal: Any) -> bool:
     """Whether a signal is read in a call of its own, before its layer runs."""
-    return isinstance(signal, AttentionRows) and signal.when == "before"
+    return getattr(signal, "when", "after") == "before"
 
 
 def pick(mask: Tensor, count: int | None = None) -> Tensor:
@@ -131,7 +134,8 @@ class Captures:
             query, key = (attention.unrotate(x, *cos_sin) for x in (query, key))
             mask = None if mask is None else mask[..., -rows:]
         if isinstance(signal, Keys):
-            self._found[slot] = key[:, :, -rows:], table.index
+            value = query if isinstance(signal, Queries) else key[:, :, -rows:]
+            self._found[slot] = value, table.index
             return
         chosen = self.chosen(number, signal, table)
         cost = 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]

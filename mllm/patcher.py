@@ -387,7 +387,10 @@ class Patched:
             # Positions come from the pictures, before the prompt is read.
             self._placeholders(ids, kwargs, drafts)
         length = None if ids is None else ids.shape[1]
-        given = None if ids is None else {**kwargs, "input_ids": ids}
+        given, cache = None, kwargs.get("past_key_values")
+        if ids is not None:  # what is stored has been read
+            past = 0 if cache is None else cache.get_seq_length()
+            given = {**kwargs, "input_ids": ids[:, past if past < length else 0 :]}
         token = _PROMPT.set(_Prompt(self, length, drafts, given))
         try:
             return generate(*args, **kwargs)

@@ -118,7 +118,7 @@ class VisionRun:
         self.rows: Tensor | None = None
         self.tower: TowerRun | None = None
         if patched.mergers:  # of families with one grid for all images
-            self.tower = TowerRun(patched, len(layouts), layouts[0].cells, pixels.device)
+            self.tower = TowerRun(patched, len(layouts), layouts[0].grids[0], pixels.device)
 
     def _groups(self, like: Tensor) -> list[Group]:
         members: dict[Layout, list[int]] = {}
@@ -147,8 +147,8 @@ class VisionRun:
             if isinstance(signal, VisionAttention | VisionKeys):
                 module = self.family.block_attention(self.family.block(signal.block))
                 found.setdefault(module, []).append(functools.partial(self._tap, signal))
-        if self.tower is not None:
-            found |= self.tower.taps()
+        for module, taps in ({} if self.tower is None else self.tower.taps()).items():
+            found.setdefault(module, []).extend(taps)
         return found
 
     def _tap(
@@ -174,8 +174,11 @@ class VisionRun:
             else:
                 scores, rows = attention.received_attention(query, key, mask, scaling), tokens
             value = scores.mean(1) if signal.heads == "mean" else scores.sum(1)
-        self.pieces.setdefault(signal, []).append(value[:, prefix:].flatten(0, 1))
-        cost = (tokens - prefix, 2.0 * rows * tokens * query.shape[1] * query.shape[3])
+        value = value[:, prefix:]
+        if self.tower is not None:
+            value = self.tower.spread(value)
+        self.pieces.setdefault(signal, []).append(value.flatten(0, 1))
+        cost = (value.shape[1], 2.0 * rows * tokens * query.shape[1] * query.shape[3])
         self.costs.setdefault(signal, []).extend([cost] * query.shape[0])
 
     def _signal(self, signal: Any, method: str) -> Tensor:

@@ -196,10 +196,17 @@ class Keys(_AtLayer):
     Attributes:
         layer: decoder layer.
         rope: whether they are rotated to their positions.
+        when: see :class:`AttentionRows`.
     """
 
     layer: int | None = None
     rope: bool = True
+    when: Literal["after", "before"] = "after"
+
+
+@dataclass(frozen=True)
+class Queries(Keys):
+    """Queries of a decoder layer: `[batch, heads, rows, head_dim]`; else as :class:`Keys`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Merging tokens inside a vision tower: between attention and MLP of its blocks."""
+"""Merging tokens inside a vision tower: within its blocks or behind them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ class TowerRun:
         seats: int64 `[images, tokens]`, patch in whose place each token is; -1 for [CLS].
         rows: tokens in the attention and in the MLP of each block that has run.
         depth: blocks whose output the projector sees.
+        grid: (rows, cols) of the patches.
         flops: what choosing has cost, per image.
     """
 
-    def __init__(self, patched: Patched, images: int, patches: int, device: Any) -> None:
-        self.patched, self.family = patched, patched.family
-        prefix = self.family.prefix
+    def __init__(
+        self, patched: Patched, images: int, grid: tuple[int, int], device: Any
+    ) -> None:
+        self.patched, self.family, self.grid = patched, patched.family, grid
+        prefix, patches = self.family.prefix, grid[0] * grid[1]
         own = torch.arange(patches, device=device).expand(images, -1)
         self.size = torch.ones(images, prefix + patches, device=device)
         self.into = own
@@ -73,17 +76,19 @@ class TowerRun:
             mask = bias if mask is None else mask + bias
         x = x + attend(hidden_states=norm1(x), attention_mask=mask, **kwargs)[0]
         before = x.shape[1]
-        if number in self.stages:
+        _, stage = self.stages.get(number, (None, None))
+        if stage is not None and stage.behind == "attention":
             x = self._merge(number, x)
         self.rows.append((before, x.shape[1]))
-        return x + mlp(norm2(x))
+        x = x + mlp(norm2(x))
+        return self._merge(number, x) if stage is not None and stage.behind == "block" else x
 
     def _merge(self, number: int, x: Tensor) -> Tensor:
         stage_number, stage = self.stages[number]
         prefix, count = self.family.prefix, x.shape[1]
         ctx = TowerContext(
-            stage, self._keys.pop(number), block=number, depth=self.depth,
-            patches=self.into.shape[1], prefix=prefix, size=self.size,
+            stage, self._keys.pop(number), x, block=number, depth=self.depth,
+            grid=self.grid, prefix=prefix, size=self.size,
         )  # fmt: skip
         with torch.no_grad():
             into = stage.merge(ctx).into
@@ -109,6 +114,16 @@ class TowerRun:
         self.into = seat_of.gather(1, token_of.gather(1, self.into))
         self.size, self.seats = along(size, rows, 1), along(self.seats, rows, 1)
         return x
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What was read at the tokens that are left, at their patches; zero at the others.
+
+        Args:
+            x: `[images, tokens without [CLS], ...]`.
+        """
+        seats = self.seats[:, self.family.prefix :]
+        at = seats.view(*seats.shape, *[1] * (x.dim() - 2)).expand_as(x)
+        return x.new_zeros(len(x), self.into.shape[1], *x.shape[2:]).scatter(1, at, x)
 
     def finish(self, reduction: Reduction) -> Tensor:
         """Book what was merged; returns the patch of each feature: int64 `[images, tokens]`."""

@@ -14,7 +14,6 @@ from mllm.compressors.base import (
     Joint,
     TokenReducer,
     VisionAttention,
-    VisionKeys,
 )
 from mllm.errors import PlanError
 
@@ -164,15 +163,10 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
 
 
 def _check_tower(patched: Patched) -> None:
-    """Refuse merging in a tower that cannot do it, or beside what reads the full tower."""
+    """Refuse merging in a tower that cannot do it, or before what needs all its tokens."""
     for _, stage in patched.mergers:
         name, family = type(patched.family.model).__name__, patched.family
         others = [s for _, s in patched.reducers if patched.site(s) == "pre_projector"]
-        others += [
-            s
-            for _, s in patched.reducers
-            if any(isinstance(x, VisionAttention | VisionKeys) for x in s.reads().values())
-        ]
         blocks = [family.block_attention(b) for b in stage.blocks(family.block(None) + 1)]
         backends = {compat.attention_name(block) for block in blocks}
         if not family.per_token or len(family.feature_blocks()) > 1:

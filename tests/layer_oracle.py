@@ -57,6 +57,7 @@ class Seen:
         bare: logits without rotary positions.
         rotary: `[tokens, 2 * dim]`, cosines and sines.
         keys, plain_keys, values: `[kv_heads, tokens, dim]`, rotated, not rotated.
+        queries, plain_queries: `[heads, tokens, dim]`.
     """
 
     logits: Tensor
@@ -70,6 +71,8 @@ class Seen:
     bare: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     plain_keys: list[Tensor] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
+    plain_queries: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     rotary: list[Tensor] = field(default_factory=list)
 
@@ -184,11 +187,13 @@ def _attend(a, x, cos, sin, see, i, edits, there, rows, seen) -> Tensor:
     k = split(a.k_proj, getattr(a, "k_norm", None))
     v = split(a.v_proj)
     seen.plain_keys.append(k)
+    seen.plain_queries.append(q)
     seen.values.append(v)
     group = len(q) // len(k)
     bare = q @ k.repeat_interleave(group, 0).transpose(-1, -2) * a.scaling
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     seen.keys.append(k)
+    seen.queries.append(q)
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     logits = q @ k.transpose(-1, -2) * a.scaling
     if i in edits.bias:

@@ -12,81 +12,21 @@ import tiny
 import torch
 from families import LAYERS, collate, model, samples
 from matrix import CLOSE_CALL, equal
-from torch import Tensor
 
 import mllm
 from mllm.compressors.base import (
-    AttentionRows,
     BranchRows,
-    Budget,
     Evict,
-    Grid,
     Hidden,
     Insert,
     LayerMethod,
-    LayerPruner,
     Positions,
-    top_k,
 )
 from mllm.plan import MethodInfo
 
 
 def sketch(name: str) -> MethodInfo:
     return MethodInfo(name, "llm", reference_layers=LAYERS)
-
-
-@dataclass
-class TopV(LayerPruner):
-    """Optimal transport between what enters a layer and what its MLP reads."""
-
-    layer: int | None = 2
-    keep: Budget = 0.5
-    positions: Positions | None = None
-    info = sketch("topv")
-
-    def reads(self):
-        return {
-            "source": Hidden(layer=self.layer - 1), "target": Hidden(of="mlp"), "grid": Grid()
-        }  # fmt: skip
-
-    def score(self, ctx) -> Tensor:
-        grid, pair = ctx["grid"], ctx.visual[:, :, None] & ctx.visual[:, None]
-        cost = torch.cdist(ctx["source"], ctx["target"]).square()
-        place = torch.stack([grid.row, grid.col], -1)
-        cost = cost / cost.masked_fill(~pair, 0).amax((1, 2), True).clamp(min=1e-6)
-        cost = cost + 1 - torch.exp(-torch.cdist(place, place).square() / 50)
-        kernel = torch.exp(-cost / 0.1) * pair
-        u = v = ctx.visual.float()
-        for _ in range(3):
-            u = ctx.visual / (kernel @ v[..., None])[..., 0].clamp(min=1e-9)
-            v = ctx.visual / (kernel.transpose(1, 2) @ u[..., None])[..., 0].clamp(min=1e-9)
-        return (u[..., None] * kernel * v[:, None]).sum(2)
-
-
-@dataclass
-class ZipVL(LayerMethod):
-    """Every layer attends among the tokens that carry most of the mass."""
-
-    share: float = 0.9
-    positions: Positions | None = None
-    info = sketch("zipvl")
-    actions = ("BranchRows",)
-
-    def at(self):
-        return range(LAYERS)
-
-    def reads(self):
-        return {"rows": AttentionRows(rows="window", window=4, when="before")}
-
-    def act(self, ctx):
-        mass = ctx["rows"].sum(1).masked_fill(~ctx.prompt, 0)
-        ranked = mass.sort(1, descending=True).values
-        needed = (ranked.cumsum(1) < self.share * ranked.sum(1, True)).sum(1) + 1
-        important = top_k(mass, ctx.prompt, needed)
-        tail = torch.arange(mass.shape[1]) == torch.where(
-            ctx.prompt, torch.arange(mass.shape[1]), -1
-        ).amax(1, keepdim=True)
-        return [BranchRows(ctx.layer, "attn", important | tail | ~ctx.prompt)]
 
 
 @dataclass
@@ -116,10 +56,10 @@ class SkipVision(LayerMethod):
         ]  # fmt: skip
 
 
-SKETCHES = [TopV(), ZipVL(), SkipVision()]
+SKETCHES = [SkipVision()]
 #: Visual tokens that enter each layer, of a picture of 16.
 COUNTS = {
-    "topv": [16, 16, 8, 8], "zipvl": [16] * 4, "skipvision": [16] * 4,
+    "skipvision": [16] * 4,
 }  # fmt: skip
 
 

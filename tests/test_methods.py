@@ -18,12 +18,13 @@ NAMES = ["random", "stride", "avgpool", "downsample", "visionzip", "divprune", "
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
-          "cmai"]  # fmt: skip
+          "cmai", "topv", "zipvl", "pact", "windowmerge", "keytokens", "dualfilter"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem", "pllava",
-        "tome", "vmtc", "cmai"]  # fmt: skip
+        "tome", "vmtc", "cmai", "windowmerge"]  # fmt: skip
 #: Their size is no budget.
-SIZED = ["adaptivepool", "pllava", "cmai", "vtw"]
+SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "windowmerge", "keytokens",
+         "dualfilter"]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "stride": "stride:keep=1.0",
@@ -32,6 +33,12 @@ IDENTITY = {
     "visionzip": "visionzip:keep=1.0:cls=false:positions=original",
     "divprune": "divprune:keep=1.0",
     "fastv": "fastv:layer=2:keep=1.0",
+    "topv": "topv:layer=2:keep=1.0",
+    "pact": "pact:layer=2:keep=1.0:distance=0.0:proportional=false",
+    "windowmerge": "windowmerge:share=0.0",
+    "keytokens": "keytokens:share=0.08",
+    "dualfilter": "dualfilter:together=0.0:alone=0.0",
+    "zipvl": "zipvl:tau=1.0",
     "vmtc": "vmtc:keep=1.0:primary=1.0",
     "cmai": "cmai:share=0.0",
     "holov": "holov:keep=1.0",

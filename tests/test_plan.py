@@ -34,12 +34,13 @@ def stages(draw):
         "keep": st.tuples(*[keeps] * cuts) if cuts else keeps,
         "layers": st.sets(st.integers(1, 60), min_size=cuts or 1, max_size=cuts or None)
         .map(sorted)
-        .map(tuple),
+        .map(tuple)
+        | (st.nothing() if cuts else st.none()),
         "layer": st.one_of(st.none(), st.integers(1, 60)),
         "positions": st.sampled_from(["original", "compact"]),
         "dominant": st.floats(0.01, 1),
         "cls": st.booleans(),
-        "window": st.integers(1, 24),
+        "window": st.integers(2, 24),
         "local": st.floats(0, 1),
         "alpha": st.floats(0, 1),
         "stride": st.integers(1, 9),
@@ -73,10 +74,21 @@ def stages(draw):
         "crops": st.none() | st.integers(1, 64),
         "beta": st.floats(0, 9),
         "gamma": st.floats(0, 9),
+        "sigma": st.floats(0.1, 9),
+        "epsilon": st.floats(0.1, 9),
+        "iterations": st.integers(1, 9),
+        "recover": st.floats(0, 1),
         "tau": st.floats(0.1, 1),
+        "recent": st.integers(1, 99),
+        "spread": st.integers(0, 99),
         "primary": st.floats(0, 1),
         "rounds": st.integers(0, 9),
         "share": st.floats(0.1, 0.9),
+        "block": st.integers(-3, 3),
+        "together": st.floats(0, 1),
+        "alone": st.floats(0, 1),
+        "distance": st.floats(0, 2),
+        "retrieve": st.floats(0, 9),
     }
     names = [f.name for f in dataclasses.fields(cls)]
     values |= {name: st.booleans() for name in names if bool in options(hints[name])}

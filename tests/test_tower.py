@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import oracles
 import pytest
 import tiny
@@ -11,8 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mllm
 from mllm.compressors import DivPrune, FastV, ToMe, VisionZip
-from mllm.compressors.base import Merge, TowerContext
+from mllm.compressors.base import (
+    Budget,
+    Keep,
+    Merge,
+    Positions,
+    TokenReducer,
+    TowerContext,
+    VisionAttention,
+    VisionKeys,
+)
 from mllm.errors import PlanError
+from mllm.plan import MethodInfo
 
 
 def tower(model, pixels, stage):
@@ -140,6 +152,39 @@ def test_stages_behind_it():
     assert len(data["layers"]) == LAYERS
 
 
+@torch.no_grad()
+def test_a_stage_behind_the_projector_reads_what_is_left():
+    """Keys of the last block, where tokens are; zero where they have merged away."""
+    seen = {}
+
+    @dataclass
+    class Reader(TokenReducer):
+        keep: Budget = 1.0
+        positions: Positions | None = None
+        info = MethodInfo("reader", "pre_llm")
+
+        def reads(self):
+            return {"keys": VisionKeys(), "attention": VisionAttention(query="received")}
+
+        def reduce(self, ctx):
+            seen.update(keys=ctx["keys"], attention=ctx["attention"], valid=ctx.valid)
+            return [Keep(ctx.valid)]
+
+    net = fresh()
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    last = net.model.vision_tower
+    last = getattr(last, "vision_model", last).encoder.layers[-2].self_attn.k_proj
+    handle = last.register_forward_hook(lambda module, args, out: seen.update(own=out))
+    with mllm.patch(net, [ToMe(r=(3, 0)), Reader()]):
+        net(**inputs)
+    handle.remove()
+    own = seen["own"].unflatten(2, (-1, seen["keys"].shape[2])).mean(2)[:, 1:]
+    assert seen["valid"].sum(1).tolist() == [own.shape[1]] * 3 != [SIDE**2] * 3
+    equal(seen["keys"][seen["valid"]], own.flatten(0, 1), "keys")
+    for value in (seen["keys"].abs().sum(2), seen["attention"]):
+        assert (value > 0).tolist() == seen["valid"].tolist()
+
+
 def test_what_is_refused():
     from families import model
 
@@ -174,8 +219,8 @@ def steps(stage, patches, depth, prefix=1):
     for block in range(depth):
         there = left[-1] if left else patches
         ctx = TowerContext(
-            stage, torch.randn(2, prefix + there, 4), block=block, depth=depth, patches=patches,
-            prefix=prefix, size=torch.ones(2, prefix + there),
+            stage, torch.randn(2, prefix + there, 4), None, block=block, depth=depth,
+            grid=(1, patches), prefix=prefix, size=torch.ones(2, prefix + there),
         )  # fmt: skip
         into = stage.merge(ctx).into
         stay = into == torch.arange(into.shape[1])
@@ -214,5 +259,7 @@ def test_tome_refuses_what_pairs_cannot_reach():
 
 def test_tome_ties_go_to_the_earlier_token():
     stage, keys = ToMe(r=(3,)), torch.ones(3, 11, 4)
-    ctx = TowerContext(stage, keys, block=0, depth=2, patches=10, prefix=1, size=keys[..., 0])
+    ctx = TowerContext(
+        stage, keys, None, block=0, depth=2, grid=(2, 5), prefix=1, size=keys[..., 0]
+    )
     assert stage.merge(ctx).into.tolist() == [[0, 1, 1, 3, 1, 5, 1, 7, 8, 9, 10]] * 3

@@ -177,6 +177,24 @@ def test_the_text_of_each_image(family, which, way):
     assert sum(len(t.embeds) for t in seen) == sum(len(s.pictures) for s in batch)
 
 
+@torch.no_grad()
+def test_the_text_of_a_later_turn():
+    """A picture that comes later has the text behind it, and nothing of the turns before."""
+    net, (one, two) = fresh(), (tiny.samples("alone", side=SIDE, seed=s)[0] for s in (1, 2))
+    options = dict(do_sample=False, return_dict_in_generate=True)
+    with mllm.patch(net, Reader()):
+        first = net.generate(**tiny.collate([one]), max_new_tokens=3, **options)
+        seen.clear()
+        ids = torch.cat([first.sequences[0], two.ids])[None]
+        net.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=two.pixels,
+            past_key_values=first.past_key_values, max_new_tokens=2, **options,
+        )  # fmt: skip
+    behind = ~two.visual & (two.visual.cumsum(0) > 0)
+    (text,) = seen
+    assert torch.equal(text.embeds[0][text.valid[0]], net.get_input_embeddings()(two.ids[behind]))
+
+
 class Words:
     """A tokenizer whose words are numbers."""
 

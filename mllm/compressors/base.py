@@ -40,6 +40,7 @@ from mllm.signals import (
     Hidden,
     Joint,
     Keys,
+    Queries,
     Rotary,
     TextEmbeds,
     Values,
@@ -79,6 +80,7 @@ __all__ = [
     "Positions",
     "Preset",
     "Protect",
+    "Queries",
     "Resize",
     "Rotary",
     "TextEmbeds",
@@ -172,22 +174,25 @@ class Context:
 class TowerContext(Context):
     """What a tower stage reads at one block.
 
-    ``ctx["keys"]`` are the block's keys, mean over heads: `[images, tokens, head_dim]`.
+    ``ctx["keys"]`` are the block's keys, mean over heads: `[images, tokens, head_dim]`;
+    ``ctx["hidden"]`` is what would enter its MLP, or what the block has made (see
+    :attr:`TowerReducer.behind`), not normalised: `[images, tokens, width]`.
 
     Attributes:
         block: 0-based tower block.
         depth: blocks whose output the projector sees, as :meth:`TowerReducer.blocks` is given.
         patches: patches of an image before any block.
+        grid: their (rows, cols).
         prefix: tokens at the start that are no patches ([CLS]); they must stay.
         size: fp32 `[images, tokens]`, how many original tokens each stands for.
     """
 
     def __init__(
-        self, stage: Any, keys: Tensor, *, block: int, depth: int, patches: int, prefix: int,
-        size: Tensor,
+        self, stage: Any, keys: Tensor, hidden: Tensor, *, block: int, depth: int,
+        grid: tuple[int, int], prefix: int, size: Tensor,
     ) -> None:  # fmt: skip
-        super().__init__(stage, {"keys": keys})
-        self.block, self.depth, self.patches = block, depth, patches
+        super().__init__(stage, {"keys": keys, "hidden": hidden}, grid=grid)
+        self.block, self.depth, self.patches = block, depth, grid[0] * grid[1]
         self.prefix, self.size = prefix, size
 
 
@@ -416,11 +421,12 @@ class TokenReducer(_Method):
 
 
 class TowerReducer(_Method):
-    """A method inside the vision tower: tokens merge between attention and MLP of a block.
+    """A method inside the vision tower: tokens merge at some of its blocks.
 
     Only where every projected token comes from one tower token. Subclasses have the fields that
     they need and `positions`, and give `blocks` and `merge`. A merged token is the mean of its
-    members, weighted by size; if `proportional`, attention adds log(size) to its logits.
+    members, weighted by size; if `proportional`, attention adds log(size) to its logits. Tokens
+    merge `behind` the attention of a block, before its MLP, or behind the whole block.
     """
 
     site = "tower"
@@ -428,6 +434,7 @@ class TowerReducer(_Method):
     actions = ("Merge",)
     oracle = "reference"
     proportional: ClassVar[bool] = True
+    behind: ClassVar[Literal["attention", "block"]] = "attention"
 
     def blocks(self, depth: int) -> Sequence[int]:
         """0-based tower blocks at which tokens merge, of the `depth` that the projector sees."""

@@ -41,6 +41,7 @@ class Stack(NamedTuple):
         return self.size[0] * self.size[1] * self.size[2]
 
 
+@lru_cache(maxsize=256)
 def stacks(grid) -> list[Stack]:
     """The grids of an image: its views under anyres, or all frames of a video as one."""
     found, start = [], 0
