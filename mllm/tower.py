@@ -72,7 +72,7 @@ class TowerRun:
                 expected="a frozen tower in eval mode, or no checkpointing of the tower",
             )
         if self.proportional and x.shape[1] < self.family.prefix + self.into.shape[1]:
-            bias = self.size.log()[:, None, None].to(x.dtype)
+            bias = self.size.log()[:, None, None].to(x.dtype).expand(-1, -1, x.shape[1], -1)
             mask = bias if mask is None else mask + bias
         x = x + attend(hidden_states=norm1(x), attention_mask=mask, **kwargs)[0]
         before = x.shape[1]
