@@ -86,7 +86,7 @@ def layer_context(
     visual: Tensor,
     place: dict[str, Tensor] | None = None,
     protected: Tensor | None = None,
-    queries: dict[str, Tensor] | None = None,
+    asked: dict[str, Tensor] | None = None,
     **signals,
 ) -> LayerContext:
     """What an in-LLM method is given, from values; without padding.
@@ -96,7 +96,7 @@ def layer_context(
         visual: bool `[batch, rows]`.
         place: fields of the token table that are not those of text; they say how many images.
         protected: bool `[batch, rows]`; None is none.
-        queries: rows of the queries of signals.
+        asked: rows of the queries of signals.
         **signals: their values.
     """
     valid = torch.ones_like(visual)
@@ -109,7 +109,7 @@ def layer_context(
         images, signals["grid"] = table.image.amax(1) + 1, table
     return LayerContext(
         stage, signals, layer=2, num_layers=4, table=table, visual=visual, prompt=valid, state={},
-        queries=queries or {}, width=visual.shape[1], images=images.tolist(),
+        queries=asked or {}, width=visual.shape[1], images=images.tolist(),
         entered=visual.sum(1).tolist(),
         protected=torch.zeros_like(valid) if protected is None else protected,
     )  # fmt: skip
