@@ -105,7 +105,7 @@ class HoloV(TokenReducer):
 def _strips(tokens: int, crops: int) -> tuple[Tensor, Tensor]:
     """Tokens of each strip, `[crops, length]`, and which there are; the first are one longer."""
     size = tokens // crops + (torch.arange(crops) < tokens % crops)
-    place = torch.arange(int(size.max()))
+    place = torch.arange(-(-tokens // crops))
     real = place < size[:, None]
     return ((size.cumsum(0) - size)[:, None] + place).masked_fill(~real, 0), real
 
