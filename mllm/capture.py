@@ -16,6 +16,7 @@ from mllm.signals import (
     Hidden,
     Keys,
     Queries,
+    Rotary,
     Text,
     TextEmbeds,
     Values,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
 
 # The axis of rows in the value of each signal.
-_AXIS = {AttentionRows: -1, ColumnMass: -1, Keys: 2, Queries: 2, Values: 2, Hidden: 1}
+_AXIS = {
+    AttentionRows: -1, ColumnMass: -1, Keys: 2, Queries: 2, Values: 2, Hidden: 1, Rotary: 1
+}  # fmt: skip
 
 
 def declared(stages: list[tuple[int, LayerMethod]]) -> dict[tuple[int, Any], int]:
@@ -73,6 +76,7 @@ class Captures:
         self.flops = 0.0
         self._found: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
         self._queries: dict[tuple[int, Any], Tensor] = {}
+        self._texts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def taps(self) -> dict[nn.Module, list[Any]]:
         """Taps for what is read while a layer's attention runs."""
@@ -117,6 +121,10 @@ class Captures:
     ) -> None:
         number, signal = slot
         table, rows = self.run.attention_table, query.shape[2]
+        if isinstance(signal, Rotary):
+            both = torch.cat(self.run.attention_rotary, -1)
+            self._found[slot] = both.expand(len(query), -1, -1), table.index
+            return
         if isinstance(signal, Values):
             self._found[slot] = value[:, :, -rows:], table.index
             return
@@ -212,12 +220,16 @@ class Captures:
         return signals, queries
 
     def _text(self, signal: TextEmbeds, table: TokenTable) -> Text:
-        text = self.run.prompt_of(table) & ~table.visual
-        rows = pick(text & question(table) if signal.which == "question" else text)
-        embeds, index = self.embeds
-        own = table.index.gather(1, rows.clamp(min=0))
-        at = locate(own, index, self.run.full.valid.shape[1])
-        return Text(along(embeds, at, 1), rows >= 0, rows.clamp(min=0))
+        size = self.run.full.valid.shape[1]
+        if signal.which not in self._texts:  # text rows do not leave
+            text = self.run.prompt_of(table) & ~table.visual
+            rows = pick(text & question(table) if signal.which == "question" else text)
+            own = table.index.gather(1, rows.clamp(min=0))
+            embeds, index = self.embeds
+            self._texts[signal.which] = along(embeds, locate(own, index, size), 1), rows >= 0, own
+        embeds, valid, own = self._texts[signal.which]
+        rows = locate(own, table.index, size).masked_fill(~valid, 0)
+        return Text(embeds, valid, rows)
 
 
 def question(table: TokenTable) -> Tensor:

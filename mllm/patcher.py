@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from mllm import attention, compat, joint
 from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
 from mllm.cache import CacheMark, KVCache, cache_bytes
+from mllm.calibration import applied
 from mllm.capture import declared
 from mllm.compressors.base import (
     CacheCompressor,
     Hidden,
     Joint,
     LayerMethod,
+    Rotary,
     TextEmbeds,
     TokenReducer,
     TowerReducer,
@@ -98,18 +100,19 @@ class Patched:
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
         self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
         requested = Plan.of(plan)
+        asked = [applied(stage, model) for stage in requested.stages]
         self.plan = Plan(
             [
                 s.at_depth(len(self.layers), self.family.first_cut)
                 if isinstance(s, LayerMethod)
                 else s
-                for s in requested.stages
+                for s in asked
             ],
             requested.seed,
         )
         self.plan_notes = [
             note
-            for s, now in zip(requested.stages, self.plan.stages, strict=True)
+            for s, now in zip(asked, self.plan.stages, strict=True)
             if isinstance(s, LayerMethod) and (note := s.scaled(now, len(self.layers)))
         ]
         stages = list(enumerate(self.plan.stages))
@@ -288,7 +291,7 @@ class Patched:
         read = [
             signal.layer
             for _, signal in self.signals
-            if isinstance(signal, Hidden) or not getattr(signal, "rope", True)
+            if isinstance(signal, Hidden | Rotary) or not getattr(signal, "rope", True)
         ]
         return min([*self.acts, *read, len(self.layers)])
 

@@ -157,6 +157,9 @@ class VisionRun:
         """One attention call of the tower: a stack of pictures, or one picture or window."""
         prefix, tokens = self.family.prefix, key.shape[2]
         rows = 0
+        if signal.heads == "joint":  # one head of the full width
+            query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
+            scaling = None
         if isinstance(signal, VisionKeys):
             value = key.mean(1)
         elif signal.query == "cls" and not prefix:
@@ -170,7 +173,7 @@ class VisionRun:
                 scores, rows = scores[:, :, 0], 1
             else:
                 scores, rows = attention.received_attention(query, key, mask, scaling), tokens
-            value = scores.sum(1) if signal.heads == "sum" else scores.mean(1)
+            value = scores.mean(1) if signal.heads == "mean" else scores.sum(1)
         value = value[:, prefix:]
         if self.tower is not None:
             value = self.tower.spread(value)

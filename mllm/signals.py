@@ -27,22 +27,29 @@ class VisionAttention:
 
     Attributes:
         block: tower block (0-based, negative from the end); None is the block whose output
-            feeds the projector.
+            feeds the projector. A float is a share of the tower's depth, for example 5 / 24.
         query: `"cls"` is the row of [CLS]; `"received"` is the column sum over all rows, the
             substitute for towers without [CLS]; `"auto"` takes [CLS] where there is one.
-        heads: `"sum"` or `"mean"` over heads.
+        heads: `"sum"` or `"mean"` over heads, or `"joint"`: one softmax over the dot products of
+            all heads together, scaled by the full width.
     """
 
-    block: int | None = None
+    block: int | float | None = None
     query: Literal["auto", "cls", "received"] = "auto"
-    heads: Literal["sum", "mean"] = "sum"
+    heads: Literal["sum", "mean", "joint"] = "sum"
 
 
 @dataclass(frozen=True)
 class VisionKeys:
-    """Keys of a tower block, mean over heads: `[images, patches, head_dim]` (see `block`)."""
+    """Keys of a tower block: `[images, patches, head_dim]` (for `block` see above).
 
-    block: int | None = None
+    Attributes:
+        block: tower block.
+        heads: `"mean"` over heads, or `"joint"`: those of all heads side by side.
+    """
+
+    block: int | float | None = None
+    heads: Literal["mean", "joint"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,16 @@ class Queries(Keys):
 @dataclass(frozen=True)
 class Values(_AtLayer):
     """Values of a decoder layer: `[batch, kv_heads, rows, head_dim]`."""
+
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Rotary(_AtLayer):
+    """What rotates queries and keys of a decoder layer: `[batch, rows, 2 * rotary_dim]`.
+
+    The cosines of every row's position, then the sines, as the layer is given them.
+    """
 
     layer: int | None = None
 

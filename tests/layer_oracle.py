@@ -55,6 +55,7 @@ class Seen:
             are the normalised inputs of branches.
         weights: attention `[heads, tokens, tokens]`; `raw` its logits.
         bare: logits without rotary positions.
+        rotary: `[tokens, 2 * dim]`, cosines and sines.
         keys, plain_keys, values: `[kv_heads, tokens, dim]`, rotated, not rotated.
         queries, plain_queries: `[heads, tokens, dim]`.
     """
@@ -73,6 +74,7 @@ class Seen:
     queries: list[Tensor] = field(default_factory=list)
     plain_queries: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    rotary: list[Tensor] = field(default_factory=list)
 
 
 def _whole(x: Any, n: int, neutral: float | bool) -> Any:
@@ -146,6 +148,7 @@ def run_with_gradients(
         cos, sin = lm.rotary_emb(
             h[None], place[:, None] if place.dim() == 2 else place[None], *kind
         )
+        seen.rotary.append(torch.cat([cos[0], sin[0]], -1))
         x = layer.input_layernorm(h)
         seen.hidden.append(h)
         seen.normed.append(lm.norm(h))

@@ -44,12 +44,27 @@ class Tower:
         attention: `[heads, n]` of the block that produced the features: the row of [CLS], or
             in a tower without one what each patch receives from all.
         keys: `[heads, n, dim]` of that block, bias included, unscaled.
+        blocks: queries and keys of every block, `[heads, n or n + 1, dim]` each, [CLS] first.
     """
 
     patches: Tensor
     cls: Tensor | None
     attention: Tensor
     keys: Tensor
+    blocks: list[tuple[Tensor, Tensor]]
+
+    def looks(self, block: int, joint: bool = False) -> Tensor:
+        """`[heads, n]`, the row of [CLS], or what is received, in another block.
+
+        Args:
+            block: the block.
+            joint: one head of the full width instead, `[1, n]`.
+        """
+        q, k = self.blocks[block]
+        if joint:
+            q, k = (x.transpose(0, 1).flatten(1)[None] for x in (q, k))
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        return weights.sum(1) if self.cls is None else weights[:, 0, 1:]
 
 
 def tower(model, pixels: Tensor) -> Tower:
@@ -63,21 +78,22 @@ def tower(model, pixels: Tensor) -> Tower:
     prefix = int(hasattr(net, "pre_layrnorm"))  # CLIP, which has [CLS]
     if prefix:
         x = net.pre_layrnorm(x)
-    last = None
-    for block in net.encoder.layers[:-1]:
+    features, blocks = None, []
+    for block in net.encoder.layers:
+        features = x
         h = block.layer_norm1(x)
         attention = block.self_attn
         q, k, v = (
             heads(p(h), n_heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        out, weights = attend(q, k, v, q.shape[-1] ** -0.5)
+        out, _ = attend(q, k, v, q.shape[-1] ** -0.5)
         x = x + attention.out_proj(out.transpose(0, 1).flatten(1))
         x = x + block.mlp(block.layer_norm2(x))
-        last = (weights, k)
-    weights, k = last
-    if not prefix:
-        return Tower(x, None, weights.sum(1), k)
-    return Tower(x[1:], x[0], weights[:, 0, 1:], k[:, 1:])
+        blocks.append((q, k))
+    k = blocks[-2][1]
+    found = Tower(features[prefix:], features[0] if prefix else None, k, k[:, prefix:], blocks)
+    found.attention = found.looks(-2)
+    return found
 
 
 def project(model, features: Tensor) -> Tensor:
@@ -88,41 +104,6 @@ def project(model, features: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-
-@dataclass
-class Moment:
-    """What a method may look at before a layer.
-
-    Attributes:
-        rows: visual rows that arrive.
-        text: prompt rows of text behind the first of them.
-        hidden: `[n, width]`, what enters the layer, through the last norm.
-        keys: `[kv_heads, n, dim]` of the layer before, not rotated.
-    """
-
-    rows: list[int]
-    text: list[int]
-    hidden: Tensor
-    keys: Tensor | None
-
-
-@dataclass
-class Cut:
-    """Rows leave before `layer`: `count(visual rows that arrive, images)` of them stay.
-
-    `choose` names them; None are those that the last row of the prompt attends to most.
-    """
-
-    layer: int
-    keep: int | float
-    positions: str = "original"
-    choose: Callable[[Moment, int], list[int]] | None = None
-
-    def count(self, arriving: int, images: int) -> int:
-        if isinstance(self.keep, int):
-            return min(arriving, self.keep * images)
-        return max(1, round(self.keep * arriving))
 
 
 @dataclass
@@ -147,6 +128,75 @@ class Rows:
 
 
 @dataclass
+class View:
+    """What a method may look at before a layer, one sample alone; rows are those of `h`.
+
+    Attributes:
+        model, layer: where it is.
+        h: `[n, width]`, what enters the layer.
+        weights: `[heads, n, n]`, attention of the layer before; None before the first.
+        visual, alive: bool `[n]`.
+        position: int64 `[n]`.
+        prompt: rows of the prompt.
+        images: images of the sample.
+        rows: the prompt.
+        inputs: `[n, width]`, what entered each layer that has run.
+    """
+
+    model: object
+    layer: int
+    h: Tensor
+    weights: Tensor | None
+    visual: Tensor
+    alive: Tensor
+    position: Tensor
+    prompt: int
+    images: int
+    rows: Rows
+    inputs: list[Tensor]
+
+    @property
+    def arriving(self) -> list[int]:
+        return (self.visual & self.alive).nonzero()[:, 0].tolist()
+
+    @property
+    def text(self) -> list[int]:
+        """Text behind the first visual token."""
+        first = int(self.visual.int().argmax())
+        return [r for r in range(first, self.prompt) if not self.visual[r]]
+
+    def logits(self) -> Tensor:
+        """`[heads, n, n]`, scaled dot products of this layer; what is not seen is -inf."""
+        return weigh(self.model, self.layer, self.h, self.alive, self.position)[2]
+
+    def look(self, rope: bool = True) -> Tensor:
+        """`[heads, n, n]`, the attention that this layer would pay."""
+        return weigh(self.model, self.layer, self.h, self.alive, self.position, rope)[0]
+
+
+#: What stays of the rows that arrive, and the hidden states: what a method makes of its view.
+Choose = Callable[[View], tuple[Sequence[int], Tensor]]
+
+
+@dataclass
+class Cut:
+    """Rows leave before `layer`: `count(visual rows that arrive, images)` of them stay.
+
+    They are those that the last row of the prompt attends to most, or `choose` says which.
+    """
+
+    layer: int
+    keep: int | float = 1.0
+    positions: str = "original"
+    choose: Choose | None = None
+
+    def count(self, arriving: int, images: int) -> int:
+        if isinstance(self.keep, int):
+            return min(arriving, self.keep * images)
+        return max(1, round(self.keep * arriving))
+
+
+@dataclass
 class Dense:
     """What the dense loop saw.
 
@@ -162,6 +212,27 @@ class Dense:
     weights: list[Tensor] = field(default_factory=list)
 
 
+def weigh(
+    model, layer: int, h: Tensor, alive: Tensor, position: Tensor, rope: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention `[heads, n, n]` of a decoder layer over `h`, values, and logits."""
+    lm, n = model.model.language_model, len(h)
+    cfg, a = lm.config, lm.layers[layer].self_attn
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    allowed &= alive[None] | torch.eye(n, dtype=torch.bool)
+    cos, sin = lm.rotary_emb(h[None], position_ids=position[None])
+    x = lm.layers[layer].input_layernorm(h)
+    q = heads(a.q_proj(x), cfg.num_attention_heads)
+    k = heads(a.k_proj(x), cfg.num_key_value_heads)
+    if rope:
+        q, k = rotate(q, cos[0], sin[0]), rotate(k, cos[0], sin[0])
+    v = heads(a.v_proj(x), cfg.num_key_value_heads)
+    group = cfg.num_attention_heads // cfg.num_key_value_heads
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    logits = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    return logits.softmax(-1), v, logits
+
+
 def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = ()) -> Dense:
     """The decoder over prompt rows and further tokens, in one pass without a cache.
 
@@ -172,7 +243,6 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
         cuts: drops inside the decoder, decided by the last row of the prompt.
     """
     lm = model.model.language_model
-    cfg = lm.config
     prompt = rows.embeds.shape[0]
     h, visual, alive, position = rows.embeds, rows.visual, rows.alive, rows.position
     if more is not None and len(more):
@@ -181,20 +251,17 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
         visual, alive = torch.cat([visual, ~new]), torch.cat([alive, new])
         position = torch.cat([position, rows.position[-1] + 1 + torch.arange(len(more))])
     alive = alive.clone()
-    n = h.shape[0]
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
-    itself = torch.eye(n, dtype=torch.bool)
-    entering, all_weights = [], []
-    weights = keys = None
+    entering, all_weights, inputs = [], [], []
+    weights = None
     for i, layer in enumerate(lm.layers):
         for cut in cuts:
             if cut.layer != i:
                 continue
             arriving = (visual & alive).nonzero()[:, 0].tolist()
-            if arriving and cut.choose is not None:
-                behind = [r for r in range(arriving[0], prompt) if not visual[r]]
-                moment = Moment(arriving, behind, lm.norm(h), keys)
-                stay = cut.choose(moment, cut.count(len(arriving), rows.images))
+            if arriving and cut.choose:
+                view = View(model, i, h, weights, visual, alive, position, prompt,
+                            rows.images, rows, inputs)  # fmt: skip
+                stay, h = cut.choose(view)
                 for r in set(arriving) - set(stay):
                     alive[r] = False
             elif arriving:
@@ -204,18 +271,10 @@ def dense(model, rows: Rows, more: Tensor | None = None, cuts: Sequence[Cut] = (
                     alive[r] = False
             if cut.positions == "compact":
                 position = alive.long().cumsum(0) - 1
+        inputs.append(h)
         entering.append(rows.source[(visual & alive)[:prompt]])
-        allowed = causal & (alive[None] | itself)
-        cos, sin = lm.rotary_emb(h[None], position_ids=position[None])
-        a = layer.self_attn
-        x = layer.input_layernorm(h)
-        q = rotate(heads(a.q_proj(x), cfg.num_attention_heads), cos[0], sin[0])
-        keys = heads(a.k_proj(x), cfg.num_key_value_heads)
-        k = rotate(keys, cos[0], sin[0])
-        v = heads(a.v_proj(x), cfg.num_key_value_heads)
-        group = cfg.num_attention_heads // cfg.num_key_value_heads
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        out, weights = attend(q, k, v, q.shape[-1] ** -0.5, allowed)
+        weights, v, _ = weigh(model, i, h, alive, position)
+        a, out = layer.self_attn, weights @ v
         all_weights.append(weights)
         h = h + a.o_proj(out.transpose(0, 1).flatten(1))
         h = h + layer.mlp(layer.post_attention_layernorm(h))
@@ -394,22 +453,27 @@ def visionzip(
     return Block(project(model, torch.stack(features)), seats, into)
 
 
-def dart(
-    moment: Moment, keep: int, *, pivots: int = 4, text_pivots: int = 4, extra: bool = False
-) -> list[int]:
+def dart(keep: int, *, pivots: int = 4, text_pivots: int = 4) -> Choose:
     """Pivots by the L1 norm of their keys, then for each the rows least like it."""
-    loud = {r: moment.keys[:, r].abs().sum().item() for r in [*moment.rows, *moment.text]}
-    own = sorted(moment.rows, key=lambda r: -loud[r])[: pivots if extra else min(pivots, keep)]
-    other = sorted(moment.text, key=lambda r: -loud[r])[:text_pivots]
-    total = keep if extra else keep - len(own)
-    share, rest = divmod(total, len(own) + len(other))
-    chosen = list(own)
-    for number, pivot in enumerate([*own, *other]):
-        left = [r for r in moment.rows if r not in chosen]
-        like = {r: F.cosine_similarity(moment.hidden[r], moment.hidden[pivot], 0) for r in left}
-        quota = share + (number < rest and not extra)
-        chosen += sorted(left, key=lambda r: like[r].item())[:quota]
-    return sorted(chosen)
+
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        lm, before = view.model.model.language_model, view.layer - 1
+        keys = lm.layers[before].self_attn.k_proj(
+            lm.layers[before].input_layernorm(view.inputs[before])
+        )
+        hidden, count = lm.norm(view.h), min(len(view.arriving), keep * view.images)
+        loud = {r: keys[r].abs().sum().item() for r in [*view.arriving, *view.text]}
+        own = sorted(view.arriving, key=lambda r: -loud[r])[: min(pivots, count)]
+        other = sorted(view.text, key=lambda r: -loud[r])[:text_pivots]
+        share, rest = divmod(count - len(own), len(own) + len(other))
+        chosen = list(own)
+        for number, pivot in enumerate([*own, *other]):
+            left = [r for r in view.arriving if r not in chosen]
+            like = {r: F.cosine_similarity(hidden[r], hidden[pivot], 0) for r in left}
+            chosen += sorted(left, key=lambda r: like[r].item())[: share + (number < rest)]
+        return sorted(chosen), view.h
+
+    return choose
 
 
 def strips(tokens: int, crops: int) -> list[range]:
@@ -448,6 +512,11 @@ def holov(
                   for t in sorted(part, key=lambda t: -a[t])[:n])  # fmt: skip
 
 
+def holov_alone(model, pixels: Tensor, keep: int, crops: int) -> list[int]:
+    seen = tower(model, pixels)
+    return holov(seen.patches, seen.attention.mean(0), keep, crops)
+
+
 def vmtc(
     x: Tensor, importance: Tensor, keep: int, primary: float = 0.75, rounds: int = 10
 ) -> tuple[Tensor, list[int]]:
@@ -480,6 +549,13 @@ def vmtc(
             weight = sum(importance[i] for i in own)
             features[seat] = sum(importance[i] * x[i] for i in own) / weight
     return features, [into.get(i, -1) for i in range(n)]
+
+
+def vmtc_block(model, pixels: Tensor, keep: int, **options) -> Block:
+    seen = tower(model, pixels)
+    features, into = vmtc(seen.patches, seen.attention.mean(0), keep, **options)
+    seats = [i for i, to in enumerate(into) if to == i]
+    return Block(project(model, features[seats]), seats, into)
 
 
 def grid_for(keep: int | float, side: int) -> tuple[int, int]:

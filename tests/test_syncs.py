@@ -131,6 +131,17 @@ PREFILL = {
     ("llava_next", IN): (5, 7),
     ("gemma3", PRE): (2, 2),
     ("gemma3", IN): (2, 3),
+    ("llava", "fastervlm:keep=5"): (0, 1),
+    ("llava_next", "fastervlm:keep=5"): (2, 3),
+    ("llava_next", "hired:keep=5"): (2, 3),
+    ("llava", "vscan_vision:keep=5"): (0, 1),
+    # An adaptive count is read once; a fixed one is known.
+    ("llava", "prumerge"): (1, 2),
+    ("llava", "prumerge:keep=5"): (0, 1),
+    # Attention that is read beforehand needs a mask of its own.
+    ("llava", "pyramiddrop"): (1, 13),
+    # How many raters and how much text there is: once, and raters once for every cut.
+    ("llava", "sparsevlm"): (5, 11),
 }
 
 

@@ -31,7 +31,7 @@ from mllm.actions import (
     Write,
 )
 from mllm.errors import PlanError
-from mllm.plan import Budget, check_fields, register, resolve
+from mllm.plan import Budget, check_fields, register, resolve, schedule_for_average
 from mllm.signals import (
     AttentionRows,
     ColumnMass,
@@ -41,12 +41,13 @@ from mllm.signals import (
     Joint,
     Keys,
     Queries,
+    Rotary,
     TextEmbeds,
     Values,
     VisionAttention,
     VisionKeys,
 )
-from mllm.tokens import TokenTable, along, locate, on_device
+from mllm.tokens import Places, TokenTable, along, locate, on_device
 
 __all__ = [
     "AttentionRows",
@@ -55,6 +56,7 @@ __all__ = [
     "Budget",
     "CacheCompressor",
     "CacheEvent",
+    "Calibrated",
     "ColumnMass",
     "Context",
     "Evict",
@@ -73,11 +75,14 @@ __all__ = [
     "LayerSchedule",
     "LogitBias",
     "Merge",
+    "Places",
     "Pool",
     "Positions",
+    "Preset",
     "Protect",
     "Queries",
     "Resize",
+    "Rotary",
     "TextEmbeds",
     "TokenReducer",
     "TowerContext",
@@ -86,10 +91,15 @@ __all__ = [
     "VisionAttention",
     "VisionKeys",
     "Write",
+    "even_shares",
+    "farthest",
+    "fill_up",
     "merge_rows",
+    "on_device",
     "register",
     "resolve",
     "top_k",
+    "top_k_each",
 ]
 
 Positions = Literal["original", "compact"]
@@ -285,6 +295,69 @@ def top_k(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     return candidates & (rank < limit)
 
 
+def top_k_each(scores: Tensor, candidates: Tensor, part: Tensor, count: Tensor) -> Tensor:
+    """Mask of the best candidates of every part; ties go to the earlier token.
+
+    Args:
+        scores, candidates: as in :func:`top_k`.
+        part: int64 `[tokens]`, from 0.
+        count: int64 `[parts]` or `[batch, parts]`, of each part.
+    """
+    scores = scores.float().masked_fill(~candidates, float("-inf"))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ranked, parts = part[order], torch.arange(count.shape[-1], device=order.device)
+    among = (ranked[..., None] == parts).int().cumsum(1).gather(2, ranked[..., None])[..., 0] - 1
+    rank = torch.empty_like(order).scatter_(1, order, among)
+    return candidates & (rank < count.expand(len(scores), -1)[:, part])
+
+
+def fill_up(chosen: Tensor, scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """`chosen` and the best other candidates, `count` in all: bool `[batch, tokens]`."""
+    return chosen | top_k(scores, candidates & ~chosen, count - chosen.sum(1))
+
+
+def farthest(
+    distance: Tensor, among: Tensor, count: Tensor | int, steps: int, chosen: Tensor | None = None
+) -> Tensor:
+    """Mask of `chosen` and, one by one, of the candidates farthest from what is chosen by then.
+
+    Greedy max-min. With nothing chosen, the candidate with the most distant nearest neighbour is
+    the first. Ties go to the earlier token.
+
+    Args:
+        distance: fp32 `[batch, tokens, tokens]`, symmetric.
+        among: bool `[batch, tokens]`, candidates.
+        count: int, or int64 `[batch]`; in all, with what is chosen already.
+        steps: picks, at most; known on the host, so that the device is not asked.
+        chosen: bool `[batch, tokens]`; None is nothing.
+    """
+    chosen = torch.zeros_like(among) if chosen is None else chosen
+    apart = distance.masked_fill(~among[:, None], float("inf"))
+    apart.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    empty, limit = ~chosen.any(1, keepdim=True), count
+    if isinstance(count, Tensor):
+        limit = count[:, None]
+    left = limit - chosen.sum(1, keepdim=True)
+    nearest = distance.masked_fill(~chosen[:, None], float("inf")).amin(2)
+    nearest = torch.where(empty, apart.amin(2), nearest)
+    nearest = nearest.masked_fill(~among | chosen, float("-inf"))
+    for step in range(steps):
+        pick = nearest.argmax(1, keepdim=True)
+        more = (nearest.gather(1, pick) > float("-inf")) & (step < left)
+        to = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        shrunk = torch.minimum(nearest, to)
+        if step == 0:  # the first pick starts the distances to the chosen set
+            shrunk = torch.where(empty, to.masked_fill(~among, float("-inf")), shrunk)
+        nearest = shrunk.scatter(1, pick, float("-inf"))
+        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | more)
+    return chosen
+
+
+def even_shares(count: int, parts: int) -> Tensor:
+    """`count` split over parts as evenly as whole numbers can be: int64 `[parts]`."""
+    return (torch.arange(parts + 1) * count // parts).diff()
+
+
 def merge_rows(values: Tensor, into: Tensor, weight: Tensor | None = None) -> Tensor:
     """Weighted means: a token that receives becomes the mean of itself and its members.
 
@@ -473,11 +546,11 @@ class LayerSchedule(LayerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         layers = self.paper_layers if self.layers is None else self.layers
-        if len(layers) != len(self.keep):
+        if len(layers) != len(self.budgets()):
             raise PlanError(
-                f"{self.info.name}: {len(layers)} layers and {len(self.keep)} budgets",
+                f"{self.info.name}: {len(layers)} layers and {len(self.budgets())} budgets",
                 argument="keep",
-                given="/".join(map(str, self.keep)),
+                given="/".join(map(str, self.budgets())),
                 expected="one budget for each layer",
             )
 
@@ -504,8 +577,97 @@ class LayerSchedule(LayerMethod):
         return self.layers
 
     def act(self, ctx: LayerContext) -> list[Any]:
-        keep = self.keep[self.layers.index(ctx.layer)]
-        return [self.keep_best(ctx, keep, ctx.n_entered)]
+        return [self.select(ctx)]
+
+    def select(self, ctx: LayerContext) -> Keep:
+        """Keep the best of each sample's visual rows, as many as the budget of this layer says."""
+        return self.keep_best(ctx, self.budgets()[self.layers.index(ctx.layer)], ctx.n_entered)
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budget of every layer."""
+        return self.keep
+
+    def for_average(self, average: float, tokens: int, num_layers: int) -> LayerSchedule:
+        """The schedule of the same shape under which layers see `average` tokens per image.
+
+        See :func:`mllm.plan.schedule_for_average`.
+        """
+        fixed = self.at_depth(num_layers)
+        keep = schedule_for_average(average, tokens, fixed.layers, num_layers, self.budgets())
+        return fixed.replace(keep=keep)
+
+
+class Calibrated(LayerSchedule):
+    """A schedule that :func:`mllm.calibrate` fits to what a model does on some samples.
+
+    Subclasses also have the field `calibration: str | None`, a file that says everything else of
+    the stage but its `positions`.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is None:
+            return
+        for other in dataclasses.fields(self):
+            value = getattr(self, other.name)
+            if other.name not in ("calibration", "positions") and value != other.default:
+                raise PlanError(
+                    f"{self.info.name}: {other.name}={value!r} beside a calibration file, which "
+                    "says it",
+                    argument=other.name,
+                    given=value,
+                    expected="calibration alone",
+                )
+
+    def observes(self) -> dict[str, Any]:
+        """Signals that are read before every decoder layer but the first, by name."""
+        raise NotImplementedError
+
+    def observe(self, ctx: LayerContext) -> list[Tensor]:
+        """What is recorded at one layer: a tensor per sample of the batch, on the CPU."""
+        raise NotImplementedError
+
+    def fit(self, seen: list[list[Tensor]], share: float | None) -> dict[str, Any]:
+        """Fields of the fitted stage: `layers`, and what else changes.
+
+        Args:
+            seen: per sample what :meth:`observe` gave before layer 1, 2 and so on.
+            share: visual tokens that decoder layers see on average, as a fraction; None is the
+                method's own.
+
+        Raises:
+            PlanError: the share cannot be reached.
+        """
+        raise NotImplementedError
+
+
+class Preset(_Method):
+    """A whole paper under one name: the stages that it consists of, with their budgets.
+
+    A plan is written with the name and runs the stages, which the ledger lists. A field `keep`
+    is the paper's own budget: visual tokens per image, averaged over the decoder's layers.
+    """
+
+    site = "several"
+
+    def expand(self) -> list[Any]:
+        """The stages, in the order in which they run."""
+        raise NotImplementedError
+
+    def reads(self):
+        return {
+            f"{stage.info.name}.{name}": signal
+            for stage in self.expand()
+            for name, signal in stage.reads().items()
+        }
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(a for stage in self.expand() for a in stage.actions))
+
+    @property
+    def paper_positions(self) -> Positions:
+        return self.expand()[0].paper_positions
 
 
 @dataclass(frozen=True)

@@ -152,9 +152,16 @@ class Family:
         """Tower blocks whose outputs feed the projector, 0-based."""
         return [len(self.blocks) - 1]
 
-    def block(self, block: int | None) -> int:
-        """A tower block as a 0-based index; None is the one whose attention methods read."""
-        return self.feature_blocks()[-1] if block is None else block % len(self.blocks)
+    def block(self, block: int | float | None) -> int:
+        """A tower block as a 0-based index; None is the one whose attention methods read.
+
+        A float is a share of the depth.
+        """
+        if block is None:
+            return self.feature_blocks()[-1]
+        if isinstance(block, float):
+            return min(len(self.blocks) - 1, round(block * len(self.blocks)))
+        return block % len(self.blocks)
 
     def native_grid(self) -> tuple[int, int] | None:
         """(rows, cols) of every image, if the family has one size for all."""
