@@ -27,7 +27,7 @@ class Feather(LayerSchedule):
     cut every `stride`-th token of every `stride`-th row stays before any other, within the budget;
     at later cuts attention alone decides.
 
-    The budgets are ours: the card has none.
+    The budgets are ours: those of the paper are not known to us.
 
     Args:
         layers: rows leave before these decoder layers; None is 8 and 16 of 32, scaled.

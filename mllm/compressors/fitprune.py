@@ -19,8 +19,8 @@ from mllm.compressors.base import (
 )
 from mllm.errors import PlanError
 
-#: Tokens of 576 that layers 0 to 12 of 32 drop in the authors' scheme for 60 % less compute, as
-#: far as the card prints it; later layers drop a few more.
+#: Tokens of 576 that layers 0 to 12 of 32 drop in the authors' scheme for 60 % less compute;
+#: later layers drop a few more, which are not known to us.
 DROPPED = (14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2)
 LEFT = tuple(round(1 - sum(DROPPED[: i + 1]) / 576, 4) for i in range(len(DROPPED)))
 
@@ -42,7 +42,7 @@ class FitPrune(Calibrated):
 
     The authors drop inside a layer, between attention and MLP. Rows leave here before the next
     layer: what stays is the same, and the dropped tokens have cost one MLP more. Without a file
-    the schedule is the card's part of the one that the authors ship for LLaVA-1.5; on other depths
+    the schedule is that part of the one that the authors ship for LLaVA-1.5; on other depths
     its layers are scaled, and of those that fall together the last counts.
 
     Args:
