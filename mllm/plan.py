@@ -333,7 +333,7 @@ class Plan:
 
     @property
     def spec(self) -> str:
-        """The plan as spec text; only values that differ from the defaults are written."""
+        """The plan as spec text; values that are the defaults are not written."""
         return "+".join(_format_stage(stage) for stage in self.written)
 
     def to_dict(self) -> dict[str, Any]:
@@ -529,7 +529,8 @@ def _format_stage(stage: Any) -> str:
     parts = [stage.info.name]
     for field in dataclasses.fields(stage):
         value = getattr(stage, field.name)
-        if value != field.default or type(value) is not type(field.default):
+        default = field.default
+        if value != default or type(value) is not type(default) or field.name in stage.named:
             parts.append(f"{field.name}={_format_value(value)}")
     return ":".join(parts)
 

@@ -130,6 +130,8 @@ def _merged(block, keep, positions="compact", **options):
         return oracles.rebuilt(model, sample, blocks, positions)
 
     return rows
+
+
 def _pyramid(levels, positions, order):
     def reference(model, picture, small, seats):
         block = oracles.pyramid(model, picture, levels, order)
@@ -279,6 +281,33 @@ _CASES = [
             Cut(i, choose=cards.sparsevlm_cut(k, True, recycle=0, per_cluster=10, heads=14 / 32))
             for i, k in [(1, 9), (2, 5), (3, 2)]
         ],
+    ),
+    Case("topv:layer=2:keep=5", _plain, [Cut(2, choose=cards.topv_cut(5))]),
+    Case(
+        "topv:layer=1:keep=9:positions=compact",
+        _plain,
+        [Cut(1, positions="compact", choose=cards.topv_cut(9))],
+    ),
+    Case(
+        "pact:layer=2:keep=0.8:distance=0.9:proportional=false",
+        _plain,
+        [Cut(2, choose=cards.pact_cut(0.8, 0.9))],
+    ),
+    Case(
+        "dualfilter:layers=1/3:together=0.07:alone=0.09",
+        _plain,
+        [Cut(i, positions="compact", choose=cards.dualfilter_cut(0.07, 0.09)) for i in (1, 3)],
+    ),
+    Case(
+        "windowmerge:share=0.5:window=2",
+        _merged(cards.windowmerge_block, None, share=0.5, window=2),
+        placed=False,
+    ),
+    Case(
+        "windowmerge:share=0.25:window=2:positions=original+fastv:layer=2:keep=5",
+        _merged(cards.windowmerge_block, None, "original", share=0.25, window=2),
+        [Cut(2, 5)],
+        placed=False,
     ),
 ]
 CASES = {case.spec: case for case in _CASES}

@@ -275,3 +275,11 @@ def test_theta():
         CDPruner(theta=1.0)
     with pytest.raises(PlanError, match="relevance"):
         CDPruner(relevance="blip")
+
+
+@pytest.mark.parametrize("relevance", ["llm", "clip"])
+def test_rows_say_what_is_compared(relevance):
+    """The default too: figures of one must not be taken for the other's."""
+    plan = mllm.Plan([CDPruner(keep=64, relevance=relevance)])
+    assert plan.spec == f"cdpruner:keep=64:relevance={relevance}"
+    assert mllm.Plan.from_spec(plan.spec).stages == plan.stages

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import oracles
 import pytest
 import tiny
 import torch
+import zoo_oracles as cards
 from families import KITS, collate, samples
 from matrix import equal, fresh, reference
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import FAMILIES, check_family, layer_context, shared
 
@@ -19,16 +18,6 @@ import mllm
 from mllm.compressors import DualFilter, FastV, KeyTokens, WindowMerge
 from mllm.compressors.base import TowerContext
 from mllm.errors import PlanError
-
-
-def dual(rows, visual, together, alone):
-    """Visual rows that stay, of one sample: `rows` `[text, rows]`."""
-    own = [j for j in range(len(visual)) if visual[j]]
-    total = {j: sum(float(r[j]) for r in rows) for j in own}
-    mass = sum(total.values())
-    stay = [j for j in own
-            if total[j] >= together * mass or max(float(r[j]) for r in rows) >= alone]  # fmt: skip
-    return stay or [max(own, key=total.get)]
 
 
 @pytest.mark.parametrize("together, alone", [(0.05, 0.05), (0.05, 2.0), (2.0, 0.2), (2.0, 2.0)])
@@ -39,7 +28,7 @@ def test_dual_filter_equals_its_description(together, alone):
     stage = DualFilter(together=together, alone=alone)
     (kept,) = stage.act(layer_context(stage, visual, rows=rows))
     for b in range(2):
-        want = dual(rows[b], visual[b], together, alone)
+        want = cards.dualfilter(rows[b], visual[b], together, alone)
         assert kept.mask[b].nonzero()[:, 0].tolist() == want
     assert kept.counts is None
 
@@ -68,19 +57,6 @@ def cells_of(family, sample):
     return [len(KITS[family].cells(p)) for p in sample.pictures]
 
 
-def alike(x, grid, window):
-    """Mean cosine of each window's patches with each other, in loops; and its patches."""
-    found = []
-    for r in range(grid[0] // window):
-        for c in range(grid[1] // window):
-            own = [(r * window + i) * grid[1] + c * window + j
-                   for i in range(window) for j in range(window)]  # fmt: skip
-            pairs = [(a, b) for a in own for b in own if a != b]
-            cos = [torch.cosine_similarity(x[a], x[b], 0).item() for a, b in pairs]
-            found.append((sum(cos) / len(cos), own))
-    return found
-
-
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize("grid, window, share", [((4, 6), 2, 0.5), ((7, 9), 3, 0.4),
                                                  ((6, 6), 3, 1.0)])  # fmt: skip
@@ -92,66 +68,13 @@ def test_window_merge_equals_its_description(grid, window, share, prefix):
                        size=torch.ones(2, prefix + n))  # fmt: skip
     into = stage.merge(ctx).into
     for b in range(2):
-        windows = alike(x[b, prefix:], grid, window)
+        windows = cards.alike(x[b, prefix:], grid, window)
         windows.sort(key=lambda w: -w[0])
         want = list(range(n))
         for _, own in windows[: round(share * len(windows))]:
             for t in own:
                 want[t] = own[-1]
         assert into[b].tolist() == [*range(prefix), *(prefix + t for t in want)]
-
-
-@dataclass
-class Made:
-    """A merged tower on one picture, features in sequence order.
-
-    Attributes:
-        features: `[tokens, width]` of the last block but one.
-        seats: patch in whose place each token is.
-        into: seat of each patch.
-        attention: `[tokens]` in the last block, mean over heads: of [CLS], or received.
-    """
-
-    features: Tensor
-    seats: list[int]
-    into: list[int]
-    attention: Tensor
-
-
-def made(net, pixels, share, window, proportional=False) -> Made:
-    """The tower by hand: the windows that are most alike merge behind the first block."""
-    vision = net.model.vision_tower
-    vision = getattr(vision, "vision_model", vision)
-    x = vision.embeddings(pixels[None])[0]
-    prefix = int(hasattr(vision, "pre_layrnorm"))
-    if prefix:
-        x = vision.pre_layrnorm(x)
-    side, size = math.isqrt(len(x) - prefix), torch.ones(len(x))
-    seats = list(range(side**2))
-    into, features = list(seats), None
-    for i, block in enumerate(vision.encoder.layers):
-        h, a = block.layer_norm1(x), block.self_attn
-        heads = net.config.vision_config.num_attention_heads
-        q, k, v = (oracles.heads(p(h), heads) for p in (a.q_proj, a.k_proj, a.v_proj))
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        weights = (logits + (size.log() if proportional else 0)).softmax(-1)
-        if i == len(vision.encoder.layers) - 1:
-            received = weights[:, 0] if prefix else weights.sum(1)
-            return Made(features[prefix:], seats, into, received.mean(0)[prefix:])
-        x = x + a.out_proj((weights @ v).transpose(0, 1).flatten(1))
-        x = x + block.mlp(block.layer_norm2(x))
-        if i == 0:
-            windows = alike(x[prefix:], (side, side), window)
-            windows.sort(key=lambda w: -w[0])
-            for _, own in windows[: round(share * len(windows))]:
-                for t in own:
-                    into[t] = own[-1]
-            seats = sorted(set(into))
-            groups = [[prefix + t for t in range(side**2) if into[t] == s] for s in seats]
-            groups = [*([t] for t in range(prefix)), *groups]
-            x = torch.stack([x[g].mean(0) for g in groups])
-            size = torch.tensor([float(len(g)) for g in groups])
-        features = x
 
 
 @pytest.mark.parametrize("proportional", [False, True])
@@ -167,7 +90,7 @@ def test_window_merge_in_the_tower(which, proportional):
         kept, merged = patched.ledger.kept("llm"), patched.ledger.merged_into
     assert [len(k) for k in kept] == [10, 20, 0]
     for b, sample in enumerate(batch):
-        found = [made(plain, p, 0.5, 2, proportional) for p in sample.pixels]
+        found = [cards.windowmerge(plain, p, 0.5, 2, proportional) for p in sample.pixels]
         blocks = [oracles.Block(oracles.project(plain, m.features), m.seats, []) for m in found]
         assert merged[b].tolist() == [16 * i + t for i, m in enumerate(found) for t in m.into]
         rows = oracles.rebuilt(plain, sample, blocks, "compact")
@@ -209,7 +132,7 @@ def test_the_three_parts_together(which):
     for b, sample in enumerate(batch):
         want = []
         for image, picture in enumerate(sample.pixels):
-            found = made(plain, picture, 0.5, 3)
+            found = cards.windowmerge(plain, picture, 0.5, 3)
             best = found.attention.topk(math.ceil(0.3 * len(found.seats))).indices.tolist()
             want += sorted(36 * image + found.seats[t] for t in best)
         assert kept[b].tolist() == want

@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+import zoo_oracles as cards
 from families import LAYERS, collate, model, samples
 from layer_oracle import Edits, run
 from matrix import equal
@@ -16,44 +17,6 @@ import mllm
 from mllm.compressors import PACT
 from mllm.compressors.base import LogitBias
 from mllm.errors import PlanError
-
-
-def clusters(rows, queries, plain, keys, hidden, keep, distance, retrieve):
-    """Of one sample, the row that each visual row goes into (-1: gone), by the description.
-
-    Args:
-        rows: visual rows.
-        queries, plain, keys: `[heads, n, dim]`; queries and plain keys are not rotated.
-        hidden: `[n, width]`.
-        keep: candidates.
-    """
-    group = len(queries) // len(plain)
-    weight = dict.fromkeys(rows, 0.0)
-    for h in range(len(queries)):
-        mean = sum(queries[h, i] for i in rows) / len(rows)
-        logits = {j: float(mean @ plain[h // group, j]) / math.sqrt(len(mean)) for j in rows}
-        high = max(logits.values())
-        total = sum(math.exp(x - high) for x in logits.values())
-        for j in rows:
-            weight[j] += math.exp(logits[j] - high) / total / len(queries)
-    score = {j: weight[j] * float(hidden[j].norm()) for j in rows}
-    left = sorted(sorted(rows, key=lambda j: -score[j])[:keep])
-    flat = {j: keys[:, j].flatten().double() for j in rows}
-
-    def apart(i, j):
-        return max(0.0, 1 - torch.cosine_similarity(flat[i], flat[j], 0).item())
-
-    density = {i: sum(math.exp(-((apart(i, j) / 2) ** 2)) for j in left) for i in left}
-    centres = []
-    for i in sorted(left, key=lambda i: -density[i]):
-        if all(apart(i, c) > distance for c in centres):
-            centres.append(i)
-    into = {}
-    for j in rows:
-        nearest = min(sorted(centres), key=lambda c: apart(j, c))
-        near = j in left or apart(j, nearest) <= retrieve * distance
-        into[j] = j if j in centres else nearest if near else -1
-    return into
 
 
 def example(seed=0, rows=30):
@@ -83,7 +46,7 @@ def test_pact_equals_its_description(keep, distance, retrieve):
         rows = visual[b].nonzero()[:, 0].tolist()
         count = keep if isinstance(keep, int) else max(1, round(keep * len(rows)))
         of = [signals[n][b] for n in ("queries", "plain", "keys", "hidden")]
-        want = clusters(rows, *of, count, distance, retrieve)
+        want = cards.pact(rows, *of, count, distance, retrieve)
         assert {j: int(merge.into[b, j]) for j in rows} == want
         centres = [j for j in rows if want[j] == j]
         assert kept.mask[b].nonzero()[:, 0].tolist() == centres
@@ -141,7 +104,7 @@ def test_pact_in_the_decoder(family, attn):
         if sample.pictures:
             seen = run(family, sample)
             rows = sample.visual.nonzero()[:, 0].tolist()
-            into = clusters(
+            into = cards.pact(
                 rows, seen.plain_queries[2], seen.plain_keys[2], seen.keys[2], seen.hidden[2],
                 max(1, round(0.8 * len(rows))), 0.9, 1.5,
             )  # fmt: skip
@@ -157,6 +120,32 @@ def test_pact_in_the_decoder(family, attn):
                                 for i in (2, 3)})  # fmt: skip
         want = run(family, sample, edits).logits
         equal(logits[b][text], want[text], f"sample {b}", 2e-4 * max(1.0, float(want.std())))
+
+
+def test_members_have_a_gradient():
+    """They are in the sequence no more, and what they were reaches the answer through the mean."""
+    net, batch = model("llava", "sdpa"), samples("llava", "alone")
+    inputs, seen = collate("llava", batch), {}
+
+    def watch(module, args, out):
+        seen["out"] = out[0] if isinstance(out, tuple) else out
+        seen["out"].retain_grad()
+
+    class Watched(PACT):
+        def act(self, ctx):
+            actions = super().act(ctx)
+            seen.update(keep=actions[0].mask[0], into=actions[1].into[0])
+            return actions
+
+    handle = net.model.language_model.layers[1].register_forward_hook(watch)
+    with mllm.patch(net, Watched(layer=2, keep=0.6, distance=0.9, retrieve=0.5)):
+        net(**inputs).logits[0, -1].square().sum().backward()
+    handle.remove()
+    moved = seen["out"].grad[0].abs().sum(1) > 0
+    members = (seen["into"] >= 0) & ~seen["keep"] & batch[0].visual
+    gone = (seen["into"] < 0) & batch[0].visual
+    assert members.any() and gone.any()
+    assert moved[members].all() and not moved[gone].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

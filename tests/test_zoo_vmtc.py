@@ -137,6 +137,21 @@ def test_cmai_behind_a_stage_and_without_answers():
     assert not torch.equal(logits[0][:, 1], logits[1][:, 1])
 
 
+@torch.no_grad()
+def test_the_whole_paper():
+    """`vmtc+cmai`: the clusters of the one, and the inhibition of the other among them."""
+    net, batch = tiny.llava(layers=4), tiny.samples()
+    inputs, logits, kept = tiny.collate(batch), [], []
+    for plan in ("vmtc:keep=8", "vmtc:keep=8+cmai:share=0.0", "vmtc:keep=8+cmai"):
+        with mllm.patch(net, plan) as patched:
+            logits.append(tiny.per_sample(net(**inputs).logits, inputs["attention_mask"]))
+            kept.append([k.tolist() for k in patched.ledger.kept(3)])
+    assert kept[0] == kept[1] == kept[2] and [len(k) for k in kept[0]] == [8, 16, 0]
+    for b, sample in enumerate(batch):
+        assert torch.equal(logits[0][b], logits[1][b])
+        assert torch.equal(logits[0][b], logits[2][b]) is not bool(len(sample.pixels))
+
+
 @pytest.mark.parametrize("make", [lambda: VMTC(primary=1.5), lambda: VMTC(rounds=-1),
                                   lambda: CMAI(share=1.0)])  # fmt: skip
 def test_bad_values(make):

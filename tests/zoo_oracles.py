@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from oracles import Block, Choose, View, budget, project, rotate, tower
+from oracles import Block, Choose, View, budget, heads, project, rotate, tower, weigh
 from torch import Tensor
 
 
@@ -465,3 +466,223 @@ def fitted(masses: Sequence[Tensor], alpha: float) -> list[float]:
             there = [t for t in there if t not in least[0] or t not in least[1]]
             left[layer] += len(there) / sample.shape[2] / len(masses)
     return left
+
+
+def topv(
+    visual: Tensor, place: dict[str, Tensor], source: Tensor, target: Tensor, *, alpha: float = 1,
+    beta: float = 1, gamma: float = 0.01, sigma: float = 10, epsilon: float = 0.1,
+    iterations: int = 3,
+) -> dict[int, float]:
+    """The scores of one sample's visual rows by a plain transport, in double precision."""
+    rows = [r for r in range(len(visual)) if visual[r]]
+    at = {r: (float(place["row"][r]), float(place["col"][r])) for r in rows}
+    image = {r: int(place["image"][r]) for r in rows}
+    pairs = [(i, j) for i in rows for j in rows if image[i] == image[j]]
+    middle = {}
+    for m in set(image.values()):
+        own = [at[r] for r in rows if image[r] == m]
+        middle[m] = tuple(max(p[axis] for p in own) / 2 for axis in (0, 1))
+    source, target = source.double(), target.double()
+    terms = [
+        {(i, j): float((source[i] - target[j]).square().sum()) for i, j in pairs},
+        {(i, j): 1 - math.exp(-math.dist(at[i], at[j]) ** 2 / (2 * sigma**2))
+         for i, j in pairs},
+        {(i, j): math.dist(at[i], middle[image[i]]) for i, j in pairs},
+    ]  # fmt: skip
+    cost = dict.fromkeys(pairs, 0.0)
+    for weight, term in zip((alpha, beta, gamma), terms, strict=True):
+        low, high = min(term.values()), max(term.values())
+        for pair in pairs:
+            cost[pair] += weight * (term[pair] - low) / (high - low)
+    kernel = {pair: math.exp(-c / epsilon) for pair, c in cost.items()}
+    mass = {i: 1 / sum(image[j] == image[i] for j in rows) for i in rows}
+    u, v = dict.fromkeys(rows, 1.0), dict.fromkeys(rows, 1.0)
+    for _ in range(iterations):
+        u = {i: mass[i] / sum(kernel[i, j] * v[j] for j in rows if (i, j) in kernel) for i in rows}
+        v = {j: mass[j] / sum(kernel[i, j] * u[i] for i in rows if (i, j) in kernel) for j in rows}
+    return {i: u[i] * sum(kernel[i, j] * v[j] for j in rows if (i, j) in kernel) / mass[i]
+            for i in rows}  # fmt: skip
+
+
+def topv_kept(score: dict[int, float], count: int) -> list[int]:
+    """The best, and of the others a fifth of the budget at equal distances."""
+    recovered = round(0.2 * count)
+    kept = best(score, count - recovered)
+    others = [i for i in sorted(score) if i not in kept]
+    kept += [r for i, r in enumerate(others)
+             if (i + 1) * recovered // len(others) > i * recovered // len(others)]  # fmt: skip
+    return sorted(kept)
+
+
+def topv_cut(keep: int) -> Choose:
+    """Between what enters the layer before and what its MLP reads."""
+
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        before, source = view.layer - 1, view.rows.source
+        layer, x = view.model.model.language_model.layers[before], view.inputs[before]
+        weights, value, *_ = weigh(view.model, before, x, view.alive, view.position)
+        out = layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
+        target = layer.post_attention_layernorm(x + out)
+        cells = int(view.rows.visual.sum()) // view.images
+        side = math.isqrt(cells)
+        place = {"image": source // cells, "row": source % cells // side,
+                 "col": source % cells % side}  # fmt: skip
+        score = topv(view.visual & view.alive, place, x, target)
+        return topv_kept(score, min(len(score), keep * view.images)), view.h
+
+    return choose
+
+
+def pact(
+    rows: list[int], queries: Tensor, plain: Tensor, keys: Tensor, hidden: Tensor, keep: int,
+    distance: float, retrieve: float = 1.5,
+) -> dict[int, int]:
+    """Of one sample, the row that each visual row goes into (-1: gone), by the description.
+
+    Args:
+        rows: visual rows.
+        queries, plain, keys: `[heads, n, dim]`; queries and plain keys are not rotated.
+        hidden: `[n, width]`.
+        keep: candidates.
+    """
+    group = len(queries) // len(plain)
+    weight = dict.fromkeys(rows, 0.0)
+    for h in range(len(queries)):
+        mean = sum(queries[h, i] for i in rows) / len(rows)
+        logits = {j: float(mean @ plain[h // group, j]) / math.sqrt(len(mean)) for j in rows}
+        high = max(logits.values())
+        total = sum(math.exp(x - high) for x in logits.values())
+        for j in rows:
+            weight[j] += math.exp(logits[j] - high) / total / len(queries)
+    score = {j: weight[j] * float(hidden[j].norm()) for j in rows}
+    left = sorted(sorted(rows, key=lambda j: -score[j])[:keep])
+    flat = {j: keys[:, j].flatten().double() for j in rows}
+
+    def apart(i, j):
+        return max(0.0, 1 - torch.cosine_similarity(flat[i], flat[j], 0).item())
+
+    density = {i: sum(math.exp(-((apart(i, j) / 2) ** 2)) for j in left) for i in left}
+    centres = []
+    for i in sorted(left, key=lambda i: -density[i]):
+        if all(apart(i, c) > distance for c in centres):
+            centres.append(i)
+    into = {}
+    for j in rows:
+        nearest = min(sorted(centres), key=lambda c: apart(j, c))
+        near = j in left or apart(j, nearest) <= retrieve * distance
+        into[j] = j if j in centres else nearest if near else -1
+    return into
+
+
+def pact_cut(keep: float, distance: float) -> Choose:
+    """Clusters as means, without their weight."""
+
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        lm, rows = view.model.model.language_model, view.arriving
+        a, x = lm.layers[view.layer].self_attn, lm.layers[view.layer].input_layernorm(view.h)
+        q = heads(a.q_proj(x), lm.config.num_attention_heads)
+        k = heads(a.k_proj(x), lm.config.num_key_value_heads)
+        cos, sin = lm.rotary_emb(x[None], position_ids=view.position[None])
+        count, turned = budget(keep, len(rows)), rotate(k, cos[0], sin[0])
+        into = pact(rows, q, k, turned, view.h, count, distance)
+        h = view.h.clone()
+        for c in (r for r in rows if into[r] == r):
+            h[c] = view.h[[r for r in rows if into[r] == c]].mean(0)
+        return [r for r in rows if into[r] == r], h
+
+    return choose
+
+
+def dualfilter(
+    rows: Tensor, visual: Tensor, together: float, alone: float
+) -> list[int]:
+    """Visual rows that stay, of one sample: `rows` `[text, rows]`."""
+    own = [j for j in range(len(visual)) if visual[j]]
+    total = {j: sum(float(r[j]) for r in rows) for j in own}
+    mass = sum(total.values())
+    stay = [j for j in own
+            if total[j] >= together * mass or max(float(r[j]) for r in rows) >= alone]  # fmt: skip
+    return stay or [max(own, key=total.get)]
+
+
+def dualfilter_cut(together: float, alone: float) -> Choose:
+    """By what the layer before paid from the text behind the first picture."""
+
+    def choose(view: View) -> tuple[Sequence[int], Tensor]:
+        rows = view.weights.mean(0)[view.text]
+        return dualfilter(rows, view.visual & view.alive, together, alone), view.h
+
+    return choose
+
+
+def alike(x: Tensor, grid: tuple[int, int], window: int) -> list[tuple[float, list[int]]]:
+    """Mean cosine of each window's patches with each other, in loops; and its patches."""
+    found = []
+    for r in range(grid[0] // window):
+        for c in range(grid[1] // window):
+            own = [(r * window + i) * grid[1] + c * window + j
+                   for i in range(window) for j in range(window)]  # fmt: skip
+            pairs = [(a, b) for a in own for b in own if a != b]
+            cos = [torch.cosine_similarity(x[a], x[b], 0).item() for a, b in pairs]
+            found.append((sum(cos) / len(cos), own))
+    return found
+
+
+@dataclass
+class MergedTower:
+    """A merged tower on one picture, features in sequence order.
+
+    Attributes:
+        features: `[tokens, width]` of the last block but one.
+        seats: patch in whose place each token is.
+        into: seat of each patch.
+        attention: `[tokens]` in the last block, mean over heads: of [CLS], or received.
+    """
+
+    features: Tensor
+    seats: list[int]
+    into: list[int]
+    attention: Tensor
+
+
+def windowmerge(
+    net, pixels: Tensor, share: float, window: int, proportional: bool = False
+) -> MergedTower:
+    """The tower by hand: the windows that are most alike merge behind the first block."""
+    vision = net.model.vision_tower
+    vision = getattr(vision, "vision_model", vision)
+    x = vision.embeddings(pixels[None])[0]
+    prefix = int(hasattr(vision, "pre_layrnorm"))
+    if prefix:
+        x = vision.pre_layrnorm(x)
+    side, size = math.isqrt(len(x) - prefix), torch.ones(len(x))
+    seats = list(range(side**2))
+    into, features = list(seats), None
+    for i, block in enumerate(vision.encoder.layers):
+        h, a = block.layer_norm1(x), block.self_attn
+        number = net.config.vision_config.num_attention_heads
+        q, k, v = (heads(p(h), number) for p in (a.q_proj, a.k_proj, a.v_proj))
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        weights = (logits + (size.log() if proportional else 0)).softmax(-1)
+        if i == len(vision.encoder.layers) - 1:
+            received = weights[:, 0] if prefix else weights.sum(1)
+            return MergedTower(features[prefix:], seats, into, received.mean(0)[prefix:])
+        x = x + a.out_proj((weights @ v).transpose(0, 1).flatten(1))
+        x = x + block.mlp(block.layer_norm2(x))
+        if i == 0:
+            windows = alike(x[prefix:], (side, side), window)
+            windows.sort(key=lambda w: -w[0])
+            for _, own in windows[: round(share * len(windows))]:
+                for t in own:
+                    into[t] = own[-1]
+            seats = sorted(set(into))
+            groups = [[prefix + t for t in range(side**2) if into[t] == s] for s in seats]
+            groups = [*([t] for t in range(prefix)), *groups]
+            x = torch.stack([x[g].mean(0) for g in groups])
+            size = torch.tensor([float(len(g)) for g in groups])
+        features = x
+
+
+def windowmerge_block(model, pixels: Tensor, keep: None, **options) -> Block:
+    found = windowmerge(model, pixels, **options)
+    return Block(project(model, found.features), found.seats, found.into)

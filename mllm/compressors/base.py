@@ -391,6 +391,8 @@ class _Method:
     actions: ClassVar[tuple[str, ...]] = ("Keep",)
     identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
     oracle: ClassVar[str] = "mask"
+    #: Fields that texts and tables name even at their defaults.
+    named: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -56,6 +56,8 @@ class CDPruner(TokenReducer):
     theta: float | None = None
     positions: Positions | None = None
 
+    named = ("relevance",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.theta is not None and not 0 <= self.theta < 1:

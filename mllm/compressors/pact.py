@@ -62,6 +62,7 @@ class PACT(LayerPruner):
 
     paper_layer = 4
     actions = ("Keep", "Merge", "Write", "LogitBias")
+    differentiable = True  # a mean's members have its gradient
     # A bias of zeros is only equal but for rounding.
     identity = {"keep": 1.0, "distance": 0.0, "proportional": False}
 
@@ -96,6 +97,21 @@ class PACT(LayerPruner):
         return weight * ctx["hidden"].float().norm(dim=2)
 
     def act(self, ctx: LayerContext) -> list:
+        with torch.no_grad():
+            centres, into = self._clusters(ctx)
+        values = merge_rows(ctx["hidden"], into, ctx.size)
+        actions = [Keep(centres), Merge(into), Write(values)]
+        if self.proportional:
+            weight = ctx.size.masked_fill(into < 0, 0)
+            size = torch.zeros_like(weight).scatter_add(1, into.clamp(min=0), weight)
+            order = ctx.logical.argsort(dim=1, stable=True)
+            log = size.where(centres, 1).clamp(min=1).log().gather(1, order)
+            bias = _LogSize(ctx.logical.gather(1, order), log)
+            actions += [LogitBias(layer, bias) for layer in range(ctx.layer, ctx.num_layers)]
+        return actions
+
+    def _clusters(self, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+        """The centres, and the row that each visual row goes into: `[batch, rows]` each."""
         _, limit = ctx.budget(self.keep, ctx.counts())
         score = self.score(ctx).masked_fill(ctx.protected, float("inf"))
         candidates = top_k(score, ctx.visual, limit) | (ctx.visual & ctx.protected)
@@ -110,17 +126,7 @@ class PACT(LayerPruner):
         own = torch.arange(to.shape[1], device=to.device).expand_as(to)
         found = candidates | (ctx.visual & (nearest <= self.retrieve * self.distance))
         into = torch.where(centres, own, torch.where(found, to, -1))
-        into = into.masked_fill(~ctx.visual, -1)
-        values = merge_rows(ctx["hidden"], into, ctx.size)
-        actions = [Keep(centres), Merge(into), Write(values)]
-        if self.proportional:
-            weight = ctx.size.masked_fill(into < 0, 0)
-            size = torch.zeros_like(weight).scatter_add(1, into.clamp(min=0), weight)
-            order = ctx.logical.argsort(dim=1, stable=True)
-            log = size.where(centres, 1).clamp(min=1).log().gather(1, order)
-            bias = _LogSize(ctx.logical.gather(1, order), log)
-            actions += [LogitBias(layer, bias) for layer in range(ctx.layer, ctx.num_layers)]
-        return actions
+        return centres, into.masked_fill(~ctx.visual, -1)
 
     def _centres(self, distance: Tensor, among: Tensor, protected: Tensor) -> Tensor:
         """Candidates without a denser centre near them: bool `[batch, rows]`.
