@@ -14,6 +14,7 @@ _EXPORTS = {
     "Patched": "mllm.patcher",
     "Plan": "mllm.plan",
     "methods": "mllm.plan",
+    "calibrate": "mllm.calibration",
     "register": "mllm.plan",
     "Ledger": "mllm.ledger",
     "load_model": "mllm.loading",

@@ -15,6 +15,8 @@ from mllm.signals import (
     Grid,
     Hidden,
     Keys,
+    Queries,
+    Rotary,
     Text,
     TextEmbeds,
     Values,
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
 
 # The axis of rows in the value of each signal.
-_AXIS = {AttentionRows: -1, ColumnMass: -1, Keys: 2, Values: 2, Hidden: 1}
+_AXIS = {
+    AttentionRows: -1, ColumnMass: -1, Keys: 2, Queries: 2, Values: 2, Hidden: 1, Rotary: 1
+}  # fmt: skip
 
 
 def declared(stages: list[tuple[int, LayerMethod]]) -> dict[tuple[int, Any], int]:
@@ -43,12 +47,17 @@ def declared(stages: list[tuple[int, LayerMethod]]) -> dict[tuple[int, Any], int
 
 def reads_before(signal: Any) -> bool:
     """Whether a signal is read in a call of its own, before its layer runs."""
-    return isinstance(signal, AttentionRows) and signal.when == "before"
+    return getattr(signal, "when", "after") == "before"
 
 
-def pick(mask: Tensor) -> Tensor:
-    """The rows of a mask in order: int64 `[batch, most in the batch]`, -1 fills up at the end."""
-    count = int(mask.sum(1).max())
+def pick(mask: Tensor, count: int | None = None) -> Tensor:
+    """The rows of a mask in order: int64 `[batch, count]`, -1 fills up at the end.
+
+    Args:
+        mask: bool `[batch, rows]`.
+        count: at least the most in the batch; None asks the device for it.
+    """
+    count = int(mask.sum(1).max()) if count is None else count
     rows = mask.int().argsort(dim=1, descending=True, stable=True)[:, :count]
     return rows.masked_fill(~mask.gather(1, rows), -1)
 
@@ -67,6 +76,7 @@ class Captures:
         self.flops = 0.0
         self._found: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
         self._queries: dict[tuple[int, Any], Tensor] = {}
+        self._texts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def taps(self) -> dict[nn.Module, list[Any]]:
         """Taps for what is read while a layer's attention runs."""
@@ -80,9 +90,13 @@ class Captures:
 
     def hidden(self, layer: int, of: str, hidden: Tensor) -> None:
         """Hidden states as they come by."""
+        inside = layer < len(self.patched.layers)
         for key in self.patched.signals:
             if key[1] == Hidden(layer, of):
                 self._found[key] = hidden, self.run.table.index
+            elif key[1] == Hidden(layer, of, norm=True):
+                normed = self.patched.family.final_norm(hidden) if inside else hidden
+                self._found[key] = normed, self.run.table.index
 
     def before(self, layer: int, hidden: Tensor, kwargs: dict) -> None:
         """Read the attention of a layer that is about to run, without its cache."""
@@ -107,6 +121,10 @@ class Captures:
     ) -> None:
         number, signal = slot
         table, rows = self.run.attention_table, query.shape[2]
+        if isinstance(signal, Rotary):
+            both = torch.cat(self.run.attention_rotary, -1)
+            self._found[slot] = both.expand(len(query), -1, -1), table.index
+            return
         if isinstance(signal, Values):
             self._found[slot] = value[:, :, -rows:], table.index
             return
@@ -116,7 +134,8 @@ class Captures:
             query, key = (attention.unrotate(x, *cos_sin) for x in (query, key))
             mask = None if mask is None else mask[..., -rows:]
         if isinstance(signal, Keys):
-            self._found[slot] = key[:, :, -rows:], table.index
+            value = query if isinstance(signal, Queries) else key[:, :, -rows:]
+            self._found[slot] = value, table.index
             return
         chosen = self.chosen(number, signal, table)
         cost = 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
@@ -201,12 +220,16 @@ class Captures:
         return signals, queries
 
     def _text(self, signal: TextEmbeds, table: TokenTable) -> Text:
-        text = self.run.prompt_of(table) & ~table.visual
-        rows = pick(text & question(table) if signal.which == "question" else text)
-        embeds, index = self.embeds
-        own = table.index.gather(1, rows.clamp(min=0))
-        at = locate(own, index, self.run.full.valid.shape[1])
-        return Text(along(embeds, at, 1), rows >= 0, rows.clamp(min=0))
+        size = self.run.full.valid.shape[1]
+        if signal.which not in self._texts:  # text rows do not leave
+            text = self.run.prompt_of(table) & ~table.visual
+            rows = pick(text & question(table) if signal.which == "question" else text)
+            own = table.index.gather(1, rows.clamp(min=0))
+            embeds, index = self.embeds
+            self._texts[signal.which] = along(embeds, locate(own, index, size), 1), rows >= 0, own
+        embeds, valid, own = self._texts[signal.which]
+        rows = locate(own, table.index, size).masked_fill(~valid, 0)
+        return Text(embeds, valid, rows)
 
 
 def question(table: TokenTable) -> Tensor:

@@ -165,6 +165,7 @@ SIGNALS: list[tuple[type, Any]] = [
     (_Reducer, base.VisionAttention(query="received")),
     (_Reducer, base.VisionKeys()),
     (_Reducer, base.Features()),
+    (_Reducer, base.Joint()),
     (_Pruner, base.Grid()),
     (_Pruner, base.TextEmbeds()),
     (_Pruner, base.AttentionRows()),
@@ -172,6 +173,7 @@ SIGNALS: list[tuple[type, Any]] = [
     (_Pruner, base.AttentionRows(rope=False)),
     (_Pruner, base.ColumnMass()),
     (_Pruner, base.Keys()),
+    (_Pruner, base.Queries()),
     (_Pruner, base.Values()),
     (_Pruner, base.Hidden()),
 ]

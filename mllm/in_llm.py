@@ -34,10 +34,12 @@ from mllm.tokens import (
     places_of,
     renumber,
     split_images,
+    supervised,
 )
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
+    from mllm.pre_llm import Prompts
 
 
 @dataclass
@@ -53,6 +55,7 @@ class DecoderRun:
         layouts: by kind, of the pixels that the base model was given.
         mask: the attention mask that the base model was given.
         call: the call of the model around this one, if there was one.
+        prompts: by kind, the text that pre-LLM stages read; empty if none does.
         counts: rows of every sample, as far as the base model's hooks have counted them.
         answering: whether all rows are tokens that generate() has appended.
         full: table of the rows as the caller gave them.
@@ -85,6 +88,7 @@ class DecoderRun:
     reduction: Reduction | None
     mask: Any
     call: Any = None
+    prompts: dict[str, Prompts] = field(default_factory=dict)
     counts: Counts | None = None
     answering: bool = False
     full: TokenTable | None = None
@@ -293,10 +297,7 @@ class DecoderRun:
         if length is not None:
             prompt = prompt & (self.full.logical < length)
         if labels is not None:
-            supervised = (labels != -100).to(prompt.device)
-            if self.visual is not None:  # a prompt goes on at least to its last image
-                supervised &= self.visual.flip(1).cumsum(1).flip(1) == 0
-            prompt = prompt & (supervised.long().cumsum(1) == 0)
+            prompt = prompt & ~supervised(labels.to(prompt.device), self.visual)
         return prompt
 
     def _drop_rows(self, kwargs: dict) -> None:

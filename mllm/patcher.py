@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm import attention, compat
+from mllm import attention, compat, joint
 from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
 from mllm.cache import CacheMark, KVCache, cache_bytes
+from mllm.calibration import applied
 from mllm.capture import declared
 from mllm.compressors.base import (
     CacheCompressor,
     Hidden,
+    Joint,
     LayerMethod,
+    Rotary,
     TextEmbeds,
     TokenReducer,
     TowerReducer,
@@ -38,9 +41,9 @@ from mllm.ledger import Ledger, Record
 from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
-from mllm.pre_llm import VisionRun
+from mllm.pre_llm import Prompts, VisionRun
 from mllm.running import running
-from mllm.tokens import Counts, Layout, count_rows, split_images
+from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
 from mllm.validate import check_generation, check_plan, family_notes
 
 
@@ -63,6 +66,7 @@ class _Prompt:
     patched: Patched
     length: int | None
     drafts: bool
+    given: dict[str, Any] | None = None  # arguments, with the ids
 
 
 _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
@@ -96,18 +100,19 @@ class Patched:
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
         self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
         requested = Plan.of(plan)
+        asked = [applied(stage, model) for stage in requested.stages]
         self.plan = Plan(
             [
                 s.at_depth(len(self.layers), self.family.first_cut)
                 if isinstance(s, LayerMethod)
                 else s
-                for s in requested.stages
+                for s in asked
             ],
             requested.seed,
         )
         self.plan_notes = [
             note
-            for s, now in zip(requested.stages, self.plan.stages, strict=True)
+            for s, now in zip(asked, self.plan.stages, strict=True)
             if isinstance(s, LayerMethod) and (note := s.scaled(now, len(self.layers)))
         ]
         stages = list(enumerate(self.plan.stages))
@@ -121,6 +126,12 @@ class Patched:
             isinstance(signal, TextEmbeds)
             for _, s in self.pruners
             for signal in s.reads().values()
+        )
+        read = [signal for _, s in self.reducers for signal in s.reads().values()]
+        self.reads_prompts = any(isinstance(x, TextEmbeds | Joint) for x in read)
+        self.space = joint.space_of(self.family.model) if Joint() in read else None
+        self.early = bool(self.mergers) or any(
+            self.site(s) == "pre_projector" for _, s in self.reducers
         )
         self.acts = sorted({layer for _, s in self.pruners for layer in s.at()})
         self.cuts = sorted(
@@ -174,7 +185,7 @@ class Patched:
                 if isinstance(signal, VisionAttention | VisionKeys):
                     found.append(self.family.block_attention(self.family.block(signal.block)))
         for _, stage in self.mergers:
-            blocks = stage.blocks(len(self.family.blocks))
+            blocks = stage.blocks(self.family.block(None) + 1)
             found += [self.family.block_attention(block) for block in blocks]
         for _, signal in self.signals:
             if not isinstance(signal, Hidden):
@@ -232,8 +243,9 @@ class Patched:
             if self.compressors:
                 post(layer, functools.partial(self._layer_post, i))
         self._install_branches(pre, post)
-        if self.mergers or any(self.site(s) == "pre_projector" for _, s in self.reducers):
+        if self.early or self.space is not None:
             pre(family.projector, self._projector_pre)
+        if self.early:
             post(family.projector, self._projector_post)
             post(family.tower, self._tower_post)
         for i, block in enumerate(family.blocks if self.mergers else ()):
@@ -279,7 +291,7 @@ class Patched:
         read = [
             signal.layer
             for _, signal in self.signals
-            if isinstance(signal, Hidden) or not getattr(signal, "rope", True)
+            if isinstance(signal, Hidden | Rotary) or not getattr(signal, "rope", True)
         ]
         return min([*self.acts, *read, len(self.layers)])
 
@@ -375,7 +387,11 @@ class Patched:
             # Positions come from the pictures, before the prompt is read.
             self._placeholders(ids, kwargs, drafts)
         length = None if ids is None else ids.shape[1]
-        token = _PROMPT.set(_Prompt(self, length, drafts))
+        given, cache = None, kwargs.get("past_key_values")
+        if ids is not None:  # what is stored has been read
+            past = 0 if cache is None else cache.get_seq_length()
+            given = {**kwargs, "input_ids": ids[:, past if past < length else 0 :]}
+        token = _PROMPT.set(_Prompt(self, length, drafts, given))
         try:
             return generate(*args, **kwargs)
         finally:
@@ -456,9 +472,13 @@ class Patched:
         if marks:
             visual = functools.reduce(torch.logical_or, marks.values())
         call = _CALL.get()
+        call = call if call is not None and call.patched is self else None
+        prompts = {}
+        if marks and self.reads_prompts:
+            labels = None if call is None else call.labels
+            prompts = self._prompts(given, marks, counts, labels)
         return DecoderRun(
-            self, visual, None, mask,
-            call=call if call is not None and call.patched is self else None,
+            self, visual, None, mask, call=call, prompts=prompts,
             counts=counts, answering=answering, marks=marks, layouts=layouts,
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
@@ -510,6 +530,25 @@ class Patched:
                     encoders.get(kind),
                 )
         return {kind: marks[kind] for kind in brought}, counts, layouts
+
+    def _prompts(
+        self, given: dict[str, Any], marks: dict[str, Tensor], counts: Counts,
+        labels: Tensor | None = None,
+    ) -> dict[str, Prompts]:
+        """By kind, the prompts that pre-LLM stages read, from the arguments of a call."""
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        cache, length = given.get("past_key_values"), self._prompt().length
+        visual = functools.reduce(torch.logical_or, marks.values())
+        text = ~visual
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            text = text & mask[:, -ids.shape[1] :].bool()
+        if length is not None:
+            past = 0 if cache is None else cache.get_seq_length()
+            text = text & (torch.arange(ids.shape[1], device=ids.device) + past < length)
+        if labels is not None:
+            text = text & ~supervised(labels.to(ids.device), visual)
+        most = max(n - v for n, v in zip(counts.valid, counts.seen, strict=True))
+        return {kind: Prompts(ids, text, visual, counts.marked[kind], most) for kind in marks}
 
     def _answering(self, cache: Any) -> bool:
         """Whether all rows are tokens that generate() has added: none is padding or visual."""
@@ -575,7 +614,12 @@ class Patched:
                 )
         decoder_run = self._run()
         known = None if decoder_run is None else decoder_run.layouts.get(kind)
-        run = VisionRun(self, self.kinds[kind], inputs, known)
+        prompts = {} if decoder_run is None else decoder_run.prompts
+        given = self._prompt().given
+        if decoder_run is None and self.reads_prompts and given is not None:
+            marks, counts, _ = self._placeholders(given["input_ids"], given, drafts=False)
+            prompts = self._prompts(given, marks, counts)
+        run = VisionRun(self, self.kinds[kind], inputs, known, prompts.get(kind))
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
@@ -590,7 +634,10 @@ class Patched:
         return output
 
     def _projector_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        if (run := _VISION.get()) is not None:
+        if (run := _VISION.get()) is None:
+            return None
+        run.unprojected = args[0].detach()
+        if self.early:
             return (run.before_projector(args[0]), *args[1:]), kwargs
 
     def _projector_post(self, module: nn.Module, args: tuple, output: Tensor) -> Any:

@@ -16,7 +16,7 @@ import os
 import pkgutil
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -48,7 +48,7 @@ def register(name: str, *, stage: str, **info: Any):
 
     Args:
         name: the paper's name in lower case without punctuation.
-        stage: ``"pre_llm"`` or ``"llm"``.
+        stage: ``"pre_llm"``, ``"llm"``, or ``"preset"`` for several stages.
         **info: the other fields of :class:`MethodInfo`.
     """
 
@@ -98,25 +98,31 @@ def _describe(cls: type) -> dict[str, Any]:
     info: MethodInfo = cls.info
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    default = cls()
     return {
         "name": info.name,
         "stage": info.stage,
         "site": cls.site,
-        "reads": [type(s).__name__ for s in cls().reads().values()],
-        "actions": list(cls.actions),
+        "reads": [type(s).__name__ for s in default.reads().values()],
+        "actions": list(default.actions),
         "trained": info.trained,
         "paper": info.paper,
         "licence_note": info.licence_note,
         "params": [
-            {"name": n, "type": _type_name(hints[n]), "default": f.default}
+            {"name": n, "type": _type_name(hints[n]), "default": _listed(f.default)}
             for n, f in fields.items()
         ],
-        "positions": cls.paper_positions,
-        "identity": cls.identity,
+        "positions": default.paper_positions,
+        "identity": cls.identity and {k: _listed(v) for k, v in cls.identity.items()},
         "oracle": cls.oracle,
         "backends": ["sdpa", "eager"],
         "summary": (cls.__doc__ or "").strip().splitlines()[0],
     }
+
+
+def _listed(value: Any) -> Any:
+    """A value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _type_name(hint: Any) -> str:
@@ -223,18 +229,68 @@ def keep_for_average(average: float, tokens: int, layer: int, num_layers: int) -
     return kept
 
 
+def schedule_for_average(
+    average: float, tokens: int, layers: Sequence[int], num_layers: int, keep: Sequence[Budget]
+) -> tuple[int, ...]:
+    """Tokens to keep from each of `layers` on, so that layers see `average` on average.
+
+    The shares of `keep` are raised to one common power, so that a geometric schedule stays
+    geometric. The convention is that of :func:`keep_for_average`.
+
+    Args:
+        average: visual tokens per layer and image, averaged over all decoder layers.
+        tokens: visual tokens of an image before the first cut.
+        layers: 0-based layers before which rows leave, rising.
+        num_layers: decoder layers of the model.
+        keep: budgets of the schedule that gives the shape.
+
+    Raises:
+        PlanError: the average cannot be reached at these layers.
+    """
+    spans = [b - a for a, b in zip(layers, [*layers[1:], num_layers], strict=True)]
+    shares = [resolve(k, tokens) / tokens for k in keep]
+
+    def counts(power: float) -> tuple[int, ...]:
+        return tuple(max(1, round(tokens * share**power)) for share in shares)
+
+    def mean(kept: Sequence[int]) -> float:
+        seen = layers[0] * tokens + sum(n * s for n, s in zip(kept, spans, strict=True))
+        return seen / num_layers
+
+    low, high = 0.0, 64.0  # mean() falls with the power
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(counts(middle)) > average else (low, middle)
+    best = min(counts(low), counts(high), key=lambda kept: abs(mean(kept) - average))
+    if abs(mean(best) - average) > 1:
+        floor = mean(counts(64.0))
+        raise PlanError(
+            f"a layer average of {average:g} visual tokens cannot be reached by cuts before "
+            f"layers {'/'.join(map(str, layers))} of {num_layers}: the least is {floor:.1f}",
+            argument="tokens_avg",
+            given=average,
+            expected=f"{floor:.1f} <= average <= {tokens}",
+        )
+    return best
+
+
 class Plan:
     """An ordered list of stages and one seed.
 
     Args:
-        stages: method instances, in the order in which they run.
+        stages: method instances, in the order in which they run. A preset is written as itself
+            and runs as the stages that it stands for.
         seed: seed of all random choices.
+
+    Attributes:
+        written: what was given; spec text and plan files have it.
+        stages: what runs, presets expanded.
     """
 
     def __init__(self, stages: Iterable[Any], seed: int = 0) -> None:
-        self.stages = list(stages)
+        self.written = list(stages)
         self.seed = seed
-        for stage in self.stages:
+        for stage in self.written:
             if not hasattr(stage, "info"):
                 raise PlanError(
                     f"a plan is made of method instances, not {type(stage).__name__}",
@@ -242,6 +298,11 @@ class Plan:
                     given=stage,
                     expected="for example VisionZip(keep=64) or 'visionzip:keep=64'",
                 )
+        self.stages = [
+            own
+            for stage in self.written
+            for own in (stage.expand() if hasattr(stage, "expand") else [stage])
+        ]
 
     @classmethod
     def of(cls, plan: Any) -> Plan:
@@ -277,8 +338,8 @@ class Plan:
 
     @property
     def spec(self) -> str:
-        """The plan as spec text; only values that differ from the defaults are written."""
-        return "+".join(_format_stage(stage) for stage in self.stages)
+        """The plan as spec text; values that are the defaults are not written."""
+        return "+".join(_format_stage(stage) for stage in self.written)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``mllm_plan.json``."""
@@ -289,17 +350,7 @@ class Plan:
             "version": 1,
             "mllm_version": mllm.__version__,
             "seed": self.seed,
-            "stages": [
-                {
-                    "name": stage.info.name,
-                    "version": stage.info.version,
-                    "params": {
-                        f.name: _to_json(getattr(stage, f.name), _hint(stage, f.name))
-                        for f in dataclasses.fields(stage)
-                    },
-                }
-                for stage in self.stages
-            ],
+            "stages": _rows(self.written),
         }
 
     @classmethod
@@ -346,9 +397,14 @@ class Plan:
     def sha256(self) -> str:
         """Hash of what the plan does (the version of mllm is left out)."""
         data = {k: v for k, v in self.to_dict().items() if k != "mllm_version"}
+        data["stages"] = _rows(self.stages)
         for stage, row in zip(self.stages, data["stages"], strict=True):
             if "positions" in row["params"]:
                 row["params"]["positions"] = stage.positions or stage.paper_positions
+            if row["params"].get("calibration"):
+                path = Path(stage.calibration)  # what it says counts, not where it lies
+                if path.is_file():
+                    row["params"]["calibration"] = hashlib.sha256(path.read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
@@ -377,6 +433,21 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.spec!r}, seed={self.seed})"
+
+
+def _rows(stages: Iterable[Any]) -> list[dict[str, Any]]:
+    """Stages as a plan file has them."""
+    return [
+        {
+            "name": stage.info.name,
+            "version": stage.info.version,
+            "params": {
+                f.name: _to_json(getattr(stage, f.name), _hint(stage, f.name))
+                for f in dataclasses.fields(stage)
+            },
+        }
+        for stage in stages
+    ]
 
 
 def _no_unknown(data: dict, known: set[str], what: str) -> None:
@@ -463,7 +534,8 @@ def _format_stage(stage: Any) -> str:
     parts = [stage.info.name]
     for field in dataclasses.fields(stage):
         value = getattr(stage, field.name)
-        if value != field.default or type(value) is not type(field.default):
+        default = field.default
+        if value != default or type(value) is not type(default) or field.name in stage.named:
             parts.append(f"{field.name}={_format_value(value)}")
     return ":".join(parts)
 

@@ -12,23 +12,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import attention
+from mllm.capture import pick
 from mllm.compressors.base import (
     Context,
     Features,
     Grid,
+    Joint,
     Keep,
     Merge,
     Pool,
     Protect,
     Resize,
+    TextEmbeds,
     TokenReducer,
     VisionAttention,
     VisionKeys,
     Write,
 )
-from mllm.errors import PlanError
+from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
-from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of
+from mllm.signals import Compared, Text
+from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of, split_images
 from mllm.tower import TowerRun
 
 if TYPE_CHECKING:
@@ -51,6 +55,25 @@ class Group:
     at: Tensor
 
 
+@dataclass
+class Prompts:
+    """The prompts that the images of a call stand in.
+
+    Attributes:
+        ids: int64 `[batch, rows]`.
+        text: bool `[batch, rows]`, text of the prompt: nothing supervised, no candidates.
+        visual: bool `[batch, rows]`, placeholders.
+        counts: placeholders of these images, of each sample.
+        most: text tokens of the sample that has most, or more.
+    """
+
+    ids: Tensor
+    text: Tensor
+    visual: Tensor
+    counts: list[int]
+    most: int
+
+
 class VisionRun:
     """One call of get_image_features: runs the pre-LLM stages on its images.
 
@@ -64,8 +87,10 @@ class VisionRun:
         family: Family,
         inputs: Mapping[str, Any],
         layouts: list[Layout] | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         self.patched, self.family, self.inputs = patched, family, inputs
+        self.prompts = prompts
         pixels = inputs[family.pixels]
         if layouts is None:
             family.check(inputs)
@@ -87,12 +112,15 @@ class VisionRun:
         self.pieces: dict[Any, list[Tensor]] = {}
         self.costs: dict[Any, list[tuple[int, float]]] = {}
         self.signals: dict[Any, Tensor] = {}
+        self.texts: dict[TextEmbeds, Text] = {}
+        self.unprojected: Tensor | None = None
+        self.compared: tuple[Tensor, Tensor, Tensor] | None = None
         self.cls: Tensor | None = None
         self.resized: list[tuple[int, int]] = []
         self.rows: Tensor | None = None
         self.tower: TowerRun | None = None
         if patched.mergers:  # of families with one grid for all images
-            self.tower = TowerRun(patched, len(layouts), layouts[0].cells, pixels.device)
+            self.tower = TowerRun(patched, len(layouts), layouts[0].grids[0], pixels.device)
 
     def _groups(self, like: Tensor) -> list[Group]:
         members: dict[Layout, list[int]] = {}
@@ -121,8 +149,8 @@ class VisionRun:
             if isinstance(signal, VisionAttention | VisionKeys):
                 module = self.family.block_attention(self.family.block(signal.block))
                 found.setdefault(module, []).append(functools.partial(self._tap, signal))
-        if self.tower is not None:
-            found |= self.tower.taps()
+        for module, taps in ({} if self.tower is None else self.tower.taps()).items():
+            found.setdefault(module, []).extend(taps)
         return found
 
     def _tap(
@@ -131,6 +159,9 @@ class VisionRun:
         """One attention call of the tower: a stack of pictures, or one picture or window."""
         prefix, tokens = self.family.prefix, key.shape[2]
         rows = 0
+        if signal.heads == "joint":  # one head of the full width
+            query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
+            scaling = None
         if isinstance(signal, VisionKeys):
             value = key.mean(1)
         elif signal.query == "cls" and not prefix:
@@ -144,9 +175,12 @@ class VisionRun:
                 scores, rows = scores[:, :, 0], 1
             else:
                 scores, rows = attention.received_attention(query, key, mask, scaling), tokens
-            value = scores.sum(1) if signal.heads == "sum" else scores.mean(1)
-        self.pieces.setdefault(signal, []).append(value[:, prefix:].flatten(0, 1))
-        cost = (tokens - prefix, 2.0 * rows * tokens * query.shape[1] * query.shape[3])
+            value = scores.mean(1) if signal.heads == "mean" else scores.sum(1)
+        value = value[:, prefix:]
+        if self.tower is not None:
+            value = self.tower.spread(value)
+        self.pieces.setdefault(signal, []).append(value.flatten(0, 1))
+        cost = (value.shape[1], 2.0 * rows * tokens * query.shape[1] * query.shape[3])
         self.costs.setdefault(signal, []).extend([cost] * query.shape[0])
 
     def _signal(self, signal: Any, method: str) -> Tensor:
@@ -163,6 +197,64 @@ class VisionRun:
                     self.reduction.selection_flops[image] += flops
                     left -= patches
         return self.signals[signal]
+
+    def _question(self, which: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of text of each prompt, which of them there are, and their ids: `[batch, text]`."""
+        prompts = self.prompts
+        if prompts is None:
+            raise DataError(
+                f"{method} reads the question, and these pictures came without a prompt",
+                argument="input_ids",
+                given=None,
+                expected="the model's forward or generate(), with input_ids",
+            )
+        text = prompts.text
+        if which == "question":
+            text = text & (prompts.visual.long().cumsum(1) > 0)
+        rows = pick(text, prompts.most)
+        there, rows = rows >= 0, rows.clamp(min=0)
+        return rows, there, prompts.ids.gather(1, rows).masked_fill(~there, 0)
+
+    def _owners(self, group: Group) -> Tensor:
+        """The prompt of each image of a group: int64 `[images]`."""
+        owner: dict[int, int] = {}
+        for sample, own in enumerate(split_images(self.prompts.counts, self.reduction.sizes)):
+            for image in own:  # beams share images
+                owner.setdefault(image, sample)
+        return on_device(torch.tensor([owner[image] for image in group.images]), group.at)
+
+    def _text(self, signal: TextEmbeds, group: Group, method: str) -> Text:
+        """The text around each image of a group."""
+        if signal not in self.texts:
+            rows, there, ids = self._question(signal.which, method)
+            words = self.patched.family.model.get_input_embeddings()
+            self.texts[signal] = Text(words(ids), there, rows)
+        whole, at = self.texts[signal], self._owners(group)
+        return Text(whole.embeds[at], whole.valid[at], whole.rows[at])
+
+    def _joint(self, group: Group, method: str) -> Compared:
+        """The images of a group, and the text behind them, in CLIP's joint space."""
+        if self.compared is None:
+            space, layouts = self.patched.space, self.reduction.layouts
+            _, there, ids = self._question("question", method)
+            ids = [
+                row[:n] for row, n in zip(ids.tolist(), there.sum(1).tolist(), strict=True)
+            ]
+            patches = space.patches(self.unprojected.flatten(0, 1))
+            text, valid = space.texts(ids)
+            self.compared = self.family.to_rows(patches, layouts), text, valid
+            width, dim = self.unprojected.shape[-1], text.shape[2]
+            for image, layout in enumerate(layouts):
+                cost = 2.0 * self.family.patches(layout) * width * dim
+                self.reduction.selection_flops[image] += cost
+            for sample, own in enumerate(
+                split_images(self.prompts.counts, self.reduction.sizes)
+            ):
+                for image in own:
+                    cost = space.word_flops * len(ids[sample]) / len(own)
+                    self.reduction.selection_flops[image] += cost
+        (patches, text, valid), at = self.compared, self._owners(group)
+        return Compared(patches[group.at], text[at], valid[at])
 
     # Stages
 
@@ -190,7 +282,7 @@ class VisionRun:
                 given=stage.info.name,
                 expected="a method that chooses tokens",
             )
-        signals: dict[str, Tensor] = {}
+        signals: dict[str, Any] = {}
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
                 signals[name] = features
@@ -198,6 +290,10 @@ class VisionRun:
                     signals["cls"] = self.cls
             elif isinstance(signal, Grid):
                 signals[name] = group.layout.places.cells()
+            elif isinstance(signal, TextEmbeds):
+                signals[name] = self._text(signal, group, stage.info.name)
+            elif isinstance(signal, Joint):
+                signals[name] = self._joint(group, stage.info.name)
             else:
                 signals[name] = self._signal(signal, stage.info.name)[group.at]
         counts = [self.reduction.counts[i] for i in group.images]

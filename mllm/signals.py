@@ -27,22 +27,29 @@ class VisionAttention:
 
     Attributes:
         block: tower block (0-based, negative from the end); None is the block whose output
-            feeds the projector.
+            feeds the projector. A float is a share of the tower's depth, for example 5 / 24.
         query: `"cls"` is the row of [CLS]; `"received"` is the column sum over all rows, the
             substitute for towers without [CLS]; `"auto"` takes [CLS] where there is one.
-        heads: `"sum"` or `"mean"` over heads.
+        heads: `"sum"` or `"mean"` over heads, or `"joint"`: one softmax over the dot products of
+            all heads together, scaled by the full width.
     """
 
-    block: int | None = None
+    block: int | float | None = None
     query: Literal["auto", "cls", "received"] = "auto"
-    heads: Literal["sum", "mean"] = "sum"
+    heads: Literal["sum", "mean", "joint"] = "sum"
 
 
 @dataclass(frozen=True)
 class VisionKeys:
-    """Keys of a tower block, mean over heads: `[images, patches, head_dim]` (see `block`)."""
+    """Keys of a tower block: `[images, patches, head_dim]` (for `block` see above).
 
-    block: int | None = None
+    Attributes:
+        block: tower block.
+        heads: `"mean"` over heads, or `"joint"`: those of all heads side by side.
+    """
+
+    block: int | float | None = None
+    heads: Literal["mean", "joint"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class Grid:
 class TextEmbeds:
     """Input embeddings of text tokens of the prompt: a :class:`Text`, its width the LLM's.
 
+    Before the LLM it has one row per image, the text of its sample.
+
     Attributes:
         which: `"question"` is the text behind a sample's first visual token, `"all"` all text.
     """
@@ -80,14 +89,38 @@ class Text:
     """Text tokens of every sample, in order, filled up to a rectangle.
 
     Attributes:
-        embeds: `[batch, tokens, width]`, what entered the decoder.
-        valid: bool `[batch, tokens]`, false for fillers.
-        rows: int64 `[batch, tokens]`, their rows where the method acts.
+        embeds: `[batch or images, tokens, width]`, what enters the decoder.
+        valid: bool `[batch or images, tokens]`, false for fillers.
+        rows: int64, their rows where the method acts; before the LLM, in the prompt.
     """
 
     embeds: Tensor
     valid: Tensor
     rows: Tensor
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Patches and the question in CLIP's joint space, before the LLM: a :class:`Compared`.
+
+    Only where :func:`mllm.joint.attach` has given the model the text half of its tower's CLIP.
+    The texts are decoded on the host, so the device is asked for them.
+    """
+
+
+@dataclass
+class Compared:
+    """What :class:`Joint` gives, not scaled to length one.
+
+    Attributes:
+        patches: `[images, tokens, dim]`.
+        text: `[images, segments, dim]`, the text behind the first image of the sample.
+        valid: bool `[images, segments]`, false for fillers.
+    """
+
+    patches: Tensor
+    text: Tensor
+    valid: Tensor
 
 
 class _AtLayer:
@@ -163,15 +196,32 @@ class Keys(_AtLayer):
     Attributes:
         layer: decoder layer.
         rope: whether they are rotated to their positions.
+        when: see :class:`AttentionRows`.
     """
 
     layer: int | None = None
     rope: bool = True
+    when: Literal["after", "before"] = "after"
+
+
+@dataclass(frozen=True)
+class Queries(Keys):
+    """Queries of a decoder layer: `[batch, heads, rows, head_dim]`; else as :class:`Keys`."""
 
 
 @dataclass(frozen=True)
 class Values(_AtLayer):
     """Values of a decoder layer: `[batch, kv_heads, rows, head_dim]`."""
+
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Rotary(_AtLayer):
+    """What rotates queries and keys of a decoder layer: `[batch, rows, 2 * rotary_dim]`.
+
+    The cosines of every row's position, then the sines, as the layer is given them.
+    """
 
     layer: int | None = None
 
@@ -184,10 +234,13 @@ class Hidden(_AtLayer):
         layer: decoder layer; None is the layer that is about to run (only with `of="layer"`).
         of: `"layer"` is what enters the layer; `"attn"` and `"mlp"` are the normalised inputs of
             its branches.
+        norm: what enters the layer, through the norm behind the decoder's last layer; what has
+            left the last layer has gone through it already. Only with `of="layer"`.
     """
 
     layer: int | None = None
     of: Literal["layer", "attn", "mlp"] = "layer"
+    norm: bool = False
 
     def at(self, here: int) -> Hidden:
         if self.layer is not None:

@@ -70,15 +70,19 @@ class Layout:
         return _places(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Places:
-    """Per token of one image, `[tokens]` each.
+    """Per token of one image, `[tokens]` each; one object per layout, to cache things by.
 
     Attributes:
         newline: bool, separators.
         tile, frame, row, col: int64 grid and place in it; a separator stands behind its row.
+        part: int64, picture of the tower that it comes from: a frame, the base view, or one of
+            the tiles behind it.
         line: int64, what a separator separates: it stays while a cell of its line stays.
         cell: int64 `[cells]`, tokens that are no separators.
+        parts: pictures of the tower.
+        tiles: rows and columns of tiles behind the base view; zeros without tiles.
     """
 
     newline: Tensor
@@ -87,15 +91,21 @@ class Places:
     row: Tensor
     col: Tensor
     line: Tensor
+    part: Tensor
     cell: Tensor
+    parts: int
+    tiles: tuple[int, int]
 
     def cells(self) -> Places:
         """The tokens that are no separators alone."""
-        here = self.cell
-        return Places(
-            self.newline[here], self.tile[here], self.row[here], self.col[here], self.line[here],
-            here,
-        )
+        return _cells(self)
+
+
+@lru_cache(maxsize=256)
+def _cells(places: Places) -> Places:
+    columns = ("newline", "tile", "frame", "row", "col", "line", "part")
+    own = {name: getattr(places, name)[places.cell] for name in columns}
+    return Places(**own, cell=places.cell, parts=places.parts, tiles=places.tiles)
 
 
 @lru_cache(maxsize=256)
@@ -118,7 +128,28 @@ def _places(layout: Layout) -> Places:
         end[0], end[4] = 1, end[4] + 1
         parts.append(end)
     newline, *place = torch.cat(parts, 1).unbind()
-    return Places(newline.bool(), *place, newline.logical_not().nonzero()[:, 0])
+    tiling, part = layout.tiling, place[0] + place[1]
+    if tiling is not None:
+        tile = [
+            _tile_of(at, layout.grids[-1][i], length, count, layout.grids[0][i])
+            for i, (at, length, count) in enumerate(
+                [(place[2], tiling.height, tiling.rows), (place[3], tiling.width, tiling.cols)]
+            )
+        ]
+        part = torch.where(part > 0, 1 + tile[0] * tiling.cols + tile[1], 0)
+    count = len(layout.grids) if tiling is None else 1 + tiling.rows * tiling.cols
+    cell = newline.logical_not().nonzero()[:, 0]
+    tiles = (0, 0) if tiling is None else (tiling.rows, tiling.cols)
+    return Places(newline.bool(), *place, part=part, cell=cell, parts=count, tiles=tiles)
+
+
+def _tile_of(at: Tensor, size: int, length: int, tiles: int, side: int) -> Tensor:
+    """The tile, along one axis, of places in a tiled view of `size` cells.
+
+    The view shows the middle `length` of `tiles * side` cells, perhaps made smaller.
+    """
+    middle = (2 * at + 1) * length // (2 * size) + (tiles * side - length) // 2
+    return (middle // side).clamp(max=tiles - 1)
 
 
 def split_images(counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]] | None:
@@ -179,6 +210,19 @@ def count_rows(marks: dict[str, Tensor], mask: Tensor | None) -> Counts:
     seen = visual.any(0) & valid
     *marked, valid, seen = torch.cat([visual, valid[None], seen[None]]).sum(2).tolist()
     return Counts(dict(zip(marks, marked, strict=True)), valid, seen)
+
+
+def supervised(labels: Tensor, visual: Tensor | None) -> Tensor:
+    """Rows from the first supervised one on, which are no prompt: bool `[batch, rows]`.
+
+    Args:
+        labels: `[batch, rows]`, -100 is not supervised.
+        visual: bool `[batch, rows]`, placeholders; a prompt goes on at least to its last image.
+    """
+    own = labels != -100
+    if visual is not None:
+        own = own & (visual.flip(1).cumsum(1).flip(1) == 0)
+    return own.long().cumsum(1) > 0
 
 
 def on_device(values: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Merging tokens inside a vision tower: between attention and MLP of its blocks."""
+"""Merging tokens inside a vision tower: within its blocks or behind them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ class TowerRun:
         into: int64 `[images, patches]`, patch that has received each patch.
         seats: int64 `[images, tokens]`, patch in whose place each token is; -1 for [CLS].
         rows: tokens in the attention and in the MLP of each block that has run.
+        depth: blocks whose output the projector sees.
+        grid: (rows, cols) of the patches.
+        flops: what choosing has cost, per image.
     """
 
-    def __init__(self, patched: Patched, images: int, patches: int, device: Any) -> None:
-        self.patched, self.family = patched, patched.family
-        prefix = self.family.prefix
+    def __init__(
+        self, patched: Patched, images: int, grid: tuple[int, int], device: Any
+    ) -> None:
+        self.patched, self.family, self.grid = patched, patched.family, grid
+        prefix, patches = self.family.prefix, grid[0] * grid[1]
         own = torch.arange(patches, device=device).expand(images, -1)
         self.size = torch.ones(images, prefix + patches, device=device)
         self.into = own
@@ -37,11 +42,11 @@ class TowerRun:
         self.rows: list[tuple[int, int]] = []
         self.ran: set[int] = set()
         self._keys: dict[int, Tensor] = {}
-        depth = len(self.family.blocks)
+        self.depth, self.flops = self.family.block(None) + 1, 0.0
         self.stages = {
             block: (number, stage)
             for number, stage in patched.mergers
-            for block in stage.blocks(depth)
+            for block in stage.blocks(self.depth)
         }
         self.proportional = any(stage.proportional for _, stage in patched.mergers)
 
@@ -66,24 +71,28 @@ class TowerRun:
                 given=True,
                 expected="a frozen tower in eval mode, or no checkpointing of the tower",
             )
-        if self.proportional and number and x.shape[1] < self.into.shape[1]:
-            bias = self.size.log()[:, None, None].to(x.dtype)
+        if self.proportional and x.shape[1] < self.family.prefix + self.into.shape[1]:
+            bias = self.size.log()[:, None, None].to(x.dtype).expand(-1, -1, x.shape[1], -1)
             mask = bias if mask is None else mask + bias
         x = x + attend(hidden_states=norm1(x), attention_mask=mask, **kwargs)[0]
         before = x.shape[1]
-        if number in self.stages:
+        _, stage = self.stages.get(number, (None, None))
+        if stage is not None and stage.behind == "attention":
             x = self._merge(number, x)
         self.rows.append((before, x.shape[1]))
-        return x + mlp(norm2(x))
+        x = x + mlp(norm2(x))
+        return self._merge(number, x) if stage is not None and stage.behind == "block" else x
 
     def _merge(self, number: int, x: Tensor) -> Tensor:
         stage_number, stage = self.stages[number]
         prefix, count = self.family.prefix, x.shape[1]
         ctx = TowerContext(
-            stage, self._keys.pop(number), block=number, prefix=prefix, size=self.size
-        )
+            stage, self._keys.pop(number), x, block=number, depth=self.depth,
+            grid=self.grid, prefix=prefix, size=self.size,
+        )  # fmt: skip
         with torch.no_grad():
             into = stage.merge(ctx).into
+        self.flops += ctx.flops
         self.ran.add(stage_number)
         own = torch.arange(count, device=x.device)
         stay = into == own
@@ -106,6 +115,16 @@ class TowerRun:
         self.size, self.seats = along(size, rows, 1), along(self.seats, rows, 1)
         return x
 
+    def spread(self, x: Tensor) -> Tensor:
+        """What was read at the tokens that are left, at their patches; zero at the others.
+
+        Args:
+            x: `[images, tokens without [CLS], ...]`.
+        """
+        seats = self.seats[:, self.family.prefix :]
+        at = seats.view(*seats.shape, *[1] * (x.dim() - 2)).expand_as(x)
+        return x.new_zeros(len(x), self.into.shape[1], *x.shape[2:]).scatter(1, at, x)
+
     def finish(self, reduction: Reduction) -> Tensor:
         """Book what was merged; returns the patch of each feature: int64 `[images, tokens]`."""
         seats = self.seats[:, self.family.prefix :]
@@ -114,6 +133,7 @@ class TowerRun:
         reduction.counts = [seats.shape[1]] * len(keep)
         reduction.into = self.into.flatten()
         reduction.ran |= self.ran
+        reduction.selection_flops = [x + self.flops for x in reduction.selection_flops]
         return seats
 
     def saved(self) -> float:

@@ -11,9 +11,9 @@ from mllm.capture import reads_before
 from mllm.compressors.base import (
     AttentionRows,
     Hidden,
+    Joint,
     TokenReducer,
     VisionAttention,
-    VisionKeys,
 )
 from mllm.errors import PlanError
 
@@ -163,16 +163,11 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
 
 
 def _check_tower(patched: Patched) -> None:
-    """Refuse merging in a tower that cannot do it, or beside what reads the full tower."""
+    """Refuse merging in a tower that cannot do it, or before what needs all its tokens."""
     for _, stage in patched.mergers:
         name, family = type(patched.family.model).__name__, patched.family
         others = [s for _, s in patched.reducers if patched.site(s) == "pre_projector"]
-        others += [
-            s
-            for _, s in patched.reducers
-            if any(isinstance(x, VisionAttention | VisionKeys) for x in s.reads().values())
-        ]
-        blocks = [family.block_attention(b) for b in stage.blocks(len(family.blocks))]
+        blocks = [family.block_attention(b) for b in stage.blocks(family.block(None) + 1)]
         backends = {compat.attention_name(block) for block in blocks}
         if not family.per_token or len(family.feature_blocks()) > 1:
             reason = f"the projector of {name} joins tower tokens, or reads several blocks"
@@ -217,6 +212,16 @@ def _check_fit(patched: Patched, stage: Any) -> None:
                 argument="query",
                 given="cls",
                 expected="received, or auto",
+            )
+        if isinstance(signal, Joint) and (
+            patched.space is None or patched.mergers or len(family.feature_blocks()) > 1
+        ):
+            raise PlanError(
+                f"{stage.info.name} compares patches with words in CLIP's space, and {name} has "
+                + ("no text tower" if patched.space is None else "no features of its last block"),
+                argument="relevance",
+                given="clip",
+                expected="mllm.joint.attach(model, space) before the patch, or relevance=llm",
             )
     if family.mrope and patched.positions(stage) == "compact":
         raise PlanError(

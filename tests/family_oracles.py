@@ -61,19 +61,28 @@ class Seen:
 
 
 @torch.no_grad()
-def seen(family: str, sample: Sample, ordinal: int) -> Seen:
-    """Read the block before the projector (for Qwen2.5-VL the last that sees everything)."""
+def seen(
+    family: str, sample: Sample, ordinal: int, block: int | None = None, joint: bool = False
+) -> Seen:
+    """Read a block: the one before the projector (for Qwen2.5-VL the last that sees everything).
+
+    Args:
+        block: another block.
+        joint: one softmax over the full width instead of one per head; keys side by side.
+    """
     net, picture = reference(family), sample.pictures[ordinal]
     family, whole = base_name(family), family
     tower = net.base_model.get_encoder("image")
     caught = {}
     if KITS[family].mrope:
-        attention = tower.blocks[1 if family == "qwen2_5_vl" else -1].attn
+        last = 1 if family == "qwen2_5_vl" else -1
+        attention = tower.blocks[last if block is None else block].attn
     else:
         encoder = getattr(tower, "vision_model", tower).encoder
         last = -2 if family in ("llava", "llava_next") else -1
-        block = getattr(encoder, "layers", getattr(encoder, "layer", None))[last]
-        attention = getattr(block, "self_attn", getattr(block, "attention", None))
+        last = last if block is None else block
+        module = getattr(encoder, "layers", getattr(encoder, "layer", None))[last]
+        attention = getattr(module, "self_attn", getattr(module, "attention", None))
     handle = attention.register_forward_pre_hook(
         lambda _, args, kwargs: caught.update(
             kwargs, x=args[0] if args else kwargs["hidden_states"]
@@ -93,6 +102,8 @@ def seen(family: str, sample: Sample, ordinal: int) -> Seen:
             p(x).unflatten(-1, (n, -1)).transpose(1, 2)
             for p in (attention.q_proj, attention.k_proj)
         )
+    if joint:
+        q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, k))
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [tiles, heads, n, n]
     if caught.get("attention_mask") is not None:  # of a picture that does not fill its square
         logits = logits + caught["attention_mask"]

@@ -51,15 +51,19 @@ class Seen:
     Attributes:
         logits: `[tokens, vocabulary]`.
         alive: bool `[tokens]`, rows that are there at the end.
-        hidden: what enters each layer; `attn` and `mlp` are the normalised inputs of branches.
+        hidden: what enters each layer; `normed` is that through the last norm; `attn` and `mlp`
+            are the normalised inputs of branches.
         weights: attention `[heads, tokens, tokens]`; `raw` its logits.
         bare: logits without rotary positions.
+        rotary: `[tokens, 2 * dim]`, cosines and sines.
         keys, plain_keys, values: `[kv_heads, tokens, dim]`, rotated, not rotated.
+        queries, plain_queries: `[heads, tokens, dim]`.
     """
 
     logits: Tensor
     alive: Tensor
     hidden: list[Tensor] = field(default_factory=list)
+    normed: list[Tensor] = field(default_factory=list)
     attn: list[Tensor] = field(default_factory=list)
     mlp: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -67,7 +71,10 @@ class Seen:
     bare: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     plain_keys: list[Tensor] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
+    plain_queries: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    rotary: list[Tensor] = field(default_factory=list)
 
 
 def _whole(x: Any, n: int, neutral: float | bool) -> Any:
@@ -141,8 +148,10 @@ def run_with_gradients(
         cos, sin = lm.rotary_emb(
             h[None], place[:, None] if place.dim() == 2 else place[None], *kind
         )
+        seen.rotary.append(torch.cat([cos[0], sin[0]], -1))
         x = layer.input_layernorm(h)
         seen.hidden.append(h)
+        seen.normed.append(lm.norm(h))
         seen.attn.append(x)
         out = _attend(layer.self_attn, x, cos[0], sin[0], see, i, edits, there, rows, seen)
         if family == "gemma3":
@@ -178,11 +187,13 @@ def _attend(a, x, cos, sin, see, i, edits, there, rows, seen) -> Tensor:
     k = split(a.k_proj, getattr(a, "k_norm", None))
     v = split(a.v_proj)
     seen.plain_keys.append(k)
+    seen.plain_queries.append(q)
     seen.values.append(v)
     group = len(q) // len(k)
     bare = q @ k.repeat_interleave(group, 0).transpose(-1, -2) * a.scaling
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     seen.keys.append(k)
+    seen.queries.append(q)
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     logits = q @ k.transpose(-1, -2) * a.scaling
     if i in edits.bias:

@@ -5,6 +5,8 @@ The checks are plain functions, so that the mutation tests can run them on a bro
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import itertools
 import random
@@ -16,6 +18,7 @@ import oracles
 import pytest
 import tiny
 import torch
+import zoo_oracles as cards
 from oracles import Cut, Rows
 from tiny import Sample
 from torch import Tensor
@@ -72,6 +75,20 @@ def _divprune(keep, positions):
     return rows
 
 
+def _cdpruner(keep, positions):
+    def rows(model, sample, kept):
+        chosen, at = [], 0
+        words = model.model.language_model.embed_tokens(sample.ids)
+        behind = ~sample.visual & (sample.visual.cumsum(0) > 0)
+        for picture in sample.pixels:
+            features = oracles.project(model, oracles.tower(model, picture).patches)
+            chosen += [at + i for i in oracles.cdpruner(features, words[behind], keep)]
+            at += len(features)
+        return oracles.dropped(model, sample, torch.tensor(chosen, dtype=torch.long), positions)
+
+    return rows
+
+
 def _visionzip(keep, positions="compact", **options):
     def rows(model, sample, kept):
         blocks = [
@@ -94,6 +111,35 @@ def _pooled(reference, small, positions):
     return rows
 
 
+def _picked(choose, keep, positions="compact"):
+    """Tokens that a reference chooses picture by picture."""
+
+    def rows(model, sample, kept):
+        n = SIDE * SIDE
+        own = [[i * n + t for t in choose(model, p, keep)] for i, p in enumerate(sample.pixels)]
+        return oracles.dropped(model, sample, torch.tensor(sum(own, [])).long(), positions)
+
+    return rows
+
+
+def _merged(block, keep, positions="compact", **options):
+    """Tokens that a reference makes picture by picture."""
+
+    def rows(model, sample, kept):
+        blocks = [block(model, p, keep, **options) for p in sample.pixels]
+        return oracles.rebuilt(model, sample, blocks, positions)
+
+    return rows
+
+
+def _pyramid(levels, positions, order):
+    def reference(model, picture, small, seats):
+        block = oracles.pyramid(model, picture, levels, order)
+        return dataclasses.replace(block, seat=seats)
+
+    return _pooled(reference, None, positions)
+
+
 LAYOUTS = ["alone-left", "padded-left", "padded-right"]
 
 _CASES = [
@@ -111,6 +157,25 @@ _CASES = [
     Case(
         "downsample:keep=8:positions=original",
         _pooled(oracles.downsample, (2, 4), "original"),
+        placed=False,
+    ),
+    Case("adaptivepool:grid=2/3", _pooled(oracles.avgpool, (2, 3), "compact"), placed=False),
+    Case(
+        "pyramid:keep=6:positions=original",
+        _pyramid([(2, 2), (1, 1)], "original", [0, 1, 4, 2, 3]),
+        placed=False,
+    ),
+    Case("pyramid:grids=3/1x2", _pyramid([(3, 3), (1, 2)], "compact", range(11)), placed=False),
+    Case("ggem:keep=4:p=1/2/3", _pooled(oracles.ggem, (2, 2), "compact"), placed=False),
+    Case(
+        "pllava:grid=2/4:positions=original",
+        _pooled(oracles.avgpool, (2, 4), "original"),
+        placed=False,
+    ),
+    Case("vmtc:keep=8", _merged(oracles.vmtc_block, 8), placed=False),
+    Case(
+        "vmtc:keep=6:primary=0.0:rounds=2:positions=original",
+        _merged(oracles.vmtc_block, 6, "original", primary=0.0, rounds=2),
         placed=False,
     ),
     Case("visionzip:keep=10", _visionzip(10), placed=False),
@@ -134,6 +199,15 @@ _CASES = [
         _plain,
         [Cut(1, 9, "compact"), Cut(3, 0.5, "compact")],
     ),
+    Case("cdpruner:keep=6", _cdpruner(6, "compact")),
+    Case("cdpruner:keep=9:positions=original", _cdpruner(9, "original")),
+    Case("holov:keep=7:crops=3", _picked(functools.partial(oracles.holov_alone, crops=3), 7)),
+    Case("dart:layer=2:keep=11:rope=false", _plain, [Cut(2, choose=oracles.dart(11))]),
+    Case(
+        "dart:layer=1:keep=9:pivots=2:text_pivots=3:rope=false:positions=compact",
+        _plain,
+        [Cut(1, positions="compact", choose=oracles.dart(9, pivots=2, text_pivots=3))],
+    ),
     Case(
         "visionzip:keep=10+fastv:layer=2:keep=3:positions=compact",
         _visionzip(10),
@@ -145,6 +219,95 @@ _CASES = [
         "divprune:keep=9:positions=original+fastv:layer=2:keep=2:positions=compact",
         _divprune(9, "original"),
         [Cut(2, 2, "compact")],
+    ),
+    Case("fastervlm:keep=5", _picked(cards.fastervlm, 5)),
+    Case("prumerge:neighbours=3", _merged(cards.prumerge_block, None, neighbours=3), placed=False),
+    Case(
+        "prumergeplus:keep=9:neighbours=3:merge=mean",
+        _merged(cards.prumerge_block, 9, neighbours=3, merge="mean", plus=True),
+        placed=False,
+    ),
+    Case("hired:keep=6", _picked(cards.hired_alone, 6)),
+    Case(
+        "vscan_vision:keep=9:window=2:local=0.0+vscan_llm:keep=3",
+        _merged(cards.vscan_block, 9, window=2),
+        [Cut(2, positions="compact", choose=cards.pyramiddrop(3))],
+        placed=False,
+    ),
+    Case("vispruner:keep=6:step=3", _picked(cards.vispruner_alone, 6)),
+    Case("vtw:layer=2", _plain, [Cut(2, choose=cards.withdrawn)]),
+    Case(
+        "feather:layers=1/3:keep=5/2:stride=2",
+        _plain,
+        [Cut(1, choose=cards.feather(5, 2)), Cut(3, choose=cards.feather(2, None))],
+    ),
+    Case(
+        "fitprune:layers=1/2/3:keep=0.7/6/0.2",
+        _plain,
+        [Cut(i, choose=cards.fitprune_cut(k)) for i, k in [(1, 0.7), (2, 6), (3, 0.2)]],
+    ),
+    Case(
+        "btp:layers=1/2:keep=10/6:spatial=0.4/0.0:attention=0.5/0.5:diversity=0.3/0.4:over=2.0/1.5"
+        ":end=3",
+        _plain,
+        [
+            Cut(1, choose=cards.btp_cut(10, spatial=0.4, attention=0.5, diversity=0.3, over=2.0)),
+            Cut(2, choose=cards.btp_cut(6, spatial=0.0, attention=0.5, diversity=0.4, over=1.5)),
+            Cut(3, choose=cards.withdrawn),
+        ],
+    ),
+    Case(
+        "pyramiddrop:keep=0.5/5/0.125",
+        _plain,
+        [
+            Cut(i, positions="compact", choose=cards.pyramiddrop(k))
+            for i, k in [(1, 0.5), (2, 5), (3, 0.125)]
+        ],
+    ),
+    Case(
+        "sparsevlm:keep=9/5/0.125:cluster=2:recycle=0.5",
+        _plain,
+        [
+            Cut(i, positions="compact",
+                choose=cards.sparsevlm_cut(k, recycle=0.5, per_cluster=2))
+            for i, k in [(1, 9), (2, 5), (3, 0.125)]
+        ],
+        placed=False,
+    ),
+    Case(
+        "sparsevlm:version=2.0:keep=9/5/2",
+        _plain,
+        [
+            Cut(i, choose=cards.sparsevlm_cut(k, True, recycle=0, per_cluster=10, heads=14 / 32))
+            for i, k in [(1, 9), (2, 5), (3, 2)]
+        ],
+    ),
+    Case("topv:layer=2:keep=5", _plain, [Cut(2, choose=cards.topv_cut(5))]),
+    Case(
+        "topv:layer=1:keep=9:positions=compact",
+        _plain,
+        [Cut(1, positions="compact", choose=cards.topv_cut(9))],
+    ),
+    Case(
+        "pact:layer=2:keep=0.8:distance=0.9:proportional=false",
+        _plain,
+        [Cut(2, choose=cards.pact_cut(0.8, 0.9))],
+    ),
+    Case(
+        "dualfilter:layers=1/3:together=0.07:alone=0.09",
+        _plain,
+        [Cut(i, positions="compact", choose=cards.dualfilter_cut(0.07, 0.09)) for i in (1, 3)],
+    ),
+    Case(
+        "windowmerge:share=0.5:window=2",
+        _merged(cards.windowmerge_block, None, share=0.5, window=2),
+        placed=False,
+    ),
+    Case(
+        "windowmerge:share=0.25:window=2:positions=original+fastv:layer=2:keep=5",
+        _merged(cards.windowmerge_block, None, "original", share=0.25, window=2),
+        [Cut(2, 5)],
+        placed=False,
     ),
 ]
 CASES = {case.spec: case for case in _CASES}
@@ -249,8 +412,9 @@ def watch(model):
     """Rows that really enter every decoder layer, by hooks of our own."""
     rows = {}
     for i, layer in enumerate(model.model.language_model.layers):
-        # On the norm inside the layer: whatever an engine does around a layer, this is after it.
-        layer.input_layernorm.register_forward_pre_hook(
+        # On a norm inside the layer: whatever an engine does around a layer, this is after it; and
+        # not on the first norm, which is also called for attention that is read beforehand.
+        layer.post_attention_layernorm.register_forward_pre_hook(
             lambda _, args, i=i: rows.setdefault(i, []).append(args[0].shape[1])
         )
     return rows

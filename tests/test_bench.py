@@ -119,7 +119,9 @@ def test_unequal_prompts_are_padded_on_the_left(model):
 
 def test_pairs_alternate_their_order(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "_timed", lambda which, inputs: seen.append(which) or (1.0, 0.5))
+    monkeypatch.setattr(
+        bench, "timed_prefill", lambda which, inputs: seen.append(which) or (1.0, 0.5)
+    )
     times, others = bench.time_pairs("a", "b", {}, 3, warmup=1)
     assert "".join(seen) == "ab" + "ab" + "ba" + "ab"
     assert times.shape == (3, 2, 2) and others.shape == (3, 0)
@@ -127,7 +129,7 @@ def test_pairs_alternate_their_order(monkeypatch):
 
 def test_each_time_is_booked_to_its_model(monkeypatch):
     cost = {"base": (4.0, 2.0), "other": (1.0, 0.5)}
-    monkeypatch.setattr(bench, "_timed", lambda which, inputs: cost[which])
+    monkeypatch.setattr(bench, "timed_prefill", lambda which, inputs: cost[which])
     times, _ = bench.time_pairs("base", "other", {}, 2)
     assert np.array_equal(times[..., 0], [[4.0, 1.0], [4.0, 1.0]])
     assert np.array_equal(times[..., 1], [[2.0, 0.5], [2.0, 0.5]])
@@ -139,7 +141,7 @@ def test_attainable_is_the_unpatched_tower_and_layers_at_the_plans_lengths(model
         llm = inputs["input_ids"].shape[1] / 10 if which is model else 3.0
         return (llm + 1.0, llm)
 
-    monkeypatch.setattr(bench, "_timed", timed)
+    monkeypatch.setattr(bench, "timed_prefill", timed)
     row = bench._row(
         model, "fastv:layer=2:keep=0.25", bench.random_inputs(model, visual=32, text=9, batch=1),
         3, None, "", None,

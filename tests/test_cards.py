@@ -12,189 +12,21 @@ import tiny
 import torch
 from families import LAYERS, collate, model, samples
 from matrix import CLOSE_CALL, equal
-from torch import Tensor
 
 import mllm
 from mllm.compressors.base import (
-    AttentionRows,
     BranchRows,
-    Budget,
-    ColumnMass,
     Evict,
-    Grid,
     Hidden,
     Insert,
-    Keep,
     LayerMethod,
-    LayerPruner,
-    LayerSchedule,
-    Merge,
     Positions,
-    TextEmbeds,
-    Write,
-    merge_rows,
-    top_k,
 )
 from mllm.plan import MethodInfo
 
 
 def sketch(name: str) -> MethodInfo:
     return MethodInfo(name, "llm", reference_layers=LAYERS)
-
-
-@dataclass
-class VTW(LayerPruner):
-    """No visual token from a layer on."""
-
-    layer: int | None = 2
-    positions: Positions | None = None
-    info = sketch("vtw")
-
-    def act(self, ctx):
-        return [Keep(torch.zeros_like(ctx.visual))]
-
-
-@dataclass
-class SparseVLM(LayerSchedule):
-    """Text that resembles the picture rates; some of what goes is recycled into clusters."""
-
-    layers: tuple[int, ...] | None = (2, 3)
-    keep: tuple[Budget, ...] = (0.5, 3)
-    positions: Positions | None = None
-    info = sketch("sparsevlm")
-    actions = ("Keep", "Merge", "Write")
-
-    def reads(self):
-        return {
-            "rows": AttentionRows(rows=self.raters), "text": TextEmbeds(),
-            "inputs": Hidden(layer=0), "hidden": Hidden(),
-        }  # fmt: skip
-
-    def raters(self, ctx) -> Tensor:
-        if "raters" not in ctx.state:  # chosen once, by what enters the decoder
-            text = ctx["text"]
-            like = ctx["inputs"] @ text.embeds.transpose(1, 2)
-            like = like.masked_fill(~text.valid[:, None], -1e9).softmax(-1)
-            rate = (like * ctx.visual[..., None]).sum(1) / ctx.visual.sum(1, True).clamp(min=1)
-            mean = rate.sum(1, True) / text.valid.sum(1, True).clamp(min=1)
-            chosen = (text.valid & (rate > mean)).int()
-            mask = torch.zeros_like(ctx.visual, dtype=torch.int).scatter_add(1, text.rows, chosen)
-            ctx.state["raters"] = mask > 0, ctx.index
-        return ctx.bring(*ctx.state["raters"])
-
-    def score(self, ctx) -> Tensor:
-        count = (ctx.queries("rows") >= 0).sum(1, True).clamp(min=1)
-        return ctx["rows"].sum(1) / count
-
-    def act(self, ctx):
-        (kept,) = super().act(ctx)
-        gone = ctx.visual & ~kept.mask
-        recycled = top_k(self.score(ctx), gone, (0.3 * gone.sum(1)).int() + 1)
-        centre = top_k(self.score(ctx), recycled, 1)
-        own = torch.arange(gone.shape[1]).expand_as(gone)
-        at = centre.int().argmax(1, keepdim=True)
-        into = torch.where(recycled, at, torch.where(gone, -1, own))
-        values = merge_rows(ctx["hidden"], into)
-        return [Keep(kept.mask | centre), Merge(into), Write(values)]
-
-
-@dataclass
-class Feather(LayerSchedule):
-    """Scores without rotary positions, and a coarse grid at the first cut."""
-
-    layers: tuple[int, ...] | None = (1, 3)
-    keep: tuple[Budget, ...] = (0.25, 0.125)
-    positions: Positions | None = None
-    info = sketch("feather")
-
-    def reads(self):
-        return {"rows": AttentionRows(rope=False), "grid": Grid()}
-
-    def score(self, ctx) -> Tensor:
-        return ctx["rows"][:, 0]
-
-    def act(self, ctx):
-        (kept,) = super().act(ctx)
-        if ctx.layer != self.layers[0]:
-            return [kept]
-        grid = ctx["grid"]
-        return [Keep(kept.mask | ((grid.row % 3 == 1) & (grid.col % 3 == 1)))]
-
-
-@dataclass
-class TopV(LayerPruner):
-    """Optimal transport between what enters a layer and what its MLP reads."""
-
-    layer: int | None = 2
-    keep: Budget = 0.5
-    positions: Positions | None = None
-    info = sketch("topv")
-
-    def reads(self):
-        return {
-            "source": Hidden(layer=self.layer - 1), "target": Hidden(of="mlp"), "grid": Grid()
-        }  # fmt: skip
-
-    def score(self, ctx) -> Tensor:
-        grid, pair = ctx["grid"], ctx.visual[:, :, None] & ctx.visual[:, None]
-        cost = torch.cdist(ctx["source"], ctx["target"]).square()
-        place = torch.stack([grid.row, grid.col], -1)
-        cost = cost / cost.masked_fill(~pair, 0).amax((1, 2), True).clamp(min=1e-6)
-        cost = cost + 1 - torch.exp(-torch.cdist(place, place).square() / 50)
-        kernel = torch.exp(-cost / 0.1) * pair
-        u = v = ctx.visual.float()
-        for _ in range(3):
-            u = ctx.visual / (kernel @ v[..., None])[..., 0].clamp(min=1e-9)
-            v = ctx.visual / (kernel.transpose(1, 2) @ u[..., None])[..., 0].clamp(min=1e-9)
-        return (u[..., None] * kernel * v[:, None]).sum(2)
-
-
-@dataclass
-class FitPrune(LayerMethod):
-    """Every layer drops a few of those that neither pictures nor text look at."""
-
-    drop: int = 2
-    positions: Positions | None = None
-    info = sketch("fitprune")
-
-    def at(self):
-        return range(1, LAYERS)
-
-    def reads(self):
-        return {
-            "own": ColumnMass(rows="visual", heads="max"),
-            "cross": ColumnMass(rows="text", heads="max"),
-        }  # fmt: skip
-
-    def act(self, ctx):
-        count = (ctx.visual.sum(1) - self.drop * ctx.images).clamp(min=0)
-        return [Keep(top_k(ctx["own"] * ctx["cross"], ctx.visual, count))]
-
-
-@dataclass
-class ZipVL(LayerMethod):
-    """Every layer attends among the tokens that carry most of the mass."""
-
-    share: float = 0.9
-    positions: Positions | None = None
-    info = sketch("zipvl")
-    actions = ("BranchRows",)
-
-    def at(self):
-        return range(LAYERS)
-
-    def reads(self):
-        return {"rows": AttentionRows(rows="window", window=4, when="before")}
-
-    def act(self, ctx):
-        mass = ctx["rows"].sum(1).masked_fill(~ctx.prompt, 0)
-        ranked = mass.sort(1, descending=True).values
-        needed = (ranked.cumsum(1) < self.share * ranked.sum(1, True)).sum(1) + 1
-        important = top_k(mass, ctx.prompt, needed)
-        tail = torch.arange(mass.shape[1]) == torch.where(
-            ctx.prompt, torch.arange(mass.shape[1]), -1
-        ).amax(1, keepdim=True)
-        return [BranchRows(ctx.layer, "attn", important | tail | ~ctx.prompt)]
 
 
 @dataclass
@@ -224,11 +56,10 @@ class SkipVision(LayerMethod):
         ]  # fmt: skip
 
 
-SKETCHES = [VTW(), SparseVLM(), Feather(), TopV(), FitPrune(), ZipVL(), SkipVision()]
+SKETCHES = [SkipVision()]
 #: Visual tokens that enter each layer, of a picture of 16.
 COUNTS = {
-    "vtw": [16, 16, 0, 0], "sparsevlm": [16, 16, 9, 4], "topv": [16, 16, 8, 8],
-    "fitprune": [16, 14, 12, 10], "zipvl": [16] * 4, "skipvision": [16] * 4,
+    "skipvision": [16] * 4,
 }  # fmt: skip
 
 

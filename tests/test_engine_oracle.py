@@ -37,6 +37,8 @@ def test_prompt(spec, layout, attn):
         "visionzip:keep=8:positions=original",
         "divprune:keep=6",
         "visionzip:keep=10+fastv:layer=2:keep=0.5",
+        "fastervlm:keep=5",
+        "prumerge:neighbours=3",
     ]
 )
 def test_a_tower_without_cls(spec, attn):

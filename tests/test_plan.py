@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from typing import Literal
 
 import pytest
@@ -15,6 +16,7 @@ from mllm import plan as plan_module
 from mllm.compressors.base import Keep, TokenReducer
 from mllm.errors import PlanError
 from mllm.plan import Plan, get_method, register
+from mllm.plan import _options as options
 
 NAMES = sorted(row["name"] for row in mllm.methods())
 keeps = st.one_of(
@@ -27,16 +29,69 @@ keeps = st.one_of(
 def stages(draw):
     """Any method with any legal parameters, some of them left at their defaults."""
     cls = get_method(draw(st.sampled_from(NAMES)))
+    hints, cuts = typing.get_type_hints(cls), len(getattr(cls, "paper_layers", ()))
     values = {
-        "keep": keeps,
+        "keep": st.tuples(*[keeps] * cuts) if cuts else keeps,
+        "layers": st.sets(st.integers(1, 60), min_size=cuts or 1, max_size=cuts or None)
+        .map(sorted)
+        .map(tuple)
+        | (st.nothing() if cuts else st.none()),
         "layer": st.one_of(st.none(), st.integers(1, 60)),
         "positions": st.sampled_from(["original", "compact"]),
         "dominant": st.floats(0.01, 1),
         "cls": st.booleans(),
+        "window": st.integers(2, 24),
+        "local": st.floats(0, 1),
+        "alpha": st.floats(0, 1),
+        "stride": st.integers(1, 9),
+        "step": st.integers(1, 64),
+        "version": st.sampled_from(["1.5", "2.0"]),
+        "budget": st.sampled_from([192, 128, 96, 64]),
+        "recycle": st.floats(0, 1),
+        "cluster": st.integers(1, 100),
+        "heads": st.floats(0.01, 1),
+        "neighbours": st.integers(1, 64),
+        "important": st.floats(0.01, 1),
         "merge": st.sampled_from(["sum", "mean"]),
         "seed": st.integers(0, 2**31),
+        "spatial": st.tuples(*[st.floats(0, 1)] * cuts),
+        "attention": st.tuples(*[st.floats(0, 1)] * cuts),
+        "diversity": st.tuples(*[st.floats(0, 1)] * cuts),
+        "over": st.tuples(*[st.floats(1, 9)] * cuts),
+        "end": st.none() | st.just(0) | st.integers(61, 99),
+        "calibration": st.none(),  # a file beside layers is refused
+        "pivots": st.integers(1, 9),
+        "text_pivots": st.integers(0, 9),
+        "relevance": st.sampled_from(["llm", "clip"]),
+        "theta": st.none() | st.floats(0, 0.99),
+        "grid": st.tuples(st.integers(1, 64), st.integers(1, 64)),
+        "grids": st.none() | st.lists(st.sampled_from(["12", "6x8", "1"]), min_size=1).map(tuple),
+        "count": st.integers(1, 9),
+        "p": st.lists(st.floats(0.1, 9), min_size=1, max_size=3).map(tuple),
+        "frames": st.integers(1, 64),
+        "inflect": st.floats(-1, 1),
+        "r": st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
+        "crops": st.none() | st.integers(1, 64),
+        "beta": st.floats(0, 9),
+        "gamma": st.floats(0, 9),
+        "sigma": st.floats(0.1, 9),
+        "epsilon": st.floats(0.1, 9),
+        "iterations": st.integers(1, 9),
+        "recover": st.floats(0, 1),
+        "tau": st.floats(0.1, 1),
+        "recent": st.integers(1, 99),
+        "spread": st.integers(0, 99),
+        "primary": st.floats(0, 1),
+        "rounds": st.integers(0, 9),
+        "share": st.floats(0.1, 0.9),
+        "block": st.integers(-3, 3),
+        "together": st.floats(0, 1),
+        "alone": st.floats(0, 1),
+        "distance": st.floats(0, 2),
+        "retrieve": st.floats(0, 9),
     }
     names = [f.name for f in dataclasses.fields(cls)]
+    values |= {name: st.booleans() for name in names if bool in options(hints[name])}
     assert set(names) <= set(values), "a new parameter needs a strategy here"
     given = draw(st.sets(st.sampled_from(names)))
     return cls(**{name: draw(values[name]) for name in sorted(given)})
@@ -191,7 +246,7 @@ def test_methods_describe_themselves():
     assert json.loads(json.dumps(rows)) == rows
     for row in rows:
         assert keys <= set(row)
-        assert row["stage"] in ("pre_llm", "llm")
+        assert row["stage"] in ("pre_llm", "llm", "preset")
         assert row["oracle"] in ("mask", "rebuild", "reference")
         assert row["positions"] in ("original", "compact")
         assert {"sdpa", "eager"} <= set(row["backends"])
@@ -295,6 +350,22 @@ def test_files_that_are_no_plan(content, tmp_path):
         Plan.from_pretrained(tmp_path / "nothing here")
 
 
+def test_a_preset_is_written_as_one_and_runs_as_its_stages(tmp_path):
+    """The paper's name stands in spec text and files; everything else sees the stages."""
+    plan = Plan.from_spec("vscan:keep=64+fastv:layer=20")
+    assert plan.spec == "vscan:keep=64+fastv:layer=20" and len(plan.stages) == 3
+    parts = Plan.from_spec("vscan_vision:keep=96+vscan_llm:keep=32+fastv:layer=20")
+    assert plan.stages == parts.stages and plan.sha256 == parts.sha256
+    plan.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path) == plan
+    (row,) = [row for row in mllm.methods() if row["name"] == "vscan"]
+    assert row["stage"] == "preset" and row["site"] == "several"
+    assert set(row["actions"]) == {"Keep", "Merge", "Write"}
+    assert "VisionAttention" in row["reads"] and "AttentionRows" in row["reads"]
+    with pytest.raises(PlanError, match="did you mean: keep"):
+        Plan.from_spec("vscan:kep=64")
+
+
 def test_a_plan_is_made_of_stages():
     for wrong in [[1], [None], ["fastv"], 3, None]:
         with pytest.raises(PlanError) as caught:
@@ -307,6 +378,12 @@ def test_a_plan_is_made_of_stages():
 )
 def test_budgets_in_python(keep):
     for name in NAMES:
+        if "keep" not in typing.get_type_hints(get_method(name)):
+            continue
+        if keep is None and type(None) in typing.get_args(
+            typing.get_type_hints(get_method(name))["keep"]
+        ):
+            continue  # the method's own rule
         with pytest.raises(PlanError) as caught:
             get_method(name)(keep=keep)
         assert caught.value.argument == "keep"

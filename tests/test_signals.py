@@ -25,6 +25,8 @@ from mllm.compressors.base import (
     Keys,
     LayerSchedule,
     Positions,
+    Queries,
+    Rotary,
     TextEmbeds,
     Values,
 )
@@ -127,9 +129,16 @@ SIGNALS = {
     "keys": (Keys(), per_row("keys", HERE - 1)),
     "keys of layer 0": (Keys(layer=0), per_row("keys", 0)),
     "plain keys": (Keys(rope=False), per_row("plain_keys", HERE - 1)),
+    "keys before": (Keys(when="before"), per_row("keys", HERE)),
+    "plain keys before": (Keys(rope=False, when="before"), per_row("plain_keys", HERE)),
+    "queries": (Queries(), per_row("queries", HERE - 1)),
+    "plain queries before": (Queries(rope=False, when="before"), per_row("plain_queries", HERE)),
     "values": (Values(), per_row("values", HERE - 1)),
+    "rotary": (Rotary(), per_row("rotary", HERE - 1)),
+    "rotary of layer 0": (Rotary(layer=0), per_row("rotary", 0)),
     "hidden": (Hidden(), per_row("hidden", HERE)),
     "hidden of layer 0": (Hidden(layer=0), per_row("hidden", 0)),
+    "hidden, normed": (Hidden(norm=True), per_row("normed", HERE)),
     "hidden at the attention": (Hidden(of="attn"), per_row("attn", HERE - 1)),
     "hidden at the MLP": (Hidden(layer=1, of="mlp"), per_row("mlp", 1)),
 }
@@ -177,7 +186,7 @@ def test_signals(family, attn, kind, side):
         for name, (signal, want) in SIGNALS.items():
             theirs = want(seen, sample, alive)
             mine = ctx[name][b].index_select(
-                -2 if isinstance(signal, Keys | Values | Hidden) else -1, rows
+                -2 if isinstance(signal, Keys | Values | Hidden | Rotary) else -1, rows
             )
             if isinstance(signal, AttentionRows):
                 count = theirs.shape[-2]

@@ -116,6 +116,11 @@ PREFILL = {
     ("llava", PRE): (0, 1),
     ("llava", "visionzip:keep=8"): (0, 1),
     ("llava", "avgpool:keep=4"): (0, 1),
+    ("llava", "cdpruner:keep=3"): (0, 1),
+    ("llava", "holov:keep=3"): (0, 1),
+    ("llava", "vmtc:keep=4"): (0, 1),
+    ("llava", "dart:layer=2:keep=3"): (1, 3),
+    ("llava", "topv:layer=2:keep=3"): (1, 3),
     ("llava", IN): (1, 3),
     ("llava", BOTH): (0, 3),
     ("llava", TWO): (1, 5),
@@ -126,6 +131,17 @@ PREFILL = {
     ("llava_next", IN): (5, 7),
     ("gemma3", PRE): (2, 2),
     ("gemma3", IN): (2, 3),
+    ("llava", "fastervlm:keep=5"): (0, 1),
+    ("llava_next", "fastervlm:keep=5"): (2, 3),
+    ("llava_next", "hired:keep=5"): (2, 3),
+    ("llava", "vscan_vision:keep=5"): (0, 1),
+    # An adaptive count is read once; a fixed one is known.
+    ("llava", "prumerge"): (1, 2),
+    ("llava", "prumerge:keep=5"): (0, 1),
+    # Attention that is read beforehand needs a mask of its own.
+    ("llava", "pyramiddrop"): (1, 13),
+    # How many raters and how much text there is: once, and raters once for every cut.
+    ("llava", "sparsevlm"): (5, 11),
 }
 
 

@@ -22,6 +22,7 @@ SUMMARIES = {
     "doctor": "Say what works with a model, and why the rest does not.",
     "run": "Answer one question with and without a plan, side by side.",
     "inspect": "Draw the kept and merged visual tokens over a picture.",
+    "calibrate": "Fit a method's layers or budgets to a model.",
     "train": "Train or fine-tune from a recipe, with or without a plan.",
     "recipes": "List the shipped recipes, or copy one.",
     "eval": "Score a model under a plan with lmms-eval.",

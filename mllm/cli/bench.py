@@ -26,10 +26,14 @@ class Suite(str, Enum):
     """What can be measured."""
 
     prefill = "prefill"
+    selection = "selection"
 
 
 def command(
-    suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.prefill,
+    suite: Annotated[
+        Suite,
+        typer.Option(help="prefill: speed and memory. selection: what choosing costs."),
+    ] = Suite.prefill,
     model: Annotated[
         str,
         typer.Option(
@@ -44,7 +48,10 @@ def command(
         typer.Option(help="Visual tokens per sample; repeatable. Default: one and two images."),
     ] = None,
     text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Batch size; repeatable. Default: 1; for selection 1 and 8."),
+    ] = None,
     unequal: Annotated[
         bool, typer.Option("--unequal", help="Prompts of a batch differ in length (left padded).")
     ] = False,
@@ -67,11 +74,14 @@ def command(
 
     Run it on an otherwise idle machine.
 
+    The suite "selection" times every method against a choice that costs nothing and leaves as many
+    tokens: what choosing costs, as a share of what fewer tokens save.
+
     Example: mllm bench --suite prefill --visual 576 --output bench.json
     """
 
     def measure() -> dict[str, Any]:
-        from mllm.eval import bench
+        from mllm.eval import bench, bench_selection
         from mllm.eval.bench_shapes import SHAPES
 
         def save(results: dict[str, Any]) -> None:
@@ -89,12 +99,13 @@ def command(
             transient=True,
         ) as bar:
             task = bar.add_task("building the model", total=None)
-            results = bench.prefill(
+            measured = bench.prefill if suite is Suite.prefill else bench_selection.selection
+            results = measured(
                 model=SHAPES.get(model, model),
                 plans=plan or None,
                 visual=visual or None,
                 text=text,
-                batch=batch or (1,),
+                batch=batch or ((1,) if suite is Suite.prefill else (1, 8)),
                 unequal=unequal,
                 pairs=pairs,
                 dtype=dtype,
@@ -108,7 +119,37 @@ def command(
             )
         return results
 
-    run_command("bench", measure, json, _show)
+    run_command("bench", measure, json, _show if suite is Suite.prefill else _show_selection)
+
+
+def _show_selection(results: dict[str, Any]) -> None:
+    console = Console()
+    console.print(
+        f"selection, {results['model_shape']['name']}, {results['device']}, "
+        f"{results['threads']} threads, load {results['load_before']} before"
+    )
+    for (batch, visual), rows in groupby(results["rows"], lambda r: (r["batch"], r["visual"])):
+        console.print(f"\n{visual} visual tokens, batch {batch}")
+        table = Table(box=None, pad_edge=False)
+        table.add_column("plan", no_wrap=True)
+        for column in ("layer avg", "saved", "spent", "share (95 %)"):
+            table.add_column(column, justify="right", no_wrap=True)
+        remarks = []
+        for row in rows:
+            if "cost" not in row:
+                remarks.append(f"{row['plan']}: {row['words']}")
+                continue
+            low, high = row["cost_ci"]
+            table.add_row(
+                row["plan"],
+                f"{row['visual_avg']:.1f}",
+                f"{row['saved_s'] * 1e3:.1f} ms",
+                f"{row['spent_s'] * 1e3:.2f} ms",
+                f"{row['cost']:.1%} ({low:.1%} to {high:.1%})",
+            )
+        console.print(table)
+        for remark in remarks:
+            console.print(remark, markup=False)
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -31,20 +31,23 @@ from mllm.actions import (
     Write,
 )
 from mllm.errors import PlanError
-from mllm.plan import Budget, check_fields, register, resolve
+from mllm.plan import Budget, check_fields, register, resolve, schedule_for_average
 from mllm.signals import (
     AttentionRows,
     ColumnMass,
     Features,
     Grid,
     Hidden,
+    Joint,
     Keys,
+    Queries,
+    Rotary,
     TextEmbeds,
     Values,
     VisionAttention,
     VisionKeys,
 )
-from mllm.tokens import TokenTable, along, locate, on_device
+from mllm.tokens import Places, TokenTable, along, locate, on_device
 
 __all__ = [
     "AttentionRows",
@@ -53,6 +56,7 @@ __all__ = [
     "Budget",
     "CacheCompressor",
     "CacheEvent",
+    "Calibrated",
     "ColumnMass",
     "Context",
     "Evict",
@@ -62,6 +66,7 @@ __all__ = [
     "Hidden",
     "Inject",
     "Insert",
+    "Joint",
     "Keep",
     "Keys",
     "LayerContext",
@@ -70,10 +75,14 @@ __all__ = [
     "LayerSchedule",
     "LogitBias",
     "Merge",
+    "Places",
     "Pool",
     "Positions",
+    "Preset",
     "Protect",
+    "Queries",
     "Resize",
+    "Rotary",
     "TextEmbeds",
     "TokenReducer",
     "TowerContext",
@@ -82,10 +91,15 @@ __all__ = [
     "VisionAttention",
     "VisionKeys",
     "Write",
+    "even_shares",
+    "farthest",
+    "fill_up",
     "merge_rows",
+    "on_device",
     "register",
     "resolve",
     "top_k",
+    "top_k_each",
 ]
 
 Positions = Literal["original", "compact"]
@@ -170,19 +184,26 @@ class Context:
 class TowerContext(Context):
     """What a tower stage reads at one block.
 
-    ``ctx["keys"]`` are the block's keys, mean over heads: `[images, tokens, head_dim]`.
+    ``ctx["keys"]`` are the block's keys, mean over heads: `[images, tokens, head_dim]`;
+    ``ctx["hidden"]`` is what would enter its MLP, or what the block has made (see
+    :attr:`TowerReducer.behind`), not normalised: `[images, tokens, width]`.
 
     Attributes:
         block: 0-based tower block.
+        depth: blocks whose output the projector sees, as :meth:`TowerReducer.blocks` is given.
+        patches: patches of an image before any block.
+        grid: their (rows, cols).
         prefix: tokens at the start that are no patches ([CLS]); they must stay.
         size: fp32 `[images, tokens]`, how many original tokens each stands for.
     """
 
     def __init__(
-        self, stage: Any, keys: Tensor, *, block: int, prefix: int, size: Tensor
-    ) -> None:
-        super().__init__(stage, {"keys": keys})
-        self.block, self.prefix, self.size = block, prefix, size
+        self, stage: Any, keys: Tensor, hidden: Tensor, *, block: int, depth: int,
+        grid: tuple[int, int], prefix: int, size: Tensor,
+    ) -> None:  # fmt: skip
+        super().__init__(stage, {"keys": keys, "hidden": hidden}, grid=grid)
+        self.block, self.depth, self.patches = block, depth, grid[0] * grid[1]
+        self.prefix, self.size = prefix, size
 
 
 class LayerContext(Context):
@@ -243,6 +264,21 @@ class LayerContext(Context):
         """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
         return self._queries[name]
 
+    def budget(self, keep: Budget, tokens: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Visual rows that a budget leaves of each sample, at most what is there.
+
+        Args:
+            keep: tokens per image, or a fraction of `tokens`.
+            tokens: of each sample.
+
+        Returns:
+            The counts, and the same as int64 `[batch]`.
+        """
+        # In Python, so that rounding is that of `resolve` and the device is not asked.
+        wanted = [resolve(keep, n, i) for n, i in zip(tokens, self.n_images, strict=True)]
+        counts = [min(n, there) for n, there in zip(wanted, self.counts(), strict=True)]
+        return counts, on_device(torch.tensor(counts), self.visual)
+
     def bring(self, x: Tensor, index: Tensor) -> Tensor:
         """What was kept over the rows of an earlier layer, over the rows of this one.
 
@@ -268,6 +304,69 @@ def top_k(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
     )
     limit = count[:, None] if isinstance(count, Tensor) else count
     return candidates & (rank < limit)
+
+
+def top_k_each(scores: Tensor, candidates: Tensor, part: Tensor, count: Tensor) -> Tensor:
+    """Mask of the best candidates of every part; ties go to the earlier token.
+
+    Args:
+        scores, candidates: as in :func:`top_k`.
+        part: int64 `[tokens]`, from 0.
+        count: int64 `[parts]` or `[batch, parts]`, of each part.
+    """
+    scores = scores.float().masked_fill(~candidates, float("-inf"))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ranked, parts = part[order], torch.arange(count.shape[-1], device=order.device)
+    among = (ranked[..., None] == parts).int().cumsum(1).gather(2, ranked[..., None])[..., 0] - 1
+    rank = torch.empty_like(order).scatter_(1, order, among)
+    return candidates & (rank < count.expand(len(scores), -1)[:, part])
+
+
+def fill_up(chosen: Tensor, scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """`chosen` and the best other candidates, `count` in all: bool `[batch, tokens]`."""
+    return chosen | top_k(scores, candidates & ~chosen, count - chosen.sum(1))
+
+
+def farthest(
+    distance: Tensor, among: Tensor, count: Tensor | int, steps: int, chosen: Tensor | None = None
+) -> Tensor:
+    """Mask of `chosen` and, one by one, of the candidates farthest from what is chosen by then.
+
+    Greedy max-min. With nothing chosen, the candidate with the most distant nearest neighbour is
+    the first. Ties go to the earlier token.
+
+    Args:
+        distance: fp32 `[batch, tokens, tokens]`, symmetric.
+        among: bool `[batch, tokens]`, candidates.
+        count: int, or int64 `[batch]`; in all, with what is chosen already.
+        steps: picks, at most; known on the host, so that the device is not asked.
+        chosen: bool `[batch, tokens]`; None is nothing.
+    """
+    chosen = torch.zeros_like(among) if chosen is None else chosen
+    apart = distance.masked_fill(~among[:, None], float("inf"))
+    apart.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    empty, limit = ~chosen.any(1, keepdim=True), count
+    if isinstance(count, Tensor):
+        limit = count[:, None]
+    left = limit - chosen.sum(1, keepdim=True)
+    nearest = distance.masked_fill(~chosen[:, None], float("inf")).amin(2)
+    nearest = torch.where(empty, apart.amin(2), nearest)
+    nearest = nearest.masked_fill(~among | chosen, float("-inf"))
+    for step in range(steps):
+        pick = nearest.argmax(1, keepdim=True)
+        more = (nearest.gather(1, pick) > float("-inf")) & (step < left)
+        to = distance.gather(1, pick[..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        shrunk = torch.minimum(nearest, to)
+        if step == 0:  # the first pick starts the distances to the chosen set
+            shrunk = torch.where(empty, to.masked_fill(~among, float("-inf")), shrunk)
+        nearest = shrunk.scatter(1, pick, float("-inf"))
+        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | more)
+    return chosen
+
+
+def even_shares(count: int, parts: int) -> Tensor:
+    """`count` split over parts as evenly as whole numbers can be: int64 `[parts]`."""
+    return (torch.arange(parts + 1) * count // parts).diff()
 
 
 def merge_rows(values: Tensor, into: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -305,6 +404,8 @@ class _Method:
     identity: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
     oracle: ClassVar[str] = "mask"
     draws: ClassVar[bool] = False
+    #: Fields that texts and tables name even at their defaults.
+    named: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -335,11 +436,12 @@ class TokenReducer(_Method):
 
 
 class TowerReducer(_Method):
-    """A method inside the vision tower: tokens merge between attention and MLP of a block.
+    """A method inside the vision tower: tokens merge at some of its blocks.
 
     Only where every projected token comes from one tower token. Subclasses have the fields that
     they need and `positions`, and give `blocks` and `merge`. A merged token is the mean of its
-    members, weighted by size; if `proportional`, attention adds log(size) to its logits.
+    members, weighted by size; if `proportional`, attention adds log(size) to its logits. Tokens
+    merge `behind` the attention of a block, before its MLP, or behind the whole block.
     """
 
     site = "tower"
@@ -347,9 +449,10 @@ class TowerReducer(_Method):
     actions = ("Merge",)
     oracle = "reference"
     proportional: ClassVar[bool] = True
+    behind: ClassVar[Literal["attention", "block"]] = "attention"
 
     def blocks(self, depth: int) -> Sequence[int]:
-        """0-based tower blocks, of `depth`, at which tokens merge."""
+        """0-based tower blocks at which tokens merge, of the `depth` that the projector sees."""
         raise NotImplementedError
 
     def merge(self, ctx: TowerContext) -> Merge:
@@ -404,11 +507,8 @@ class LayerMethod(_Method):
             keep: budget: tokens per image, or a fraction of `tokens`.
             tokens: of each sample.
         """
-        # In Python, so that rounding is that of `resolve` and the device is not asked.
-        wanted = [resolve(keep, n, i) for n, i in zip(tokens, ctx.n_images, strict=True)]
-        counts = [min(n, there) for n, there in zip(wanted, ctx.counts(), strict=True)]
+        counts, limit = ctx.budget(keep, tokens)
         score = self.score(ctx).float().masked_fill(ctx.protected, float("inf"))
-        limit = on_device(torch.tensor(counts), score)
         return Keep(top_k(score, ctx.visual, limit), counts)
 
 
@@ -459,11 +559,11 @@ class LayerSchedule(LayerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         layers = self.paper_layers if self.layers is None else self.layers
-        if len(layers) != len(self.keep):
+        if len(layers) != len(self.budgets()):
             raise PlanError(
-                f"{self.info.name}: {len(layers)} layers and {len(self.keep)} budgets",
+                f"{self.info.name}: {len(layers)} layers and {len(self.budgets())} budgets",
                 argument="keep",
-                given="/".join(map(str, self.keep)),
+                given="/".join(map(str, self.budgets())),
                 expected="one budget for each layer",
             )
 
@@ -490,8 +590,97 @@ class LayerSchedule(LayerMethod):
         return self.layers
 
     def act(self, ctx: LayerContext) -> list[Any]:
-        keep = self.keep[self.layers.index(ctx.layer)]
-        return [self.keep_best(ctx, keep, ctx.n_entered)]
+        return [self.select(ctx)]
+
+    def select(self, ctx: LayerContext) -> Keep:
+        """Keep the best of each sample's visual rows, as many as the budget of this layer says."""
+        return self.keep_best(ctx, self.budgets()[self.layers.index(ctx.layer)], ctx.n_entered)
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budget of every layer."""
+        return self.keep
+
+    def for_average(self, average: float, tokens: int, num_layers: int) -> LayerSchedule:
+        """The schedule of the same shape under which layers see `average` tokens per image.
+
+        See :func:`mllm.plan.schedule_for_average`.
+        """
+        fixed = self.at_depth(num_layers)
+        keep = schedule_for_average(average, tokens, fixed.layers, num_layers, self.budgets())
+        return fixed.replace(keep=keep)
+
+
+class Calibrated(LayerSchedule):
+    """A schedule that :func:`mllm.calibrate` fits to what a model does on some samples.
+
+    Subclasses also have the field `calibration: str | None`, a file that says everything else of
+    the stage but its `positions`.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is None:
+            return
+        for other in dataclasses.fields(self):
+            value = getattr(self, other.name)
+            if other.name not in ("calibration", "positions") and value != other.default:
+                raise PlanError(
+                    f"{self.info.name}: {other.name}={value!r} beside a calibration file, which "
+                    "says it",
+                    argument=other.name,
+                    given=value,
+                    expected="calibration alone",
+                )
+
+    def observes(self) -> dict[str, Any]:
+        """Signals that are read before every decoder layer but the first, by name."""
+        raise NotImplementedError
+
+    def observe(self, ctx: LayerContext) -> list[Tensor]:
+        """What is recorded at one layer: a tensor per sample of the batch, on the CPU."""
+        raise NotImplementedError
+
+    def fit(self, seen: list[list[Tensor]], share: float | None) -> dict[str, Any]:
+        """Fields of the fitted stage: `layers`, and what else changes.
+
+        Args:
+            seen: per sample what :meth:`observe` gave before layer 1, 2 and so on.
+            share: visual tokens that decoder layers see on average, as a fraction; None is the
+                method's own.
+
+        Raises:
+            PlanError: the share cannot be reached.
+        """
+        raise NotImplementedError
+
+
+class Preset(_Method):
+    """A whole paper under one name: the stages that it consists of, with their budgets.
+
+    A plan is written with the name and runs the stages, which the ledger lists. A field `keep`
+    is the paper's own budget: visual tokens per image, averaged over the decoder's layers.
+    """
+
+    site = "several"
+
+    def expand(self) -> list[Any]:
+        """The stages, in the order in which they run."""
+        raise NotImplementedError
+
+    def reads(self):
+        return {
+            f"{stage.info.name}.{name}": signal
+            for stage in self.expand()
+            for name, signal in stage.reads().items()
+        }
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(a for stage in self.expand() for a in stage.actions))
+
+    @property
+    def paper_positions(self) -> Positions:
+        return self.expand()[0].paper_positions
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mllm.compressors.base import (
     Keep,
     Positions,
     TokenReducer,
+    farthest,
     register,
     resolve,
 )
@@ -53,18 +54,6 @@ class DivPrune(TokenReducer):
         distance = 1 - (same + same.transpose(1, 2)) / 2
         ctx.book(2 * tokens * tokens * width)
 
-        gone = ~ctx.valid
-        neighbours = distance.masked_fill(gone[:, None, :], float("inf"))
-        neighbours.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-        nearest = neighbours.amin(2).masked_fill(gone, float("-inf"))
-        keep = torch.zeros_like(ctx.valid)
-        rows = torch.arange(images, device=x.device)
-        for _ in range(resolve(self.keep, tokens)):
-            pick = nearest.argmax(1)
-            # The first pick starts the distances to the chosen set; later ones shrink them.
-            started = keep.any(1, keepdim=True)
-            to_pick = distance[rows, pick]
-            nearest = torch.where(started, torch.minimum(nearest, to_pick), to_pick)
-            keep[rows, pick] = True
-            nearest = nearest.masked_fill(gone | keep, float("-inf"))
-        return [Keep(keep & ctx.valid, ctx.at_most(resolve(self.keep, tokens)))]
+        count = resolve(self.keep, tokens)
+        keep = farthest(distance, ctx.valid, count, count)
+        return [Keep(keep, ctx.at_most(count))]

@@ -105,6 +105,49 @@ def prefill(
             device, dtype, kernel or model, or no inputs can be drawn for the model.
         PlanError: a plan cannot work on this model.
     """
+    base, draw, results = opened(
+        "prefill", model=model, visual=visual, text=text, batch=batch, unequal=unequal,
+        pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
+    )  # fmt: skip
+    rows = results["rows"]
+    targets = PREFILL_PLANS if plans is None else {p: PREFILL_PLANS.get(p) for p in plans}
+    for size, count, inputs in draw:
+        with kernel(sdpa):
+            base_peak = peak_bytes(base, inputs)
+        for plan, target in targets.items():
+            label = f"{plan}, {count} visual tokens, batch {size}"
+            try:
+                with kernel(sdpa):
+                    row = _row(base, plan, inputs, pairs, target, label, progress)
+                row["baseline_peak_bytes"] = base_peak
+            except torch.OutOfMemoryError:
+                row = {"status": "oom", "words": "out of memory"}
+            rows.append({**conditions(base, plan, size, count, text, unequal, pairs), **row})
+            if on_row is not None:
+                on_row(results)
+    return results
+
+
+def opened(
+    suite: str,
+    *,
+    model: str | Shape,
+    visual: Sequence[int] | None,
+    text: int,
+    batch: Sequence[int],
+    unequal: bool,
+    pairs: int,
+    dtype: str,
+    device: str | None,
+    sdpa: str | None,
+    threads: int | None,
+) -> tuple[Any, list[tuple[int, int, Inputs]], dict[str, Any]]:
+    """What a suite needs before its first row; arguments as in :func:`prefill`.
+
+    Returns:
+        The model; batch size, visual tokens and inputs of every measurement; and the results
+        object without rows.
+    """
     for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
         if min(values) < 1:
             raise cannot_measure(name, min(values), "1 or more")
@@ -129,11 +172,9 @@ def prefill(
         for size in batch
         for count in visual
     ]
-    targets = PREFILL_PLANS if plans is None else {p: PREFILL_PLANS.get(p) for p in plans}
-    rows: list[dict[str, Any]] = []
     results = {
         "schema": 1,
-        "suite": "prefill",
+        "suite": suite,
         "model_shape": shape,
         "device": device_name(device),
         "versions": versions(),
@@ -141,38 +182,28 @@ def prefill(
         "threads": torch.get_num_threads(),
         "sdpa": sdpa,
         "load_before": load_before,
-        "rows": rows,
+        "rows": [],
     }
-    for size, count, inputs in draw:
-        with _kernel(sdpa):
-            base_peak = peak_bytes(base, inputs)
-        for plan, target in targets.items():
-            label = f"{plan}, {count} visual tokens, batch {size}"
-            try:
-                with _kernel(sdpa):
-                    row = _row(base, plan, inputs, pairs, target, label, progress)
-                row["baseline_peak_bytes"] = base_peak
-            except torch.OutOfMemoryError:
-                row = {"status": "oom", "words": "out of memory"}
-            rows.append(
-                {
-                    "plan": plan,
-                    "batch": size,
-                    "visual": count,
-                    "text": text,
-                    "unequal": unequal,
-                    "dtype": str(base.dtype).removeprefix("torch."),
-                    "backend": compat.attention_name(base.get_decoder()),
-                    "pairs": pairs,
-                    **row,
-                }
-            )
-            if on_row is not None:
-                on_row(results)
-    return results
+    return base, draw, results
 
 
-def _kernel(sdpa: str | None) -> contextlib.AbstractContextManager:
+def conditions(
+    base: Any, plan: str, batch: int, visual: int, text: int, unequal: bool, pairs: int
+) -> dict[str, Any]:
+    """What a row was measured under."""
+    return {
+        "plan": plan,
+        "batch": batch,
+        "visual": visual,
+        "text": text,
+        "unequal": unequal,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "backend": compat.attention_name(base.get_decoder()),
+        "pairs": pairs,
+    }
+
+
+def kernel(sdpa: str | None) -> contextlib.AbstractContextManager:
     """torch's sdpa held to one kernel."""
     if sdpa is None:
         return contextlib.nullcontext()
@@ -295,22 +326,22 @@ def time_pairs(
     models = (base, other)
     for _ in range(warmup):
         for model in models:
-            _timed(model, inputs)
+            timed_prefill(model, inputs)
         for more in beside:
-            _timed(base, more)
+            timed_prefill(base, more)
     times, others = np.empty((pairs, 2, 2)), np.empty((pairs, len(beside)))
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[pair, which] = _timed(models[which], inputs)
+            times[pair, which] = timed_prefill(models[which], inputs)
         for i, more in enumerate(beside):
-            others[pair, i] = _timed(base, more)[1]
+            others[pair, i] = timed_prefill(base, more)[1]
         if on_pair is not None:
             on_pair(pair + 1)
     return times, others
 
 
 @torch.inference_mode()
-def _timed(model: Any, inputs: Inputs) -> tuple[float, float]:
+def timed_prefill(model: Any, inputs: Inputs) -> tuple[float, float]:
     """Seconds of one prefill, and of its part from the decoder on (LM head included)."""
     clock = _CudaClock() if model.device.type == "cuda" else _CpuClock()
     # Prepended: what the patch does when the decoder is entered belongs to the decoder's time.

@@ -110,6 +110,10 @@ class Family:
         """What the attention of a decoder layer is given when `hidden` enters the layer."""
         return self.layers[layer].input_layernorm(hidden)
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the norm behind the last decoder layer makes of hidden states."""
+        return self.decoder.norm(hidden)
+
     def mlp(self, layer: int) -> nn.Module:
         """MLP of a decoder layer."""
         return self.layers[layer].mlp
@@ -148,9 +152,16 @@ class Family:
         """Tower blocks whose outputs feed the projector, 0-based."""
         return [len(self.blocks) - 1]
 
-    def block(self, block: int | None) -> int:
-        """A tower block as a 0-based index; None is the one whose attention methods read."""
-        return self.feature_blocks()[-1] if block is None else block % len(self.blocks)
+    def block(self, block: int | float | None) -> int:
+        """A tower block as a 0-based index; None is the one whose attention methods read.
+
+        A float is a share of the depth.
+        """
+        if block is None:
+            return self.feature_blocks()[-1]
+        if isinstance(block, float):
+            return min(len(self.blocks) - 1, round(block * len(self.blocks)))
+        return block % len(self.blocks)
 
     def native_grid(self) -> tuple[int, int] | None:
         """(rows, cols) of every image, if the family has one size for all."""

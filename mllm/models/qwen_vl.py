@@ -121,11 +121,12 @@ class Qwen2VL(Family):
 class Qwen25VL(Qwen2VL):
     """`Qwen2_5_VLForConditionalGeneration`: most tower blocks attend within windows."""
 
-    def block(self, block: int | None) -> int:
+    def block(self, block: int | float | None) -> int:
         # Attention within a window says nothing of the whole picture.
-        return max(self.vision_config.fullatt_block_indexes) if block is None else super().block(
-            block
-        )
+        whole = self.vision_config.fullatt_block_indexes
+        if isinstance(block, float):
+            return min(whole, key=lambda i: abs(i - block * len(self.blocks)))
+        return max(whole) if block is None else super().block(block)
 
     def _windows(self, layout: Layout) -> tuple[Tensor, list[int]]:
         config = self.vision_config

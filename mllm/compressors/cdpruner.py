@@ -1,0 +1,135 @@
+"""CDPruner: keep tokens that are relevant to the question and unlike each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mllm.compressors.base import (
+    Budget,
+    Context,
+    Features,
+    Joint,
+    Keep,
+    Positions,
+    TextEmbeds,
+    TokenReducer,
+    register,
+    resolve,
+)
+from mllm.errors import PlanError
+
+
+@register("cdpruner", paper="arXiv:2506.10967", stage="pre_llm")
+@dataclass
+class CDPruner(TokenReducer):
+    """Keep the greedy MAP set of a determinantal point process given the question (CDPruner).
+
+    The kernel is ``diag(q) S diag(q)``: S the cosines of the projected tokens, q how relevant a
+    token is to the question, scaled to (0, 1] within each image (the authors' code scales over
+    the batch, so that a choice would depend on its neighbours). Picking goes by the Cholesky
+    update of the fast greedy algorithm, O(keep^2 tokens) for an image.
+
+    `relevance="clip"` is the paper: cosines of patches and question in CLIP's joint space. Only
+    for models whose tower is a CLIP, with its text half beside them (:mod:`mllm.joint`).
+    `relevance="llm"` takes the cosines of projected tokens with the embeddings of the question's
+    words, as for models without a text tower: it needs nothing more, and is the default. The
+    paper's figures on LLaVA are those of "clip".
+
+    Args:
+        keep: visual tokens kept per image.
+        relevance: where the question is compared with the picture.
+        negate: relevance is the negated mean cosine, as in the authors' code, which found that
+            CLIP's patches are like the words that they do not show; for "llm" that is a guess.
+        theta: weight of relevance against diversity, q becomes exp(theta / (2 (1 - theta)) q);
+            None is q itself.
+        positions: `compact` or `original`; None is `compact` (as the paper runs on LLaVA).
+    """
+
+    keep: Budget = 0.222
+    relevance: Literal["llm", "clip"] = "llm"
+    negate: bool = True
+    theta: float | None = None
+    positions: Positions | None = None
+
+    named = ("relevance",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.theta is not None and not 0 <= self.theta < 1:
+            raise PlanError(
+                f"cdpruner: theta={self.theta!r} is not from 0 to 1",
+                argument="theta",
+                given=self.theta,
+                expected="0 <= theta < 1",
+            )
+
+    def reads(self):
+        clip = self.relevance == "clip"
+        return {"features": Features(), "text": Joint() if clip else TextEmbeds()}
+
+    @torch.no_grad()
+    def reduce(self, ctx: Context) -> list:
+        x = F.normalize(ctx["features"].float(), dim=-1)
+        images, tokens, width = x.shape
+        count = resolve(self.keep, tokens)
+        same = x @ x.transpose(1, 2)
+        same = (same + same.transpose(1, 2)) / 2  # exactly symmetric, so that ties are ties
+        ctx.book(2 * tokens * tokens * width + count * count * tokens)
+        keep = greedy_map(same, self._relevance(ctx, x), ctx.valid, count)
+        return [Keep(keep, ctx.at_most(count))]
+
+    def _relevance(self, ctx: Context, x: Tensor) -> Tensor:
+        """q: fp32 `[images, tokens]`."""
+        text = ctx["text"]
+        if self.relevance == "clip":
+            x, words = F.normalize(text.patches.float(), dim=-1), text.text
+        else:
+            words = text.embeds
+        words = F.normalize(words.float(), dim=-1) * text.valid[..., None]
+        # The mean of cosines is the cosine with the mean of unit vectors.
+        mean = words.sum(1) / text.valid.sum(1, keepdim=True).clamp(min=1)
+        q = (x @ mean[..., None])[..., 0]
+        q = -q if self.negate else q
+        low = q.masked_fill(~ctx.valid, float("inf")).amin(1, keepdim=True)
+        high = q.masked_fill(~ctx.valid, float("-inf")).amax(1, keepdim=True)
+        q = (q - low + 1e-6) / (high - low).clamp(min=1e-6)
+        if self.theta is not None:
+            q = torch.exp(self.theta / (2 * (1 - self.theta)) * q)
+        return q
+
+
+def greedy_map(same: Tensor, weight: Tensor, among: Tensor, count: int) -> Tensor:
+    """Greedy MAP of the DPP with kernel ``diag(weight) same diag(weight)``; ties to the earlier.
+
+    Args:
+        same: fp32 `[images, tokens, tokens]`, similarities.
+        weight: fp32 `[images, tokens]`, qualities.
+        among: bool `[images, tokens]`, tokens that may be picked.
+        count: picks, at most.
+
+    Returns:
+        bool `[images, tokens]`.
+    """
+    images, tokens, _ = same.shape
+    rows = torch.arange(images, device=same.device)
+    gain = weight.square() * same.diagonal(dim1=1, dim2=2)
+    factor = same.new_zeros(images, count, tokens)
+    keep = torch.zeros_like(among)
+    for i in range(count):
+        # The determinant grows by the factor `gain` with each pick.
+        pick = gain.masked_fill(~among | keep, float("-inf")).argmax(1)
+        best = gain[rows, pick][:, None]
+        kernel = weight[rows, pick][:, None] * same[rows, pick] * weight
+        own = factor[rows, :i, pick]
+        step = kernel - (own[:, None] @ factor[:, :i])[:, 0]
+        # Where nothing new is left, what is computed is rounding.
+        step = torch.where(best > 1e-9, step / best.clamp(min=1e-9).sqrt(), 0)
+        factor[:, i] = step
+        gain = (gain - step.square()).clamp(min=0)
+        keep[rows, pick] = True
+    return keep & among

@@ -1,0 +1,237 @@
+"""What choosing costs: a plan against one that leaves as many tokens without looking.
+
+Three models run in turn on the same weights: the unpatched one, the plan, and a plan that leaves
+equally many tokens in every layer, the first ones of each sample. The third is the plan with a
+choice that costs nothing, so
+
+    spent = plan - free choice,    saved = unpatched - free choice,
+
+and the cost of a selection is spent / saved: signals, arithmetic and small kernels, but not what
+the engine does for any plan. Methods that also make the tower cheaper may come out below zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import mllm
+from mllm.compressors.base import (
+    Context,
+    Keep,
+    LayerContext,
+    LayerMethod,
+    LayerSchedule,
+    Positions,
+    Preset,
+    TokenReducer,
+    even_shares,
+    on_device,
+)
+from mllm.errors import PlanError
+from mllm.eval import bench
+from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
+from mllm.eval.stats import median_interval
+from mllm.plan import MethodInfo, get_method, methods
+
+#: Visual tokens kept by default: 64 of 576, 320 of 2,880.
+SHARE = 0.111
+TARGET = 0.05  # of what is saved, for methods that score by attention
+
+
+def selection(
+    *,
+    model: str | Shape = BENCH_CPU,
+    plans: Sequence[str] | None = None,
+    visual: Sequence[int] | None = None,
+    text: int = 63,
+    batch: Sequence[int] = (1, 8),
+    unequal: bool = False,
+    pairs: int = bench.CLAIM_PAIRS,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    sdpa: str | None = None,
+    threads: int | None = None,
+    progress: bench.Progress | None = None,
+    on_row: bench.OnRow | None = None,
+) -> dict[str, Any]:
+    """Time what choosing costs, as a share of the prefill that it saves.
+
+    Args:
+        plans: spec texts; None is :func:`every_method`.
+        pairs: rounds of the three models per row.
+        model, visual, text, batch, unequal, dtype, device, sdpa, threads, progress, on_row: as in
+            :func:`mllm.eval.bench.prefill`.
+
+    Returns:
+        The bench results object, schema 1. A row has `spent_s`, `saved_s` (medians, seconds),
+        `cost` = spent / saved with `cost_ci`, `baseline_s`, `visual_avg` (tokens per layer and
+        sample), `selection_flops` (booked by the ledger, per sample), `status` and `words`. A plan
+        that the model refuses, or that saves nothing, has a row that says so and no `cost`.
+    """
+    base, draw, results = bench.opened(
+        "selection", model=model, visual=visual, text=text, batch=batch, unequal=unequal,
+        pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
+    )  # fmt: skip
+    for size, count, inputs in draw:
+        for plan in plans or every_method():
+            label = f"{plan}, {count} visual tokens, batch {size}"
+            try:
+                with bench.kernel(sdpa):
+                    row = _row(base, plan, inputs, pairs, label, progress)
+            except PlanError as error:
+                if plans:
+                    raise
+                row = {"status": "refused", "words": str(error)}
+            except torch.OutOfMemoryError:
+                row = {"status": "oom", "words": "out of memory"}
+            about = bench.conditions(base, plan, size, count, text, unequal, pairs)
+            results["rows"].append({**about, **row})
+            if on_row is not None:
+                on_row(results)
+    return results
+
+
+def every_method() -> list[str]:
+    """Every method that looks at something: at the share above if it has one, or as published."""
+    found = []
+    for row in methods():
+        cls = get_method(row["name"])
+        looks = issubclass(cls, Preset) or set(row["reads"]) - {"Grid"} or row["site"] == "tower"
+        scalar = {"keep"} & {p["name"] for p in row["params"]} and not issubclass(
+            cls, LayerSchedule
+        )
+        if looks:
+            found.append(f"{row['name']}:keep={SHARE}" if scalar else row["name"])
+    return found
+
+
+def _row(
+    base: Any, plan: str, inputs: Inputs, pairs: int, label: str, progress: bench.Progress | None
+) -> dict[str, Any]:
+    other, third = bench.twin(base), bench.twin(base)
+    with mllm.patch(other, plan) as patched:
+        bench.timed_prefill(other, inputs)
+        ledger = patched.ledger.as_dict()
+        about = {
+            "visual_avg": float(np.mean(ledger["visual_avg"])),
+            "selection_flops": float(np.mean(ledger["selection_flops"])),
+        }
+        free = free_choice(ledger, _positions(patched))
+        if not free:
+            return {**about, "status": "ok", "words": "no token leaves, so nothing is saved"}
+        with mllm.patch(third, free):
+            times = _rounds(
+                (base, other, third), inputs, pairs,
+                lambda done: progress and progress(label, done, pairs),
+            )  # fmt: skip
+    spent, saved = times[:, 1] - times[:, 2], times[:, 0] - times[:, 2]
+    cost, *ci = median_interval(spent / np.median(saved))
+    return {
+        **about,
+        "baseline_s": float(np.median(times[:, 0])),
+        "spent_s": float(np.median(spent)),
+        "saved_s": float(np.median(saved)),
+        "cost": cost,
+        "cost_ci": ci,
+        **judge(cost, ci, float(np.median(saved)), pairs),
+    }
+
+
+def judge(cost: float, ci: Sequence[float], saved: float, pairs: int) -> dict[str, str]:
+    """Status and a sentence for one row, against :data:`TARGET`."""
+    if saved <= 0:
+        return {"status": "unresolved", "words": "fewer tokens save no time here"}
+    words = f"choosing costs {cost:.1%} of what fewer tokens save"
+    if pairs < bench.CLAIM_PAIRS:
+        return {
+            "status": "unresolved",
+            "words": f"{words}; {pairs} rounds are too few for a claim ({bench.CLAIM_PAIRS})",
+        }
+    low, high = ci
+    if low <= TARGET < high:
+        return {"status": "unresolved", "words": f"{words}; unresolved against {TARGET:.0%}"}
+    return {"status": "ok", "words": f"{words}: {'above' if low > TARGET else 'within'} "
+            f"{TARGET:.0%}"}  # fmt: skip
+
+
+def _rounds(models: Sequence[Any], inputs: Inputs, pairs: int, on_round: Any) -> np.ndarray:
+    """Seconds of whole prefills, float64 `[pairs, models]`; who is first rotates."""
+    for model in models * 2:
+        bench.timed_prefill(model, inputs)
+    times = np.empty((pairs, len(models)))
+    for turn in range(pairs):
+        for i in range(len(models)):
+            which = (turn + i) % len(models)
+            times[turn, which] = bench.timed_prefill(models[which], inputs)[0]
+        on_round(turn + 1)
+    return times
+
+
+# The choice that costs nothing
+
+
+def free_choice(
+    ledger: dict[str, Any], positions: dict[str, Positions]
+) -> list[TokenReducer | LayerMethod]:
+    """Stages that leave as many visual tokens as a prefill did, the first ones of each sample.
+
+    Args:
+        ledger: `as_dict()` of that prefill.
+        positions: of the plan's stages, by `pre_llm` and `llm`.
+    """
+    stages: list[TokenReducer | LayerMethod] = []
+    there = ledger["visual_tokens"]
+    if ledger["kept_llm"] != there:
+        first = _First(positions=positions.get("pre_llm"))
+        first.kept, there = ledger["kept_llm"], ledger["kept_llm"]
+        stages.append(first)
+    cuts = {}
+    for row in ledger["layers"]:
+        if row["visual"] != there:
+            cuts[row["layer"]] = there = row["visual"]
+    if cuts:
+        leave = _Leave(positions=positions.get("llm"))
+        leave.cuts = cuts
+        stages.append(leave)
+    return stages
+
+
+def _positions(patched: Any) -> dict[str, Positions]:
+    return {s.info.stage: patched.positions(s) for s in reversed(patched.plan.stages)}
+
+
+@dataclass
+class _First(TokenReducer):
+    """The first tokens of each image, as many in all as `kept` says of each sample."""
+
+    positions: Positions | None = None
+
+    info = MethodInfo(name="first", stage="pre_llm")
+
+    def reduce(self, ctx: Context) -> list:
+        images, tokens = ctx.valid.shape
+        counts = torch.cat([even_shares(n, images // len(self.kept)) for n in self.kept])
+        keep = torch.arange(tokens) < counts[:, None]
+        return [Keep(on_device(keep, ctx.valid), counts.tolist())]
+
+
+@dataclass
+class _Leave(LayerMethod):
+    """The first visual rows of each sample, as many as `cuts` says of each layer and sample."""
+
+    positions: Positions | None = None
+
+    info = MethodInfo(name="leave", stage="llm")
+
+    def at(self) -> Sequence[int]:
+        return tuple(self.cuts)
+
+    def act(self, ctx: LayerContext) -> list:
+        counts = self.cuts[ctx.layer]
+        limit = on_device(torch.tensor(counts), ctx.visual)
+        return [Keep(ctx.visual & (ctx.visual.cumsum(1) <= limit[:, None]), counts)]
