@@ -174,6 +174,7 @@ SIGNALS: list[tuple[type, Any]] = [
     (_Pruner, base.ColumnMass()),
     (_Pruner, base.Keys()),
     (_Pruner, base.Queries()),
+    (_Pruner, base.Rotary()),
     (_Pruner, base.Values()),
     (_Pruner, base.Hidden()),
 ]
