@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -23,6 +24,11 @@ from mllm.plan import MethodInfo
 from mllm.signals import Text
 
 
+def situation(stage, grid=None, **signals):
+    """What it is given, without tiles."""
+    return context(stage, grid=grid or SimpleNamespace(tiles=(0, 0)), **signals)
+
+
 def example(images=2, tokens=12, seed=0):
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(images, tokens, 32, generator=g)
@@ -32,7 +38,8 @@ def example(images=2, tokens=12, seed=0):
     return features, Text(words, valid, torch.zeros(images, 5, dtype=torch.long))
 
 
-def by_hand(features, words, keep, negate=True, theta=None, among=None, seen_by=None):
+def by_hand(features, words, keep, negate=True, theta=None, among=None, seen_by=None,
+            parts=None):  # fmt: skip
     """Greedy by determinants of the kernel, one image, in double precision."""
     x, words = features.double(), [w.double() for w in words]
     y = x if seen_by is None else seen_by.double()
@@ -49,12 +56,16 @@ def by_hand(features, words, keep, negate=True, theta=None, among=None, seen_by=
         [q[i] * F.cosine_similarity(x[i], x[j], 0).item() * q[j] for j in range(n)]
         for i in range(n)
     ]).double()  # fmt: skip
-    chosen: list[int] = []
-    for _ in range(min(keep, len(among))):
-        left = [i for i in among if i not in chosen]
-        chosen.append(max(left, key=lambda i: torch.linalg.det(
-            kernel[[*chosen, i]][:, [*chosen, i]]).item()))  # fmt: skip
-    return sorted(chosen)
+    every: list[int] = []
+    of, shares = parts or ([0] * n, [keep])
+    for part, share in enumerate(shares):
+        own, chosen = [i for i in among if of[i] == part], []
+        for _ in range(min(share, len(own))):
+            left = [i for i in own if i not in chosen]
+            chosen.append(max(left, key=lambda i: torch.linalg.det(
+                kernel[[*chosen, i]][:, [*chosen, i]]).item()))  # fmt: skip
+        every += chosen
+    return sorted(every)
 
 
 @pytest.mark.parametrize("options", [{}, {"negate": False}, {"theta": 0.6}], ids=str)
@@ -62,12 +73,28 @@ def by_hand(features, words, keep, negate=True, theta=None, among=None, seen_by=
 def test_cdpruner_equals_its_description(keep, options):
     features, text = example()
     stage = CDPruner(keep=keep, **options)
-    (kept,) = stage.reduce(context(stage, features=features, text=text))
+    (kept,) = stage.reduce(situation(stage, features=features, text=text))
     for i in range(2):
         words = text.embeds[i][text.valid[i]]
         want = by_hand(features[i], words, keep, **options)
         assert kept.mask[i].nonzero()[:, 0].tolist() == want
     assert kept.counts == [keep] * 2
+
+
+@pytest.mark.parametrize("keep, shares", [(4, (2, 2)), (5, (2, 3)), (9, (3, 6)), (12, (3, 9))])
+def test_tiles_are_compared_with_themselves(keep, shares):
+    """Each has its share, picked as if it were alone; the scale of relevance is the image's."""
+    features, text = example()
+    part = torch.tensor([0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1])
+    grid, stage = SimpleNamespace(tiles=(1, 1), part=part, parts=2), CDPruner(keep=keep)
+    (kept,) = stage.reduce(situation(stage, grid, features=features, text=text))
+    for i in range(2):
+        words = text.embeds[i][text.valid[i]]
+        want = by_hand(features[i], words, 0, parts=(part.tolist(), shares))
+        assert kept.mask[i].nonzero()[:, 0].tolist() == want
+    whole = CDPruner(keep=5, tiles=False)
+    (kept,) = whole.reduce(situation(whole, grid, features=features, text=text))
+    assert kept.mask[0].nonzero()[:, 0].tolist() == by_hand(features[0], text.embeds[0], 5)
 
 
 def test_behind_another_stage():
@@ -76,7 +103,7 @@ def test_behind_another_stage():
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[0, ::2] = False
     stage = CDPruner(keep=4)
-    (kept,) = stage.reduce(context(stage, valid=valid, features=features, text=text))
+    (kept,) = stage.reduce(situation(stage, valid=valid, features=features, text=text))
     want = by_hand(features[0], text.embeds[0], 4, among=list(range(1, 12, 2)))
     assert kept.mask[0].nonzero()[:, 0].tolist() == want
 
@@ -87,7 +114,7 @@ def test_ties_and_equal_tokens():
     text = Text(torch.ones(1, 2, 32), torch.ones(1, 2, dtype=torch.bool), None)
     for keep, want in [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4]), (12, list(range(12)))]:
         stage = CDPruner(keep=keep)
-        (kept,) = stage.reduce(context(stage, features=base, text=text))
+        (kept,) = stage.reduce(situation(stage, features=base, text=text))
         assert kept.mask[0].nonzero()[:, 0].tolist() == want
 
 
@@ -95,13 +122,13 @@ def test_batch_and_no_question():
     """An image chooses the same in any batch, and without words by diversity alone."""
     features, text = example(images=3)
     stage = CDPruner(keep=5)
-    (kept,) = stage.reduce(context(stage, features=features, text=text))
+    (kept,) = stage.reduce(situation(stage, features=features, text=text))
     for i in range(3):
         own = Text(text.embeds[i : i + 1], text.valid[i : i + 1], None)
-        (alone,) = stage.reduce(context(stage, features=features[i : i + 1], text=own))
+        (alone,) = stage.reduce(situation(stage, features=features[i : i + 1], text=own))
         assert torch.equal(alone.mask[0], kept.mask[i])
     none = Text(text.embeds, torch.zeros_like(text.valid), None)
-    (kept,) = stage.reduce(context(stage, features=features, text=none))
+    (kept,) = stage.reduce(situation(stage, features=features, text=none))
     assert kept.mask.sum(1).tolist() == [5] * 3
 
 

@@ -77,6 +77,19 @@ def test_window_merge_equals_its_description(grid, window, share, prefix):
         assert into[b].tolist() == [*range(prefix), *(prefix + t for t in want)]
 
 
+def test_equal_windows_merge_in_order():
+    """In any batch; patches that fill no window stay."""
+    stage = WindowMerge(share=0.5)
+    for images in (1, 3):
+        ctx = TowerContext(stage, None, torch.ones(images, 50, 4), block=0, depth=3, grid=(7, 7),
+                           prefix=1, size=torch.ones(images, 50))  # fmt: skip
+        into = stage.merge(ctx).into
+        rows = [[1 + 7 * r + c for r in range(3) for c in range(n, n + 3)] for n in (0, 3)]
+        for own in into.tolist():
+            assert [own[i] for i in rows[0]] == [17] * 9 and [own[i] for i in rows[1]] == [20] * 9
+            assert all(own[i] == i for i in range(50) if i not in rows[0] + rows[1])
+
+
 @pytest.mark.parametrize("proportional", [False, True])
 @pytest.mark.parametrize("which", ["clip", "siglip"])
 @torch.no_grad()

@@ -13,11 +13,14 @@ from mllm.compressors.base import (
     Budget,
     Context,
     Features,
+    Grid,
     Joint,
     Keep,
     Positions,
     TextEmbeds,
     TokenReducer,
+    even_shares,
+    on_device,
     register,
     resolve,
 )
@@ -45,6 +48,9 @@ class CDPruner(TokenReducer):
         relevance: where the question is compared with the picture.
         negate: relevance is the negated mean cosine, as in the authors' code, which found that
             CLIP's patches are like the words that they do not show; for "llm" that is a guess.
+        tiles: under anyres each tile has its share of `keep` and is compared with itself alone, as
+            in the authors' code; otherwise all tokens of an image are one set. What a tile is too
+            small for goes to the others.
         theta: weight of relevance against diversity, q becomes exp(theta / (2 (1 - theta)) q);
             None is q itself.
         positions: `compact` or `original`; None is `compact` (as the paper runs on LLaVA).
@@ -54,6 +60,7 @@ class CDPruner(TokenReducer):
     relevance: Literal["llm", "clip"] = "llm"
     negate: bool = True
     theta: float | None = None
+    tiles: bool = True
     positions: Positions | None = None
 
     named = ("relevance",)
@@ -70,7 +77,9 @@ class CDPruner(TokenReducer):
 
     def reads(self):
         clip = self.relevance == "clip"
-        return {"features": Features(), "text": Joint() if clip else TextEmbeds()}
+        return {
+            "features": Features(), "text": Joint() if clip else TextEmbeds(), "grid": Grid()
+        }  # fmt: skip
 
     @torch.no_grad()
     def reduce(self, ctx: Context) -> list:
@@ -80,7 +89,11 @@ class CDPruner(TokenReducer):
         same = x @ x.transpose(1, 2)
         same = (same + same.transpose(1, 2)) / 2  # exactly symmetric, so that ties are ties
         ctx.book(2 * tokens * tokens * width + count * count * tokens)
-        keep = greedy_map(same, self._relevance(ctx, x), ctx.valid, count)
+        part = shares = None
+        if self.tiles and any(ctx["grid"].tiles):
+            part = on_device(ctx["grid"].part, same)
+            shares = on_device(even_shares(count, ctx["grid"].parts), same)
+        keep = greedy_map(same, self._relevance(ctx, x), ctx.valid, count, part, shares)
         return [Keep(keep, ctx.at_most(count))]
 
     def _relevance(self, ctx: Context, x: Tensor) -> Tensor:
@@ -103,7 +116,10 @@ class CDPruner(TokenReducer):
         return q
 
 
-def greedy_map(same: Tensor, weight: Tensor, among: Tensor, count: int) -> Tensor:
+def greedy_map(
+    same: Tensor, weight: Tensor, among: Tensor, count: int, part: Tensor | None = None,
+    shares: Tensor | None = None,
+) -> Tensor:
     """Greedy MAP of the DPP with kernel ``diag(weight) same diag(weight)``; ties to the earlier.
 
     Args:
@@ -111,6 +127,8 @@ def greedy_map(same: Tensor, weight: Tensor, among: Tensor, count: int) -> Tenso
         weight: fp32 `[images, tokens]`, qualities.
         among: bool `[images, tokens]`, tokens that may be picked.
         count: picks, at most.
+        part: int64 `[tokens]`; tokens of several parts have nothing to do with each other.
+        shares: int64 `[parts]`, picks of each part, before those that others cannot make.
 
     Returns:
         bool `[images, tokens]`.
@@ -120,9 +138,16 @@ def greedy_map(same: Tensor, weight: Tensor, among: Tensor, count: int) -> Tenso
     gain = weight.square() * same.diagonal(dim1=1, dim2=2)
     factor = same.new_zeros(images, count, tokens)
     keep = torch.zeros_like(among)
+    if part is not None:
+        same = same * (part[:, None] == part)
+        left = shares.repeat(images, 1)
     for i in range(count):
         # The determinant grows by the factor `gain` with each pick.
-        pick = gain.masked_fill(~among | keep, float("-inf")).argmax(1)
+        free = among & ~keep
+        if part is not None:
+            own = free & (left[:, part] > 0)
+            free = torch.where(own.any(1, keepdim=True), own, free)
+        pick = gain.masked_fill(~free, float("-inf")).argmax(1)
         best = gain[rows, pick][:, None]
         kernel = weight[rows, pick][:, None] * same[rows, pick] * weight
         own = factor[rows, :i, pick]
@@ -132,4 +157,6 @@ def greedy_map(same: Tensor, weight: Tensor, among: Tensor, count: int) -> Tenso
         factor[:, i] = step
         gain = (gain - step.square()).clamp(min=0)
         keep[rows, pick] = True
+        if part is not None:
+            left[rows, part[pick]] -= 1
     return keep & among

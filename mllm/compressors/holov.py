@@ -36,6 +36,7 @@ class HoloV(TokenReducer):
     (which also brings in the factor beta; the paper has gamma V + a). Bringing pruned tokens back
     in the decoder, of which the paper speaks, is not in that code and not here.
 
+    Under anyres the strips are those of the whole sequence.
     Attention is a mean over heads; a tower without [CLS] is scored by what a token receives. The
     variance is taken before the projector, where a family has that site.
 
