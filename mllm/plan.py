@@ -79,9 +79,10 @@ def get_method(name: str) -> type:
     """The method class registered as `name`; PlanError with the nearest names otherwise."""
     known = _load_methods()
     if name not in known:
-        expected = near(name, known)
+        close = ", ".join(difflib.get_close_matches(name, known, 3, 0.5))
+        expected = close or "a name that `mllm methods` lists"
         raise PlanError(
-            f"unknown method {name!r}; did you mean: {expected}?",
+            f"unknown method {name!r}; " + (f"did you mean: {close}?" if close else expected),
             argument="method",
             given=name,
             expected=expected,

@@ -433,8 +433,8 @@ def fitprune(
     """One cut of FitPrune: self-attention times cross-attention, the maximum over heads."""
     score = {}
     for k in rows:
-        own = sum(max(float(head[q, k]) for head in weights) for q in rows if q >= k)
-        cross = sum(max(float(head[q, k]) for head in weights) for q in text if q >= k)
+        own = sum(max(float(head[q, k]) for head in weights) for q in rows)
+        cross = sum(max(float(head[q, k]) for head in weights) for q in text)
         score[k] = own * cross
     return best(score, keep)
 

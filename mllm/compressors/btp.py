@@ -137,7 +137,9 @@ class BTP(Calibrated):
         rows = ctx.visual.int().argsort(dim=1, descending=True, stable=True)[:, :arriving]
         there = ctx.visual.gather(1, rows)
         owed = ctx.protected.gather(1, rows) & there
-        score = ctx["rows"][:, 0].gather(1, rows).masked_fill(owed, float("inf"))
+        # Behind a layer's window logits are -inf, and these tokens are candidates still.
+        score = ctx["rows"][:, 0].gather(1, rows).clamp(min=torch.finfo(torch.float32).min)
+        score = score.masked_fill(owed, float("inf"))
 
         def part(share: float, times: float = 1.0) -> tuple[list[int], Tensor]:
             """The tokens of every sample that are a share of its budget, also int64 `[batch]`."""
