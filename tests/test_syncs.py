@@ -142,6 +142,9 @@ PREFILL = {
     ("llava", "pyramiddrop"): (1, 13),
     # How many raters and how much text there is: once, and raters once for every cut.
     ("llava", "sparsevlm"): (5, 11),
+    ("llava", "btp:keep=0.5/0.25/0.1:end=0"): (1, 7),
+    # Which rows are visual and which are text, once for every layer that is read.
+    ("llava", "fitprune:layers=1/2:keep=0.5/0.25"): (5, 9),
 }
 
 
