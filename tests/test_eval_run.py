@@ -180,6 +180,10 @@ def test_plain_lmms_eval_works(folder, tmp_path):
         ("fastv", 192, "fastv:layer=1:keep=137"),
         ("fastv:layer=3", 192, "fastv:layer=2:keep=64"),
         ("visionzip+fastv:layer=2", 64, "visionzip:keep=96+fastv:layer=2:keep=53"),
+        ("tome", 100, "tome:keep=100"),
+        ("vscan", 100, "vscan_vision:keep=150+vscan_llm:layer=4:keep=50"),
+        ("vmtc+cmai", 100, "vmtc:keep=100+cmai"),
+        ("pyramiddrop", 288, "pyramiddrop:layers=2/4/6:keep=313/170/93"),
     ],
 )
 def test_budgets_are_layer_averages(template, budget, spec):
@@ -191,8 +195,10 @@ def test_budgets_are_layer_averages(template, budget, spec):
     "template, budget, match",
     [
         ("fastv", 64, "the least is 72.9"),
-        ("fastv+visionzip", 64, "one pre-LLM stage"),
-        ("random+stride", 64, "one pre-LLM stage"),
+        ("fastv+visionzip", 64, "one stage before"),
+        ("random+stride", 64, "one stage before"),
+        ("cmai", 64, "with keep"),
+        ("pyramiddrop", 64, "the least is"),
         ("visionzip", 577, "does not fit"),
         ("visionzip", 0, "does not fit"),
     ],

@@ -48,13 +48,13 @@ def plan_for_budget(
 ) -> Plan:
     """`template` with `keep` set so that layers see `budget` visual tokens on average.
 
-    A pre-LLM stage keeps `budget` tokens. An in-LLM stage counts the layers before its cut, where
-    all tokens are still there; if the budget is out of reach at its layer, the cut moves down
-    to the first layer at which it is not. A stack of both gives the language model 1.5 times the
-    budget.
+    A stage before the decoder, or in the tower, keeps `budget` tokens. A stage inside the decoder counts the layers before its cuts, where
+    all tokens are still there: a schedule keeps its layers and its shape; one cut moves down to
+    the first layer at which the budget can be reached. A stack of both gives the language model
+    1.5 times the budget. Stages without `keep` stay as they are.
 
     Args:
-        template: spec text of one pre-LLM stage, one in-LLM stage, or one of each.
+        template: spec text with one stage before the decoder, one inside, or one of each.
         budget: visual tokens per image, averaged over the decoder layers (input to layer).
         tokens: visual tokens of an image.
         num_layers: decoder layers.
@@ -64,9 +64,12 @@ def plan_for_budget(
         PlanError: a template of another kind, or a budget that no layer reaches.
     """
     stages = Plan.from_spec(template).stages
-    kinds = [stage.info.stage for stage in stages]
-    if kinds not in (["pre_llm"], ["llm"], ["pre_llm", "llm"]):
-        expected = "one pre-LLM stage, one in-LLM stage, or a pre-LLM stage + an in-LLM stage"
+    sized = [i for i, stage in enumerate(stages) if hasattr(stage, "keep")]
+    inside = [stages[i].site == "decoder" for i in sized]
+    if inside not in ([False], [True], [False, True]):
+        expected = (
+            "one stage before the decoder, one inside, or a stage before and one inside, with keep"
+        )
         raise PlanError(
             f"cannot fit {template!r} to a budget; a sweep takes {expected}",
             argument="plans",
@@ -80,18 +83,25 @@ def plan_for_budget(
             given=budget,
             expected=f"1 to {tokens}",
         )
-    if kinds == ["pre_llm"]:
-        return Plan([stages[0].replace(keep=budget)], seed)
-    *first, pruner = stages
-    if first:
-        tokens = min(tokens, round(STACK_SURPLUS * budget))
-        first = [first[0].replace(keep=tokens)]
-    pruner = pruner.at_depth(num_layers)
-    for layer in range(pruner.layer, pruner.first_layer - 1, -1):
+    made = list(stages)
+    if not inside[0]:
+        tokens = min(tokens, round(STACK_SURPLUS * budget)) if inside[1:] else budget
+        made[sized[0]] = stages[sized[0]].replace(keep=tokens)
+    if inside[-1]:
+        made[sized[-1]] = _for_average(stages[sized[-1]], budget, tokens, num_layers)
+    return Plan(made, seed)
+
+
+def _for_average(stage: Any, average: int, tokens: int, num_layers: int) -> Any:
+    """A stage inside the decoder under which layers see `average` tokens, or PlanError."""
+    if hasattr(stage, "for_average"):
+        return stage.for_average(average, tokens, num_layers)
+    stage = stage.at_depth(num_layers)
+    for layer in range(stage.layer, stage.first_layer - 1, -1):
         try:
-            keep = keep_for_average(budget, tokens, layer, num_layers)
+            keep = keep_for_average(average, tokens, layer, num_layers)
         except PlanError as error:
             unreachable = error
         else:
-            return Plan([*first, pruner.replace(layer=layer, keep=keep)], seed)
+            return stage.replace(layer=layer, keep=keep)
     raise unreachable
