@@ -606,7 +606,7 @@ class LayerSchedule(LayerMethod):
         See :func:`mllm.plan.schedule_for_average`.
         """
         fixed = self.at_depth(num_layers)
-        keep = schedule_for_average(average, tokens, fixed.layers, num_layers, self.budgets())
+        keep = schedule_for_average(average, tokens, fixed.layers, num_layers, fixed.budgets())
         return fixed.replace(keep=keep)
 
 
