@@ -5,6 +5,7 @@ The reference runs one unpadded sample by hand, cut by cut, and decides by loops
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from oracles import rotate
 from torch import Tensor
 
 import mllm
-from mllm.compressors import VTW, Feather, PyramidDrop, SparseVLM
+from mllm.compressors import BTP, VTW, Feather, PyramidDrop, SparseVLM
 from mllm.compressors.sparsevlm import density_peaks
 from mllm.errors import PlanError
 from mllm.plan import keep_for_average
@@ -492,6 +493,20 @@ def test_feather_at_averages(tokens, average):
     assert abs(sum(counts(stage, tokens)) / 32 - average) < 1
     with pytest.raises(PlanError, match="the least is"):
         Feather().for_average(tokens / 9, tokens, 32)
+
+
+def test_btp_for_qwen():
+    """The spec that the description gives for Qwen2.5-VL is the authors' schedule: 27 %."""
+    spec = "".join(re.findall(r"``(.*?)``", BTP.__doc__))
+    stage = mllm.Plan.from_spec(spec).stages[0].at_depth(28)
+    assert (stage.layers, stage.end) == ((3, 6, 15), 22)
+    seen = [0 if layer >= stage.end else n for layer, n in enumerate(counts(stage, 1296, 28))]
+    assert sum(seen) / 28 / 1296 == pytest.approx((3 + 1.5 + 2.25 + 0.875) / 28)
+
+
+def test_a_grid_needs_a_stride():
+    with pytest.raises(PlanError, match="stride"):
+        Feather(stride=0)
 
 
 def test_vtw_halves_the_layers_with_pictures():
