@@ -5,6 +5,7 @@ The reference runs one unpadded sample by hand, cut by cut, and decides by loops
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from oracles import rotate
 from torch import Tensor
 
 import mllm
-from mllm.compressors import VTW, Feather, PyramidDrop, SparseVLM
+from mllm.compressors import BTP, VTW, Feather, PyramidDrop, SparseVLM
 from mllm.compressors.sparsevlm import density_peaks
 from mllm.errors import PlanError
 from mllm.plan import keep_for_average
@@ -421,6 +422,64 @@ def test_recycled_tokens_are_accounted_for():
         assert float(found[-1].sum()) == total
 
 
+@pytest.mark.parametrize("recycle, cluster", [(0.3, 1), (1.0, 1)])
+@torch.no_grad()
+def test_there_are_not_more_clusters_than_recycled_tokens(recycle, cluster):
+    """A cluster of one token is that token: with all recycled nothing changes."""
+    net, batch = model("llava"), samples("llava", "alone")
+    inputs, found = collate("llava", batch), []
+    plain = net(**inputs).logits
+
+    class Watched(SparseVLM):
+        def act(self, ctx):
+            actions = super().act(ctx)
+            found.append((int(actions[0].mask.sum()), sum(actions[0].counts)))
+            return actions
+
+    stage = Watched(layers=(1,), keep=(6,), recycle=recycle, cluster=cluster, positions="original")
+    with mllm.patch(net, stage):
+        logits = net(**inputs).logits
+    assert found == [(10 if recycle < 1 else 16,) * 2]
+    if recycle == 1:
+        equal(logits[0], plain[0], "all are recycled", 1e-5)
+
+
+def test_recycled_tokens_have_a_gradient():
+    """They are in the sequence no more, and what they were reaches the answer through the mean."""
+    net, batch = model("llava"), samples("llava", "alone")
+    inputs, seen = collate("llava", batch), {}
+
+    def watch(module, args, out):
+        seen["out"] = out[0] if isinstance(out, tuple) else out
+        seen["out"].retain_grad()
+
+    class Watched(SparseVLM):
+        def act(self, ctx):
+            actions = super().act(ctx)
+            if ctx.layer == 2:
+                seen.update(keep=actions[0].mask[0], into=actions[1].into[0])
+            return actions
+
+    handle = net.model.language_model.layers[1].register_forward_hook(watch)
+    with mllm.patch(net, Watched(layers=(2,), keep=(6,), recycle=0.6, cluster=3)):
+        net(**inputs).logits[0, -1].square().sum().backward()
+    handle.remove()
+    moved = seen["out"].grad[0].abs().sum(1) > 0
+    members = (seen["into"] >= 0) & ~seen["keep"] & batch[0].visual
+    gone = (seen["into"] < 0) & batch[0].visual
+    assert members.any() and gone.any()
+    assert moved[members].all() and not moved[gone].any()
+
+
+@pytest.mark.parametrize("bad", [
+    dict(recycle=-0.1), dict(recycle=1.5), dict(cluster=0), dict(heads=0.0), dict(heads=1.5),
+], ids=str)  # fmt: skip
+def test_bad_shares_of_sparsevlm(bad):
+    with pytest.raises(PlanError) as caught:
+        SparseVLM(**bad)
+    assert caught.value.argument == next(iter(bad))
+
+
 def test_an_unpublished_budget_is_refused():
     with pytest.raises(PlanError, match="no schedule") as caught:
         SparseVLM(budget=100)
@@ -434,6 +493,20 @@ def test_feather_at_averages(tokens, average):
     assert abs(sum(counts(stage, tokens)) / 32 - average) < 1
     with pytest.raises(PlanError, match="the least is"):
         Feather().for_average(tokens / 9, tokens, 32)
+
+
+def test_btp_for_qwen():
+    """The spec that the description gives for Qwen2.5-VL is the authors' schedule: 27 %."""
+    spec = "".join(re.findall(r"``(.*?)``", BTP.__doc__))
+    stage = mllm.Plan.from_spec(spec).stages[0].at_depth(28)
+    assert (stage.layers, stage.end) == ((3, 6, 15), 22)
+    seen = [0 if layer >= stage.end else n for layer, n in enumerate(counts(stage, 1296, 28))]
+    assert sum(seen) / 28 / 1296 == pytest.approx((3 + 1.5 + 2.25 + 0.875) / 28)
+
+
+def test_a_grid_needs_a_stride():
+    with pytest.raises(PlanError, match="stride"):
+        Feather(stride=0)
 
 
 def test_vtw_halves_the_layers_with_pictures():

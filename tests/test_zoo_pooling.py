@@ -99,6 +99,19 @@ def test_generalised_means():
     assert 2.8 < got[2][0] < 3 and -3 < got[2][1] < -2.8
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_powers_neither_overflow_nor_vanish(scale):
+    """Towards the largest, however large or small features are; an empty channel has a gradient."""
+    x = scale * torch.tensor([[[1.0, -1.0, 0.0], [3.0, -3.0, 0.0]] * 2])
+    x.requires_grad_()
+    grid = Layout(((2, 2),)).places.cells()
+    write = GGeM(keep=1, p=(40.0,)).reduce(context(GGeM(), features=x, grid=grid))[2]
+    pooled = write.values[0, 3]
+    assert torch.allclose(pooled.detach() / scale, torch.tensor([2.95, -2.95, 0.0]), atol=0.01)
+    pooled.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_seats_are_apart_and_in_the_middle():
     at, into = seats((1, 8, 8), ((1, 4, 4), (1, 2, 2), (1, 1, 1)))
     assert len(set(at.tolist())) == len(at) == 21

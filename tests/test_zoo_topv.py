@@ -80,6 +80,15 @@ def test_ties_and_protected_rows():
     assert kept.mask[0].nonzero()[:, 0].tolist() == [2, 3, 4, 12]
 
 
+def test_protected_rows_take_the_place_of_the_subsample():
+    """As many as the budget: nothing else stays, and the budget is not exceeded."""
+    visual, *rest = example()
+    protected = torch.zeros_like(visual)
+    protected[0, 3:8] = True
+    _, kept = run(TopV(layer=3, keep=5, recover=0.4), visual, *rest, protected=protected)
+    assert kept.mask[0].nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7]
+
+
 def test_published_layers():
     """Layers 0 to 2 of 32 see everything."""
     assert TopV().at_depth(32).layer == 3

@@ -21,7 +21,9 @@ from torch import Tensor
 import mllm
 from mllm.compressors import FasterVLM, HiRED, VScan, VScanVision
 from mllm.compressors.base import Context, Grid
+from mllm.errors import PlanError
 from mllm.plan import get_method
+from mllm.tokens import Layout, Tiling
 
 FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "gemma3", "qwen2_vl_video"]
 
@@ -206,8 +208,6 @@ def test_equal_scores_go_to_the_earlier_token():
 
 def reduce(stage, tiles: int, side: int, seed: int = 0, **signals):
     """Run a method on made-up signals of one picture of `tiles` tiles."""
-    from mllm.tokens import Layout, Tiling
-
     grid = (side, side)
     if tiles == 1:
         layout = Layout((grid,))
@@ -275,6 +275,51 @@ def test_vscan_on_tiles(keep):
     part = layout.places.cells().part
     assert part[keeping.mask[0]].bincount().tolist() == [keep // 5] * 5
     assert torch.equal(part[merge.into[0]], part)
+
+
+def test_a_panorama_has_few_windows_behind_the_base_view():
+    """Three flat tiles: each tile shares out its own part, so that the budget is met."""
+    layout = Layout(((24, 24), (7, 72)), "rows", Tiling(1, 3, 7, 72))
+    places, n = layout.places.cells(), layout.cells
+    g, stage = torch.Generator().manual_seed(0), VScanVision(keep=640)
+    ctx = Context(
+        stage,
+        {"features": torch.randn(1, n, 8, generator=g), "local": torch.rand(1, n, generator=g),
+         "global": torch.rand(1, n, generator=g), "grid": places},
+        valid=torch.ones(1, n, dtype=torch.bool), counts=[n],
+    )  # fmt: skip
+    keep = stage.reduce(ctx)[0]
+    assert int(keep.mask.sum()) == 640 == keep.counts[0]
+    assert places.part[keep.mask[0]].bincount().tolist() == [160] * 4
+
+
+@pytest.mark.parametrize("spec", [
+    "visionzip:keep=8:cls=false", "prumerge:neighbours=3", "prumerge:keep=8:merge=mean",
+    "prumergeplus:keep=8", "vscan_vision:keep=8:window=2", "vmtc:keep=8:primary=0.5",
+])  # fmt: skip
+def test_merged_tokens_have_a_gradient(spec):
+    """What goes into another token is trained through it, as VisionZip does it."""
+    (stage,) = mllm.Plan.from_spec(spec).stages
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 36, 8, generator=g, requires_grad=True)
+    keys = torch.randn(1, 36, 8, generator=g)
+    (keep, merge, write), _ = reduce(stage, 1, 6, features=x, keys=keys)
+    write.values[keep.mask].sum().backward()
+    goes = (merge.into != torch.arange(36)) & (merge.into >= 0)
+    assert goes.any() and (x.grad.abs().sum(2)[goes] > 0).all()
+
+
+@pytest.mark.parametrize("method, bad", [
+    ("vispruner", dict(step=0)), ("vispruner", dict(important=1.5)), ("hired", dict(alpha=1.5)),
+    ("hired", dict(alpha=-0.5)), ("prumerge", dict(neighbours=-1)),
+    ("prumergeplus", dict(important=1.5)), ("vscan_vision", dict(window=0)),
+    ("vscan_vision", dict(local=1.5)), ("vscan", dict(window=0)),
+], ids=str)  # fmt: skip
+def test_bad_values(method, bad):
+    """Refused when the plan is written: the loop of VisPruner would not end."""
+    with pytest.raises(PlanError) as caught:
+        get_method(method)(**bad)
+    assert caught.value.argument == next(iter(bad))
 
 
 @pytest.mark.parametrize("tiles, keep", [(1, 128), (1, 64), (1, 32), (5, 640), (5, 160)])

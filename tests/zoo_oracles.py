@@ -243,12 +243,13 @@ def vscan(
               for p, s in zip(place[i], sizes[i], strict=True)]  # fmt: skip
         return (part[i], *at)
 
-    windows = sorted({cell(i) for i in range(n)})
+    windows, parts = sorted({cell(i) for i in range(n)}), max(part) + 1
     kept: list[int] = []
     for own in windows:
         inside = {i: local[i] for i in range(n) if cell(i) == own}
-        kept += best(inside, keep // 2 // len(windows))
-    parts = max(part) + 1
+        p, alike = own[0], sum(other[0] == own[0] for other in windows)
+        quota = (p + 1) * keep // parts - p * keep // parts
+        kept += best(inside, quota // 2 // alike)
     for p in range(parts):
         quota = (p + 1) * keep // parts - p * keep // parts
         quota -= sum(part[i] == p for i in kept)

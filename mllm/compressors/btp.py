@@ -47,7 +47,7 @@ class BTP(Calibrated):
     Defaults are those of the authors' code for LLaVA-1.5: 288, 144 and 48 of 576 tokens before
     layers 3, 6 and 14 and none from 22 on, 129 on average. Their code for Qwen2.5-VL is
     ``btp:layers=3/6/15:keep=0.5/0.25/0.125:spatial=0/0/0:attention=0.12/0.4/1:diversity=0/0/0:``
-    ``over=1/1/1.2``. Their second stage counts tokens twice that two of its choices have in
+    ``over=1/1/1.2:end=22``. Their second stage counts tokens twice that two of its choices have in
     common; here a budget is met exactly. They choose the layers where hidden states change
     sharply: :func:`mllm.calibrate`.
 

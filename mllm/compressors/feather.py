@@ -15,6 +15,7 @@ from mllm.compressors.base import (
     Positions,
     register,
 )
+from mllm.errors import PlanError
 
 
 @register("feather", paper="ICCV 2025", stage="llm", reference_layers=32)
@@ -46,6 +47,14 @@ class Feather(LayerSchedule):
     paper_layers = (8, 16)
     first_layer = 1
     identity = {"keep": (1.0, 1.0)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride < 1:
+            raise PlanError(
+                f"feather: stride={self.stride}", argument="stride", given=self.stride,
+                expected="from 1",
+            )  # fmt: skip
 
     def reads(self):
         return {"rows": AttentionRows(rows="last", heads="mean", rope=self.rope), "grid": Grid()}

@@ -24,6 +24,7 @@ from mllm.compressors.base import (
     top_k,
     top_k_each,
 )
+from mllm.errors import PlanError
 
 
 @register("hired", paper="arXiv:2408.10945", stage="pre_llm")
@@ -53,6 +54,16 @@ class HiRED(TokenReducer):
     positions: Positions | None = None
 
     site = "pre_projector"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise PlanError(
+                f"hired: alpha={self.alpha!r} is not a share of keep",
+                argument="alpha",
+                given=self.alpha,
+                expected="0 <= alpha <= 1",
+            )
 
     def reads(self):
         return {

@@ -28,6 +28,7 @@ from mllm.compressors.sanity import grid_within
 from mllm.errors import PlanError
 
 Size = tuple[int, int, int]  # frames, rows, cols
+TINY = torch.finfo(torch.float64).tiny
 
 
 class Stack(NamedTuple):
@@ -281,8 +282,9 @@ class GGeM(Pooling):
     def mean(self, x: Tensor, size: Size) -> Tensor:
         group = torch.arange(x.shape[1], device=x.device) * len(self.p) // x.shape[1]
         p = torch.tensor(self.p).to(x.device, non_blocking=True)[group].view(-1, 1, 1, 1)
-        x = F.adaptive_avg_pool3d(x.sign() * x.abs().pow(p), size)
-        return x.sign() * x.abs().pow(1 / p)
+        # In fp64, where powers neither overflow nor vanish.
+        x = F.adaptive_avg_pool3d(x.sign() * x.abs().double().pow(p), size)
+        return (x.sign() * x.abs().clamp(min=TINY).pow(1 / p)).float()
 
 
 @register("pllava", paper="arXiv:2404.16994", stage="pre_llm")

@@ -26,6 +26,7 @@ from mllm.compressors.base import (
     resolve,
     top_k,
 )
+from mllm.errors import PlanError
 
 TINY = torch.finfo(torch.float32).tiny  # attention may be far below 1e-12
 
@@ -66,6 +67,16 @@ class PruMerge(TokenReducer):
     # Not with the paper's layout: every token has others added to it, in another order.
     identity = {"keep": 1.0, "merge": "none", "positions": "original"}
     oracle = "rebuild"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neighbours < 0:
+            raise PlanError(
+                f"{self.info.name}: neighbours={self.neighbours}",
+                argument="neighbours",
+                given=self.neighbours,
+                expected="from 0",
+            )
 
     def reads(self):
         block = 1.0 if self.last else None
@@ -168,6 +179,16 @@ class PruMergePlus(PruMerge):
     """
 
     important: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.important <= 1:
+            raise PlanError(
+                f"prumergeplus: important={self.important!r} is not a share of keep",
+                argument="important",
+                given=self.important,
+                expected="0 <= important <= 1",
+            )
 
     def choose(self, a: Tensor, valid: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
         tokens = a.shape[1]

@@ -87,6 +87,22 @@ class SparseVLM(LayerSchedule):
     def paper_positions(self) -> Positions:
         return "compact" if self.version == "1.5" else "original"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, fits, expected in (
+            ("recycle", self.recycle, 0 <= self.share <= 1, "0 <= recycle <= 1"),
+            ("cluster", self.cluster, self.cluster >= 1, "from 1"),
+            ("heads", self.heads, 0 < self.head_share <= 1, "0 < heads <= 1"),
+        ):
+            if not fits:
+                raise PlanError(
+                    f"sparsevlm: {name}={value!r}", argument=name, given=value, expected=expected
+                )
+
+    @property
+    def differentiable(self) -> bool:
+        return self.share > 0  # a cluster's members have the gradient of their mean
+
     def budgets(self) -> tuple[Budget, ...]:
         if self.keep is not None:
             return self.keep
@@ -180,13 +196,25 @@ class SparseVLM(LayerSchedule):
         return pull.clamp(min=0.01)
 
     def act(self, ctx: LayerContext) -> list:
+        with torch.no_grad():
+            kept, into, stay = self._select(ctx)
+        if into is None:
+            return [kept]
+        values = merge_rows(ctx["hidden"], into)
+        return [kept, Merge(into), Write(values, rows=stay)]
+
+    def _select(self, ctx: LayerContext) -> tuple[Keep, Tensor | None, Tensor | None]:
+        """What stays, the row that each visual row goes into, and the rows of clusters.
+
+        The last two, `[batch, rows]` each, are None where nothing is recycled.
+        """
         kept = self.select(ctx)
         ctx.book(ctx.state.pop("flops", 0.0))
         go = [there - n for there, n in zip(ctx.counts(), kept.counts, strict=True)]
-        taken = [int(self.share * n) + 1 if n and self.share else 0 for n in go]
+        taken = [min(n, int(self.share * n) + 1) if n and self.share else 0 for n in go]
         if not max(taken):
-            return [kept]
-        clusters = [n // self.cluster + 1 if n else 0 for n in taken]
+            return kept, None, None
+        clusters = [min(n, n // self.cluster + 1) for n in taken]
         gone = ctx.visual & ~kept.mask
         count, many = (on_device(torch.tensor(n), gone) for n in (taken, clusters))
         recycled = top_k(self.score(ctx), gone & ~ctx.protected, count)
@@ -199,8 +227,7 @@ class SparseVLM(LayerSchedule):
         into = into.scatter(1, rows, torch.where(valid, centre, into.gather(1, rows)))
         stay = recycled & (into == own)
         counts = [n + more for n, more in zip(kept.counts, clusters, strict=True)]
-        values = merge_rows(ctx["hidden"], into)
-        return [Keep(kept.mask | stay, counts), Merge(into), Write(values, rows=stay)]
+        return Keep(kept.mask | stay, counts), into, stay
 
 
 def density_peaks(x: Tensor, valid: Tensor, count: Tensor) -> Tensor:

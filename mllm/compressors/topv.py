@@ -112,11 +112,11 @@ class TopV(LayerPruner):
         counts, limit = ctx.budget(self.keep, ctx.counts())
         score = self.score(ctx).masked_fill(ctx.protected, float("inf"))
         best = (limit - (self.recover * limit).round()).long()
-        kept = top_k(score, ctx.visual, best)
+        kept = top_k(score, ctx.visual, best) | (ctx.visual & ctx.protected)
         # Of the others in reading order, those at equal distances.
         rest = ctx.visual & ~kept
         place, left = rest.long().cumsum(1) - 1, rest.sum(1, keepdim=True).clamp(min=1)
-        more = (limit - kept.sum(1))[:, None]
+        more = (limit - kept.sum(1)).clamp(min=0)[:, None]
         step = (place + 1) * more // left > place * more // left
         return Keep(kept | (rest & step), counts)
 

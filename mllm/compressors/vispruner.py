@@ -24,6 +24,7 @@ from mllm.compressors.base import (
     resolve,
     top_k_each,
 )
+from mllm.errors import PlanError
 
 
 @register("vispruner", paper="arXiv:2412.01818v2", stage="pre_llm")
@@ -57,6 +58,20 @@ class VisPruner(TokenReducer):
 
     site = "pre_projector"
     first = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.important <= 1:
+            raise PlanError(
+                f"vispruner: important={self.important!r} is not a share of keep",
+                argument="important",
+                given=self.important,
+                expected="0 <= important <= 1",
+            )
+        if self.step < 1:
+            raise PlanError(
+                f"vispruner: step={self.step}", argument="step", given=self.step, expected="from 1"
+            )
 
     def reads(self):
         return {

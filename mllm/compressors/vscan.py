@@ -33,6 +33,7 @@ from mllm.compressors.base import (
     resolve,
     top_k_each,
 )
+from mllm.errors import PlanError
 
 
 @register("vscan_vision", paper="arXiv:2505.22654", stage="pre_llm")
@@ -69,6 +70,17 @@ class VScanVision(TokenReducer):
     actions = ("Keep", "Merge", "Write")
     oracle = "rebuild"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_window(self)
+        if not 0 <= self.local <= 1:
+            raise PlanError(
+                f"vscan_vision: local={self.local!r} is not a share of the depth",
+                argument="local",
+                given=self.local,
+                expected="0 <= local <= 1",
+            )
+
     def reads(self):
         return {
             "features": Features(),
@@ -82,13 +94,14 @@ class VScanVision(TokenReducer):
         images, tokens, width = x.shape
         budget = resolve(self.keep, tokens)
         part = on_device(places.part, x)
-        window, count = windows(places, self.window)
-        shares = on_device(torch.full((count,), budget // 2 // count), x)
-        keep = top_k_each(ctx["local"], valid, on_device(window, x), shares)
+        window, tile = windows(places, self.window)
+        shares = even_shares(budget, places.parts)
+        local = shares // 2 // tile.bincount(minlength=places.parts).clamp(min=1)
+        keep = top_k_each(ctx["local"], valid, on_device(window, x), on_device(local[tile], x))
 
         taken = torch.zeros(images, places.parts, dtype=torch.long, device=x.device)
         taken = taken.index_add(1, part, keep.long())
-        left = (on_device(even_shares(budget, places.parts), x) - taken).clamp(min=0)
+        left = on_device(shares, x) - taken
         keep = keep | top_k_each(ctx["global"], valid & ~keep, part, left)
         keep = fill_up(keep, ctx["global"], valid, budget)
 
@@ -106,14 +119,22 @@ class VScanVision(TokenReducer):
 
 
 @lru_cache(maxsize=256)
-def windows(places: Places, side: int) -> tuple[Tensor, int]:
-    """The window of each token of a picture, int64 `[tokens]`, and how many there are."""
+def windows(places: Places, side: int) -> tuple[Tensor, Tensor]:
+    """The window of each token of a picture, int64 `[tokens]`, and the tile of each window."""
     key = places.part
     for at in (places.row, places.col):
         size = torch.zeros_like(at).scatter_reduce(0, places.tile, at + 1, "amax")[places.tile]
         key = key * 10_000 + torch.minimum(at // side, (size // side).clamp(min=1) - 1)
     found, window = key.unique(return_inverse=True)
-    return window, len(found)
+    return window, torch.zeros(len(found), dtype=torch.long).scatter(0, window, places.part)
+
+
+def _check_window(stage: VScanVision | VScan) -> None:
+    if stage.window < 1:
+        raise PlanError(
+            f"{stage.info.name}: window={stage.window}", argument="window", given=stage.window,
+            expected="from 1",
+        )  # fmt: skip
 
 
 @register("vscan_llm", paper="arXiv:2505.22654", stage="llm", reference_layers=32)
@@ -153,7 +174,9 @@ class VScan(Preset):
 
     The first stage leaves 1.5 times the budget and the second a third of that for the second half
     of the decoder: 96 and 32 for 64 of 576 tokens. Above two thirds of the picture the first
-    stage leaves everything.
+    stage leaves everything. A number of tokens is written down as two before any picture is seen:
+    above two thirds of a picture, the second stage leaves half of that number, and layers see
+    fewer than it on average; a fraction is met.
 
     Args:
         keep: visual tokens per image, averaged over the decoder's layers.
@@ -170,6 +193,10 @@ class VScan(Preset):
     positions: Positions | None = None
 
     oracle = "rebuild"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_window(self)
 
     def expand(self) -> list:
         if isinstance(self.keep, int):
