@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -304,8 +305,9 @@ class VisionRun:
         )
         actions = stage.reduce(ctx)
         self.reduction.ran.add(number)
-        for image in group.images:
-            self.reduction.selection_flops[image] += ctx.flops
+        costs = np.broadcast_to(ctx.flops, len(group.images)).tolist()
+        for image, cost in zip(group.images, costs, strict=True):
+            self.reduction.selection_flops[image] += cost
         return actions
 
     def _apply(self, actions: list[Any], group: Group, features: Tensor) -> Tensor:
@@ -409,8 +411,9 @@ class VisionRun:
         counts = [self.reduction.counts[i] for i in group.images]
         most = None if None in counts else max(counts)
         self.rows = choose_rows(keep, torch.ones_like(keep), count=most)
-        cost = self.family.vision_flops(group.layout, self.rows.shape[1])
-        self.reduction.vision_flops = [cost] * len(keep)
+        # Every image's own tokens, as everywhere: what a batch fills up is not counted.
+        own = counts if most is not None else [self.rows.shape[1]] * len(keep)
+        self.reduction.vision_flops = [self.family.vision_flops(group.layout, n) for n in own]
         return gather_rows(features, self.rows)
 
     def after_projector(self, projected: Tensor) -> Tensor:

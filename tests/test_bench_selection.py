@@ -80,7 +80,7 @@ def test_every_method_has_a_row():
     plans = every_method()
     names = {plan.split(":")[0] for plan in plans}
     assert names == {row["name"] for row in mllm.methods()} - {
-        "random", "stride", "avgpool", "downsample", "vtw",
+        "random", "randomllm", "stride", "avgpool", "downsample", "vtw",
     }  # fmt: skip
     results = selection(model=TINY, visual=[16], batch=(1,), **{**OPTIONS, "pairs": 1})
     json.dumps(results, allow_nan=False)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,7 +126,7 @@ class Context:
     ) -> None:
         self.stage, self._signals, self._seeds = stage, signals, seeds
         self.grid, self.valid, self._counts = grid, valid, counts
-        self.flops = 0.0
+        self.flops: Any = 0.0
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._signals:
@@ -173,12 +174,13 @@ class Context:
     def _there(self) -> Tensor:
         return self.valid
 
-    def book(self, flops: float) -> None:
+    def book(self, flops: float | Sequence[float]) -> None:
         """Add the cost of this selection to the ledger, in FLOPs per image.
 
-        In the LLM it is per sample with images.
+        One number is every image's, several are one for each. In the LLM it is one number, per
+        sample with images.
         """
-        self.flops += flops
+        self.flops = self.flops + (flops if isinstance(flops, int | float) else np.array(flops))
 
 
 class TowerContext(Context):

@@ -88,7 +88,7 @@ class CDPruner(TokenReducer):
         count = resolve(self.keep, tokens)
         same = x @ x.transpose(1, 2)
         same = (same + same.transpose(1, 2)) / 2  # exactly symmetric, so that ties are ties
-        ctx.book(2 * tokens * tokens * width + count * count * tokens)
+        ctx.book(2 * tokens * tokens * width + count * (count - 1) * tokens)
         part = shares = None
         if self.tiles and any(ctx["grid"].tiles):
             part = on_device(ctx["grid"].part, same)
@@ -106,6 +106,7 @@ class CDPruner(TokenReducer):
         words = F.normalize(words.float(), dim=-1) * text.valid[..., None]
         # The mean of cosines is the cosine with the mean of unit vectors.
         mean = words.sum(1) / text.valid.sum(1, keepdim=True).clamp(min=1)
+        ctx.book(2 * x.shape[1] * x.shape[2])
         q = (x @ mean[..., None])[..., 0]
         q = -q if self.negate else q
         low = q.masked_fill(~ctx.valid, float("inf")).amin(1, keepdim=True)

@@ -77,7 +77,7 @@ class HoloV(TokenReducer):
         at, real = (t.to(x.device, non_blocking=True) for t in (at, real))
         there = real & ctx.valid[:, at]  # [images, crops, length]
         attention = ctx["attention"].float()[:, at] * there
-        ctx.book(2 * tokens * at.shape[1] * width)
+        ctx.book(2 * at.numel() * at.shape[1] * width)
 
         score = self._score(x[:, at] * there[..., None], attention, there)
         length = there.sum(2)

@@ -78,7 +78,6 @@ class WindowMerge(TowerReducer):
         place = place.transpose(1, 2).reshape(rows * cols, side**2)  # [windows, patches]
         count = round(self.share * rows * cols)
         total = F.normalize(x.float(), dim=-1)[:, place].sum(2)
-        ctx.book(2 * tokens * width)
         # The mean over ordered pairs is a constant and an increasing function of this.
         alike = total.square().sum(-1)
         merged = top_k(alike, torch.ones_like(alike, dtype=torch.bool), count)

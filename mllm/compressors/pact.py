@@ -91,6 +91,7 @@ class PACT(LayerPruner):
         there = ctx.visual[:, None, :, None]
         mean = (query * there).sum(2) / there.sum(2).clamp(min=1)  # [batch, heads, head_dim]
         key = key.repeat_interleave(mean.shape[1] // key.shape[1], 1)
+        ctx.book(2 * key.shape[1] * key.shape[2] * key.shape[3])
         logits = (key @ mean[..., None])[..., 0] * key.shape[3] ** -0.5
         least = torch.finfo(logits.dtype).min
         weight = logits.masked_fill(~ctx.visual[:, None], least).softmax(2).mean(1)

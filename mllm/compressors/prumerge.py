@@ -106,7 +106,7 @@ class PruMerge(TokenReducer):
         if self.merge != "none":
             rows = keep.int().argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
             merged = self._merged(x, a, ctx["keys"], rows, part)
-            ctx.book(2 * rows.shape[1] * tokens * (ctx["keys"].shape[2] + width))
+            ctx.book([2 * n * tokens * (ctx["keys"].shape[2] + width) for n in counts])
             values = x.scatter(1, rows[..., None].expand_as(merged), merged)
         if rest:
             weight = a * gone

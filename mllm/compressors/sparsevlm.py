@@ -221,6 +221,7 @@ class SparseVLM(LayerSchedule):
         rows = recycled.int().argsort(dim=1, descending=True, stable=True)[:, : max(taken)]
         valid = recycled.gather(1, rows)
         x = ctx["hidden"].gather(1, rows[..., None].expand(-1, -1, ctx["hidden"].shape[2]))
+        ctx.book(2 * x.shape[1] ** 2 * x.shape[2])
         centre = rows.gather(1, density_peaks(x, valid, many))
         own = torch.arange(gone.shape[1], device=gone.device).expand_as(gone)
         into = torch.where(gone, -1, own)

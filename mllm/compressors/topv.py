@@ -91,7 +91,8 @@ class TopV(LayerPruner):
         for _ in range(self.iterations):
             u = mass / (kernel @ v[..., None])[..., 0].clamp(min=1e-30)
             v = mass / (kernel.transpose(1, 2) @ u[..., None])[..., 0].clamp(min=1e-30)
-        ctx.book(2 * cost.shape[1] ** 2 * (ctx["source"].shape[2] + 2 * self.iterations))
+        # Distances of hidden states and of places, and the products with the kernel.
+        ctx.book(2 * cost.shape[1] ** 2 * (ctx["source"].shape[2] + 2 + 2 * self.iterations + 1))
         # Against its marginal, so that small grids do not win.
         return u * (kernel @ v[..., None])[..., 0] / mass.clamp(min=1e-30)
 
