@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import mllm
 from mllm import flops
 
-
 aten = torch.ops.aten
 
 
