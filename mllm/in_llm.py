@@ -867,7 +867,8 @@ class DecoderRun:
         self.ran.add(number)
         if stage.differentiable and compat.reentrant(self.patched.layers[layer - 1]):
             raise PlanError(
-                f"{stage.info.name} is learnt, and reentrant checkpointing gives it no gradient",
+                f"{stage.info.name} learns or merges, and reentrant checkpointing gives that no "
+                "gradient",
                 argument="use_reentrant",
                 given=True,
                 expected="False",

@@ -471,6 +471,26 @@ def test_recycled_tokens_have_a_gradient():
     assert moved[members].all() and not moved[gone].any()
 
 
+def test_recycled_tokens_have_their_gradient_when_layers_are_recomputed():
+    """Checkpointing does not change it; where there would be none, the plan is refused."""
+    stage, batch = SparseVLM(layers=(1, 2), keep=(9, 4), recycle=0.6, cluster=3), samples("llava")
+    inputs, found = collate("llava", batch), []
+    for reentrant in (None, False, True):
+        net = model("llava").train()
+        if reentrant is not None:
+            net.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with mllm.patch(net, stage):
+            if reentrant:
+                with pytest.raises(PlanError, match="reentrant"):
+                    net(**inputs)
+                continue
+            net(**inputs).logits[:, -1].square().sum().backward()
+        parts = net.model.multi_modal_projector, net.model.language_model.layers[0].mlp
+        found.append([w.grad for part in parts for w in part.parameters()])
+    for one, two in zip(*found, strict=True):
+        equal(one, two, "gradient", 1e-4 * max(1.0, float(one.abs().max())))
+
+
 @pytest.mark.parametrize("bad", [
     dict(recycle=-0.1), dict(recycle=1.5), dict(cluster=0), dict(heads=0.0), dict(heads=1.5),
 ], ids=str)  # fmt: skip
