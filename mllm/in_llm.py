@@ -854,7 +854,8 @@ class DecoderRun:
         self, number: int, stage: LayerMethod, layer: int, keep: Tensor, counts: list[int] | None
     ) -> list[Any]:
         """The actions of a stage."""
-        ctx = self.context(number, stage, layer, self.table, keep=keep, counts=counts)
+        with _kept():  # signals of earlier layers are brought to the rows of this one
+            ctx = self.context(number, stage, layer, self.table, keep=keep, counts=counts)
         budget = getattr(stage, "keep", None)
         if isinstance(budget, int) and any(
             there < budget * images
