@@ -444,7 +444,8 @@ class DecoderRun:
         hidden, self.reached = args[0], layer
         self.moves[layer], self.attention_table = [], self.table
         if self.visual is not None:
-            self.captures.hidden(layer, "layer", hidden)
+            with _kept():  # of the last norm
+                self.captures.hidden(layer, "layer", hidden)
             self.captures.before(layer, hidden, kwargs)
         if layer in self.patched.acts:
             hidden = self._cut(layer, hidden, kwargs)

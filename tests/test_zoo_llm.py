@@ -491,6 +491,20 @@ def test_recycled_tokens_have_their_gradient_when_layers_are_recomputed():
         equal(one, two, "gradient", 1e-4 * max(1.0, float(one.abs().max())))
 
 
+@pytest.mark.parametrize("spec", ["dart:layer=2:keep=5", "sparsevlm:version=2.0:layers=1/2/3"])
+def test_what_is_read_is_no_business_of_a_recompute(spec):
+    """Hidden states through the last norm, and those of earlier layers, are read with gradient."""
+    inputs, found = collate("llava", samples("llava")), []
+    for checkpointing in (False, True):
+        net = model("llava").train()
+        if checkpointing:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        with mllm.patch(net, spec):
+            net(**inputs).logits[:, -1].square().sum().backward()
+        found.append(net.model.multi_modal_projector.linear_1.weight.grad)
+    equal(found[1], found[0], "gradient", 1e-4 * max(1.0, float(found[0].abs().max())))
+
+
 @pytest.mark.parametrize("bad", [
     dict(recycle=-0.1), dict(recycle=1.5), dict(cluster=0), dict(heads=0.0), dict(heads=1.5),
 ], ids=str)  # fmt: skip
