@@ -444,7 +444,8 @@ class DecoderRun:
         hidden, self.reached = args[0], layer
         self.moves[layer], self.attention_table = [], self.table
         if self.visual is not None:
-            self.captures.hidden(layer, "layer", hidden)
+            with _kept():  # of the last norm
+                self.captures.hidden(layer, "layer", hidden)
             self.captures.before(layer, hidden, kwargs)
         if layer in self.patched.acts:
             hidden = self._cut(layer, hidden, kwargs)
@@ -854,7 +855,8 @@ class DecoderRun:
         self, number: int, stage: LayerMethod, layer: int, keep: Tensor, counts: list[int] | None
     ) -> list[Any]:
         """The actions of a stage."""
-        ctx = self.context(number, stage, layer, self.table, keep=keep, counts=counts)
+        with _kept():  # signals of earlier layers are brought to the rows of this one
+            ctx = self.context(number, stage, layer, self.table, keep=keep, counts=counts)
         budget = getattr(stage, "keep", None)
         if isinstance(budget, int) and any(
             there < budget * images
@@ -867,7 +869,8 @@ class DecoderRun:
         self.ran.add(number)
         if stage.differentiable and compat.reentrant(self.patched.layers[layer - 1]):
             raise PlanError(
-                f"{stage.info.name} is learnt, and reentrant checkpointing gives it no gradient",
+                f"{stage.info.name} learns or merges, and reentrant checkpointing gives that no "
+                "gradient",
                 argument="use_reentrant",
                 given=True,
                 expected="False",

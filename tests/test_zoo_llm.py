@@ -471,6 +471,40 @@ def test_recycled_tokens_have_a_gradient():
     assert moved[members].all() and not moved[gone].any()
 
 
+def test_recycled_tokens_have_their_gradient_when_layers_are_recomputed():
+    """Checkpointing does not change it; where there would be none, the plan is refused."""
+    stage, batch = SparseVLM(layers=(1, 2), keep=(9, 4), recycle=0.6, cluster=3), samples("llava")
+    inputs, found = collate("llava", batch), []
+    for reentrant in (None, False, True):
+        net = model("llava").train()
+        if reentrant is not None:
+            net.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with mllm.patch(net, stage):
+            if reentrant:
+                with pytest.raises(PlanError, match="reentrant"):
+                    net(**inputs)
+                continue
+            net(**inputs).logits[:, -1].square().sum().backward()
+        parts = net.model.multi_modal_projector, net.model.language_model.layers[0].mlp
+        found.append([w.grad for part in parts for w in part.parameters()])
+    for one, two in zip(*found, strict=True):
+        equal(one, two, "gradient", 1e-4 * max(1.0, float(one.abs().max())))
+
+
+@pytest.mark.parametrize("spec", ["dart:layer=2:keep=5", "sparsevlm:version=2.0:layers=1/2/3"])
+def test_what_is_read_is_no_business_of_a_recompute(spec):
+    """Hidden states through the last norm, and those of earlier layers, are read with gradient."""
+    inputs, found = collate("llava", samples("llava")), []
+    for checkpointing in (False, True):
+        net = model("llava").train()
+        if checkpointing:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        with mllm.patch(net, spec):
+            net(**inputs).logits[:, -1].square().sum().backward()
+        found.append(net.model.multi_modal_projector.linear_1.weight.grad)
+    equal(found[1], found[0], "gradient", 1e-4 * max(1.0, float(found[0].abs().max())))
+
+
 @pytest.mark.parametrize("bad", [
     dict(recycle=-0.1), dict(recycle=1.5), dict(cluster=0), dict(heads=0.0), dict(heads=1.5),
 ], ids=str)  # fmt: skip

@@ -293,6 +293,12 @@ def test_a_panorama_has_few_windows_behind_the_base_view():
     assert places.part[keep.mask[0]].bincount().tolist() == [160] * 4
 
 
+def test_the_local_block_is_a_share_of_the_depth():
+    """A whole number too: 1 is the last block, not the second."""
+    (stage,) = mllm.Plan.from_spec("vscan_vision:local=1").stages
+    assert isinstance(stage.reads()["local"].block, float)
+
+
 @pytest.mark.parametrize("spec", [
     "visionzip:keep=8:cls=false", "prumerge:neighbours=3", "prumerge:keep=8:merge=mean",
     "prumergeplus:keep=8", "vscan_vision:keep=8:window=2", "vmtc:keep=8:primary=0.5",

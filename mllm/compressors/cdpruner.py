@@ -40,7 +40,7 @@ class CDPruner(TokenReducer):
     `relevance="clip"` is the paper: cosines of patches and question in CLIP's joint space. Only
     for models whose tower is a CLIP, with its text half beside them (:mod:`mllm.joint`).
     `relevance="llm"` takes the cosines of projected tokens with the embeddings of the question's
-    words, as for models without a text tower: it needs nothing more, and is the default. The
+    words, a stand-in where there is no text tower: it needs nothing more, and is the default. The
     paper's figures on LLaVA are those of "clip".
 
     Args:

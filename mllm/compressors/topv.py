@@ -42,8 +42,8 @@ class TopV(LayerPruner):
         layer: rows leave before this decoder layer; None is behind the paper's layer 2 of 32,
             scaled.
         keep: visual tokens kept, of those that arrive at the layer.
-        recover: share of `keep` that is a regular subsample; a fifth is every fourth dropped token
-            at half the tokens.
+        recover: share of `keep` that is a regular subsample; a fifth, as where half stays by score
+            and every fourth of the others on top.
         alpha, beta, gamma, sigma, epsilon: the cost, see above.
         iterations: of Sinkhorn.
         positions: `original` or `compact`; None is `original`.

@@ -84,7 +84,7 @@ class VScanVision(TokenReducer):
     def reads(self):
         return {
             "features": Features(),
-            "local": VisionAttention(block=self.local, heads="mean"),
+            "local": VisionAttention(block=float(self.local), heads="mean"),
             "global": VisionAttention(heads="mean"),
             "grid": Grid(),
         }
