@@ -96,7 +96,8 @@ class VScanVision(TokenReducer):
         part = on_device(places.part, x)
         window, tile = windows(places, self.window)
         shares = even_shares(budget, places.parts)
-        local = shares // 2 // tile.bincount(minlength=places.parts).clamp(min=1)
+        of_tile = torch.zeros_like(shares).index_add(0, tile, torch.ones_like(tile))
+        local = shares // 2 // of_tile.clamp(min=1)
         keep = top_k_each(ctx["local"], valid, on_device(window, x), on_device(local[tile], x))
 
         taken = torch.zeros(images, places.parts, dtype=torch.long, device=x.device)
