@@ -7,6 +7,7 @@ pictures are drawn and preprocessed once per task, and plans share the output of
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -98,7 +99,7 @@ class SharedTower:
     def _remembered(self, forward: Any, *given: Any, **options: Any) -> Any:
         held = (*given, *(x for pair in sorted(options.items()) for x in pair))
         name = tuple(
-            (x.data_ptr(), x.shape, x._version) if isinstance(x, torch.Tensor) else repr(x)
+            (x.data_ptr(), x.shape) if isinstance(x, torch.Tensor) else repr(x)
             for x in held
         )
         taps = attention.opened()
@@ -107,7 +108,7 @@ class SharedTower:
                 for call in self._calls[name, module]:
                     for tap in readers:
                         tap(*call)
-            return self._outputs[name]
+            return copy.copy(self._outputs[name])
         calls: dict[Any, list[tuple]] = {module: [] for module in taps}
         recorded = {
             module: [*readers, lambda *call, kept=calls[module]: kept.append(call)]
@@ -121,7 +122,8 @@ class SharedTower:
             size += _bytes(output) + _bytes(held)
         if self.held + size <= self.limit:
             self.held += size
-            self._outputs.setdefault(name, output)
+            # A model may write into what it is given here (Qwen-VL splits it).
+            self._outputs.setdefault(name, copy.copy(output))
             self._given[name] = held
             self._calls |= new
         return output
