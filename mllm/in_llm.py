@@ -58,6 +58,7 @@ class DecoderRun:
         prompts: by kind, the text that pre-LLM stages read; empty if none does.
         counts: rows of every sample, as far as the base model's hooks have counted them.
         answering: whether all rows are tokens that generate() has appended.
+        known: bool `[batch, tokens]`, tokens of the conversation that are no padding.
         full: table of the rows as the caller gave them.
         table: table of the rows of the current stage.
         tables: (first layer, table) of every stage.
@@ -91,6 +92,7 @@ class DecoderRun:
     prompts: dict[str, Prompts] = field(default_factory=dict)
     counts: Counts | None = None
     answering: bool = False
+    known: Tensor | None = None
     full: TokenTable | None = None
     table: TokenTable | None = None
     tables: list[tuple[int, TokenTable]] = field(default_factory=list)
@@ -161,14 +163,16 @@ class DecoderRun:
             self._check_foreign(cache)
             adopt(cache, self.patched.windows, self.patched.new_mark())
             self._check_cache(cache)
-            CacheEvents.verified(self.patched, cache)
-            self.past = [layer.slots for layer in cache.layers]
-            self.held = [layer.table for layer in cache.layers]
             self.past_logical = cache.get_seq_length()
         self.cache = cache
-        valid = torch.ones(batch, rows, dtype=torch.bool, device=embeds.device)
+        self.known = embeds.new_ones(batch, self.past_logical + rows, dtype=torch.bool)
         if mask is not None:
-            valid = mask[:, -rows:].to(valid)
+            self.known[:, -mask.shape[1] :] = mask[:, -self.known.shape[1] :].bool()
+        valid = self.known[:, self.past_logical :]
+        if cache is not None:
+            CacheEvents.verified(self, cache, self.known[:, : self.past_logical])
+            self.past = [layer.slots for layer in cache.layers]
+            self.held = [layer.table for layer in cache.layers]
         if self.counts is None or mask is not self.mask:
             self.counts = self._counted(valid, mask is None or self.answering)
         self.lengths, self.seen = self.counts.valid, self.counts.seen

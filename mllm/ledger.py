@@ -112,6 +112,7 @@ class Record:
     selection_flops: float
     notes: list[str]
     branch_rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # that take part
+    cache_flops: float = 0.0  # of methods on the cache, which every sample pays
     decode_steps: int = 0
 
 
@@ -263,7 +264,7 @@ class Ledger:
             )
         )
         selection = [
-            per_sample + record.selection_flops * (images > 0)
+            per_sample + record.selection_flops * (images > 0) + record.cache_flops
             for per_sample, images in zip(select, counts, strict=True)
         ]
         tokens, visual = [self.tokens(i) for i in range(layers)], self._visual()

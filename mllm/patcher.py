@@ -9,6 +9,7 @@ not meet; everything about a conversation lives on its cache.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from contextvars import ContextVar
@@ -177,6 +178,11 @@ class Patched:
         first = [min(s.at()) for _, s in self.pruners if actions & set(s.actions)]
         return range(min(first, default=len(self.layers)), len(self.layers))
 
+    def each_layer(self, signal: Any) -> list[Any]:
+        """A signal of a cache method, at its layer or without one at all of them."""
+        layers = range(len(self.layers)) if signal.layer is None else (signal.layer,)
+        return [dataclasses.replace(signal, layer=layer) for layer in layers]
+
     def tapped(self) -> list[nn.Module]:
         """Attention modules that some stage reads from, or changes something in."""
         found = []
@@ -191,7 +197,8 @@ class Patched:
             if not isinstance(signal, Hidden):
                 found.append(self.family.attention(signal.layer))
         for _, stage in self.compressors:
-            found += [self.family.attention(s.layer) for s in stage.reads().values()]
+            reads = [own for s in stage.reads().values() for own in self.each_layer(s)]
+            found += [self.family.attention(signal.layer) for signal in reads]
         found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
 
@@ -741,7 +748,8 @@ class Patched:
         # Within generate(), several rows behind the prompt are candidates to verify.
         new_turn = rows > 1 if length is None else past < length
         if not past or new_turn:
-            self._book(run, ["no visual tokens: the plan had nothing to do"])
+            idle = [] if self.compressors else ["no visual tokens: the plan had nothing to do"]
+            self._book(run, run.notes + idle)
         elif self._records:
             self._records[-1].decode_steps += 1
 
@@ -769,6 +777,7 @@ class Patched:
             itemsize=run.itemsize,
             cached=stored > 0,
             selection_flops=run.selection_flops,
+            cache_flops=0.0 if run.events is None else run.events.flops,
             branch_rows=run.changes.counts,
             notes=notes,
         )

@@ -48,7 +48,7 @@ def register(name: str, *, stage: str, **info: Any):
 
     Args:
         name: the paper's name in lower case without punctuation.
-        stage: ``"pre_llm"``, ``"llm"``, or ``"preset"`` for several stages.
+        stage: ``"pre_llm"``, ``"llm"``, ``"cache"``, or ``"preset"`` for several stages.
         **info: the other fields of :class:`MethodInfo`.
     """
 
@@ -131,13 +131,14 @@ def _type_name(hint: Any) -> str:
 
 
 def check_fields(stage: Any) -> None:
-    """Validate what every method shares: `keep`, `layer`, `positions`. Called by the bases."""
+    """Validate what every method shares: budgets, `layer`, `positions`. Called by the bases."""
     name = stage.info.name
     hints = typing.get_type_hints(type(stage))
-    keep = getattr(stage, "keep", None)
-    for budget in keep if isinstance(keep, tuple) else (keep,):
-        if budget is not None:
-            _check_keep(name, budget)
+    for field in ("keep", "budget"):
+        keep = getattr(stage, field, None)
+        for budget in keep if isinstance(keep, tuple) else (keep,):
+            if budget is not None:
+                _check_keep(name, field, budget)
     for field in dataclasses.fields(stage):
         value = getattr(stage, field.name)
         if not any(_is_a(value, option) for option in _options(hints[field.name])):
@@ -179,19 +180,19 @@ def _option_name(option: Any) -> str:
     return "None" if option is type(None) else getattr(option, "__name__", str(option))
 
 
-def _check_keep(name: str, keep: Any) -> None:
+def _check_keep(name: str, field: str, keep: Any) -> None:
     expected = "a whole number of tokens from 1, or a fraction in (0, 1]"
     number = isinstance(keep, int | float) and not isinstance(keep, bool)
     if not number or (isinstance(keep, int) and keep < 1) or not (keep > 0):
         raise PlanError(
-            f"{name}: keep={keep!r} is not {expected}", argument="keep", given=keep,
+            f"{name}: {field}={keep!r} is not {expected}", argument=field, given=keep,
             expected=expected,
         )
     if isinstance(keep, float) and keep > 1:
         raise PlanError(
-            f"{name}: keep={keep!r} is a fraction above 1; write a whole number "
+            f"{name}: {field}={keep!r} is a fraction above 1; write a whole number "
             "for tokens",
-            argument="keep",
+            argument=field,
             given=keep,
             expected=expected,
         )

@@ -146,6 +146,14 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 given=attend,
                 expected="sdpa or eager",
             )
+    for _, stage in patched.compressors:
+        if stage.headwise and "flash" in attend:
+            raise PlanError(
+                f"{stage.info.name}: heads cannot hold different tokens under {attend}",
+                argument="heads",
+                given="each",
+                expected="heads=shared, or sdpa or eager",
+            )
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
     other = [m for m in tapped if compat.attention_name(m) not in compat.SERVED]
     if family.packed:  # flash attention gets all pictures of a packed tower in one call

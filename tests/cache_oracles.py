@@ -35,7 +35,8 @@ class Oracle:
 
     Attributes:
         gone: per layer, bool `[kv_heads, tokens]`.
-        mass: per layer, `[heads, tokens]`, what every token received in the newest forward.
+        rows: per layer, `[heads, queries, tokens]`, attention in the newest forward.
+        mass: per layer, `[heads, tokens]`, what every token received in it.
         keys, last: per layer, keys `[kv_heads, tokens, dim]` and the newest row of attention
             `[heads, tokens]`.
     """
@@ -45,7 +46,7 @@ class Oracle:
         self.model.set_attn_implementation({"text_config": "cache_oracle"})
         self.methods = methods
         self.length, self.gone, self.keys, self.last, self.done = 0, {}, {}, {}, set()
-        self.mass, self.heavy = {}, {}
+        self.mass, self.heavy, self.rows = {}, {}, {}
         self.model.get_decoder().register_forward_hook(self._after)
 
     def attend(self, module, query, key, value, mask, scaling):
@@ -62,7 +63,7 @@ class Oracle:
             logits = logits.masked_fill(gone[None, :, None], float("-inf"))
         weights = logits.softmax(-1)
         self.keys[layer], self.last[layer] = key[0], weights[0, :, -1]
-        self.mass[layer] = weights[0].sum(1)
+        self.mass[layer], self.rows[layer] = weights[0].sum(1), weights[0]
         out = weights @ value.repeat_interleave(group, 1)
         return out.transpose(1, 2).contiguous(), weights
 

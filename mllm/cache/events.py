@@ -15,11 +15,12 @@ from mllm.signals import AttentionRows, ColumnMass
 
 if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
-    from mllm.patcher import Patched
 
 
 class CacheEvents:
     """The events of one forward that has a cache.
+
+    `flops` are what reading signals has cost, per sample.
 
     Within `generate()` several rows behind the prompt are candidates of assisted decoding. Nothing
     is decided by them until it is known which of them stay: their forward ends without an event,
@@ -39,24 +40,33 @@ class CacheEvents:
         if self.phase == "prefill" and prompt_length is not None:
             certain = min(certain, prompt_length)
         self.certain = certain
-        self._signals: dict[tuple[int, str], Tensor] = {}
+        self._signals: dict[tuple[int, str, int], Tensor] = {}
+        self.flops = 0.0
         run.cache.mllm.unverified = certain if certain < past + rows else None
         for layer in run.cache.layers:
             layer.journals = certain < past + rows
 
     @staticmethod
-    def verified(patched: Patched, cache: Any) -> None:
-        """Before a forward: `verify_end`, if the last one held candidates."""
+    def verified(run: DecoderRun, cache: Any, valid: Tensor) -> None:
+        """Before a forward: `verify_end`, if the last one held candidates.
+
+        Args:
+            run: the forward.
+            cache: its cache.
+            valid: bool `[batch, tokens]`, stored tokens that are no padding.
+        """
         certain = cache.mllm.unverified
         if certain is None:
             return
         cache.mllm.unverified = None
         accepted = cache.get_seq_length() - certain
-        for _, stage in patched.compressors:
+        event = CacheEvent(
+            run.patched.kv(cache), phase="verify", accepted=accepted, signals={}, valid=valid,
+            notes=run.notes,
+        )  # fmt: skip
+        for _, stage in run.patched.compressors:
             with torch.no_grad():
-                stage.verify_end(
-                    CacheEvent(patched.kv(cache), phase="verify", accepted=accepted, signals={})
-                )
+                stage.verify_end(event)
 
     def add_taps(self, taps: dict[nn.Module, list[Any]]) -> None:
         """Add what cache methods read while attention runs."""
@@ -64,17 +74,18 @@ class CacheEvents:
             return
         for number, stage in self.run.patched.compressors:
             for name, signal in stage.reads().items():
-                module = self.run.patched.family.attention(signal.layer)
-                tap = functools.partial(self._tap, (number, name), signal)
-                taps.setdefault(module, []).append(tap)
+                for own in self.run.patched.each_layer(signal):
+                    module = self.run.patched.family.attention(own.layer)
+                    tap = functools.partial(self._tap, (number, name, own.layer), own)
+                    taps.setdefault(module, []).append(tap)
 
     def _tap(
-        self, slot: tuple[int, str], signal: AttentionRows | ColumnMass, query: Tensor,
+        self, slot: tuple[int, str, int], signal: AttentionRows | ColumnMass, query: Tensor,
         key: Tensor, mask: Tensor | None, scaling: float | None, value: Tensor,
     ) -> None:
         run = self.run
         chosen = run.captures.chosen(slot[0], signal, run.attention_table, self.phase == "decode")
-        run.captures.flops += (
+        self.flops += (
             2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
         )
         held = run.held[signal.layer]
@@ -108,6 +119,13 @@ class CacheEvents:
         found = x.new_zeros(*x.shape[:-1], length + 1)
         return found.scatter(-1, at.expand(x.shape), x)[..., :length]
 
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample so far, without padding."""
+        if self.certain == self.run.full.valid.shape[1]:
+            return self.run.counts.valid
+        return self.run.known[:, : self.certain].sum(1).tolist()
+
     def layer_end(self, layer: int) -> None:
         """A decoder layer has run."""
         if self.phase != "prefill":
@@ -117,6 +135,9 @@ class CacheEvents:
         for number, stage in self.run.patched.compressors:
             if stage.group and ((layer + 1) % stage.group == 0 or layer + 1 == depth):
                 self._tell("group_end", layer, number)
+            for name, signal in stage.reads().items():
+                if signal.layer is None:  # or they would be there of all layers at once
+                    self._signals.pop((number, name, layer), None)
 
     def forward_end(self) -> None:
         """All decoder layers have run."""
@@ -131,11 +152,12 @@ class CacheEvents:
         for number, stage in run.patched.compressors:
             if only is not None and number != only:
                 continue
-            signals = {
-                key: self._signals[number, key]
-                for key in stage.reads()
-                if (number, key) in self._signals
-            }
+            found = {x[1:]: value for x, value in self._signals.items() if x[0] == number}
+            signals: dict[Any, Tensor] = dict(found)
+            for key, signal in stage.reads().items():
+                at = layer if signal.layer is None else signal.layer
+                if (key, at) in found:
+                    signals[key] = found[key, at]
             event = CacheEvent(
                 cache,
                 phase=self.phase,
@@ -144,6 +166,10 @@ class CacheEvents:
                 visual=run.full.visual[:, :rows],
                 start=run.past_logical,
                 signals=signals,
+                valid=run.known[:, : self.certain],
+                lengths=self.lengths if self.phase == "prefill" else None,
+                protected=None if run.protected is None else run.protected[:, :rows],
+                notes=run.notes,
             )
             with torch.no_grad():
                 getattr(stage, name)(event)

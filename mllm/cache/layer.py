@@ -181,6 +181,7 @@ class LayerState:
     intact: int
     compressed: bool
     shifts: dict[str, Tensor]
+    samples: dict[str, Tensor]
 
 
 class SlotLayer(DynamicLayer):
@@ -198,6 +199,7 @@ class SlotLayer(DynamicLayer):
         table: what the slots stand for; None before the first token.
         shifts: per kind of stage, how far positions of later tokens move left, int64
             `[batch, 1]` (only under ``positions="compact"``).
+        samples: what methods keep of every sample, `[batch, ...]` each.
         seen: logical length.
         intact: every token from this one on has exactly one column.
         compressed: whether this layer holds other tokens than it was shown.
@@ -219,6 +221,7 @@ class SlotLayer(DynamicLayer):
         self.segments: list[Segment] = []
         self.table: SlotTable | None = None
         self.shifts: dict[str, Tensor] = {}
+        self.samples: dict[str, Tensor] = {}
         self.seen = self.intact = 0
         self.compressed = self.planned = self.foreign = self.journals = False
         self._noted: tuple[SlotTable, int, int] | None = None
@@ -371,14 +374,16 @@ class SlotLayer(DynamicLayer):
         """What :meth:`restore` needs to come back here."""
         segments = [segment.held() for segment in self.segments]
         return LayerState(
-            segments, self.table, self.seen, self.intact, self.compressed, dict(self.shifts)
-        )
+            segments, self.table, self.seen, self.intact, self.compressed, dict(self.shifts),
+            dict(self.samples),
+        )  # fmt: skip
 
     def restore(self, state: LayerState) -> None:
         """Be what the layer was; the state can be used again."""
         self.segments = [segment.held() for segment in state.segments]
         self.table, self.seen, self.intact = state.table, state.seen, state.intact
         self.compressed, self.shifts = state.compressed, dict(state.shifts)
+        self.samples = dict(state.samples)
         self._noted, self._journal = None, []
 
     def get_seq_length(self, *args) -> int:
@@ -447,6 +452,7 @@ class SlotLayer(DynamicLayer):
         if self.table is not None:
             self.table = self.table.map(change, key)
         self.shifts = {name: change(shift) for name, shift in self.shifts.items()}
+        self.samples = {name: change(value) for name, value in self.samples.items()}
         self._journal = []
 
 
@@ -574,7 +580,7 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
     stored = [t for segment in segments for t in segment.tensors()]
     meta = [t for segment in segments for t in segment.meta()]
     meta += [t for x in layers if x.table is not None for t in x.table.columns.values()]
-    meta += [t for layer in layers for t in layer.shifts.values()]
+    meta += [t for x in layers for t in (*x.shifts.values(), *x.samples.values())]
     return _storages(stored), _storages(meta)
 
 

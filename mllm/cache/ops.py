@@ -176,6 +176,28 @@ class KVCache:
             columns = {n: _headwise(t, heads) for n, t in columns.items()}
         stored.table = table.with_columns(**columns)
 
+    def holds(self, layer: int) -> bool:
+        """Whether a layer stores anything; a plan may leave an attention out."""
+        return bool(self.cache.layers[layer].segments)
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a new one sees of a layer, itself included; None is all.
+
+        What lies further back may still be stored, and is of no use.
+        """
+        return self.cache.layers[layer].window
+
+    def apart(self, layer: int) -> bool:
+        """Whether heads of a layer hold different tokens."""
+        return self.cache.layers[layer].table.headwise
+
+    def samples(self, layer: int) -> dict[str, Tensor]:
+        """What methods keep of every sample at a layer, `[batch, ...]` each.
+
+        It follows snapshots, files, and batches that are reordered. Change it in place.
+        """
+        return self.cache.layers[layer].samples
+
     # Changing what is stored
 
     def evict(

@@ -65,6 +65,7 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
         keys, values, form = _stored(layer)
         tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
         tensors |= {f"layer.{i}.shift.{name}": t for name, t in layer.shifts.items()}
+        tensors |= {f"layer.{i}.sample.{name}": t for name, t in layer.samples.items()}
         layers.append(
             {
                 "slots": tables.index(layer.table),
@@ -192,8 +193,10 @@ def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Ten
     layer.segments, layer.table = [segment], table
     layer.lazy_initialization(segment.keys(), segment.values())
     layer.intact, layer.compressed = row["intact"], row["compressed"]
-    start = f"layer.{i}.shift."
-    layer.shifts = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+    for name in ("shift", "sample"):
+        start = f"layer.{i}.{name}."
+        own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        setattr(layer, f"{name}s", own)
     return layer
 
 

@@ -690,7 +690,9 @@ class CacheEvent:
     """What has happened to a cache; ``event["name"]`` is a declared signal.
 
     A signal of a decoder layer has one value per token, `[batch, heads, length]` by logical index,
-    zero where the layer does not store it. It is there from that layer's `layer_end` on.
+    zero where the layer does not store it. It is there from that layer's `layer_end` on. One that
+    is declared without a layer is read at all of them: it is there at the `layer_end` of each, and
+    as ``event["name", layer]`` at a `decode_step`.
 
     Attributes:
         cache: the :class:`mllm.cache.KVCache` to look at and to change.
@@ -701,24 +703,38 @@ class CacheEvent:
         visual: bool `[batch, rows]`, visual rows of this forward.
         start: logical index of the first row.
         accepted: candidates that stayed (`verify_end`).
+        valid: bool `[batch, length]`, tokens of the conversation that are no padding, by logical
+            index.
+        lengths: how many these are of each sample; None while decoding.
+        protected: bool `[batch, rows]`, rows of this forward that an action protects; None is none.
+        notes: of the ledger; see :meth:`note`.
     """
 
     cache: Any
     phase: Literal["prefill", "decode", "verify"]
-    signals: dict[str, Tensor]
+    signals: dict[Any, Tensor]
     layer: int | None = None
     prompt: Tensor | None = None
     visual: Tensor | None = None
     start: int | None = None
     accepted: int | None = None
+    valid: Tensor | None = None
+    lengths: list[int] | None = None
+    protected: Tensor | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def note(self, text: str) -> None:
+        """Add a fact to the ledger of this prefill, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def __getitem__(self, name: str | tuple[str, int]) -> Tensor:
         if name not in self.signals:
             raise PlanError(
                 f"{name!r} was not declared in reads(), or its layer has not run",
                 argument="reads",
                 given=name,
-                expected=", ".join(sorted(self.signals)) or "a declared signal",
+                expected=", ".join(sorted(map(str, self.signals))) or "a declared signal",
             )
         return self.signals[name]
 
@@ -732,6 +748,7 @@ class CacheCompressor(_Method):
 
     Attributes:
         group: layers per group, for `group_end`; 0 is none.
+        headwise: whether heads of a layer may come to hold different tokens.
     """
 
     site = "cache"
@@ -739,6 +756,7 @@ class CacheCompressor(_Method):
     actions = ("Evict",)
     positions: ClassVar[Positions | None] = None
     group: ClassVar[int] = 0
+    headwise: ClassVar[bool] = False
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""
