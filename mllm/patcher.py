@@ -777,7 +777,7 @@ class Patched:
             itemsize=run.itemsize,
             cached=stored > 0,
             selection_flops=run.selection_flops,
-            cache_flops=0.0 if run.events is None else run.events.flops,
+            cache_flops=0.0 if run.events is None else sum(run.events.costs),
             branch_rows=run.changes.counts,
             notes=notes,
         )

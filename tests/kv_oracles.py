@@ -85,7 +85,9 @@ class Plain:
         query_heads = range(o.rows[layer].shape[0])
         own = [self.received(o, layer, h, queries) for h in query_heads]
         if "visible" in vars(self.stage) and self.stage.visible:
-            own = [{t: x[t] / sum(q >= t for q in queries) for t in x} for x in own]
+            # Tokens of one picture may see each other, whichever comes first.
+            seen = (o.rows[layer] > 0).any(0).sum(0).tolist()
+            own = [{t: x[t] / seen[t] for t in x} for x in own]
         if hasattr(self.stage, "kernel"):
             own = [self.pooled(x, queries) for x in own]
         return self.grouped(o, layer, own)
@@ -142,7 +144,13 @@ class Plain:
     def counts(self, o: Oracle, layers: list[int]) -> dict[tuple[int, int], int]:
         rooms = {(i, h): self.room(o, i, h) for i in layers for h in self.heads(o, i)}
         special = getattr(self, f"_{self.name}", None)
-        return rooms if special is None else special(o, layers, rooms)
+        counts = rooms if special is None else special(o, layers, rooms)
+        fits = {k for k in rooms if len(self.free(o, *k)) <= rooms[k]}
+        for i in layers:
+            near = layers if self.stage.two_pass else [i]
+            if all(k in fits for k in rooms if k[0] in near):
+                counts.update({k: rooms[k] for k in rooms if k[0] == i})
+        return counts
 
     def _pyramidkv(self, o, layers, rooms):
         counts = {}
@@ -253,5 +261,5 @@ class Plain:
                 continue
             place = total + self.stage.distance if self.stage.distance <= 0 else self.stage.distance
             place = len(stored) // 2 if place < 1 else place
-            if place < len(stored):
-                o.drop(layer, head, [stored[place]])
+            free = set(self.free(o, layer, head))
+            o.drop(layer, head, [t for t in stored[place:] if t in free][:1])

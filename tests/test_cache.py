@@ -418,6 +418,25 @@ def test_columns_of_a_method_follow():
             kv.annotate(0, **bad)
 
 
+def test_values_of_samples_follow():
+    cache, kv = toy(2)
+    feed(cache, *torch.randn(2, 2, HEADS, 6, DIM), torch.ones(2, 6, dtype=torch.bool))
+    before = kv.nbytes
+    kv.samples(0)["n"] = torch.tensor([3, 5])
+    assert kv.nbytes == (before[0], before[1] + 16)
+    start = kv.snapshot()
+    kv.reorder(torch.tensor([1, 0]))
+    kv.repeat(2)
+    assert kv.samples(0)["n"].tolist() == [5, 5, 3, 3] and not kv.samples(1)
+    kv.select(torch.tensor([3]))
+    kv.samples(0)["n"] += 1
+    assert kv.samples(0)["n"].tolist() == [4]
+    kv.rollback(start)
+    assert kv.samples(0)["n"].tolist() == [3, 5]
+    cache.reset()
+    assert not kv.samples(0)
+
+
 def test_evictions_on_the_strength_of_rejected_tokens_come_back():
     """Journalled as in assisted decoding; a decision that looked at the prompt alone stays."""
     cache, kv = toy(1)

@@ -73,7 +73,8 @@ IDENTITY = {
 
 
 def test_every_method_is_here():
-    assert sorted(row["name"] for row in mllm.methods()) == sorted(NAMES)
+    rows = mllm.methods()  # those on the cache are in test_kv.py
+    assert sorted(row["name"] for row in rows if row["stage"] != "cache") == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

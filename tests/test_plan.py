@@ -24,6 +24,23 @@ keeps = st.one_of(
     st.floats(0, 1, exclude_min=True, allow_nan=False, width=64),
 )
 
+shares = st.floats(0, 1)
+on_cache = {
+    "budget": st.integers(64, 10_000) | st.floats(0.01, 1),
+    "sinks": st.integers(0, 9),
+    "tokens": st.sampled_from(["prompt", "visual"]),
+    "heads": st.just("each"),
+    "kernel": st.sampled_from([1, 3, 7]),
+    "pool": st.sampled_from(["max", "avg"]),
+    "gqa": st.sampled_from(["max", "mean"]),
+    "beta": st.integers(1, 40),
+    "distance": st.integers(-40, 9),
+    "queries": st.integers(1, 40),
+    "skip": st.integers(0, 9),
+    "merge": st.sampled_from(["pivot", "mean", "weighted", "none"]),
+    **dict.fromkeys(["floor", "threshold", "least", "spread", "attentive", "indifferent"], shares),
+}
+
 
 @st.composite
 def stages(draw):
@@ -90,6 +107,8 @@ def stages(draw):
         "distance": st.floats(0, 2),
         "retrieve": st.floats(0, 9),
     }
+    if cls.info.stage == "cache":
+        values |= on_cache
     names = [f.name for f in dataclasses.fields(cls)]
     values |= {name: st.booleans() for name in names if bool in options(hints[name])}
     assert set(names) <= set(values), "a new parameter needs a strategy here"
@@ -246,7 +265,7 @@ def test_methods_describe_themselves():
     assert json.loads(json.dumps(rows)) == rows
     for row in rows:
         assert keys <= set(row)
-        assert row["stage"] in ("pre_llm", "llm", "preset")
+        assert row["stage"] in ("pre_llm", "llm", "cache", "preset")
         assert row["oracle"] in ("mask", "rebuild", "reference")
         assert row["positions"] in ("original", "compact")
         assert {"sdpa", "eager"} <= set(row["backends"])

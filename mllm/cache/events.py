@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class CacheEvents:
     """The events of one forward that has a cache.
 
-    `flops` are what reading signals has cost, per sample.
+    `costs` are what reading signals and choosing tokens has cost, in FLOPs per sample.
 
     Within `generate()` several rows behind the prompt are candidates of assisted decoding. Nothing
     is decided by them until it is known which of them stay: their forward ends without an event,
@@ -41,7 +41,7 @@ class CacheEvents:
             certain = min(certain, prompt_length)
         self.certain = certain
         self._signals: dict[tuple[int, str, int], Tensor] = {}
-        self.flops = 0.0
+        self.costs: list[float] = []
         run.cache.mllm.unverified = certain if certain < past + rows else None
         for layer in run.cache.layers:
             layer.journals = certain < past + rows
@@ -73,6 +73,8 @@ class CacheEvents:
         if self.phase == "verify":
             return
         for number, stage in self.run.patched.compressors:
+            if self.phase == "decode" and not stage.watches:
+                continue
             for name, signal in stage.reads().items():
                 for own in self.run.patched.each_layer(signal):
                     module = self.run.patched.family.attention(own.layer)
@@ -85,9 +87,8 @@ class CacheEvents:
     ) -> None:
         run = self.run
         chosen = run.captures.chosen(slot[0], signal, run.attention_table, self.phase == "decode")
-        self.flops += (
-            2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
-        )
+        cost = 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
+        self.costs.append(cost)
         held = run.held[signal.layer]
         each = "none" if held is not None and held.headwise else signal.heads
         if isinstance(signal, ColumnMass):
@@ -170,6 +171,7 @@ class CacheEvents:
                 lengths=self.lengths if self.phase == "prefill" else None,
                 protected=None if run.protected is None else run.protected[:, :rows],
                 notes=run.notes,
+                costs=self.costs,
             )
             with torch.no_grad():
                 getattr(stage, name)(event)

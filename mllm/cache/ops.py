@@ -35,8 +35,8 @@ class SlotView:
         columns: further columns that methods added, `[batch, kv_heads, slots]` each.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | None
+    values: Tensor | None
     valid: Tensor
     visual: Tensor
     logical: Tensor
@@ -128,10 +128,14 @@ class KVCache:
 
     # Looking
 
-    def view(self, layer: int) -> SlotView:
+    def view(self, layer: int, contents: bool = True) -> SlotView:
         """What a layer stores, as a padded rectangle.
 
         Keys and values are zero-copy while all heads and samples hold equally many slots.
+
+        Args:
+            layer: where.
+            contents: False leaves keys and values out (None).
         """
         stored = self.cache.layers[layer]
         shown = stored.slots - self._hidden
@@ -143,8 +147,8 @@ class KVCache:
         named = {name: columns.pop(name) for name in ("valid", "visual", "logical")}
         rest = {name: t for name, t in columns.items() if not name.startswith("position")}
         return SlotView(
-            keys=stored.keys[:, :, :shown],
-            values=stored.values[:, :, :shown],
+            keys=stored.keys[:, :, :shown] if contents else None,
+            values=stored.values[:, :, :shown] if contents else None,
             position=torch.stack(positions),
             columns=rest,
             **named,

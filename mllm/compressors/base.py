@@ -707,7 +707,7 @@ class CacheEvent:
             index.
         lengths: how many these are of each sample; None while decoding.
         protected: bool `[batch, rows]`, rows of this forward that an action protects; None is none.
-        notes: of the ledger; see :meth:`note`.
+        notes, costs: of the ledger; see :meth:`note` and :meth:`book`.
     """
 
     cache: Any
@@ -722,6 +722,11 @@ class CacheEvent:
     lengths: list[int] | None = None
     protected: Tensor | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    costs: list[float] = dataclasses.field(default_factory=list)
+
+    def book(self, flops: float) -> None:
+        """Add the cost of a choice to the ledger, in FLOPs per sample."""
+        self.costs.append(flops)
 
     def note(self, text: str) -> None:
         """Add a fact to the ledger of this prefill, once."""
@@ -749,6 +754,7 @@ class CacheCompressor(_Method):
     Attributes:
         group: layers per group, for `group_end`; 0 is none.
         headwise: whether heads of a layer may come to hold different tokens.
+        watches: whether its signals are read at decode steps too.
     """
 
     site = "cache"
@@ -757,6 +763,7 @@ class CacheCompressor(_Method):
     positions: ClassVar[Positions | None] = None
     group: ClassVar[int] = 0
     headwise: ClassVar[bool] = False
+    watches: ClassVar[bool] = True
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""

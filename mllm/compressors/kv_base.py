@@ -83,16 +83,9 @@ class KVMethod(CacheCompressor):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole = isinstance(self.window, int)
-        for field, value, ok, expected in (
-            ("sinks", self.sinks, self.sinks >= 0, "a whole number from 0"),
-            ("window", self.window, self.window >= 0 and (whole or self.window <= 1),
-             "a whole number from 0, or a fraction in [0, 1]"),
-        ):  # fmt: skip
-            if not ok:
-                raise PlanError(
-                    f"{self.info.name}: {field}={value!r} is not {expected}", argument=field,
-                    given=value, expected=expected,
-                )  # fmt: skip
+        self.demand("sinks", self.sinks >= 0, "a whole number from 0")
+        share = "a whole number from 0, or a fraction in [0, 1]"
+        self.demand("window", self.window >= 0 and (whole or self.window <= 1), share)
         least = self.sinks + (self.window if whole else 0)
         if isinstance(self.budget, int) and self.tokens == "prompt" and self.budget < least:
             raise PlanError(
@@ -103,9 +96,24 @@ class KVMethod(CacheCompressor):
                 expected=f"at least {least}, or less sinks and window",
             )
 
+    def demand(self, field: str, fine: bool, expected: str) -> None:
+        """PlanError unless a field is `fine`."""
+        if not fine:
+            value = getattr(self, field)
+            raise PlanError(
+                f"{self.info.name}: {field}={value!r} is not {expected}",
+                argument=field,
+                given=value,
+                expected=expected,
+            )
+
     @property
     def headwise(self) -> bool:
         return self.heads == "each"
+
+    @property
+    def watches(self) -> bool:
+        return self._holds and self.remembers
 
     # Scorer
 
@@ -129,7 +137,8 @@ class KVMethod(CacheCompressor):
     def allocate(self, layers: list[Layer]) -> list[Tensor]:
         """Free tokens that each of the layers keeps: int64 `[batch, heads]`.
 
-        Given one layer after another, or all of them if `two_pass`.
+        Given one layer after another, or all of them if `two_pass`. What is said of a sample of
+        which nothing has to leave is not looked at.
         """
         return [layer.room for layer in layers]
 
@@ -160,10 +169,12 @@ class KVMethod(CacheCompressor):
     def decode_step(self, event: CacheEvent) -> None:
         if not self._holds:
             return
-        for index in filter(event.cache.holds, range(event.cache.depth)):
+        for index in range(event.cache.depth):
+            known = event.cache.samples(index)
+            if self._name("total") not in known:  # nothing was stored when the prompt ended
+                continue
             blind = event.phase == "verify" and self.remembers  # no rows were read
             score = None if blind else self.step(event, index)
-            known = event.cache.samples(index)
             layer = self._see(event, index, score, *(known[x] for x in self._kept_samples()))
             self.trim(event, layer, known[self._name("total")])
 
@@ -175,7 +186,7 @@ class KVMethod(CacheCompressor):
             layer: the layer.
             total: int64 `[batch, heads]`, what it was given when the prompt ended.
         """
-        self._keep(event, layer, (total - self._fixed(layer).sum(-1)).clamp(min=0))
+        self._keep(event, layer, (total - self.fixed(layer).sum(-1)).clamp(min=0))
 
     def verify_end(self, event: CacheEvent) -> None:
         self.decode_step(event)
@@ -203,9 +214,13 @@ class KVMethod(CacheCompressor):
             layer = self._see(event, index, score, many, self._limit(many))
             layer.weight = weight
             layers.append(layer)
+        if not layers:
+            return
+        fits = torch.stack([(x.free.sum(-1) <= x.room).all(1) for x in layers]).all(0)[:, None]
         for layer, count in zip(layers, self.allocate(layers), strict=True):
+            count = torch.where(fits, layer.room, count)
             if self._holds:
-                known, total = event.cache.samples(layer.index), count + self._fixed(layer).sum(-1)
+                known, total = event.cache.samples(layer.index), count + self.fixed(layer).sum(-1)
                 for what in ("many", "limit"):
                     known[self._name(what)] = getattr(layer, what)
                 known[self._name("total")] = total
@@ -229,8 +244,8 @@ class KVMethod(CacheCompressor):
     def _see(
         self, event: CacheEvent, index: int, score: Tensor | None, many: Tensor, limit: Tensor
     ) -> Layer:
-        view = event.cache.view(index)
-        heads = view.keys.shape[1]
+        view = event.cache.view(index, contents=False)
+        heads = view.logical.shape[1]
         alike = not self.headwise and not event.cache.apart(index)
         logical, stored, visual = (
             t[:, :1] if alike else t for t in (view.logical, view.valid, view.visual)
@@ -261,10 +276,10 @@ class KVMethod(CacheCompressor):
             index, event.cache.depth, logical, stored, visual, counted & ~guarded, points,
             limit[:, None].expand(logical.shape[:2]), many, limit,
         )  # fmt: skip
-        layer.room = (layer.room - self._fixed(layer).sum(-1)).clamp(min=0)
+        layer.room = (layer.room - self.fixed(layer).sum(-1)).clamp(min=0)
         return layer
 
-    def _fixed(self, layer: Layer) -> Tensor:
+    def fixed(self, layer: Layer) -> Tensor:
         """Tokens that the budget counts and that may not leave: bool `[batch, heads, slots]`."""
         counted = layer.visual if self.tokens == "visual" else layer.stored
         return counted & layer.stored & ~layer.free
@@ -293,7 +308,7 @@ class KVMethod(CacheCompressor):
         return x.amax(2) if self.gqa == "max" else x.mean(2)
 
     def _keep(self, event: CacheEvent, layer: Layer, count: Tensor) -> None:
-        if self._holds and self.remembers:
+        if self.watches:
             score = layer.score[:, 0] if layer.score.shape[1] == 1 else layer.score
             event.cache.annotate(layer.index, **{self._name("score"): score})
         keep = layer.stored & ~layer.free | best(self.rank(layer), layer.free, count)
@@ -301,17 +316,16 @@ class KVMethod(CacheCompressor):
 
     def _note(self, event: CacheEvent) -> None:
         """Tell the ledger where protected tokens do not fit."""
-        name, window = self.info.name, self.window
+        name, window, budget = self.info.name, self.window, self.budget
         if self.tokens == "visual" or not isinstance(window, int):
             return
         for tokens in event.lengths:
             if window > tokens:
                 event.note(f"{name}: window={window} is cut to the {tokens} tokens that there are")
-            budget = self.budget * tokens if isinstance(self.budget, float) else tokens
-            if self.sinks + window > round(budget) and not self._everything:
+            elif isinstance(budget, float) and self.sinks + window > round(budget * tokens):
                 event.note(
-                    f"{name}: budget={self.budget} of {tokens} tokens has no room for sinks and "
-                    "window, which get less"
+                    f"{name}: budget={budget} of {tokens} tokens has no room for sinks and window, "
+                    "which get less"
                 )
 
 

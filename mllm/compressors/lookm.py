@@ -54,6 +54,7 @@ class LookM(KVMethod):
         if layer.logical.shape[1] == 1:
             keys = keys.transpose(1, 2).flatten(2)[:, None]
         like, nearest = _nearest(F.normalize(keys, dim=-1), keep)
+        event.book(2.0 * keys.shape[1] * keys.shape[2] ** 2 * keys.shape[3])
         gone = layer.stored & ~keep
         share = torch.ones_like(like)
         if self.merge == "pivot":
@@ -64,11 +65,9 @@ class LookM(KVMethod):
             gone = gone & (like >= (like * gone).sum(-1, True) / gone.sum(-1, True).clamp(min=1))
         target = torch.where(gone, layer.logical.gather(-1, nearest), -1)
         target = torch.where(keep, layer.logical, target)
-        length = event.cache.length
-        at = layer.logical.masked_fill(~layer.stored, length)
-        own = torch.arange(length + 1, device=at.device).repeat(*at.shape[:2], 1)
-        into = own.scatter(-1, at, target)[..., :length]
-        weight = torch.ones_like(own, dtype=torch.float32).scatter(-1, at, share)[..., :length]
+        at = layer.logical
+        into = at.new_full((*at.shape[:2], event.cache.length), -1).scatter(-1, at, target)
+        weight = torch.ones_like(into, dtype=torch.float32).scatter(-1, at, share)
         if at.shape[1] == 1:
             into, weight = into[:, 0], weight[:, 0]
         event.cache.merge(layer.index, into, weight)

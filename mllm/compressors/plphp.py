@@ -19,7 +19,8 @@ class PLPHP(KVMethod):
     A layer's gaze is the attention of the last prompt token to visual tokens, averaged over heads.
     Layers whose gaze is at least `attentive` keep `budget + spread` of the visual tokens, those
     below `indifferent` keep `budget - spread`, the others `budget`, and every KV head chooses its
-    own. Text stays. There is no public code; constants are the paper's as far as known.
+    own. Text stays, and at a budget of 1.0 everything does. There is no public code; constants
+    are the paper's as far as known.
 
     Args:
         budget: visual tokens per layer and KV head: an int, or a fraction.
@@ -38,7 +39,11 @@ class PLPHP(KVMethod):
     indifferent: float = 0.1
     skip: int = 2
 
-    identity = {"budget": 1.0, "spread": 0.0}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("spread", "attentive", "indifferent"):
+            self.demand(field, 0 <= getattr(self, field) <= 1, "a fraction in [0, 1]")
+        self.demand("skip", self.skip >= 0, "a whole number from 0")
 
     def reads(self):
         return {"attention": AttentionRows(rows="last", heads="none")}
@@ -56,4 +61,4 @@ class PLPHP(KVMethod):
         kept = (wanted.clamp(min=0) - 1e-4).ceil().long()
         if layer.index < self.skip:
             kept = layer.many
-        return (layer.room + (kept - layer.limit)[:, None]).clamp(min=0)
+        return (kept[:, None] - self.fixed(layer).sum(-1)).clamp(min=0)

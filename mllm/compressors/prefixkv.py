@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm.compressors.base import Budget, CacheEvent, ColumnMass, register
-from mllm.compressors.kv_base import KVMethod, Layer, share_out
+from mllm.compressors.kv_base import KVMethod, Layer, best, share_out
 
 
 @register("prefixkv", paper="arXiv:2412.03409", stage="cache")
@@ -24,7 +24,7 @@ class PrefixKV(KVMethod):
     on ten samples beforehand; here every prompt measures its own.
 
     While decoding a layer keeps its share of all tokens so far: when it has one too many, the
-    token at a fixed place of what is stored leaves.
+    token at a fixed place of what is stored leaves, or the first behind it that may.
 
     Args:
         budget: slots per layer on average, or a fraction of the prompt; the authors' `ratio` is
@@ -77,5 +77,6 @@ class PrefixKV(KVMethod):
         over = (stored - 1) * layer.many[:, None] >= seen * total
         place = total + self.distance if self.distance <= 0 else total * 0 + self.distance
         place = torch.where(place < 1, stored // 2, place)
-        at = layer.stored & (layer.stored.long().cumsum(-1) - 1 == place[..., None])
-        self.dispose(event, layer, layer.stored & ~(at & over[..., None]))
+        behind = layer.stored.long().cumsum(-1) > place[..., None]
+        leaves = best(-layer.logical, layer.free & behind, over.long())
+        self.dispose(event, layer, layer.stored & ~leaves)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from mllm.compressors.base import AttentionRows, Budget, CacheEvent, register
 from mllm.compressors.kv_base import KVMethod, Layer, portions, received, share_out
-from mllm.errors import PlanError
 
 
 @register("snapkv", paper="arXiv:2404.14469", stage="cache")
@@ -41,19 +40,8 @@ class SnapKV(KVMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, value, ok in (
-            ("kernel", self.kernel, self.kernel % 2 == 1 and self.kernel > 0),
-            ("window", self.window, self.window > 0),
-        ):
-            if not ok:
-                raise PlanError(
-                    f"{self.info.name}: {field}={value} is not an odd number from 1"
-                    if field == "kernel"
-                    else f"{self.info.name}: without a window no token rates",
-                    argument=field,
-                    given=value,
-                    expected="1, 3, 5, ..." if field == "kernel" else "a whole number from 1",
-                )
+        self.demand("kernel", self.kernel > 0 and self.kernel % 2 == 1, "an odd number from 1")
+        self.demand("window", self.window > 0, "a whole number from 1: these tokens rate")
 
     def reads(self):
         return {"attention": AttentionRows(rows="window", heads="none", window=self.window)}
@@ -89,6 +77,10 @@ class PyramidKV(SnapKV):
     kernel: int = 5
     pool: Literal["max", "avg"] = "avg"
     beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.demand("beta", self.beta > 0, "a whole number from 1")
 
     def allocate(self, layers: list[Layer]) -> list[Tensor]:
         return [self._height(layer) for layer in layers]
@@ -130,15 +122,8 @@ class AdaKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, value, ok, expected in (
-            ("floor", self.floor, 0 <= self.floor <= 1, "a fraction in [0, 1]"),
-            ("heads", self.heads, self.heads == "each", "each, or snapkv"),
-        ):
-            if not ok:
-                raise PlanError(
-                    f"{self.info.name}: {field}={value!r} is not {expected}", argument=field,
-                    given=value, expected=expected,
-                )  # fmt: skip
+        self.demand("floor", 0 <= self.floor <= 1, "a fraction in [0, 1]")
+        self.demand("heads", self.heads == "each", "each; where heads share, use snapkv")
 
     def allocate(self, layers: list[Layer]) -> list[Tensor]:
         counts = []

@@ -19,7 +19,8 @@ class VLCache(KVMethod):
 
     Attention of the prompt's text behind its last visual token is summed. A layer's density is the
     share of these queries' weights that are at least `threshold` of their row's largest; layers
-    share the budget beyond the window in proportion to it. Where no such text is, the last
+    share the budget beyond the window in proportion to it; what a layer has no tokens for is lost,
+    as in the paper. Where no such text is, the last
     `queries` tokens of the prompt rate. Nothing leaves while decoding unless `hold`.
 
     Args:
@@ -39,6 +40,12 @@ class VLCache(KVMethod):
 
     two_pass: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("threshold", "least"):
+            self.demand(field, 0 <= getattr(self, field) <= 1, "a fraction in [0, 1]")
+        self.demand("queries", self.queries > 0, "a whole number from 1")
+
     def reads(self):
         return {"attention": AttentionRows(rows=self._raters, heads="none")}
 
@@ -55,7 +62,7 @@ class VLCache(KVMethod):
 
     def weigh(self, event: CacheEvent) -> Tensor:
         """Density of the queries' attention: fp32 `[batch]`."""
-        x, view = event["attention"], event.cache.view(event.layer)
+        x, view = event["attention"], event.cache.view(event.layer, contents=False)
         counts = (x >= self.threshold * x.amax(-1, keepdim=True)) & (x > 0)
         rates = torch.zeros_like(event.valid)
         rates[:, event.start :] = self._behind(event.prompt, event.visual)
