@@ -322,7 +322,9 @@ class KVMethod(CacheCompressor):
         for tokens in event.lengths:
             if window > tokens:
                 event.note(f"{name}: window={window} is cut to the {tokens} tokens that there are")
-            elif isinstance(budget, float) and self.sinks + window > round(budget * tokens):
+                continue
+            slots = round(budget * tokens) if isinstance(budget, float) else tokens
+            if self.sinks + window > slots < tokens:
                 event.note(
                     f"{name}: budget={budget} of {tokens} tokens has no room for sinks and window, "
                     "which get less"
