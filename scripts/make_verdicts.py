@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mllm.errors import PlanError
 from mllm.eval import cells, table
-from mllm.eval.plans import UNPATCHED
+from mllm.eval.plans import UNPATCHED, make_plan
 from mllm.eval.sweep import SANITY
 from mllm.eval.words import or_dash, points
 from mllm.loading import model_path
@@ -47,12 +48,14 @@ class Measured:
         unreachable: methods and budgets that could not be run.
         sources: names of the tables.
         ignored: tables of the embedded model without all admitted tasks.
+        outdated: methods and budgets whose parameters are others today, and no table has these.
     """
 
     rows: dict[tuple[str, int | None], dict[str, Any]] = field(default_factory=dict)
     unreachable: set[tuple[str, int]] = field(default_factory=set)
     sources: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    outdated: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def budgets(self) -> list[int]:
@@ -64,13 +67,16 @@ class Measured:
         """In the order of the tables, without the unpatched model."""
         return list(dict.fromkeys(method for method, budget in self.rows if budget is not None))
 
-    def add(self, found: dict[str, Any], name: str) -> None:
-        """Take up a table's rows, but for those that are here with more questions."""
+    def add(self, found: dict[str, Any], name: str, changed: set[tuple[str, int]]) -> None:
+        """Take up a table's rows, but for outdated ones and those here with more questions."""
         self.sources.append(name)
         for row in found["rows"]:
             key = row["method"], row["budget"]
-            if key not in self.rows or row["n"] > self.rows[key]["n"]:
+            if key in changed:
+                self.outdated.add(key)
+            elif key not in self.rows or row["n"] > self.rows[key]["n"]:
                 self.rows[key] = row
+        self.outdated -= self.rows.keys()
         self.unreachable |= {(s["method"], s["budget"]) for s in found["skipped"]}
 
 
@@ -91,10 +97,24 @@ def measured(folder: Path, weights: str, tasks: Sequence[str]) -> Measured:
         if not set(tasks) <= set(found["tasks"]):
             known.ignored.append(path.stem)
             continue
+        made = cells.read(path.with_suffix(".jsonl")).rows
         if set(found["tasks"]) != set(tasks):
-            found = _restricted(found, cells.read(path.with_suffix(".jsonl")).rows, tasks)
-        known.add(found, path.stem)
+            found = _restricted(found, made, tasks)
+        known.add(found, path.stem, _changed(made))
     return known
+
+
+def _changed(made: list[dict]) -> set[tuple[str, int]]:
+    """Methods and budgets of which no cell has the parameters of today."""
+    named = [((cell["method"], cell["budget"]), cell) for cell in made if "params" in cell]
+    return {key for key, _ in named} - {key for key, cell in named if _is_of_today(cell)}
+
+
+def _is_of_today(cell: dict[str, Any]) -> bool:
+    try:
+        return make_plan(cell["plan"]).to_dict()["stages"] == cell["params"]
+    except PlanError:  # there is no such method or parameter any more
+        return False
 
 
 def _restricted(found: dict[str, Any], made: list[dict], tasks: Sequence[str]) -> dict[str, Any]:
@@ -112,7 +132,9 @@ def with_verdicts(page: str, known: Measured) -> str:
         kept = [part for part in body.split("\n\n") if not part.startswith(MARK)]
         mine = [method for method in known.methods if _home(method) == name]
         lines = [verdict_line(method, name, known) for method in mine]
-        return head + "\n\n".join(kept + (lines or [f"{MARK}:* not in a sweep."]))
+        since = any(_home(method) == name for method, _ in known.outdated)
+        none = f"{MARK}:* not in a sweep{' since its parameters changed' * since}."
+        return head + "\n\n".join(kept + (lines or [none]))
 
     return _SECTION.sub(section, page)
 
@@ -165,7 +187,7 @@ def results(known: Measured) -> str:
                     if ("random", b) in known.rows})  # fmt: skip
     files = ", ".join(f"[{name}](../benchmarks/results/{name}.md)" for name in known.sources)
     intro = (
-        f"{own} methods beside the sanity rows on {len(full['tasks'])} admitted tasks "
+        f"{own} {'method' if own == 1 else 'methods'} beside the sanity rows on {len(full['tasks'])} admitted tasks "
         f"({', '.join(f'`{task}`' for task in full['tasks'])}), {_listed(counts)} test questions "
         f"each; the unpatched model answers {_percent(full)} % of the {full['n']:,}. An entry is "
         "the accuracy at that many visual tokens, averaged over decoder layers, and in brackets "
@@ -177,6 +199,9 @@ def results(known: Measured) -> str:
         "or a row that is itself compared with; an empty entry was not run. Rows are sorted by "
         f"the smallest budget. From {files}."
     )
+    if known.outdated:
+        names = ", ".join(sorted({f"`{method}`" for method, _ in known.outdated}))
+        intro += f" Left out, as their parameters have changed since: {names}."
     head = ["method", *_tokens(known), f"{hard}: the hard questions", "verdict"]
     body = [
         [f"`{m}`", *_entries(m, known, _beside_random), _hard(m, hard, known), _verdict(m, known)]
@@ -252,10 +277,25 @@ def _filled(text: str, width: int = 104) -> str:
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def with_results(page: str, known: Measured) -> str:
-    """docs/yardstick.md with the results between its two marks."""
+def scores(folder: Path, weights: str) -> str:
+    """The table of docs/methods.md on where scores are high; only if it is of these weights."""
+    path = folder / "score-auc.json"
+    found = json.loads(path.read_text()) if path.is_file() else None
+    if found is None or found["about"]["weights_sha256"] != weights:
+        return "Not measured on the present model."
+    tasks = list(found["rows"][0]["tasks"])
+    body = [
+        [f"`{row['plan']}`", f"{row['auc']:.2f}", *(f"{row['tasks'][task]:.2f}" for task in tasks)]
+        for row in found["rows"]
+    ]
+    asked = f"{found['rows'][0]['n']} questions, up to {found['n']} a task."
+    return f"{_grid(['scores of', 'mean', *tasks], body)}\n\n{asked}"
+
+
+def between_marks(page: str, text: str) -> str:
+    """`page` with `text` between its two marks."""
     before, rest = page.split(OPEN)
-    return f"{before}{OPEN}\n{results(known)}\n{CLOSE}{rest.split(CLOSE)[1]}"
+    return f"{before}{OPEN}\n{text}\n{CLOSE}{rest.split(CLOSE)[1]}"
 
 
 def pages() -> dict[Path, str]:
@@ -264,9 +304,10 @@ def pages() -> dict[Path, str]:
     known = measured(RESULTS, data["weights_sha256"], ADMITTED)
     for name in known.ignored:
         print(f"{name}: left out, it has not all admitted tasks", file=sys.stderr)
+    methods = with_verdicts(METHODS.read_text(), known)
     return {
-        METHODS: with_verdicts(METHODS.read_text(), known),
-        YARDSTICK: with_results(YARDSTICK.read_text(), known),
+        METHODS: between_marks(methods, scores(RESULTS, data["weights_sha256"])),
+        YARDSTICK: between_marks(YARDSTICK.read_text(), results(known)),
     }
 
 

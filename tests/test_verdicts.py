@@ -11,6 +11,7 @@ import pytest
 from test_eval_table import cell
 
 from mllm.eval import table
+from mllm.plan import Plan
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "make_verdicts.py"))
 MODEL, TASKS = "0" * 64, ("color", "needle")
@@ -125,6 +126,22 @@ def test_other_models_styles_and_tasks_are_left_out(tmp_path):
     assert found.ignored == ["outside"]
 
 
+def test_rows_of_another_version_of_a_method_are_left_out(tmp_path):
+    """As a sweep runs them again; what it has run again counts."""
+    put(tmp_path, "a", swept([64, 16], plan="fastv:layer=1:keep=64", params=[{"name": "fastv"}]))
+    found = known(tmp_path)
+    assert not found.rows and ("fastv:layer=1", 64) in found.outdated
+    assert lines(SCRIPT["with_verdicts"](PAGE, found))[1] == (
+        "*Measured:* not in a sweep since its parameters changed."
+    )
+    now = Plan.from_spec("fastv:layer=1:keep=64").to_dict()["stages"]
+    put(tmp_path, "b", swept([64], plan="fastv:layer=1:keep=64", params=now))
+    found = known(tmp_path)
+    assert found.budgets == [64] and ("fastv:layer=1", 64) not in found.outdated
+    text = " ".join(SCRIPT["results"](found).split())
+    assert "changed since: `downsample`, `fastv:layer=1`, `random`." in text
+
+
 def test_tasks_that_are_not_admitted_do_not_count(tmp_path):
     more = swept([64], tasks=[*TASKS, "count"])
     put(tmp_path, "more", more)
@@ -139,12 +156,22 @@ def test_tasks_that_are_not_admitted_do_not_count(tmp_path):
 def test_the_table_stands_between_its_marks(tmp_path):
     put(tmp_path, "sweep", swept([64], methods=["fastv", "topv"]))
     page = f"before\n\n{SCRIPT['OPEN']}\nstale\n{SCRIPT['CLOSE']}\n\nafter\n"
-    made = SCRIPT["with_results"](page, known(tmp_path))
+    made = SCRIPT["between_marks"](page, SCRIPT["results"](known(tmp_path)))
     assert made.startswith("before\n\n") and made.endswith("\n\nafter\n") and "stale" not in made
-    assert SCRIPT["with_results"](made, known(tmp_path)) == made
+    assert SCRIPT["between_marks"](made, SCRIPT["results"](known(tmp_path))) == made
     rows = [line.split(" | ")[0] for line in made.splitlines() if line.startswith("| `")]
     best = sorted(["fastv", "topv"], key=lambda m: -known(tmp_path).rows[m, 64]["score"])
     assert rows[:4] == [f"| `{name}`" for name in ("random", "downsample", *best)]
+
+
+def test_scores_are_those_of_the_present_model(tmp_path):
+    assert SCRIPT["scores"](tmp_path, MODEL) == "Not measured on the present model."
+    row = {"plan": "fastv:layer=1", "auc": 0.75, "n": 12, "tasks": {"color": 0.5, "needle": 1.0}}
+    data = {"about": {"weights_sha256": MODEL}, "n": 8, "rows": [row]}
+    (tmp_path / "score-auc.json").write_text(json.dumps(data))
+    text = SCRIPT["scores"](tmp_path, MODEL)
+    assert "| `fastv:layer=1` | 0.75 | 0.50 | 1.00 |" in text and "12 questions" in text
+    assert SCRIPT["scores"](tmp_path, "1" * 64) == "Not measured on the present model."
 
 
 @pytest.mark.parametrize(
