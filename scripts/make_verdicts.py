@@ -186,9 +186,10 @@ def results(known: Measured) -> str:
     seeds = sorted({len(known.rows["random", b]["seeds"]) for b in known.budgets
                     if ("random", b) in known.rows})  # fmt: skip
     files = ", ".join(f"[{name}](../benchmarks/results/{name}.md)" for name in known.sources)
+    tasks = ", ".join(f"`{task}`" for task in full["tasks"])
     intro = (
-        f"{own} {'method' if own == 1 else 'methods'} beside the sanity rows on {len(full['tasks'])} admitted tasks "
-        f"({', '.join(f'`{task}`' for task in full['tasks'])}), {_listed(counts)} test questions "
+        f"{own} {'method' if own == 1 else 'methods'} beside the sanity rows on "
+        f"{len(full['tasks'])} admitted tasks ({tasks}), {_listed(counts)} test questions "
         f"each; the unpatched model answers {_percent(full)} % of the {full['n']:,}. An entry is "
         "the accuracy at that many visual tokens, averaged over decoder layers, and in brackets "
         f"the paired difference to `random` ({_listed(seeds)} "
