@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 from cache_oracles import Oracle
@@ -236,10 +237,35 @@ class Plain:
                 counts[i, h] = max(0, kept - fixed)
         return counts
 
+    def _d2o(self, o, layers, rooms):
+        cut = [i for i in layers if not self.whole(layers, i)]
+        flat = {}
+        for i in cut:
+            own = [self.received(o, i, h, self.queries(o)) for h in range(o.rows[i].shape[0])]
+            spread = [statistics.variance(x.values()) for x in own]
+            low, high = min(spread), max(spread)
+            flat[i] = math.exp(-statistics.mean((v - low) / (high - low + 1e-6) for v in spread))
+        counts = {}
+        for h in self.heads(o, 0):
+            total, room = 0.0, sum(rooms[i, h] for i in cut)
+            for i in layers:
+                before = round(total)
+                total += room * flat.get(i, 0.0) / sum(flat.values())
+                whole = self.whole(layers, i)
+                counts[i, h] = len(self.free(o, i, h)) if whole else round(total) - before
+        return counts
+
+    def whole(self, layers: list[int], i: int) -> bool:
+        """Whether a layer is left alone for ever."""
+        skipped = self.stage.skip, len(layers) - self.stage.skip_last
+        return not skipped[0] <= i < skipped[1]
+
     # The answer
 
     def step(self, o: Oracle) -> None:
         for layer in sorted(o.keys):
+            if self.name == "d2o" and self.whole(sorted(o.keys), layer):
+                continue
             if self.name == "prefixkv":
                 self._one_leaves(o, layer)
                 continue

@@ -47,6 +47,7 @@ _HOMES = {
     "VLCache": "vlcache",
     "PLPHP": "plphp",
     "LookM": "lookm",
+    "D2O": "d2o",
     "Random": "sanity",
     "RandomLLM": "sanity",
     "Stride": "sanity",
