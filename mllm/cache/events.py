@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mllm import attention
 from mllm.cache.ops import KVCache
@@ -127,6 +128,17 @@ class CacheEvents:
             return self.run.counts.valid
         return self.run.known[:, : self.certain].sum(1).tolist()
 
+    def _entered(self, rows: int) -> list[tuple[int, Tensor]]:
+        """See :class:`CacheEvent`; of the first rows."""
+        found = []
+        for first, table in self.run.tables:
+            there = torch.zeros_like(self.run.full.valid)
+            real = table.valid & ~table.inserted
+            at = torch.where(real, table.index, there.shape[1])
+            there = F.pad(there, (0, 1)).scatter(1, at, True)
+            found.append((first, there[:, :rows]))
+        return found
+
     def layer_end(self, layer: int) -> None:
         """A decoder layer has run."""
         if self.phase != "prefill":
@@ -170,6 +182,7 @@ class CacheEvents:
                 valid=run.known[:, : self.certain],
                 lengths=self.lengths if self.phase == "prefill" else None,
                 protected=None if run.protected is None else run.protected[:, :rows],
+                entered=self._entered(rows) if self.phase == "prefill" else (),
                 notes=run.notes,
                 costs=self.costs,
             )

@@ -36,6 +36,8 @@ _HOMES = {
     "WindowMerge": "mustdrop",
     "KeyTokens": "mustdrop",
     "DualFilter": "mustdrop",
+    "OutputAware": "mustdrop",
+    "MustDrop": "mustdrop",
     "PACT": "pact",
     "ZipVL": "zipvl",
     "StreamingLLM": "streamingllm",

@@ -707,6 +707,8 @@ class CacheEvent:
             index.
         lengths: how many these are of each sample; None while decoding.
         protected: bool `[batch, rows]`, rows of this forward that an action protects; None is none.
+        entered: of every part of the decoder that has run, its first layer and the rows of this
+            forward that entered it, bool `[batch, rows]`.
         notes, costs: of the ledger; see :meth:`note` and :meth:`book`.
     """
 
@@ -721,6 +723,7 @@ class CacheEvent:
     valid: Tensor | None = None
     lengths: list[int] | None = None
     protected: Tensor | None = None
+    entered: Sequence[tuple[int, Tensor]] = ()
     notes: list[str] = dataclasses.field(default_factory=list)
     costs: list[float] = dataclasses.field(default_factory=list)
 
