@@ -289,3 +289,35 @@ class Plain:
             place = len(stored) // 2 if place < 1 else place
             free = set(self.free(o, layer, head))
             o.drop(layer, head, [t for t in stored[place:] if t in free][:1])
+
+
+class Skipping:
+    """Which visual tokens stay in all layers, once the prompt has been read."""
+
+    def __init__(self, stage: Any) -> None:
+        self.stage = stage
+
+    def decide(self, o: Oracle) -> None:
+        if hasattr(o, "prompt"):
+            return
+        o.prompt = o.length
+        visual = [t for t, v in enumerate(o.visual) if v]
+        share = self.stage.budget
+        count = share if isinstance(share, int) else max(1, round(share * len(visual)))
+        if self.stage.rule == "top":
+            score = {t: 0.0 for t in range(o.length)}
+            for rows in o.rows.values():
+                for at, w in enumerate(rows[:, -1].mean(0).tolist()):
+                    score[o.length - rows.shape[2] + at] += w
+            stay = sorted(visual, key=lambda t: -score[t])[:count]
+        else:
+            count = min(count, len(visual))
+            stay = [visual[-(-j * len(visual) // count)] for j in range(count)]
+        for layer in o.keys:
+            for head in range(o.keys[layer].shape[0]):
+                o.drop(layer, head, [t for t in visual if t not in stay])
+
+
+def loops(stage: Any) -> Plain | Skipping:
+    """What decides for a method."""
+    return Skipping(stage) if stage.info.name == "skipvision" else Plain(stage)

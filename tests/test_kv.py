@@ -14,13 +14,24 @@ import pytest
 import torch
 from acting import acting
 from cache_oracles import Oracle
-from kv_oracles import Plain
+from kv_oracles import Plain, loops
 from matrix import equal
 
 import mllm
 from mllm import attention
 from mllm.cache import load_prefix, save_prefix
-from mllm.compressors import D2O, PLPHP, AdaKV, LookM, PrefixKV, PyramidKV, SnapKV, VLCache, kv_base
+from mllm.compressors import (
+    D2O,
+    PLPHP,
+    AdaKV,
+    LookM,
+    PrefixKV,
+    PyramidKV,
+    SkipVision,
+    SnapKV,
+    VLCache,
+    kv_base,
+)
 from mllm.compressors.base import CacheCompressor, Protect
 from mllm.compressors.kv_base import KVMethod
 from mllm.errors import PlanError
@@ -49,6 +60,8 @@ PLANS = [
     "lookm:budget=0.4:merge=none",
     "d2o:budget=0.4:merge=false:skip=1:sinks=1",
     "d2o:budget=12:merge=false:skip=0:skip_last=0:heads=shared:window=3",
+    "skipvision:budget=0.3",
+    "skipvision:budget=5:rule=top",
 ]
 
 
@@ -110,7 +123,7 @@ def check_masking(spec, family, kind, attn):
         out = generate(model, inputs)
     prompt = inputs["input_ids"].shape[1]
     for b, sample in enumerate(batch):
-        oracle = Oracle(family, [Plain(stage)])
+        oracle = Oracle(family, [loops(stage)])
         oracle.visual = sample.visual.tolist()
         want = oracle.generate(**families.collate(family, [sample]), max_new_tokens=STEPS)
         for i, layer in enumerate(out.past_key_values.layers):
@@ -156,6 +169,10 @@ def heads_crossed(mp):
     around(mp, KVMethod, "_per_head", lambda f, *a: f(*a).flip(1))
 
 
+def all_stay(mp):
+    mp.setattr(SkipVision, "_stay", lambda self, event: event.visual)
+
+
 def steps_forgotten(mp):
     around(mp, KVMethod, "step", lambda f, *a: f(*a) * 0)
 
@@ -177,6 +194,7 @@ def around(mp, owner, name, change):
         (layers_alike, "prefixkv:budget=0.4:distance=-3"),
         (layers_alike, "plphp:skip=1:attentive=0.8:indifferent=0.5"),
         (layers_alike, "d2o:budget=0.4:merge=false:skip=0:skip_last=0"),
+        (all_stay, "skipvision:budget=0.3"),
         (heads_crossed, "h2o:budget=0.4"),
         (steps_forgotten, "snapkv:budget=0.4:window=4:pool=avg:kernel=5:gqa=max:hold=true"),
     ],
@@ -211,6 +229,7 @@ IDENTITY = {
     "lookm": ["lookm:budget=1.0", "lookm:budget=900:merge=mean"],
     "d2o": ["d2o:budget=1.0", "d2o:budget=900:skip=0"],
     "outputaware": ["outputaware"],
+    "skipvision": ["skipvision:budget=1.0", "skipvision:budget=900:rule=top"],
 }
 
 
@@ -305,7 +324,7 @@ def test_payload_is_the_budget(spec):
     assert cells * slot <= data["kv_bytes"] <= slack * cells * slot
     assert data["baseline_kv_bytes"] == len(sample.ids) * kv.depth * 2 * slot
     stage, tokens = Plan.from_spec(spec).stages[0], len(sample.ids)
-    if stage.tokens == "prompt":
+    if getattr(stage, "tokens", "visual") == "prompt":
         limit = stage.budget if isinstance(stage.budget, int) else round(stage.budget * tokens)
         whole = (getattr(stage, "skip", 0) + getattr(stage, "skip_last", 0)) / kv.depth
         limit = whole * tokens + (1 - whole) * limit
@@ -628,6 +647,8 @@ def test_a_saved_prefix_goes_on_as_if_it_had_not_been_saved(spec, tmp_path):
         "fastv:layer=1:keep=0.5+vlcache:budget=0.5",
         "divprune:keep=5+h2o:budget=0.5",
         "plphp:skip=0+streamingllm:budget=12",
+        "fastv:layer=2:keep=0.5+skipvision:budget=0.3:rule=top",
+        "skipvision:budget=0.3+d2o:budget=0.4:skip=0",
         "snapkv:budget=0.6:window=4+lookm:budget=0.4",
         "prefixkv:budget=0.6+h2o:budget=0.4:heads=shared",
     ],
@@ -706,6 +727,8 @@ def test_the_ledger_says_what_does_not_fit():
         ("plphp:spread=-0.5", "spread"),
         ("plphp:skip=-1", "skip"),
         ("lookm:merge=sum", "merge"),
+        ("skipvision:budget=0", "budget"),
+        ("skipvision:rule=last", "rule"),
         ("d2o:skip=-1", "skip"),
         ("d2o:skip_last=-1", "skip_last"),
         ("d2o:decay=2.0", "decay"),
@@ -726,7 +749,8 @@ def test_flash_attention_has_no_mask_per_head():
                 mllm.patch(model, spec, unvalidated=True)
             assert caught.value.argument == "heads" and "shared" in caught.value.expected
         mllm.patch(model, "snapkv:heads=shared", unvalidated=True).remove()
-        mllm.patch(model, "streamingllm").remove()
+        for spec in ("streamingllm", "outputaware", "skipvision"):
+            mllm.patch(model, spec).remove()
 
 
 @pytest.mark.parametrize("spec", PLANS)

@@ -50,6 +50,7 @@ _HOMES = {
     "PLPHP": "plphp",
     "LookM": "lookm",
     "D2O": "d2o",
+    "SkipVision": "skipvision",
     "Random": "sanity",
     "RandomLLM": "sanity",
     "Stride": "sanity",
