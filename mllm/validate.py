@@ -147,6 +147,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 expected="sdpa or eager",
             )
     for _, stage in patched.compressors:
+        stage.check_depth(len(patched.layers))
         if stage.headwise and "flash" in attend:
             raise PlanError(
                 f"{stage.info.name}: heads cannot hold different tokens under {attend}",

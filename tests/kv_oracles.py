@@ -25,6 +25,8 @@ class Plain:
             if self.stage.tokens == "visual":
                 o.tokens = sum(bool(v) for v in o.visual)
             share = self.stage.budget
+            if getattr(self.stage, "ratios", None):
+                share = sum(self.stage.ratios) / len(self.stage.ratios)
             o.limit = share if isinstance(share, int) else max(1, round(share * o.tokens))
             o.is_visual = [bool(v) for v in o.visual]
             self.start(o)
@@ -182,6 +184,10 @@ class Plain:
         return counts
 
     def _prefixkv(self, o, layers, rooms):
+        if self.stage.ratios:
+            fixed = {k: len(self.counted(o, *k)) - len(self.free(o, *k)) for k in rooms}
+            share = dict(zip(layers, self.stage.ratios, strict=True))
+            return {k: max(0, round(share[k[0]] * o.tokens) - fixed[k]) for k in rooms}
         heads = [0] if self.stage.heads == "shared" else self.heads(o, 0)
         entries, counts = [], dict.fromkeys(rooms, 0)
         for i in layers:

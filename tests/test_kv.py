@@ -55,6 +55,7 @@ PLANS = [
     "adakv:budget=12:window=3:hold=true",
     "prefixkv:budget=0.4:distance=-3",
     "prefixkv:budget=0.3:heads=each:distance=2",
+    "prefixkv:budget=0.475:ratios=0.9/0.3/0.2/0.5:distance=-3",
     "vlcache:budget=0.4",
     "plphp:skip=1:attentive=0.8:indifferent=0.5",
     "lookm:budget=0.4:merge=none",
@@ -223,7 +224,7 @@ IDENTITY = {
     "snapkv": ["snapkv:budget=1.0", "snapkv", "snapkv:budget=1.0:heads=shared:hold=true"],
     "pyramidkv": ["pyramidkv:budget=1.0"],
     "adakv": ["adakv:budget=1.0"],
-    "prefixkv": ["prefixkv:budget=1.0"],
+    "prefixkv": ["prefixkv:budget=1.0", "prefixkv:ratios=1.0/1.0/1.0/1.0"],
     "vlcache": ["vlcache:budget=1.0"],
     "plphp": ["plphp:budget=1.0"],
     "lookm": ["lookm:budget=1.0", "lookm:budget=900:merge=mean"],
@@ -727,6 +728,8 @@ def test_the_ledger_says_what_does_not_fit():
         ("plphp:spread=-0.5", "spread"),
         ("plphp:skip=-1", "skip"),
         ("lookm:merge=sum", "merge"),
+        ("prefixkv:ratios=0.5/0.0", "ratios"),
+        ("prefixkv:ratios=0.5/many", "ratios"),
         ("skipvision:budget=0", "budget"),
         ("skipvision:rule=last", "rule"),
         ("d2o:skip=-1", "skip"),
@@ -739,6 +742,12 @@ def test_bad_input(spec, argument):
     with pytest.raises(PlanError) as caught:
         Plan.from_spec(spec)
     assert caught.value.argument == argument and caught.value.expected
+
+
+def test_ratios_are_of_every_layer():
+    with pytest.raises(PlanError) as caught:
+        mllm.patch(families.model("llava"), "prefixkv:ratios=0.5/0.5/0.5")
+    assert caught.value.argument == "ratios" and "4" in caught.value.expected
 
 
 def test_flash_attention_has_no_mask_per_head():

@@ -62,6 +62,7 @@ __all__ = [
     "Context",
     "Evict",
     "Features",
+    "Fittable",
     "Grid",
     "HeadGate",
     "Hidden",
@@ -612,10 +613,10 @@ class LayerSchedule(LayerMethod):
         return fixed.replace(keep=keep)
 
 
-class Calibrated(LayerSchedule):
-    """A schedule that :func:`mllm.calibrate` fits to what a model does on some samples.
+class Fittable:
+    """What :func:`mllm.calibrate` fits to what a model does on samples; beside a method's kind.
 
-    Subclasses also have the field `calibration: str | None`, a file that says everything else of
+    Such methods also have the field `calibration: str | None`, a file that says everything else of
     the stage but its `positions`.
     """
 
@@ -634,25 +635,31 @@ class Calibrated(LayerSchedule):
                     expected="calibration alone",
                 )
 
+    def fit(self, seen: list[list[Tensor]], share: float | None) -> dict[str, Any]:
+        """Fields of the fitted stage: what changes.
+
+        Args:
+            seen: per sample with images what `observe` gave at one layer after another.
+            share: of the tokens that layers see, or store, on average; None is the method's own.
+
+        Raises:
+            PlanError: the share cannot be reached.
+        """
+        raise NotImplementedError
+
+
+class Calibrated(Fittable, LayerSchedule):
+    """A schedule that :func:`mllm.calibrate` fits: its `layers`, and what else changes.
+
+    `share` is of the visual tokens. Decoder layers are seen from the second on.
+    """
+
     def observes(self) -> dict[str, Any]:
         """Signals that are read before every decoder layer but the first, by name."""
         raise NotImplementedError
 
     def observe(self, ctx: LayerContext) -> list[Tensor]:
         """What is recorded at one layer: a tensor per sample of the batch, on the CPU."""
-        raise NotImplementedError
-
-    def fit(self, seen: list[list[Tensor]], share: float | None) -> dict[str, Any]:
-        """Fields of the fitted stage: `layers`, and what else changes.
-
-        Args:
-            seen: per sample what :meth:`observe` gave before layer 1, 2 and so on.
-            share: visual tokens that decoder layers see on average, as a fraction; None is the
-                method's own.
-
-        Raises:
-            PlanError: the share cannot be reached.
-        """
         raise NotImplementedError
 
 
@@ -767,6 +774,9 @@ class CacheCompressor(_Method):
     group: ClassVar[int] = 0
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
+
+    def check_depth(self, num_layers: int) -> None:
+        """PlanError if the method cannot work on a model of this many decoder layers."""
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""
