@@ -36,6 +36,7 @@ class CacheEvents:
         self.run = run
         past, rows = run.past_logical, run.full.valid.shape[1]
         turn = rows > 1 if prompt_length is None else past < prompt_length
+        turn = turn or not (run.begins and run.ends)
         self.phase = "prefill" if turn or not past else "decode" if rows == 1 else "verify"
         certain = past + (1 if self.phase == "verify" else rows)
         if self.phase == "prefill" and prompt_length is not None:
@@ -154,8 +155,10 @@ class CacheEvents:
 
     def forward_end(self) -> None:
         """All decoder layers have run."""
-        if self.phase != "verify":
-            self._tell("prefill_end" if self.phase == "prefill" else "decode_step")
+        if self.phase == "prefill":
+            self._tell("prefill_end" if self.run.ends else "chunk_end")
+        elif self.phase == "decode":
+            self._tell("decode_step")
 
     def _tell(self, name: str, layer: int | None = None, only: int | None = None) -> None:
         run = self.run
@@ -183,6 +186,8 @@ class CacheEvents:
                 lengths=self.lengths if self.phase == "prefill" else None,
                 protected=None if run.protected is None else run.protected[:, :rows],
                 entered=self._entered(rows) if self.phase == "prefill" else (),
+                begins=run.begins,
+                ends=run.ends,
                 notes=run.notes,
                 costs=self.costs,
             )

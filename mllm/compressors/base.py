@@ -716,6 +716,8 @@ class CacheEvent:
         protected: bool `[batch, rows]`, rows of this forward that an action protects; None is none.
         entered: of every part of the decoder that has run, its first layer and the rows of this
             forward that entered it, bool `[batch, rows]`.
+        begins, ends: whether the prompt begins, and ends, with this forward; a prompt that is read
+            in chunks has several.
         notes, costs: of the ledger; see :meth:`note` and :meth:`book`.
     """
 
@@ -731,6 +733,8 @@ class CacheEvent:
     lengths: list[int] | None = None
     protected: Tensor | None = None
     entered: Sequence[tuple[int, Tensor]] = ()
+    begins: bool = True
+    ends: bool = True
     notes: list[str] = dataclasses.field(default_factory=list)
     costs: list[float] = dataclasses.field(default_factory=list)
 
@@ -759,12 +763,13 @@ class CacheCompressor(_Method):
 
     Events run without gradients, in the order of the plan's stages. A method keeps nothing on
     itself: what belongs to a slot is a column (`KVCache.annotate`), what belongs to a conversation
-    is in `KVCache.state`. `chunk_end` is reserved for chunked prefill, which is refused.
+    is in `KVCache.state`.
 
     Attributes:
         group: layers per group, for `group_end`; 0 is none.
         headwise: whether heads of a layer may come to hold different tokens.
         watches: whether its signals are read at decode steps too.
+        chunks: whether a prompt may be read in chunks, each of which is a `prefill` to the method.
     """
 
     site = "cache"
@@ -774,6 +779,7 @@ class CacheCompressor(_Method):
     group: ClassVar[int] = 0
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
+    chunks: ClassVar[bool] = False
 
     def check_depth(self, num_layers: int) -> None:
         """PlanError if the method cannot work on a model of this many decoder layers."""
@@ -786,6 +792,9 @@ class CacheCompressor(_Method):
 
     def prefill_end(self, event: CacheEvent) -> None:
         """All layers have run over a prompt, a later turn's too."""
+
+    def chunk_end(self, event: CacheEvent) -> None:
+        """All layers have run over a chunk of a prompt that is not its last; see `prefill_end`."""
 
     def decode_step(self, event: CacheEvent) -> None:
         """All layers have run over one new token per sample."""

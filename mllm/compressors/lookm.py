@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class LookM(KVMethod):
     merge: Literal["pivot", "mean", "weighted", "none"] = "pivot"
 
     oracle = "reference"
+    sums: ClassVar[bool] = True
 
     def reads(self):
         return {"attention": ColumnMass(heads="none")}

@@ -50,6 +50,7 @@ class PrefixKV(Fittable, KVMethod):
     calibration: str | None = None
 
     remembers: ClassVar[bool] = False
+    sums: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
