@@ -689,3 +689,30 @@ def windowmerge(
 def windowmerge_block(model, pixels: Tensor, keep: None, **options) -> Block:
     found = windowmerge(model, pixels, **options)
     return Block(project(model, found.features), found.seats, found.into)
+
+
+def prefixes(x: Tensor, share: float, first: int, last: int) -> list[float]:
+    """The fraction of tokens that each layer keeps under one threshold of importance (PrefixKV).
+
+    A layer keeps its best tokens until their sum passes the threshold, beside its first and last
+    ones; the threshold rises until all layers together hold the share.
+    """
+    depth, tokens = len(x), len(x[0])
+    fixed = {t for t in range(tokens) if t < first or t >= tokens - last}
+    before = []
+    for own in x.tolist():
+        below = 0.0
+        for t in sorted(range(tokens), key=lambda t: -own[t]):
+            if t not in fixed:
+                before.append(below / sum(own))
+            below += own[t]
+    room = depth * (round(share * tokens) - len(fixed))
+    threshold = sorted(before)[room - 1]
+    kept = []
+    for own in x.tolist():
+        below, count = 0.0, len(fixed)
+        for t in sorted(range(tokens), key=lambda t: -own[t]):
+            count += t not in fixed and below / sum(own) <= threshold + 1e-6
+            below += own[t]
+        kept.append(count / tokens)
+    return kept
