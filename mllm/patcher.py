@@ -394,7 +394,8 @@ class Patched:
     def _generate(self, generate: Any, args: tuple, kwargs: dict) -> Any:
         config = kwargs.get("generation_config") or self.family.model.generation_config
         check_generation(config, kwargs)
-        chunk = kwargs.pop("prefill_chunk_size", None) or config.prefill_chunk_size
+        chunk = kwargs.pop("prefill_chunk_size", None)
+        chunk = config.prefill_chunk_size if chunk is None else chunk
         if chunk is not None:  # not transformers' own way, which takes pictures apart
             check_chunks(self, chunk)
             if config.prefill_chunk_size is not None:
