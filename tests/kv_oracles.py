@@ -253,7 +253,8 @@ class Plain:
         flat = {}
         for i in cut:
             own = [self.received(o, i, h, self.queries(o)) for h in range(o.rows[i].shape[0])]
-            spread = [statistics.variance(x.values()) for x in own]
+            many = len(own[0])
+            spread = [statistics.variance(x.values()) if many > 1 else 0.0 for x in own]
             low, high = min(spread), max(spread)
             flat[i] = math.exp(-statistics.mean((v - low) / (high - low + 1e-6) for v in spread))
         counts = {}
