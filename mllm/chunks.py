@@ -1,8 +1,8 @@
 """Prompts that are read in chunks: each runs over what the cache has kept of those before it.
 
 The base model is called once, so pictures are encoded once and every row has its own position.
-Its decoder is called chunk by chunk: beside the rows' embeddings and outputs, memory holds what a
-cache method leaves of a layer and one chunk. Chunks are counted from the end of the prompt and the
+Its decoder is called chunk by chunk: beside the rows' embeddings and outputs, and one layer's
+signals, memory holds what cache methods leave of every layer and one chunk. Chunks are counted from the end of the prompt and the
 first one is the shortest, so that those of a sample do not depend on padding at its left.
 """
 
@@ -39,8 +39,8 @@ class Chunks:
 
     Attributes:
         whole: the forward, for the account.
-        runs: its chunks so far.
-        rows: rows per sample, and slots per layer before, of each of them.
+        rows: rows per sample, and slots per layer before, of each chunk so far.
+        costs: what reading and choosing has cost, in FLOPs per sample.
 
     Raises:
         PlanError: there is no cache, or padding at the right.
@@ -83,7 +83,7 @@ class Chunks:
         ends = torch.tensor([0, *self.ends], device=valid.device)
         sums = torch.nn.functional.pad(valid.long().cumsum(1), (1, 0))[:, ends]
         self.counts = sums.diff(dim=1).T.tolist()
-        self.runs: list[DecoderRun] = []
+        self.costs: list[float] = []
         self.rows: list[tuple[list[int], list[int]]] = []
         self.hidden: list[Tensor] = []
         self.states: list[tuple[Tensor, ...]] = []
@@ -129,7 +129,6 @@ class Chunks:
                 protected=_part(whole.protected, start, stop),
             )  # fmt: skip
             run.start(kwargs, self.length, None)
-            self.runs.append(run)
             self.rows.append((run.lengths, run.past))
             yield run, kwargs
             start = stop
@@ -147,27 +146,28 @@ class Chunks:
         family.take_rows(kwargs, rows, valid)
         return kwargs
 
-    def add(self, output: Any) -> None:
-        """What the decoder made of the chunk that was given last; its methods are told."""
-        run = self.runs[-1]
+    def add(self, run: DecoderRun, output: Any) -> None:
+        """What the decoder made of a chunk; methods are told, and the chunk can be forgotten."""
         self.hidden.append(run.restore(output.last_hidden_state))
         if states := getattr(output, "hidden_states", None):
             self.states.append(run.restore_states(states))
         run.events.forward_end()
+        run.replaced, run.given = {}, {}  # or masks would lie about until cycles are collected
+        self.costs += run.events.costs
         self.whole.ran |= run.ran
         self.whole.notes += [note for note in run.notes if note not in self.whole.notes]
 
-    def close(self, output: Any) -> None:
+    def close(self, run: DecoderRun, output: Any) -> None:
         """Turn the output for the last chunk into that for all rows; complete the account."""
+        self.add(run, output)
         output.last_hidden_state = torch.cat(self.hidden, 1)
         if self.states:
             output.hidden_states = tuple(torch.cat(x, 1) for x in zip(*self.states, strict=True))
-        whole, last = self.whole, self.runs[-1]
+        whole = self.whole
         if self.shift is not None:
             whole.cache.layers[0].shifts["llm"] = self.shift
-        whole.past, whole.changes = self.runs[0].past, last.changes
-        whole.events = last.events
-        whole.events.costs = [cost for run in self.runs for cost in run.events.costs]
+        whole.past, whole.changes, whole.events = self.rows[0][1], run.changes, run.events
+        whole.events.costs = self.costs
 
 
 def check_chunks(patched: Patched, size: Any) -> None:

@@ -712,7 +712,7 @@ class Patched:
             attention.close_taps()
             self._open_taps(run)
             if not run.ends:
-                chunks.add(self.family.decoder.forward(**kwargs))
+                chunks.add(run, self.family.decoder.forward(**kwargs))
         return kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -759,8 +759,7 @@ class Patched:
         if run is None:
             return None
         if chunks is not None:
-            chunks.add(output)
-            chunks.close(output)
+            chunks.close(run, output)
             run = chunks.whole
         elif run.visual is not None:
             run.finish(output.last_hidden_state)
