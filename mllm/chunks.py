@@ -2,8 +2,9 @@
 
 The base model is called once, so pictures are encoded once and every row has its own position.
 Its decoder is called chunk by chunk: beside the rows' embeddings and outputs, and one layer's
-signals, memory holds what cache methods leave of every layer and one chunk. Chunks are counted from the end of the prompt and the
-first one is the shortest, so that those of a sample do not depend on padding at its left.
+signals, memory holds what cache methods leave of every layer and one chunk. Chunks are counted from
+the end of the prompt and the first one is the shortest, so that those of a sample do not depend on
+padding at its left.
 """
 
 from __future__ import annotations
