@@ -394,7 +394,8 @@ class Patched:
     def _generate(self, generate: Any, args: tuple, kwargs: dict) -> Any:
         config = kwargs.get("generation_config") or self.family.model.generation_config
         check_generation(config, kwargs)
-        chunk = kwargs.pop("prefill_chunk_size", None) or config.prefill_chunk_size
+        chunk = kwargs.pop("prefill_chunk_size", None)
+        chunk = config.prefill_chunk_size if chunk is None else chunk
         if chunk is not None:  # not transformers' own way, which takes pictures apart
             check_chunks(self, chunk)
             if config.prefill_chunk_size is not None:
@@ -711,7 +712,7 @@ class Patched:
             attention.close_taps()
             self._open_taps(run)
             if not run.ends:
-                chunks.add(self.family.decoder.forward(**kwargs))
+                chunks.add(run, self.family.decoder.forward(**kwargs))
         return kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -758,8 +759,7 @@ class Patched:
         if run is None:
             return None
         if chunks is not None:
-            chunks.add(output)
-            chunks.close(output)
+            chunks.close(run, output)
             run = chunks.whole
         elif run.visual is not None:
             run.finish(output.last_hidden_state)

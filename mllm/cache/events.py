@@ -159,6 +159,7 @@ class CacheEvents:
             self._tell("prefill_end" if self.run.ends else "chunk_end")
         elif self.phase == "decode":
             self._tell("decode_step")
+        self._signals = {}
 
     def _tell(self, name: str, layer: int | None = None, only: int | None = None) -> None:
         run = self.run

@@ -224,7 +224,7 @@ class SlotLayer(DynamicLayer):
         self.samples: dict[str, Tensor] = {}
         self.seen = self.intact = 0
         self.compressed = self.planned = self.foreign = self.journals = False
-        self._noted: tuple[SlotTable, int, int] | None = None
+        self._noted: tuple[SlotTable, int, int | None] | None = None
         self._journal: list[tuple[int, LayerState]] = []
 
     @property
@@ -251,16 +251,18 @@ class SlotLayer(DynamicLayer):
         """Whether any cell is invalid; known without asking the device."""
         return self.table is not None and self.table.padded
 
-    def note(self, table: SlotTable, advance: int, intact: int) -> None:
+    def note(self, table: SlotTable, advance: int, intact: int, dropped: bool = False) -> None:
         """Say what the next `update` will append.
 
         Args:
             table: all slots after the update.
             advance: tokens by which the logical length grows.
             intact: every token of this forward from this logical index on gets a slot.
+            dropped: some token gets none, though another sample may fill the rectangle.
         """
-        self.compressed |= advance != table.slots - self.slots
-        self._noted = table, advance, intact
+        dropped = dropped or advance != table.slots - self.slots
+        self.compressed |= dropped
+        self._noted = table, advance, intact if dropped else None
 
     def activate_past_recording(self) -> None:
         """Forget nothing, so that `crop` can go back (assisted decoding)."""
@@ -283,7 +285,7 @@ class SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         batch, new = key_states.shape[0], key_states.shape[-2]
         if self._noted is None:  # an unpatched model
-            self.foreign, advance, intact = True, new, self.seen
+            self.foreign, advance, intact = True, new, None
             rows = SlotTable.plain(batch, self.seen, self.seen + new, key_states.device)
             table = rows if self.table is None else self.table.cat(rows)
         else:
@@ -291,7 +293,7 @@ class SlotLayer(DynamicLayer):
         self._append(key_states, value_states)
         self.table, self._noted = table, None
         self.seen += advance
-        if advance != new:
+        if intact is not None:
             self.intact = max(self.intact, intact)
         keys, values = self.keys, self.values
         if self.window is not None and not self.record_past:
@@ -547,6 +549,7 @@ def note_rows(
     padded: bool,
     advance: int,
     intact: int,
+    dropped: bool = False,
 ) -> None:
     """Announce the rows of a forward to consecutive layers that all see the same rows.
 
@@ -558,13 +561,15 @@ def note_rows(
         padded: whether any row is invalid.
         advance: tokens by which the logical length grows.
         intact: every token of this forward from this logical index on gets a slot.
+        dropped: some token gets none.
     """
     new = SlotTable.of(table, position, padded)
     if table.valid.shape[1] == advance and not padded:  # no row has left
         seen = cache.layers[layers[0]].seen
         new._known["newest"] = list(range(seen, seen + advance))
     for layer in (cache.layers[i] for i in layers):
-        layer.note(new if layer.table is None else layer.table.cat(new), advance, intact)
+        slots = new if layer.table is None else layer.table.cat(new)
+        layer.note(slots, advance, intact, dropped)
     if any(layer.compressed for layer in cache.layers):
         for layer in cache.layers:
             layer.planned = True
