@@ -145,6 +145,7 @@ class Patched:
             }
         )
         self.apart = bool(SETS_APART & self._actions())
+        self.alike = self._alike()
         self.inserts = "Insert" in self._actions()
         self.inner = bool(self._actions() - MOVES_ROWS - {"Write", "Protect", "Evict"})
         check_plan(self, unvalidated)
@@ -177,6 +178,14 @@ class Patched:
         """Decoder layers in which some of these actions may work."""
         first = [min(s.at()) for _, s in self.pruners if actions & set(s.actions)]
         return range(min(first, default=len(self.layers)), len(self.layers))
+
+    def _alike(self) -> list[tuple]:
+        """Of every layer what it has in common with those that always store the same tokens."""
+        apart = self._layers_of(SETS_APART)
+        return [
+            (window, sum(cut <= i for cut in self.cuts), i if i in apart else None)
+            for i, window in enumerate(self.windows)
+        ]
 
     def each_layer(self, signal: Any) -> list[Any]:
         """A signal of a cache method, at its layer or without one at all of them."""
@@ -375,7 +384,7 @@ class Patched:
         Raises:
             CacheMismatchError: a cache that no patched model has used.
         """
-        return KVCache(cache, self.family)
+        return KVCache(cache, self.family, alike=self.alike)
 
     @property
     def ledger(self) -> Ledger:

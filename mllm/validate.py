@@ -103,6 +103,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             )
     _check_tower(patched)
     _check_writers(patched)
+    _check_lowrank(patched)
     grid = family.native_grid()
     for stage in plan.stages:
         _check_fit(patched, stage)
@@ -208,6 +209,31 @@ def _check_writers(patched: Patched) -> None:
                     expected="one of them, or another layer",
                 )
             writers[layer] = stage.info.name
+
+
+def _check_lowrank(patched: Patched) -> None:
+    """Refuse what cannot be on the same layers as low-rank factors."""
+    stages = [stage for _, stage in patched.compressors if stage.lowrank]
+    if not stages:
+        return
+    own, others = stages[0].info.name, [s for s in patched.plan.stages if s is not stages[0]]
+    for other in others:
+        if "Evict" in other.actions:
+            reason = (
+                "a left factor has one row per token for all heads and layers of a group, so a "
+                "token that leaves some of them would free nothing, and layers that hold different "
+                "tokens share no factor"
+            )
+        elif other in stages:
+            reason = "both would store the same tokens in factors"
+        else:
+            continue
+        raise PlanError(
+            f"{own} and {other.info.name} cannot work on the same layers: {reason}",
+            argument="plan",
+            given=patched.plan.spec,
+            expected="one of them; methods before and inside the LLM go with either",
+        )
 
 
 def _check_fit(patched: Patched, stage: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm.cache.segments import Dense, Segment
+from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.tokens import TokenTable
@@ -78,20 +78,10 @@ class SlotTable:
         """Whether heads hold different tokens."""
         return self.valid.dim() == 3
 
-    def _once(self, key: Any, make: Callable[[], SlotTable]) -> SlotTable:
-        """Layers that shared a table share the next one: the newest result is remembered.
-
-        Only weakly, or a snapshot would hold every table since.
-        """
-        if self._memo and _same(self._memo[0], key) and (made := self._memo[1]()) is not None:
-            return made
-        made = make()
-        self._memo[:] = [key, weakref.ref(made)]
-        return made
-
     def map(self, change: Callable[[Tensor], Tensor], key: Any) -> SlotTable:
         """Every column through `change`; `key` tells changes apart."""
-        return self._once(
+        return once(
+            self._memo,
             key,
             lambda: SlotTable({n: change(t) for n, t in self.columns.items()}, self.padded),
         )
@@ -140,7 +130,7 @@ class SlotTable:
                 table._known["newest"] = self.newest + new.newest
             return table
 
-        return self._once(new, joined)
+        return once(self._memo, new, joined)
 
     def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
         """Columns that stay, in order. Shorter lengths are filled up, first with padding.
@@ -165,10 +155,6 @@ class SlotTable:
             for name, t in self.columns.items()
         }
         return index, SlotTable(columns | {"valid": valid}, not bool(valid.all()))
-
-
-def _same(key: Any, other: Any) -> bool:
-    return key is other or (isinstance(key, tuple) and isinstance(other, tuple) and key == other)
 
 
 @dataclass
@@ -340,30 +326,31 @@ class SlotLayer(DynamicLayer):
         keep = keep & _as_wide(self.table.valid, keep)
         if self.table.headwise and keep.dim() == 2:
             keep = keep[:, None].expand(self.table.valid.shape)
-        if len(self.segments) == 1:
-            shared = {} if shared is None else shared
-            if self.table not in shared:
-                shared[self.table] = self.table.compact(keep)
-            index, self.table = shared[self.table]
-            self.segments = [self.segments[0].take(index, self.table.valid)]
-        else:
-            self._retain_parts(keep)
-        self.segments = [segment for segment in self.segments if segment.slots]
+        shared = {} if shared is None else shared
+        key = self.table, tuple(segment.slots for segment in self.segments)
+        if key not in shared:
+            shared[key] = self._compacted(keep)
+        parts, self.table = shared[key]
+        segments = [x.take(*part) for x, part in zip(self.segments, parts, strict=True)]
+        self.segments = [segment for segment in segments if segment.slots]
         self.compressed, self.intact = True, self.seen
 
-    def _retain_parts(self, keep: Tensor) -> None:
-        segments, tables, at = [], [], 0
+    def _compacted(self, keep: Tensor) -> tuple[list[tuple[Tensor, Tensor]], SlotTable]:
+        """For every segment the columns that stay and which cells of them do; the new table."""
+        if len(self.segments) == 1:
+            index, table = self.table.compact(keep)
+            return [(index, table.valid)], table
+        parts, tables, at = [], [], 0
         for segment in self.segments:
             stop = at + segment.slots
             part = self.table.first(stop).last(segment.slots)
             index, table = part.compact(keep[..., at:stop])
-            segments.append(segment.take(index, table.valid))
+            parts.append((index, table.valid))
             tables.append(table)
             at = stop
-        self.segments = segments
         names = self.table.columns
         columns = {name: torch.cat([t.columns[name] for t in tables], -1) for name in names}
-        self.table = SlotTable(columns, any(t.padded for t in tables))
+        return parts, SlotTable(columns, any(t.padded for t in tables))
 
     def remember(self, as_of: int | None = None) -> None:
         """Before a change: keep what `crop` needs to undo it."""
@@ -447,7 +434,8 @@ class SlotLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._rows(lambda t: t[indices.to(t.device)], indices)
 
-    def _rows(self, change: Callable[[Tensor], Tensor], key: Any) -> None:
+    def _rows(self, apply: Callable[[Tensor], Tensor], key: Any) -> None:
+        change = Change(apply, key)
         self.segments = [segment.rows(change) for segment in self.segments]
         if self.table is not None:
             self.table = self.table.map(change, key)

@@ -47,6 +47,7 @@ _HOMES = {
     "VLCache": "vlcache",
     "PLPHP": "plphp",
     "LookM": "lookm",
+    "XKV": "xkv",
     "Random": "sanity",
     "RandomLLM": "sanity",
     "Stride": "sanity",

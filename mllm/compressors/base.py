@@ -755,6 +755,7 @@ class CacheCompressor(_Method):
         group: layers per group, for `group_end`; 0 is none.
         headwise: whether heads of a layer may come to hold different tokens.
         watches: whether its signals are read at decode steps too.
+        lowrank: whether it stores tokens in low-rank factors; see :meth:`KVCache.lowrank`.
     """
 
     site = "cache"
@@ -764,6 +765,18 @@ class CacheCompressor(_Method):
     group: ClassVar[int] = 0
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
+    lowrank: ClassVar[bool] = False
+
+    def demand(self, field: str, fine: bool, expected: str) -> None:
+        """PlanError unless a field is `fine`."""
+        if not fine:
+            value = getattr(self, field)
+            raise PlanError(
+                f"{self.info.name}: {field}={value!r} is not {expected}",
+                argument=field,
+                given=value,
+                expected=expected,
+            )
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""

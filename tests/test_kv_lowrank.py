@@ -1,0 +1,515 @@
+"""Low-rank caches: factors, the segments that hold them, and the methods that make them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from types import SimpleNamespace
+
+import families
+import pytest
+import torch
+from lowrank_oracles import PlainXKV
+from matrix import equal
+from test_cache import DIM, HEADS, feed, stub, toy
+from test_kv import FAMILIES, around, check_alone, few, generate
+from torch import Tensor
+
+import mllm
+from mllm.cache import KVCache, LowRank, load_prefix, lowrank, rotary, save_prefix
+from mllm.cache.lowrank import Shared, best_factors
+from mllm.errors import PlanError
+from mllm.plan import Plan
+
+STEPS = 6
+XKV = [
+    "xkv:rank_keys=6:rank_values=9",
+    "xkv:group=2:rank_keys=5:rank_values=1.0",
+    "xkv:group=3:rank_keys=1.0:rank_values=0.3",
+    "xkv:group=1:rank_keys=0.5:rank_values=0.5",
+]
+
+
+# Factors
+
+
+@pytest.mark.parametrize("rows, columns", [(30, 12), (12, 30), (16, 16)])
+def test_factors_are_the_truncated_svd(rows, columns):
+    """Of every matrix of a batch with its own rank; rows of padding are zero and stay so."""
+    x = torch.randn(4, rows, columns, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    x[1, :7], x[3] = 0, 0
+    ranks = [3, 5, 8, 0]
+    left, right = best_factors(x, ranks)
+    assert left.shape == (4, rows, 8) and right.shape == (4, 8, columns)
+    for b, rank in enumerate(ranks):
+        u, s, v = torch.linalg.svd(x[b].double(), full_matrices=False)
+        want = u[:, :rank] @ s[:rank].diag() @ v[:rank]
+        equal(left[b] @ right[b], want, f"matrix {b}", 1e-9 * float(x.abs().max()))
+        assert not left[b, :, rank:].any() and not right[b, rank:].any()
+    assert left[1, :7].abs().max() < 1e-12
+    again = best_factors(x, ranks)
+    assert torch.equal(again[0], left) and torch.equal(again[1], right)
+
+
+# A segment against plain storage
+
+
+def turning(batch_free: bool = False) -> SimpleNamespace:
+    """A family whose rotary tables turn half of the channels, every layer otherwise."""
+
+    def tables(x: Tensor, position: Tensor, kind: str):
+        angle = position[..., None].float() * torch.tensor([0.7]) * (1 + len(kind))
+        return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+
+    return stub(mrope=False, kind=lambda layer: "x" * layer, rotary=tables)
+
+
+def both(batch: int, tokens: int, seed: int, rank=3):
+    """Two caches that hold the same: one in factors, the other what these give, plainly."""
+    g = torch.Generator().manual_seed(seed)
+    valid = torch.rand(batch, tokens, generator=g) < 0.8
+    valid[:, -2:] = True
+    keys, values = torch.randn(2, batch, HEADS, tokens, DIM, generator=g)
+    out = []
+    for plain in (False, True):
+        cache, _ = toy(batch)
+        kv = KVCache(cache, turning())
+        feed(cache, keys, values, valid)
+        (fit,) = kv.lowrank(None, rank, rank)
+        assert fit.layers == (0, 1) and fit.tokens == valid.sum(1).tolist()
+        if plain:
+            for layer in cache.layers:
+                layer.segments = [mllm.cache.Dense.of(layer.keys, layer.values.contiguous())]
+        out.append((cache, kv))
+    return out
+
+
+def lefts(cache) -> list[set[int]]:
+    """Storages of the left factors, of keys and of values."""
+    sides = ("_keys", "_values")
+    own = [s for layer in cache.layers for s in layer.segments if isinstance(s, LowRank)]
+    return [{getattr(s, x).left.tensor.data_ptr() for s in own} for x in sides]
+
+
+def scenario(seed: int) -> int:
+    """Random operations on both; returns how often factors were looked at."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=g))
+
+    caches = both(1 + draw(3), 8 + draw(12), seed)
+    saved: list = []
+    looked, apart = 0, False
+    for _ in range(10):
+        (one, first), (two, second) = caches
+        batch, length, what = one.layers[0].table.valid.shape[0], first.length, draw(10)
+        if what <= 1:
+            new = 1 + draw(3)
+            keys, values = torch.randn(2, batch, HEADS, new, DIM, generator=g)
+            valid = torch.rand(batch, new, generator=g) < 0.8
+            for cache, _ in caches:
+                feed(cache, keys, values, valid)
+        elif what == 2:
+            keep = torch.rand(batch, length, generator=g) < 0.8
+            for _, kv in caches:
+                kv.evict(keep=keep)
+        elif what == 3 and draw(3) == 0:
+            drop, apart = torch.rand(batch, HEADS, length, generator=g) < 0.2, True
+            for _, kv in caches:
+                kv.evict(drop=drop)
+        elif what == 4 and length > 4:
+            cut = length - draw(3)
+            for _, kv in caches:
+                kv.crop(cut)
+        elif what == 5:
+            index = torch.randint(0, batch, (batch,), generator=g)
+            for _, kv in caches:
+                kv.reorder(index)
+        elif what == 6 and batch < 5:
+            for _, kv in caches:
+                kv.repeat(2)
+        elif what == 7:
+            index = torch.randint(0, batch, (1 + draw(batch),), generator=g)
+            for _, kv in caches:
+                kv.select(index)
+        elif what == 8:
+            if saved:
+                for (_, kv), old in zip(caches, saved, strict=True):
+                    kv.rollback(old)
+                saved, apart = [], apart and any(x.table.headwise for x in one.layers)
+            else:
+                saved = [kv.snapshot() for _, kv in caches]
+        elif what == 9:
+            saved = []
+            caches = [(c := copy.deepcopy(cache), KVCache(c, turning())) for cache, _ in caches]
+        (one, first), (two, second) = caches
+        for i in range(first.depth):
+            if not two.layers[i].segments:
+                assert not one.layers[i].segments
+                continue
+            mine, want = first.view(i), second.view(i)
+            there = want.valid
+            for x in ("valid", "visual", "logical", "position"):
+                assert torch.equal(getattr(mine, x), getattr(want, x)), x
+            equal(mine.keys[there], want.keys[there], f"keys {i}", 1e-5)
+            equal(mine.values[there], want.values[there], f"values {i}", 1e-5)
+        factors = lefts(one)
+        assert all(len(side) <= 1 for side in factors), "one left factor for all layers"
+        looked += bool(factors[0])
+        assert apart or factors[0] or not any(x.segments for x in one.layers)
+    return looked
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_operations_against_plain_storage(seed):
+    scenario(seed)
+
+
+def test_operations_do_look_at_factors():
+    """Or the test above would say nothing."""
+    assert sum(scenario(seed) for seed in range(20, 28)) > 40
+
+
+def test_a_window_forgets_memory():
+    """The oldest slots of factors leave one by one, and are really let go."""
+    (cache, kv), _ = both(2, 40, 0)
+    before = kv.nbytes[0]
+    for left in range(39, 9, -1):
+        for layer in cache.layers:
+            layer.segments = [layer.segments[0].last(left)]
+            layer.table = layer.table.last(left)
+        assert all(len(side) == 1 for side in lefts(cache))
+    (segment,) = cache.layers[0].segments
+    assert segment.slots == 10 and segment.keys().shape[2] == 10
+    rank, right = 3, 2 * 2 * HEADS * DIM  # two layers, of both samples
+    assert before == 2 * 4 * rank * (40 * 2 + right)
+    assert kv.nbytes[0] <= 2 * 4 * rank * (10 * 9 / 8 * 2 + right)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize(
+    "spec, family, kind, attn",
+    few(XKV, FAMILIES, ["alone", "padded"], ["sdpa", "eager"]),
+)
+def test_decoding_is_that_of_an_exchanged_prompt(spec, family, kind, attn):
+    check_exchanged(PlainXKV, spec, family, kind, attn)
+
+
+@torch.no_grad()
+def check_exchanged(reference, spec, family, kind, attn, steps=STEPS):
+    """Every sample of a batch, alone in a model whose cache holds what a plain SVD leaves."""
+    batch = families.samples(family, kind)
+    inputs, model = families.collate(family, batch), families.model(family, attn)
+    stage = Plan.from_spec(spec).stages[0]
+    plain = generate(model, inputs, steps)
+    with mllm.patch(model, stage):
+        out = generate(model, inputs, steps)
+    prompt, changed = inputs["input_ids"].shape[1], 0.0
+    for b, sample in enumerate(batch):
+        want = reference(family, stage).generate(
+            **families.collate(family, [sample]), max_new_tokens=steps
+        )
+        logits = torch.stack(want.logits, 1)[0]
+        mine = torch.stack(out.logits, 1)[b]
+        equal(mine, logits, f"sample {b}", 1e-5 * max(1.0, float(logits.std())))
+        assert torch.equal(out.sequences[b, prompt:], want.sequences[0, len(sample.ids) :])
+        changed = max(changed, float((mine - torch.stack(plain.logits, 1)[b])[1].abs().max()))
+    assert changed > 1e-3, "the ranks do not bite"
+
+
+def positions_shifted(mp):
+    around(mp, rotary.Rotary, "rotate", lambda f, self, k, p: f(self, k, p + (p > 3)))
+
+
+def positions_in_one_axis(mp):
+    around(mp, rotary.Rotary, "rotate", lambda f, self, k, p: f(self, k, p[:1].expand(p.shape)))
+
+
+def never_turned_back(mp):
+    mp.setattr(rotary.Rotary, "unrotate", lambda self, k, position: k)
+
+
+def factors_of_another_layer(mp):
+    around(mp, lowrank, "factored", lambda f, *a: _crossed(*f(*a)))
+
+
+def _crossed(segments, fit):
+    sides = [s._keys for s in segments]
+    for segment, side in zip(segments, [*sides[1:], sides[0]], strict=True):
+        segment._keys = side
+    return segments, fit
+
+
+def rows_crossed(mp):
+    around(mp, lowrank.Factors, "whole", lambda f, self: f(self).flip(1))
+
+
+def padding_takes_part(mp):
+    around(mp, lowrank, "factored", lambda f, k, v, valid, *a: f(k, v, valid | True, *a))
+
+
+@pytest.mark.parametrize(
+    "mutate, family",
+    [
+        (positions_shifted, "llava"),
+        (positions_in_one_axis, "qwen2_5_vl"),
+        (never_turned_back, "llava"),
+        (factors_of_another_layer, "llava"),
+        (rows_crossed, "llava"),
+        (padding_takes_part, "llava"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_broken_method_is_caught(monkeypatch, mutate, family):
+    mutate(monkeypatch)
+    monkeypatch.setattr(mllm.cache.ops, "factored", lowrank.factored)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_exchanged(PlainXKV, XKV[0], family, "padded", "sdpa")
+
+
+@torch.no_grad()
+def test_full_rank_is_the_identity_within_rounding():
+    """Ranks between the samples' full ranks: the shortest one is in factors, and exact to 1e-5."""
+    batch = families.samples("llava", "padded")
+    model, inputs = families.model("llava"), families.collate("llava", batch)
+    plain = generate(model, inputs, STEPS)
+    short = min(range(3), key=lambda b: len(batch[b].ids))
+    rank = len(batch[short].ids)
+    with mllm.patch(model, f"xkv:rank_keys={rank}:rank_values={rank}"):
+        out = generate(model, inputs, STEPS)
+    assert isinstance(out.past_key_values.layers[0].segments[0], LowRank)
+    want = torch.stack(plain.logits, 1)[short]
+    equal(torch.stack(out.logits, 1)[short], want, "full", 1e-5 * max(1.0, float(want.std())))
+
+
+# Ways of running
+
+WAYS = ["xkv:rank_keys=6:rank_values=9", "xkv:group=2:rank_keys=0.3:rank_values=0.3"]
+
+
+@pytest.mark.parametrize("spec, family", few(WAYS, ["llava", "qwen2_5_vl", "gemma3"]))
+def test_beams_of_a_batch_are_beams_alone(spec, family):
+    with torch.no_grad():
+        batch, model = families.samples(family, "padded"), families.model(family)
+        batch = [batch[0], batch[2]]
+        options = dict(max_new_tokens=8, do_sample=False, num_beams=3)
+        with mllm.patch(model, spec):
+            out = model.generate(**families.collate(family, batch), **options)
+            for b, sample in enumerate(batch):
+                alone = model.generate(**families.collate(family, [sample]), **options)
+                assert torch.equal(alone[0, -8:], out[b, -8:])
+
+
+@pytest.mark.parametrize("spec", WAYS)
+@torch.no_grad()
+def test_a_second_turn_in_a_batch_is_one_alone(spec):
+    """The question is factored for itself, behind what the first turn left."""
+    batch, model = families.samples("llava", "padded"), families.model("llava")
+    question = torch.tensor([11, 23, 31, 42, 55, 13, 19, 17])
+
+    def second(first, mask, rows):
+        ids = torch.cat([first.sequences, question.expand(len(first.sequences), -1)], 1)[rows]
+        mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)[rows]
+        return generate(
+            model, dict(input_ids=ids, attention_mask=mask), 5,
+            past_key_values=first.past_key_values,
+        )  # fmt: skip
+
+    with mllm.patch(model, spec) as patched:
+        inputs = families.collate("llava", batch)
+        first = generate(model, inputs, 4)
+        patched.kv(first.past_key_values).select(torch.tensor([2, 0]))
+        together = second(first, inputs["attention_mask"], [2, 0])
+        forms = [type(x).__name__ for x in together.past_key_values.layers[0].segments]
+        assert forms == ["LowRank", "LowRank", "Dense"]
+        for b, sample in enumerate([batch[2], batch[0]]):
+            inputs = families.collate("llava", [sample])
+            alone = second(generate(model, inputs, 4), inputs["attention_mask"], [0])
+            assert torch.equal(together.sequences[b, -5:], alone.sequences[0, -5:])
+            want = torch.stack(alone.logits, 1)[0]
+            near = 1e-5 * max(1.0, float(want.std()))
+            equal(torch.stack(together.logits, 1)[b], want, spec, near)
+
+
+@torch.no_grad()
+def test_assisted_decoding_is_greedy_decoding():
+    """Candidates are stored plainly, and taken back."""
+    (sample,) = families.samples("llava", "alone")
+    ids = torch.cat([sample.ids, sample.ids[-3:], sample.ids[-3:], sample.ids[-3:-1]])
+    inputs = families.collate("llava", [families.Sample(ids, sample.pictures)])
+    model = families.model("llava")
+    with mllm.patch(model, XKV[0]):
+        greedy = generate(model, inputs, 20)
+        assisted = generate(model, inputs, 20, prompt_lookup_num_tokens=4)
+    assert torch.equal(greedy.sequences, assisted.sequences)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "visionzip:keep=6+xkv:rank_keys=6:rank_values=9",
+        "fastv:layer=2:keep=0.5+xkv:rank_keys=6:rank_values=9",
+        "zipvl+xkv:rank_keys=4:rank_values=4",
+    ],
+)
+@torch.no_grad()
+def test_methods_stack(plan):
+    """Layers behind a cut, and those that choose for themselves, have factors of their own."""
+    check_alone("llava", plan)
+
+
+@torch.no_grad()
+def test_layers_behind_a_cut_share_among_themselves():
+    inputs = families.collate("llava", families.samples("llava", "alone"))
+    model = families.model("llava")
+    with mllm.patch(model, "fastv:layer=1:keep=0.5+xkv:rank_keys=6:rank_values=9") as patched:
+        cache = model(**inputs, use_cache=True).past_key_values
+        notes = patched.ledger.notes
+    held = [x.segments[0]._keys.left.tensor.data_ptr() for x in cache.layers]
+    assert held[0] != held[1] == held[2] == held[3]
+    assert "xkv: layers 0 and 1/2/3 store different tokens and share no factors" in notes
+
+
+# Memory and files
+
+
+@pytest.mark.parametrize(
+    "spec, groups, keys, values",
+    [
+        ("xkv:rank_keys=6:rank_values=9", [4], 6, 9),
+        ("xkv:group=3:rank_keys=7:rank_values=5", [3, 1], 7, 5),
+        ("xkv:group=9:rank_keys=0.25:rank_values=0.125", [4], 24, 12),
+        ("xkv:group=2:rank_keys=1.0:rank_values=10", [2, 2], None, 10),
+    ],
+)
+@torch.no_grad()
+def test_payload_is_that_of_the_factors(spec, groups, keys, values):
+    """A left factor of the group and right ones of its layers, counted once; by hand."""
+    (sample,) = families.samples("llava", (((0,), 180),))
+    model, tokens, width = families.model("llava"), len(sample.ids), 2 * 12
+    with mllm.patch(model, spec) as patched:
+        model(**families.collate("llava", [sample]), use_cache=True)
+        data = patched.ledger.as_dict()
+    floats = 0
+    for layers in groups:
+        for rank in (keys, values):
+            whole = tokens * layers * width
+            floats += whole if rank is None else rank * (tokens + layers * width)
+    assert data["kv_bytes"] == 4 * floats
+    assert data["baseline_kv_bytes"] == 4 * tokens * 4 * 2 * width
+    flops = 0
+    for layers in groups:
+        for rank in (keys, values):
+            if rank is not None:
+                n, w = tokens, layers * width
+                short = min(n, w)
+                flops += 2 * n * w * short + 2 * n * w * rank + 9 * short**3
+    assert data["selection_flops"] == [flops]
+
+
+@pytest.mark.parametrize("spec", [*XKV[:3]])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+@torch.no_grad()
+def test_a_saved_prefix_goes_on_as_if_it_had_not_been_saved(spec, family, tmp_path):
+    """In factors, which the layers of a group still share: bit for bit, and byte for byte."""
+    inputs = families.collate(family, families.samples(family, "padded"))
+    step = torch.full((len(inputs["input_ids"]), 1), 9)
+    model = families.model(family)
+
+    def steps(cache):
+        mask = inputs["attention_mask"]
+        out = []
+        for n in range(1, 4):
+            more = torch.cat([mask, mask.new_ones(len(mask), n)], 1)
+            out.append(model(input_ids=step, attention_mask=more, past_key_values=cache).logits)
+        return out
+
+    with mllm.patch(model, spec) as patched:
+        cache = model(**inputs, use_cache=True).past_key_values
+        save_prefix(cache, tmp_path)
+        loaded = load_prefix(tmp_path, patched)
+        assert patched.kv(loaded).nbytes == patched.kv(cache).nbytes
+        for mine, want in zip(steps(loaded), steps(cache), strict=True):
+            assert torch.equal(mine, want)
+        # What has grown since is written too.
+        save_prefix(cache, tmp_path / "more")
+        again = load_prefix(tmp_path / "more", patched)
+        assert [len(x.segments) for x in again.layers] == [len(x.segments) for x in cache.layers]
+        for a, b in zip(again.layers, cache.layers, strict=True):
+            assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+    rows = json.loads((tmp_path / "prefix.json").read_text())["layers"]
+    assert {row["form"] for row in rows} == {"segments"}
+    size = (tmp_path / "prefix.safetensors").stat().st_size
+    assert size < sum(patched.kv(loaded).nbytes) + 20_000
+
+
+def test_what_is_shared_stays_shared():
+    """And only while somebody holds it."""
+    x = Shared(torch.randn(2, 6, 3))
+    index = torch.tensor([[0, 2], [1, 5]])
+    assert x.take(index) is not x.take(index), "nobody held the first"
+    held = x.take(index)
+    assert x.take(index) is held and x.take(index.clone()) is not held
+    head = x.first(4)
+    assert x.first(4) is head and head.tensor.data_ptr() == x.tensor.data_ptr()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "spec, argument",
+    [
+        ("xkv:group=0", "group"),
+        ("xkv:group=0.5", "group"),
+        ("xkv:rank_keys=0", "rank_keys"),
+        ("xkv:rank_keys=-3", "rank_keys"),
+        ("xkv:rank_keys=1.5", "rank_keys"),
+        ("xkv:rank_values=0.0", "rank_values"),
+        ("xkv:rank_values=many", "rank_values"),
+        ("xkv:budget=4", "budget"),
+    ],
+)
+def test_bad_input(spec, argument):
+    with pytest.raises(PlanError) as caught:
+        Plan.from_spec(spec)
+    assert caught.value.argument == argument and caught.value.expected
+
+
+@pytest.mark.parametrize(
+    "plan", ["xkv+h2o", "h2o+xkv", "xkv+snapkv:budget=0.5", "prefixkv+xkv", "xkv+xkv:group=2"]
+)
+def test_eviction_and_factors_do_not_go_together(plan):
+    with pytest.raises(PlanError, match="same layers: .*(token|factors)") as caught:
+        mllm.patch(families.model("llava"), plan)
+    assert caught.value.argument == "plan" and caught.value.expected
+
+
+@torch.no_grad()
+def test_the_ledger_says_what_does_not_fit():
+    """Ranks above the full one are cut, and the last group is smaller."""
+    model = families.model("llava")
+    inputs = families.collate("llava", families.samples("llava", "text"))
+
+    def notes(spec):
+        with mllm.patch(model, spec) as patched:
+            model(**inputs, use_cache=True)
+            return patched.ledger.notes
+
+    assert notes("xkv:group=3:rank_keys=8:rank_values=2") == [
+        "xkv: rank_keys=8 is cut to the full rank, 7 in layers 0/1/2",
+        "xkv: the last group has 1 of 3 layers",
+        "xkv: rank_keys=8 is cut to the full rank, 7 in layers 3",
+    ]
+    assert notes("xkv:group=4:rank_keys=0.5:rank_values=2") == []
+    assert "xkv: the last group has 4 of 9 layers" in notes("xkv:group=9")
+
+
+@pytest.mark.parametrize("spec", XKV)
+def test_plans_are_written_as_they_are_read(spec, tmp_path):
+    plan = Plan.from_spec(spec)
+    plan.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path) == plan == Plan.from_spec(plan.spec)
