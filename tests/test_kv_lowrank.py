@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from types import SimpleNamespace
 
 import families
@@ -86,9 +87,9 @@ def both(batch: int, tokens: int, seed: int, rank=3):
 
 def lefts(cache) -> list[set[int]]:
     """Storages of the left factors, of keys and of values."""
-    sides = ("_keys", "_values")
     own = [s for layer in cache.layers for s in layer.segments if isinstance(s, LowRank)]
-    return [{getattr(s, x).left.tensor.data_ptr() for s in own} for x in sides]
+    sides = [[s._keys for s in own], [s._values for s in own]]
+    return [{x.left.tensor.data_ptr() for x in side if hasattr(x, "left")} for side in sides]
 
 
 def scenario(seed: int) -> int:
@@ -149,11 +150,14 @@ def scenario(seed: int) -> int:
                 assert not one.layers[i].segments
                 continue
             mine, want = first.view(i), second.view(i)
-            there = want.valid
-            for x in ("valid", "visual", "logical", "position"):
-                assert torch.equal(getattr(mine, x), getattr(want, x)), x
-            equal(mine.keys[there], want.keys[there], f"keys {i}", 1e-5)
-            equal(mine.values[there], want.values[there], f"values {i}", 1e-5)
+            # Empty cells may stand elsewhere: one of the caches has more segments.
+            assert torch.equal(mine.valid.sum(-1), want.valid.sum(-1))
+            for x in ("visual", "logical"):
+                pair = (getattr(v, x)[v.valid] for v in (mine, want))
+                assert torch.equal(*pair), x
+            assert torch.equal(mine.position[0][mine.valid], want.position[0][want.valid])
+            equal(mine.keys[mine.valid], want.keys[want.valid], f"keys {i}", 1e-5)
+            equal(mine.values[mine.valid], want.values[want.valid], f"values {i}", 1e-5)
         factors = lefts(one)
         assert all(len(side) <= 1 for side in factors), "one left factor for all layers"
         looked += bool(factors[0])
@@ -259,7 +263,7 @@ def padding_takes_part(mp):
         (never_turned_back, "llava"),
         (factors_of_another_layer, "llava"),
         (rows_crossed, "llava"),
-        (padding_takes_part, "llava"),
+        (padding_takes_part, "qwen2_5_vl"),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
@@ -280,7 +284,7 @@ def test_full_rank_is_the_identity_within_rounding():
     rank = len(batch[short].ids)
     with mllm.patch(model, f"xkv:rank_keys={rank}:rank_values={rank}"):
         out = generate(model, inputs, STEPS)
-    assert isinstance(out.past_key_values.layers[0].segments[0], LowRank)
+    assert len(lefts(out.past_key_values)[0]) == 1
     want = torch.stack(plain.logits, 1)[short]
     equal(torch.stack(out.logits, 1)[short], want, "full", 1e-5 * max(1.0, float(want.std())))
 
@@ -416,41 +420,43 @@ def test_payload_is_that_of_the_factors(spec, groups, keys, values):
 def test_a_saved_prefix_goes_on_as_if_it_had_not_been_saved(spec, family, tmp_path):
     """In factors, which the layers of a group still share: bit for bit, and byte for byte."""
     inputs = families.collate(family, families.samples(family, "padded"))
-    step = torch.full((len(inputs["input_ids"]), 1), 9)
+    more = torch.tensor([[11, 23, 31]]).expand(len(inputs["input_ids"]), -1)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    given = dict(
+        input_ids=torch.cat([ids, more], 1), attention_mask=torch.cat([mask, more > 0], 1)
+    )
     model = families.model(family)
 
-    def steps(cache):
-        mask = inputs["attention_mask"]
-        out = []
-        for n in range(1, 4):
-            more = torch.cat([mask, mask.new_ones(len(mask), n)], 1)
-            out.append(model(input_ids=step, attention_mask=more, past_key_values=cache).logits)
-        return out
+    def answer(cache):
+        return generate(model, given, STEPS, past_key_values=cache)
 
     with mllm.patch(model, spec) as patched:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = generate(model, inputs, 1).past_key_values
         save_prefix(cache, tmp_path)
         loaded = load_prefix(tmp_path, patched)
-        assert patched.kv(loaded).nbytes == patched.kv(cache).nbytes
-        for mine, want in zip(steps(loaded), steps(cache), strict=True):
-            assert torch.equal(mine, want)
+        assert patched.kv(loaded).nbytes[0] == patched.kv(cache).nbytes[0]
+        mine, want = answer(loaded), answer(cache)
+        assert torch.equal(mine.sequences, want.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(mine.logits, want.logits, strict=True))
         # What has grown since is written too.
         save_prefix(cache, tmp_path / "more")
         again = load_prefix(tmp_path / "more", patched)
-        assert [len(x.segments) for x in again.layers] == [len(x.segments) for x in cache.layers]
         for a, b in zip(again.layers, cache.layers, strict=True):
+            assert [type(x) for x in a.segments] == [type(x) for x in b.segments]
             assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+        assert patched.kv(again).nbytes[0] <= patched.kv(cache).nbytes[0]
     rows = json.loads((tmp_path / "prefix.json").read_text())["layers"]
     assert {row["form"] for row in rows} == {"segments"}
     size = (tmp_path / "prefix.safetensors").stat().st_size
-    assert size < sum(patched.kv(loaded).nbytes) + 20_000
+    assert size < sum(patched.kv(load_prefix(tmp_path, patched)).nbytes) + 20_000
 
 
 def test_what_is_shared_stays_shared():
     """And only while somebody holds it."""
     x = Shared(torch.randn(2, 6, 3))
     index = torch.tensor([[0, 2], [1, 5]])
-    assert x.take(index) is not x.take(index), "nobody held the first"
+    dropped = weakref.ref(x.take(index))
+    assert dropped() is None
     held = x.take(index)
     assert x.take(index) is held and x.take(index.clone()) is not held
     head = x.first(4)

@@ -240,10 +240,12 @@ class Fit:
 def factored(
     keys: Sequence[Tensor], values: Sequence[Tensor], valid: Tensor, position: Tensor,
     rotaries: Sequence[Rotary], rank_keys: Rank, rank_values: Rank,
-) -> tuple[list[LowRank] | None, Fit]:  # fmt: skip
+) -> tuple[list[LowRank], Fit]:  # fmt: skip
     """Factor the same tokens of several layers.
 
-    Padding is zero and has no part in any sample's factors.
+    Padding is zero and has no part in any sample's factors. What has full rank in all samples is
+    left as it is, bit for bit, but is a segment of its own too: so a later turn is factored alike,
+    whatever else was in the batch.
 
     Args:
         keys, values: of every layer, `[batch, kv_heads, slots, dim]`, keys after rotary embedding.
@@ -254,7 +256,7 @@ def factored(
             is of that, for each sample.
 
     Returns:
-        A segment for every layer, None if keys and values all have full rank; and the fit.
+        A segment for every layer, and the fit.
     """
     tokens = valid.sum(1).tolist()
     ranks, full, sides, flops = [], [], [], 0.0
@@ -277,11 +279,9 @@ def factored(
         parts = right.to(keys[0].dtype).chunk(len(x), 2)
         sides.append([Factors(left, _owned(part), heads) for part in parts])
     fit = Fit((), tokens, tuple(full), *ranks, flops)
-    if sides == [None, None]:
-        return None, fit
     place = Shared(position.movedim(0, 2).to(torch.int32)) if sides[0] else None
     own_keys, own_values = (
-        side or [Whole(_owned(t)) for t in x]
+        side or [Whole(_lean(t)) for t in x]
         for side, x in zip(sides, (keys, values), strict=True)
     )
     every = zip(own_keys, own_values, rotaries, strict=True)

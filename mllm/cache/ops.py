@@ -409,7 +409,7 @@ class KVCache:
                 values,
             )
             fits.append(replace(fit, layers=tuple(numbers)))
-            for i, segment in zip(numbers, segments or (), strict=False):
+            for i, segment in zip(numbers, segments, strict=True):
                 self.convert(i, lambda k, v, valid, segment=segment: segment)
         return fits
 
