@@ -146,6 +146,7 @@ class Patched:
         )
         self.apart = bool(SETS_APART & self._actions())
         self.alike = self._alike()
+        self.selects = any(s.selects for _, s in self.compressors)
         self.inserts = "Insert" in self._actions()
         self.inner = bool(self._actions() - MOVES_ROWS - {"Write", "Protect", "Evict"})
         check_plan(self, unvalidated)
@@ -208,6 +209,8 @@ class Patched:
         for _, stage in self.compressors:
             reads = [own for s in stage.reads().values() for own in self.each_layer(s)]
             found += [self.family.attention(signal.layer) for signal in reads]
+        if self.selects:
+            found += [self.family.attention(layer) for layer in range(len(self.layers))]
         found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
 

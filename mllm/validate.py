@@ -10,6 +10,7 @@ from mllm.actions import MOVES_ROWS
 from mllm.capture import reads_before
 from mllm.compressors.base import (
     AttentionRows,
+    CacheCompressor,
     Hidden,
     Joint,
     TokenReducer,
@@ -218,6 +219,7 @@ def _check_lowrank(patched: Patched) -> None:
         return
     own, others = stages[0].info.name, [s for s in patched.plan.stages if s is not stages[0]]
     for other in others:
+        reads = isinstance(other, CacheCompressor) and other.reads() and other.watches
         if "Evict" in other.actions:
             reason = (
                 "a left factor has one row per token for all heads and layers of a group, so a "
@@ -226,6 +228,8 @@ def _check_lowrank(patched: Patched) -> None:
             )
         elif other in stages:
             reason = "both would store the same tokens in factors"
+        elif stages[0].selects and (reads or "LogitBias" in other.actions):
+            reason = "a step does not look at all that is stored"
         else:
             continue
         raise PlanError(

@@ -6,6 +6,8 @@ the model's own projections, not from turning stored keys back.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from cache_oracles import Oracle
 from torch import Tensor
@@ -76,7 +78,7 @@ class Exchanged(Oracle):
                 self.length += query.shape[2]
             start = self.length - key.shape[2]
             key, value = key.clone(), value.clone()
-            for t, (k, v) in self.stored[layer].items():
+            for t, (k, v) in self.stored.get(layer, {}).items():
                 if t >= start:
                     key[0, :, t - start], value[0, :, t - start] = k, v
             mask = self.choose(layer, query, start, key, mask, scaling)
@@ -126,3 +128,69 @@ class PlainXKV(Exchanged):
                     )
                     for t in range(self.prompt - first)
                 }
+
+
+class PlainShadow(Exchanged):
+    """ShadowKV in loops: what a step may see is all else masked.
+
+    Attributes:
+        exact: by layer and KV head, tokens that are kept as they are.
+        marks: by layer and KV head, {first token of a chunk: its landmark}.
+        seen: how many tokens of the prompt every step saw of a head.
+    """
+
+    def exchange(self) -> None:
+        self.exact, self.marks, self.seen = {}, {}, []
+        size, local = self.stage.chunk, self.stage.local
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None)
+        for layer, full in self.full.items():
+            if kinds and kinds[layer] == "sliding_attention":
+                continue
+            heads = len(full)
+            joined = torch.stack(self.rows_of(layer, self.raw))
+            thin = truncated(joined, self.stage.rank_keys).chunk(heads, 1)
+            thin = [rotated(k, *self.tables[layer]) for k in thin]
+            body = max(0, self.prompt // size - local)
+            keys = full.clone()
+            for head in range(heads):
+                marks, worst = {}, {}
+                for start in range(0, body * size, size):
+                    own = [full[head, t] for t in range(start, start + size)]
+                    mark = sum(own) / size
+                    marks[start] = mark
+                    worst[start] = min(float(torch.cosine_similarity(mark, k, 0)) for k in own)
+                odd = sorted(marks, key=worst.get)[: self.stage.outliers]
+                exact = [t for start in odd for t in range(start, start + size)]
+                exact += range(body * size, self.prompt)
+                self.exact[layer, head] = set(exact)
+                self.marks[layer, head] = {s: m for s, m in marks.items() if s not in odd}
+                for t in range(self.prompt):
+                    if t not in exact:
+                        keys[head, t] = thin[head][t]
+            self.stored[layer] = {
+                t: (keys[:, t], self.values[layer][:, t]) for t in range(self.prompt)
+            }
+
+    def choose(self, layer, query, start, key, mask, scaling):
+        if query.shape[2] > 1 or layer not in self.stored:
+            return mask
+        size, budget = self.stage.chunk, self.stage.budget
+        if isinstance(budget, float):
+            budget = max(size, round(budget * self.prompt))
+        heads, tokens = key.shape[1:3]
+        group = query.shape[1] // heads
+        hidden = torch.zeros(1, query.shape[1], 1, tokens)
+        for head in range(heads):
+            marks, score = self.marks[layer, head], {}
+            for h in range(head * group, (head + 1) * group):
+                logits = {s: float(query[0, h, 0] @ m) * scaling for s, m in marks.items()}
+                top = max(logits.values(), default=0.0)
+                total = sum(math.exp(x - top) for x in logits.values())
+                for s, x in logits.items():
+                    score[s] = max(score.get(s, 0.0), math.exp(x - top) / total)
+            best = sorted(score, key=lambda s: -score[s])[: budget // size]
+            seen = self.exact[layer, head] | {t for s in best for t in range(s, s + size)}
+            gone = [t - start for t in range(start, self.prompt) if t not in seen]
+            hidden[0, head * group : (head + 1) * group, 0, gone] = float("-inf")
+            self.seen.append(len(seen))
+        return hidden if mask is None else mask[..., :tokens] + hidden

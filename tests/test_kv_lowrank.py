@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
-from lowrank_oracles import PlainXKV
+from lowrank_oracles import PlainShadow, PlainXKV
 from matrix import equal
 from test_cache import DIM, HEADS, feed, stub, toy
 from test_kv import FAMILIES, around, check_alone, few, generate
@@ -28,6 +28,13 @@ XKV = [
     "xkv:group=2:rank_keys=5:rank_values=1.0",
     "xkv:group=3:rank_keys=1.0:rank_values=0.3",
     "xkv:group=1:rank_keys=0.5:rank_values=0.5",
+]
+SHADOW = [
+    "shadowkv:budget=6:rank_keys=7:chunk=2:local=1:outliers=2",
+    "shadowkv:budget=0.3:rank_keys=0.4:chunk=3:local=0:outliers=0",
+    "shadowkv:budget=4:rank_keys=1.0:chunk=4:local=1:outliers=1",
+    "shadowkv:budget=1.0:rank_keys=6:chunk=2:local=2:outliers=1",
+    "shadowkv:budget=1:rank_keys=9:chunk=1:local=3:outliers=3",
 ]
 
 
@@ -200,6 +207,14 @@ def test_a_window_forgets_memory():
 )
 def test_decoding_is_that_of_an_exchanged_prompt(spec, family, kind, attn):
     check_exchanged(PlainXKV, spec, family, kind, attn)
+
+
+@pytest.mark.parametrize(
+    "spec, family, kind, attn",
+    few(SHADOW, FAMILIES, ["alone", "padded"], ["sdpa", "eager"]),
+)
+def test_a_step_is_one_that_masks_what_it_does_not_choose(spec, family, kind, attn):
+    check_exchanged(PlainShadow, spec, family, kind, attn)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm import compat
 from mllm.cache.segments import Dense, Segment
 from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -194,6 +195,7 @@ class SlotLayer(DynamicLayer):
         heads: KV heads, once there are any keys.
         record_past: whether a window forgets nothing (assisted decoding).
         journals: whether `crop` can undo evictions made from now on.
+        served: whether attention of this forward asks for `attended`; see :meth:`update`.
     """
 
     def __init__(self, window: int | None = None, record_past: bool = False) -> None:
@@ -209,7 +211,7 @@ class SlotLayer(DynamicLayer):
         self.shifts: dict[str, Tensor] = {}
         self.samples: dict[str, Tensor] = {}
         self.seen = self.intact = 0
-        self.compressed = self.planned = self.foreign = self.journals = False
+        self.compressed = self.planned = self.foreign = self.journals = self.served = False
         self._noted: tuple[SlotTable, int, int] | None = None
         self._journal: list[tuple[int, LayerState]] = []
 
@@ -258,6 +260,11 @@ class SlotLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Append, and return what is attended to.
+
+        Where a segment selects and there is one new token, that depends on its query: the keys
+        that are returned are only its own, and carry :meth:`attended` for the attention function.
+        """
         if self._noted is None and (self.compressed or self.planned):
             raise CacheMismatchError(
                 "this cache was compressed by a plan and cannot be used without it",
@@ -274,15 +281,55 @@ class SlotLayer(DynamicLayer):
             table = rows if self.table is None else self.table.cat(rows)
         else:
             table, advance, intact = self._noted
+        selects = self.served and self._noted is not None and new == 1 and self.selects
         self._append(key_states, value_states)
         self.table, self._noted = table, None
         self.seen += advance
         if advance != new:
             self.intact = max(self.intact, intact)
-        keys, values = self.keys, self.values
+        if selects:
+            keys, values = key_states.view_as(key_states), value_states
+            keys.mllm_attended = self.attended
+        else:
+            keys, values = self.keys, self.values
         if self.window is not None and not self.record_past:
             self._forget()
         return keys, values
+
+    @property
+    def selects(self) -> bool:
+        """Whether one new token attends to less than is stored."""
+        return any(getattr(segment, "selects", False) for segment in self.segments)
+
+    def attended(
+        self, query: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and mask of one new token, which is stored already.
+
+        Args:
+            query: `[batch, heads, 1, head_dim]`.
+            mask: of all slots, `[batch or 1, 1 or heads, 1, slots]`; None is everything.
+            scaling: factor of the logits; None is `head_dim ** -0.5`.
+        """
+        batch, heads = query.shape[:2]
+        parts, start = [], 0
+        for segment in self.segments:
+            if getattr(segment, "selects", False):
+                keys, values, index = segment.attended(query, scaling)
+            else:
+                keys, values = segment.keys(), segment.values()
+                index = torch.arange(segment.slots, device=query.device)
+                index = index.expand(batch, self.heads, -1)
+            parts.append((keys, values, torch.where(index < 0, -1, index + start)))
+            start += segment.slots
+        keys, values, index = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+        index = index.repeat_interleave(heads // self.heads, 1)[:, :, None]
+        there = index >= 0
+        if mask is not None:
+            mask = mask[..., :start].expand(batch, heads, -1, -1)
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            there = there & seen.gather(3, index.clamp(min=0))
+        return keys, values, compat.mask_like(there, query if mask is None else mask)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         if self.segments and self.segments[-1].grows:

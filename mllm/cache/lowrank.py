@@ -76,6 +76,13 @@ class Factors:
         """`[batch, kv_heads, slots, dim]`."""
         return (self.left.tensor @ self.right).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
+    def picked(self, index: Tensor) -> Tensor:
+        """Of every head its own slots, `[batch, kv_heads, n, dim]`: int64 `[batch, kv_heads, n]`."""
+        left = self.left.tensor
+        rows = left.gather(1, index.flatten(1)[..., None].expand(-1, -1, left.shape[2]))
+        right = self.right.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return rows.unflatten(1, index.shape[1:]) @ right
+
     def take(self, index: Tensor) -> Factors:
         return Factors(self.left.take(index), self.right, self.heads)
 
@@ -104,6 +111,9 @@ class Whole:
 
     def whole(self) -> Tensor:
         return self.tensor
+
+    def picked(self, index: Tensor) -> Tensor:
+        return _gather(self.tensor, index)
 
     def take(self, index: Tensor) -> Whole:
         return Whole(_gather(self.tensor, index))
@@ -156,6 +166,27 @@ class LowRank:
 
     def values(self) -> Tensor:
         return self._values.whole()
+
+    def picked_keys(self, index: Tensor) -> Tensor:
+        """Keys of chosen slots alone, `[batch, kv_heads, n, dim]`.
+
+        Args:
+            index: int64 `[batch, kv_heads, n]`, every head's own.
+        """
+        keys = self._keys.picked(index)
+        if self._position is None:
+            return keys
+        place = self._position.tensor
+        place = place.gather(1, index.flatten(1)[..., None].expand(-1, -1, place.shape[2]))
+        return self._rotary.rotate(keys, place.unflatten(1, index.shape[1:]).movedim(3, 0))
+
+    def picked_values(self, index: Tensor) -> Tensor:
+        """The same of values."""
+        return self._values.picked(index)
+
+    def with_values(self, values: Tensor) -> LowRank:
+        """The segment with other values, `[batch, kv_heads, slots, dim]`, as they are."""
+        return LowRank(self._keys, Whole(values), self._position, self._rotary)
 
     def _each(self, change: Callable[[Any], Any]) -> LowRank:
         position = None if self._position is None else change(self._position)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm import compat
+from mllm.cache.chunks import chunked
 from mllm.cache.layer import LayerState, SlotLayer, SlotTable, cache_bytes
 from mllm.cache.lowrank import Fit, Rank, factored
 from mllm.cache.rotary import Rotary
@@ -404,13 +405,49 @@ class KVCache:
                 [x.values() for x in plain],
                 table.valid[:, start:stop],
                 table.position[..., start:stop],
-                [Rotary(self._family, i) for i in numbers],
+                [self.rotary(i) for i in numbers],
                 keys,
                 values,
             )
             fits.append(replace(fit, layers=tuple(numbers)))
             for i, segment in zip(numbers, segments, strict=True):
                 self.convert(i, lambda k, v, valid, segment=segment: segment)
+        return fits
+
+    def chunked(
+        self, layers: Layers, *, rank: Rank, size: int, local: int, outliers: int,
+        many: Callable[[int], int],
+    ) -> list[Fit]:  # fmt: skip
+        """Store tokens in chunks, of which a step attends to some; values go to host memory.
+
+        Takes what is stored plainly, as :meth:`convert` does. Layers with a window, and those whose
+        heads hold different tokens, stay as they are.
+
+        Args:
+            layers: where.
+            rank: of a layer's keys over all heads; see :meth:`lowrank`.
+            size: tokens of a chunk.
+            local, outliers: chunks that are kept as they are; see
+                :func:`mllm.cache.chunks.chunked`.
+            many: from the tokens of a sample the number of chunks that a step chooses.
+
+        Returns:
+            What became of the keys, for every layer that changed.
+        """
+        chosen, fits = self._chosen(layers), []
+        for i, layer in enumerate(self.cache.layers):
+            span = _plain(layer, self._hidden) if layer in chosen else None
+            if span is None or layer.window is not None or layer.table.headwise:
+                continue
+            start, stop = span
+            plain = layer.segments[-1].first(stop - start)
+            segment, fit = chunked(
+                plain.keys(), plain.values(), layer.table.valid[:, start:stop],
+                layer.table.position[..., start:stop], self.rotary(i),
+                rank=rank, size=size, local=local, outliers=outliers, many=many,
+            )  # fmt: skip
+            self.convert(i, lambda k, v, valid, segment=segment: segment)
+            fits.append(replace(fit, layers=(i,)))
         return fits
 
     def offload(self, layers: Layers = None, part: Part = "both", leave: int = 0) -> None:
@@ -452,6 +489,10 @@ class KVCache:
 
     # Rotary embedding
 
+    def rotary(self, layer: int) -> Rotary:
+        """The rotary embedding of a layer, for segments that turn keys themselves."""
+        return Rotary(self._family, layer)
+
     def rotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
         """Rotate keys by the model's own rotary module.
 
@@ -460,11 +501,11 @@ class KVCache:
             k: `[batch, kv_heads, slots, head_dim]`.
             position: int64 `[1 or 3, batch, slots]` or `[1 or 3, batch, kv_heads, slots]`.
         """
-        return Rotary(self._family, layer).rotate(k, position)
+        return self.rotary(layer).rotate(k, position)
 
     def unrotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
         """Undo :meth:`rotate`: keys as they were before rotary embedding."""
-        return Rotary(self._family, layer).unrotate(k, position)
+        return self.rotary(layer).unrotate(k, position)
 
     def _mark(self) -> None:
         for layer in self.cache.layers:

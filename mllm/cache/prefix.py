@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm import compat
+from mllm.cache.chunks import Chunked
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
 from mllm.cache.lowrank import LowRank, Shared
 from mllm.cache.rotary import Rotary
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 TENSORS, HEADER = "prefix.safetensors", "prefix.json"
 #: Segments that are written in a form of their own.
-FORMS = {LowRank.form: LowRank}
+FORMS = {form.form: form for form in (LowRank, Chunked)}
 
 
 def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:

@@ -48,6 +48,7 @@ _HOMES = {
     "PLPHP": "plphp",
     "LookM": "lookm",
     "XKV": "xkv",
+    "ShadowKV": "shadowkv",
     "Random": "sanity",
     "RandomLLM": "sanity",
     "Stride": "sanity",

@@ -756,6 +756,8 @@ class CacheCompressor(_Method):
         headwise: whether heads of a layer may come to hold different tokens.
         watches: whether its signals are read at decode steps too.
         lowrank: whether it stores tokens in low-rank factors; see :meth:`KVCache.lowrank`.
+        selects: whether one new token may attend to some of what is stored; see
+            :class:`mllm.cache.segments.Selecting`.
     """
 
     site = "cache"
@@ -766,6 +768,7 @@ class CacheCompressor(_Method):
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
     lowrank: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def demand(self, field: str, fine: bool, expected: str) -> None:
         """PlanError unless a field is `fine`."""
