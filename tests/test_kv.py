@@ -159,7 +159,7 @@ def steps_forgotten(mp):
 
 def around(mp, owner, name, change):
     original = getattr(owner, name)
-    mp.setattr(owner, name, lambda *a: change(original, *a))
+    mp.setattr(owner, name, lambda *a, **k: change(original, *a, **k))
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,12 @@ IDENTITY = {
     "plphp": ["plphp:budget=1.0"],
     "lookm": ["lookm:budget=1.0", "lookm:budget=900:merge=mean"],
     "xkv": ["xkv:rank_keys=1.0:rank_values=1.0", "xkv", "xkv:group=3:rank_keys=0.999"],
+    "shadowkv": ["shadowkv:budget=1.0:rank_keys=1.0", "shadowkv",
+                 "shadowkv:budget=1.0:rank_keys=1.0:chunk=2:local=1:outliers=1",
+                 "shadowkv:budget=900:rank_keys=900:chunk=2:local=0:outliers=0"],
 }
 #: Methods that let no token go; they are in test_kv_lowrank.py.
-LOWRANK = {"xkv"}
+LOWRANK = {"xkv", "shadowkv"}
 
 
 @pytest.mark.parametrize(

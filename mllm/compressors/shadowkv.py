@@ -52,6 +52,8 @@ class ShadowKV(CacheCompressor):
         self.demand("rank_keys", fine, "a whole number from 1, or a fraction in (0, 1]")
         self.demand("chunk", self.chunk > 0, "a whole number from 1")
         self.demand("outliers", self.outliers >= 0, "a whole number from 0")
+        odd = self.chunk > 1 or not self.outliers
+        self.demand("outliers", odd, "0 with chunk=1: a token is never unlike its own mean")
         self.demand("local", self.local >= 0, "a whole number from 0")
         short = isinstance(self.budget, int) and self.budget < self.chunk
         self.demand("budget", not short, f"a chunk of {self.chunk} tokens at least")
