@@ -150,11 +150,12 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             )
     for _, stage in patched.compressors:
         if stage.headwise and "flash" in attend:
+            chosen = hasattr(stage, "heads")
             raise PlanError(
-                f"{stage.info.name}: heads cannot hold different tokens under {attend}",
-                argument="heads",
-                given="each",
-                expected="heads=shared, or sdpa or eager",
+                f"{stage.info.name}: heads cannot see different tokens under {attend}",
+                argument="heads" if chosen else "attn_implementation",
+                given="each" if chosen else attend,
+                expected=("heads=shared, or " if chosen else "") + "sdpa or eager",
             )
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
     other = [m for m in tapped if compat.attention_name(m) not in compat.SERVED]

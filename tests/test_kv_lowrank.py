@@ -22,7 +22,7 @@ from mllm.cache import (
     KVCache,
     LowRank,
     SlotLayer,
-    chunks,
+    landmarks,
     load_prefix,
     lowrank,
     rotary,
@@ -451,9 +451,7 @@ def test_a_saved_prefix_goes_on_as_if_it_had_not_been_saved(spec, family, tmp_pa
     inputs = families.collate(family, families.samples(family, "padded"))
     more = torch.tensor([[11, 23, 31]]).expand(len(inputs["input_ids"]), -1)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    given = dict(
-        input_ids=torch.cat([ids, more], 1), attention_mask=torch.cat([mask, more > 0], 1)
-    )
+    given = dict(input_ids=torch.cat([ids, more], 1), attention_mask=torch.cat([mask, more > 0], 1))
     model = families.model(family)
 
     def answer(cache):
@@ -475,7 +473,7 @@ def test_a_saved_prefix_goes_on_as_if_it_had_not_been_saved(spec, family, tmp_pa
             assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
         assert patched.kv(again).nbytes[0] <= patched.kv(cache).nbytes[0]
     rows = json.loads((tmp_path / "prefix.json").read_text())["layers"]
-    assert "segments" in {row["form"] for row in rows}
+    assert "parts" in {row["form"] for row in rows}
     size = (tmp_path / "prefix.safetensors").stat().st_size
     assert size < sum(patched.kv(load_prefix(tmp_path, patched)).nbytes) + 20_000
 
@@ -579,28 +577,28 @@ WITH_CHUNKS = ["shadowkv:budget=6:rank_keys=7:chunk=2:local=1:outliers=2",
 
 
 def landmarks_of_neighbours(mp):
-    around(mp, chunks.Chunked, "attended", lambda f, self, q, s: f(rolled(self), q, s))
+    around(mp, landmarks.Landmarked, "attended", lambda f, self, q, s: f(rolled(self), q, s))
 
 
 def rolled(segment):
     own = dataclasses.replace(segment._chunks, landmarks=segment._chunks.landmarks.roll(1, 2))
-    return chunks.Chunked(segment._store, own, segment.most, segment.selects)
+    return landmarks.Landmarked(segment._store, own, segment.most, segment.selects)
 
 
 def first_head_of_a_group(mp):
     def crossed(f, self, query, scaling):
         return f(self, query[:, ::2].repeat_interleave(2, 1), scaling)
 
-    around(mp, chunks.Chunked, "attended", crossed)
+    around(mp, landmarks.Landmarked, "attended", crossed)
 
 
 def another_scale(mp):
     """The authors' code has a head of 128 channels written in."""
-    around(mp, chunks.Chunked, "attended", lambda f, self, q, s: f(self, q, 3 * 128**-0.5))
+    around(mp, landmarks.Landmarked, "attended", lambda f, self, q, s: f(self, q, 3 * 128**-0.5))
 
 
 def outliers_in_factors(mp):
-    around(mp, chunks.Chunked, "attended", lambda f, *a: _without_exact(*f(*a)))
+    around(mp, landmarks.Landmarked, "attended", lambda f, *a: _without_exact(*f(*a)))
 
 
 def _without_exact(keys, values, index):
@@ -615,7 +613,7 @@ def chunks_with_padding(mp):
     def shifted(f, keys, values, valid, *a, **k):
         return f(keys, values, valid | (valid.cumsum(1) == 0), *a, **k)
 
-    around(mp, chunks, "chunked", shifted)
+    around(mp, landmarks, "landmarked", shifted)
 
 
 def mask_dropped(mp):
@@ -643,7 +641,7 @@ def positions_of_others(mp):
 )  # fmt: skip
 def test_a_broken_choice_is_caught(monkeypatch, mutate):
     mutate(monkeypatch)
-    monkeypatch.setattr(mllm.cache.ops, "chunked", chunks.chunked)
+    monkeypatch.setattr(mllm.cache.ops, "landmarked", landmarks.landmarked)
     with pytest.raises((AssertionError, RuntimeError)):
         check_exchanged(PlainShadow, WITH_CHUNKS[0], "llava", "padded", "sdpa")
 

@@ -77,7 +77,7 @@ class Factors:
         return (self.left.tensor @ self.right).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def picked(self, index: Tensor) -> Tensor:
-        """Of every head its own slots, `[batch, kv_heads, n, dim]`: int64 `[batch, kv_heads, n]`."""
+        """Of every head the slots int64 `[batch, kv_heads, n]`: `[batch, kv_heads, n, dim]`."""
         left = self.left.tensor
         rows = left.gather(1, index.flatten(1)[..., None].expand(-1, -1, left.shape[2]))
         right = self.right.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -108,6 +108,10 @@ class Whole:
     @property
     def slots(self) -> int:
         return self.tensor.shape[2]
+
+    @property
+    def heads(self) -> int:
+        return self.tensor.shape[1]
 
     def whole(self) -> Tensor:
         return self.tensor
@@ -215,23 +219,26 @@ class LowRank:
     def meta(self) -> list[Tensor]:
         return [] if self._position is None else [self._position.tensor]
 
-    def saved(self) -> dict[str, Tensor]:
-        """Tensors that :meth:`loaded` makes the segment of; shared ones are the same objects."""
+    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`loaded` makes the same segment of: plain values, and tensors by name.
+
+        Tensors that layers share are the same objects.
+        """
         sides = {"keys": self._keys.tensors(), "values": self._values.tensors()}
         named = {f"{side}.{k}": t for side, own in sides.items() for k, t in own.items()}
         if self._position is not None:
             named["position"] = self._position.tensor
-        return named
+        return {"heads": self._keys.heads}, named
 
     @classmethod
     def loaded(
-        cls, tensors: dict[str, Tensor], heads: int, rotary: Rotary, shared: dict[int, Shared]
-    ) -> LowRank:
-        """A segment from what :meth:`saved` gave.
+        cls, row: dict[str, Any], tensors: dict[str, Tensor], rotary: Rotary,
+        shared: dict[int, Shared],
+    ) -> LowRank:  # fmt: skip
+        """The segment that was :meth:`saved`.
 
         Args:
-            tensors: by name.
-            heads: KV heads.
+            row, tensors: what it gave.
             rotary: of the layer.
             shared: what other segments have been given, by tensor; is added to.
         """
@@ -242,7 +249,8 @@ class LowRank:
         def side(name: str) -> Factors | Whole:
             if f"{name}.whole" in tensors:
                 return Whole(tensors[f"{name}.whole"])
-            return Factors(of(tensors[f"{name}.left"]), tensors[f"{name}.right"], heads)
+            left, right = tensors[f"{name}.left"], tensors[f"{name}.right"]
+            return Factors(of(left), right, row["heads"])
 
         position = of(tensors["position"]) if "position" in tensors else None
         return cls(side("keys"), side("values"), position, rotary)
@@ -312,8 +320,7 @@ def factored(
     fit = Fit((), tokens, tuple(full), *ranks, flops)
     place = Shared(position.movedim(0, 2).to(torch.int32)) if sides[0] else None
     own_keys, own_values = (
-        side or [Whole(_lean(t)) for t in x]
-        for side, x in zip(sides, (keys, values), strict=True)
+        side or [Whole(_lean(t)) for t in x] for side, x in zip(sides, (keys, values), strict=True)
     )
     every = zip(own_keys, own_values, rotaries, strict=True)
     return [LowRank(k, v, place, rotary) for k, v, rotary in every], fit

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm import compat
-from mllm.cache.chunks import chunked
+from mllm.cache.landmarks import landmarked
 from mllm.cache.layer import LayerState, SlotLayer, SlotTable, cache_bytes
 from mllm.cache.lowrank import Fit, Rank, factored
 from mllm.cache.rotary import Rotary
@@ -414,11 +414,11 @@ class KVCache:
                 self.convert(i, lambda k, v, valid, segment=segment: segment)
         return fits
 
-    def chunked(
+    def landmarks(
         self, layers: Layers, *, rank: Rank, size: int, local: int, outliers: int,
         many: Callable[[int], int],
     ) -> list[Fit]:  # fmt: skip
-        """Store tokens in chunks, of which a step attends to some; values go to host memory.
+        """Store tokens in chunks, of which a step attends to the best; values go to the host.
 
         Takes what is stored plainly, as :meth:`convert` does. Layers with a window, and those whose
         heads hold different tokens, stay as they are.
@@ -428,7 +428,7 @@ class KVCache:
             rank: of a layer's keys over all heads; see :meth:`lowrank`.
             size: tokens of a chunk.
             local, outliers: chunks that are kept as they are; see
-                :func:`mllm.cache.chunks.chunked`.
+                :func:`mllm.cache.landmarks.landmarked`.
             many: from the tokens of a sample the number of chunks that a step chooses.
 
         Returns:
@@ -441,7 +441,7 @@ class KVCache:
                 continue
             start, stop = span
             plain = layer.segments[-1].first(stop - start)
-            segment, fit = chunked(
+            segment, fit = landmarked(
                 plain.keys(), plain.values(), layer.table.valid[:, start:stop],
                 layer.table.position[..., start:stop], self.rotary(i),
                 rank=rank, size=size, local=local, outliers=outliers, many=many,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm import compat
-from mllm.cache.chunks import Chunked
+from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
 from mllm.cache.lowrank import LowRank, Shared
 from mllm.cache.rotary import Rotary
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TENSORS, HEADER = "prefix.safetensors", "prefix.json"
 #: Segments that are written in a form of their own.
-FORMS = {form.form: form for form in (LowRank, Chunked)}
+FORMS = {form.form: form for form in (LowRank, Landmarked)}
 
 
 def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
@@ -70,7 +70,7 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     names: dict[int, str] = {}
     for i, layer in enumerate(cache.layers):
         if any(hasattr(segment, "saved") for segment in layer.segments):
-            stored = {"form": "segments", "segments": _parts(i, layer, tensors, names)}
+            stored = {"form": "parts", "parts": _parts(i, layer, tensors, names)}
         else:
             keys, values, form = _stored(layer)
             tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
@@ -132,15 +132,14 @@ def _parts(
     """
     rows = []
     for n, segment in enumerate(layer.segments):
-        form = getattr(segment, "form", "rectangle")
-        if form == "rectangle":
-            own = {"keys": segment.keys(), "values": segment.values()}
-        else:
-            own = segment.saved()
+        row, own = {}, {"keys": segment.keys(), "values": segment.values()}
+        if form := getattr(segment, "form", None):
+            row, own = segment.saved()
         for name, tensor in own.items():
-            if names.setdefault(id(tensor), f"layer.{i}.{n}.{name}") not in tensors:
-                tensors[names[id(tensor)]] = tensor
-        rows.append({"form": form, "tensors": {k: names[id(t)] for k, t in own.items()}})
+            names.setdefault(id(tensor), f"layer.{i}.{n}.{name}")
+            tensors[names[id(tensor)]] = tensor
+        where = {name: names[id(tensor)] for name, tensor in own.items()}
+        rows.append({"form": form or "rectangle", **row, "tensors": where})
     return rows
 
 
@@ -198,8 +197,8 @@ def load_prefix(
     for i, row in enumerate(header["layers"]):
         layer = _layer(i, row, tables[row["slots"]], tensors)
         rotary = Rotary(patched.family, i)
-        for part in row.get("segments", ()):
-            layer.segments.append(_segment(part, row["heads"], tensors, rotary, shared))
+        for part in row.get("parts", ()):
+            layer.segments.append(_segment(part, tensors, rotary, shared))
         layer.lazy_initialization(layer.keys, layer.values)
         cache.layers.append(layer)
     for layer in cache.layers:
@@ -226,7 +225,7 @@ def _tables(tensors: dict[str, Tensor]) -> list[SlotTable]:
 def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Tensor]) -> SlotLayer:
     layer = SlotLayer(row["window"])
     layer.table = table
-    if row["form"] != "segments":
+    if row["form"] != "parts":
         keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
         if row["form"] == "rectangle":
             segment = Dense.of(keys, values)
@@ -244,13 +243,12 @@ def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Ten
 
 
 def _segment(
-    part: dict[str, Any], heads: int, tensors: dict[str, Tensor], rotary: Rotary,
-    shared: dict[int, Shared],
-) -> Segment:  # fmt: skip
+    part: dict[str, Any], tensors: dict[str, Tensor], rotary: Rotary, shared: dict[int, Shared]
+) -> Segment:
     own = {name: tensors[key] for name, key in part["tensors"].items()}
     if part["form"] == "rectangle":
         return Dense.of(own["keys"], own["values"])
-    return FORMS[part["form"]].loaded(own, heads, rotary, shared)
+    return FORMS[part["form"]].loaded(part, own, rotary, shared)
 
 
 def _damaged(folder: Path, why: str) -> DataError:

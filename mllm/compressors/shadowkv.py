@@ -67,7 +67,7 @@ class ShadowKV(CacheCompressor):
     def layer_end(self, event: CacheEvent) -> None:
         if event.cache.window(event.layer) is not None:
             event.note("shadowkv: layers with a window stay as they are")
-        fits = event.cache.chunked(
+        fits = event.cache.landmarks(
             event.layer, rank=self.rank_keys, size=self.chunk, local=self.local,
             outliers=self.outliers, many=self._many,
         )  # fmt: skip

@@ -46,8 +46,8 @@ class Chunks:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-class Chunked:
-    """A segment that implements :class:`mllm.cache.segments.Selecting`; see :func:`chunked`.
+class Landmarked:
+    """A segment that implements :class:`mllm.cache.segments.Selecting`; see :func:`landmarked`.
 
     It is one whole: a part of it, after an eviction by hand or a crop, is stored plainly.
 
@@ -59,7 +59,7 @@ class Chunked:
     """
 
     grows = False
-    form = "chunked"
+    form = "landmarks"
 
     def __init__(self, store: LowRank, chunks: Chunks, most: int, selects: bool) -> None:
         self._store, self._chunks = store, chunks
@@ -116,11 +116,11 @@ class Chunked:
         index = index.expand(len(self._chunks.landmarks), -1)
         return self._plain(index, torch.ones_like(index, dtype=torch.bool))
 
-    def rows(self, change: Callable[[Tensor], Tensor]) -> Chunked:
+    def rows(self, change: Callable[[Tensor], Tensor]) -> Landmarked:
         chunks = replace(self._chunks, **{k: change(t) for k, t in self._chunks.named().items()})
-        return Chunked(self._store.rows(change), chunks, self.most, self.selects)
+        return Landmarked(self._store.rows(change), chunks, self.most, self.selects)
 
-    def held(self) -> Chunked:
+    def held(self) -> Landmarked:
         return self
 
     def tensors(self) -> list[Tensor]:
@@ -130,25 +130,25 @@ class Chunked:
         own = self._chunks
         return [*self._store.meta(), own.landmarks, own.open, own.many, own.members, own.exact]
 
-    def saved(self) -> dict[str, Tensor]:
-        """Tensors that :meth:`loaded` makes the segment of."""
-        counts = torch.tensor([self.most, self.selects])
-        own = {f"chunks.{name}": t for name, t in self._chunks.named().items()}
-        return {**self._store.saved(), **own, "counts": counts}
+    def saved(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`loaded` makes the same segment of: plain values, and tensors by name."""
+        row, tensors = self._store.saved()
+        tensors |= {f"chunks.{name}": t for name, t in self._chunks.named().items()}
+        return {**row, "most": self.most, "selects": self.selects}, tensors
 
     @classmethod
     def loaded(
-        cls, tensors: dict[str, Tensor], heads: int, rotary: Rotary, shared: dict[int, Shared]
-    ) -> Chunked:
+        cls, row: dict[str, Any], tensors: dict[str, Tensor], rotary: Rotary,
+        shared: dict[int, Shared],
+    ) -> Landmarked:  # fmt: skip
         """As :meth:`mllm.cache.lowrank.LowRank.loaded`."""
-        store = LowRank.loaded(tensors, heads, rotary, shared)
-        own = {f.name: tensors[f"chunks.{f.name}"] for f in fields(Chunks)}
-        most, selects = tensors["counts"].tolist()
+        store = LowRank.loaded(row, tensors, rotary, shared)
         store = store.with_values(_to_host(store.values()))
-        return cls(store, Chunks(**own), most, bool(selects))
+        own = {f.name: tensors[f"chunks.{f.name}"] for f in fields(Chunks)}
+        return cls(store, Chunks(**own), row["most"], row["selects"])
 
 
-def chunked(
+def landmarked(
     keys: Tensor, values: Tensor, valid: Tensor, position: Tensor, rotary: Rotary, *,
     rank: Rank, size: int, local: int, outliers: int, many: Callable[[int], int],
 ) -> tuple[Segment, Fit]:  # fmt: skip
@@ -214,4 +214,4 @@ def chunked(
         keys=_gather(keys, index),
         values=_gather(values, index),
     )
-    return Chunked(store, own, max(most), any(left)), fit
+    return Landmarked(store, own, max(most), any(left)), fit
