@@ -1,7 +1,8 @@
 """The KV cache of a patched model: it knows more tokens than it stores.
 
 * :class:`KVCache`: operations by logical index (`docs/cache.md` is the page about it);
-* :class:`Segment`: the protocol of storage, with `Dense`, `Packed`, `Offloaded`, `LowRank`;
+* :class:`Segment`: the protocol of storage, with `Dense`, `Packed`, `Offloaded`, `LowRank` and
+  `Landmarked`;
 * :class:`SlotLayer`, :class:`SlotTable`: one layer, and what its slots stand for;
 * :func:`save_prefix`, :func:`load_prefix`: a cache on disk.
 
@@ -9,6 +10,7 @@ Events, by which the engine calls a method, are in :mod:`mllm.compressors.base`
 (:class:`~mllm.compressors.base.CacheCompressor`).
 """
 
+from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable, adopt, cache_bytes, note_rows
 from mllm.cache.lowrank import Fit, LowRank
 from mllm.cache.ops import KVCache, SlotView, Snapshot, refuse_flash
@@ -20,6 +22,7 @@ __all__ = [
     "Dense",
     "Fit",
     "KVCache",
+    "Landmarked",
     "LowRank",
     "Offloaded",
     "Packed",

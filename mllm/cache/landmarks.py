@@ -71,6 +71,8 @@ class Landmarked:
 
     def keys(self) -> Tensor:
         keys, own = self._store.keys(), self._chunks
+        if self._store.exact:
+            return keys
         at = own.exact.masked_fill(own.exact < 0, self.slots).long()
         at = at[..., None].expand(-1, -1, -1, keys.shape[3])
         return F.pad(keys, (0, 0, 0, 1)).scatter(2, at, own.keys)[:, :, : self.slots]

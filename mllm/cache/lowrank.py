@@ -162,6 +162,11 @@ class LowRank:
     def slots(self) -> int:
         return self._keys.slots
 
+    @property
+    def exact(self) -> bool:
+        """Whether keys are as they were given."""
+        return self._position is None
+
     def keys(self) -> Tensor:
         keys = self._keys.whole()
         if self._position is None:
