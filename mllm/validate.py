@@ -152,7 +152,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
         if stage.headwise and "flash" in attend:
             chosen = hasattr(stage, "heads")
             raise PlanError(
-                f"{stage.info.name}: heads cannot see different tokens under {attend}",
+                f"{stage.info.name}: heads cannot hold different tokens under {attend}",
                 argument="heads" if chosen else "attn_implementation",
                 given="each" if chosen else attend,
                 expected=("heads=shared, or " if chosen else "") + "sdpa or eager",
