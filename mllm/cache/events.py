@@ -164,7 +164,7 @@ class CacheEvents:
     def _tell(self, name: str, layer: int | None = None, only: int | None = None) -> None:
         run = self.run
         ran = None if layer is None else layer + 1
-        cache = KVCache(run.cache, run.patched.family, ran, self.certain)
+        cache = KVCache(run.cache, run.patched.family, ran, self.certain, run.patched.alike)
         rows = self.certain - run.past_logical
         for number, stage in run.patched.compressors:
             if only is not None and number != only:
