@@ -38,6 +38,7 @@ _HOMES = {
     "DualFilter": "mustdrop",
     "PACT": "pact",
     "ZipVL": "zipvl",
+    "RandomKV": "randomkv",
     "StreamingLLM": "streamingllm",
     "H2O": "h2o",
     "SnapKV": "snapkv",

@@ -36,6 +36,7 @@ class _Recorder(CacheCompressor):
 
     info = MethodInfo(name="record", stage="cache")
     signals: ClassVar[tuple] = ()
+    draws = True  # so that events have seeds for methods that do
 
     def reads(self) -> dict[str, AttentionRows | ColumnMass]:
         return {str(i): signal for i, signal in enumerate(self.signals)}
