@@ -138,6 +138,20 @@ def test_the_cost_of_choosing_is_that_of_its_signals_and_layers(model):
     assert np.array_equal(one, prompt.read_s[:, 1]) and np.array_equal(both, prompt.read_s.sum(1))
 
 
+@pytest.mark.parametrize(
+    ("plan", "ci", "part"),
+    [
+        ("snapkv", (0.01, 0.03), "within 10%"),
+        ("snapkv+adakv", (0.2, 0.3), "above 10%"),
+        ("vlcache", (0.05, 0.3), "unresolved against 10%"),
+        ("h2o", (0.5, 0.6), "of the prefill"),
+        ("streamingllm", (0.0, 0.1), "of the prefill"),
+    ],
+)
+def test_window_scorers_have_a_target(plan, ci, part):
+    assert bench_kv._scorer(bench_kv._stages(plan), 0.1, ci).endswith(part)
+
+
 def test_enough_layers_are_timed_for_a_claim(model):
     inputs = bench.random_inputs(model, visual=16, text=9, batch=1)
     with torch.inference_mode():

@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from mllm.cli._common import (
     run_command,
     write_text,
 )
+from mllm.cli.eval import results_console
 
 
 class Suite(str, Enum):
@@ -178,7 +178,7 @@ class _Look:
 
 
 def _show(results: dict[str, Any]) -> None:
-    console, look = Console(), _LOOKS[Suite(results["suite"])]
+    console, look = results_console(), _LOOKS[Suite(results["suite"])]
     console.print(
         f"{results['suite']}, {results['model_shape']['name']}, {results['device']}, "
         f"{results['threads']} threads, load {results['load_before']} before"
@@ -244,12 +244,11 @@ def _kv_cells(row: dict[str, Any]) -> list[str] | None:
         return None
     sizes = (row[f"{what}_bytes"] / 2**20 for what in ("payload", "slack", "meta"))
     share = row["payload_share"]
-    low, high = row["scorer_ci"]
     return [
-        *(f"{size:.1f}" for size in sizes),
+        " + ".join(f"{size:.1f}" for size in sizes),
         "–" if share is None else f"{share:.3f}",
         *_speed(row, 1),
-        f"{row['scorer_share']:.1%} ({low:.1%} to {high:.1%})",
+        f"{row['scorer_share']:.1%}",
     ]
 
 
@@ -260,7 +259,7 @@ _LOOKS = {
         ("layer avg", "saved", "spent", "share (95 %)"), _selection_cells, lambda row: None
     ),
     Suite.kv: _Look(
-        ("MiB", "slack", "meta", "of budget", *_SPEED, "scorer / prefill"),
+        ("MiB + slack + meta", "of budget", *_SPEED, "scorer"),
         _kv_cells,
         lambda row: f"{row['words']}.",
     ),

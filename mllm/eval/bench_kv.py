@@ -16,7 +16,7 @@ import torch
 
 import mllm
 from mllm.cache import Dense, Offloaded, Packed, cache_bytes
-from mllm.compressors.base import CacheCompressor
+from mllm.compressors.base import AttentionRows, CacheCompressor
 from mllm.errors import PlanError
 from mllm.eval import bench
 from mllm.eval.bench_prompt import Prompt, now
@@ -190,19 +190,29 @@ def _row(
         "peak_bytes": peaks[1],
         "baseline_peak_bytes": peaks[0],
         "status": status,
-        "words": _words(words, stored, claim, share),
+        "words": _words(words, stored, claim, _scorer(patched.plan.stages, share, share_ci)),
     }
 
 
-def _words(time: str, stored: dict[str, Any], claim: str, scorer: float) -> str:
+def _words(time: str, stored: dict[str, Any], claim: str, scorer: str) -> str:
     """A row's sentence: time, then bytes, then what choosing costs."""
     parts = [time if claim == "time" else f"a memory claim, no kernel serves this storage; {time}"]
     if stored["payload_share"] is not None:
         off = abs(stored["payload_share"] - 1)
         within = "within" if off <= PAYLOAD else "not within"
         parts.append(f"payload {within} {PAYLOAD:.0%} of budget x slot size")
-    parts.append(f"choosing costs {scorer:.1%} of the prefill")
-    return "; ".join(parts)
+    return "; ".join([*parts, scorer])
+
+
+def _scorer(stages: Sequence[CacheCompressor], share: float, ci: Sequence[float]) -> str:
+    """What choosing costs; against :data:`SCORER` where only a window of queries is read."""
+    words = f"choosing costs {share:.1%} of the prefill"
+    read = [signal for stage in stages for signal in stage.reads().values()]
+    if not read or not all(isinstance(signal, AttentionRows) for signal in read):
+        return words
+    low, high = ci
+    found = "within" if high <= SCORER else "above" if low > SCORER else "unresolved against"
+    return f"{words}, {found} {SCORER:.0%}"
 
 
 def storage(
