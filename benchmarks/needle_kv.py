@@ -2,10 +2,10 @@
 
 `python benchmarks/needle_kv.py` writes `benchmarks/results/needle-kv.json` and `.md`, in about five
 minutes of one core. Each prompt has two or three pictures: charts, and at any place among them one
-scene with a small object whose color is asked for. Only questions that the
-unpatched model answers count, since only of those there is an answer to lose. The cache is
-compressed with the question in sight, which is then asked again (`protocol="again"`): the answer
-can only be read from what was kept of the pictures.
+scene with a small object whose color is asked for. Only questions that the unpatched model answers
+count, since only of those there is an answer to lose. The cache is compressed with the question in
+sight, which is then asked again (`protocol="again"`): the answer can only be read from what was
+kept of the pictures.
 """
 
 from __future__ import annotations

@@ -198,6 +198,7 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
             seeds_of=chosen.seeds_of,
             sanity_positions=chosen.sanity_positions,
             kv_budgets=chosen.kv_budgets,
+            fixed=chosen.fixed,
         )
         about = describe_run(loaded[0])
         _, todo = sweep.split_cells(entries, tasks, output, about, asked)

@@ -261,7 +261,8 @@ def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> int | None:
             continue
         total = 0
         for length, seen in zip(event.lengths, visual, strict=True):
-            counted = seen if getattr(stage, "tokens", "prompt") == "visual" else length
+            # Methods that do not offer the choice let visual tokens go alone.
+            counted = seen if getattr(stage, "tokens", "visual") == "visual" else length
             limit = budget if isinstance(budget, int) else max(1, round(budget * counted))
             total += min(limit, counted) + length - counted
         totals.append(total)

@@ -94,6 +94,7 @@ def grid(
     seeds_of: Mapping[str, Sequence[int]] | None = None,
     sanity_positions: Sequence[str] = ("compact",),
     kv_budgets: Sequence[float] = KV_BUDGETS,
+    fixed: Mapping[str, int] | None = None,
 ) -> tuple[list[Entry], list[Skipped]]:
     """The plans of a sweep, sanity rows first: others are compared with them.
 
@@ -111,6 +112,8 @@ def grid(
             `original` ones are called `random:positions=original` and so on.
         kv_budgets: for templates of methods on the KV cache, which have their own sanity rows:
             shares of the slots per layer and KV head.
+        fixed: whole plans that keep what they keep, by spec text; the budget says only which rows
+            they stand beside.
 
     Raises:
         PlanError: a template or budget that cannot be meant.
@@ -125,16 +128,9 @@ def grid(
         for method in SANITY
     ]
     entries, skipped = [Entry(UNPATCHED, None, Plan([]))], []
+    plans: list[tuple[str, int | float, Plan]] = []
     planned = set()
-
-    def add(method: str, budget: int | float, plan: Plan) -> None:
-        for seed in _seeds(method, plan, seeds, seeds_of or {}):
-            seeded = Plan(plan.stages, seed)
-            if seeded.sha256 not in planned:
-                planned.add(seeded.sha256)
-                entries.append(Entry(method, budget, seeded))
-
-    for method in dict.fromkeys((*sanity, *methods)) if methods or not cached else ():
+    for method in dict.fromkeys((*sanity, *methods)) if methods or fixed or not cached else ():
         for budget in sorted(set(budgets), reverse=True):
             try:
                 plan = plan_for_budget(method, budget, tokens=tokens, num_layers=num_layers)
@@ -143,13 +139,19 @@ def grid(
                     raise
                 skipped.append(Skipped(method, budget, str(error)))
                 continue
-            add(method, budget, plan)
+            plans.append((method, budget, plan))
+    plans += [(text, budget, Plan.from_spec(text)) for text, budget in (fixed or {}).items()]
     for method in dict.fromkeys((*KV_SANITY, *cached)) if cached else ():
-        for share in sorted({1.0, *kv_budgets}, reverse=True):
-            plan = plan_for_share(method, share)
-            has_budget = plan_for_share(method, 0.5) is not None
-            if plan is not None and (share in kv_budgets or not has_budget):
-                add(method, share, plan)
+        # A method without a budget holds all tokens: it stands at 1.0.
+        budgeted = plan_for_share(method, 0.5) is not None
+        for share in sorted(set(kv_budgets), reverse=True) if budgeted else (1.0,):
+            plans.append((method, share, plan_for_share(method, share)))
+    for method, budget, plan in plans:
+        for seed in _seeds(method, plan, seeds, seeds_of or {}):
+            seeded = Plan(plan.stages, seed)
+            if seeded.sha256 not in planned:
+                planned.add(seeded.sha256)
+                entries.append(Entry(method, budget, seeded))
     return entries, skipped
 
 

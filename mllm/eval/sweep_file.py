@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +28,7 @@ class SweepFile:
         methods: spec templates without `keep`; the sanity rows are added.
         budgets: visual tokens per image, averaged over decoder layers.
         kv_budgets: of methods on the KV cache, shares of the slots per layer and KV head.
+        fixed: whole plans that have no `keep`, each with the budget whose rows it stands beside.
         tasks: tasks of `mllm.eval.sources`; `admitted` stands for those that the embedded model
             learnt, the name of a source (`yardstick`, `easyvqa`, `mnist`) for all of its own.
         seeds: seeds of methods that draw at random; the others run once.
@@ -48,6 +50,7 @@ class SweepFile:
     methods: tuple[str, ...] = ("visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
     budgets: tuple[int, ...] = (192, 64, 16)
     kv_budgets: tuple[float, ...] = (0.5, 0.25, 0.1)
+    fixed: dict[str, int] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("admitted",)
     seeds: tuple[int, ...] = (0,)
     seeds_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -66,9 +69,20 @@ class SweepFile:
     def __post_init__(self) -> None:
         for template in self.methods:
             _check_template(template)
+        for text, budget in self.fixed.items():
+            Plan.from_spec(text)
+            if budget not in self.budgets:
+                raise MllmError(
+                    f"fixed.{text}: {budget} is no budget of this sweep, so nothing is there to "
+                    "compare with",
+                    argument="fixed",
+                    given=budget,
+                    expected=f"one of {', '.join(map(str, self.budgets))}",
+                )
         for name in self.seeds_of:
-            _check_seeded(name, self.methods)
-        if self.protocol != "prompt" and not all(on_cache(text) for text in self.methods):
+            _check_seeded(name, (*self.methods, *self.fixed))
+        texts = (*self.methods, *self.fixed)
+        if self.protocol != "prompt" and not all(map(on_cache, texts)):
             raise PlanError(
                 f"protocol {self.protocol!r} is about the KV cache, and not all methods are",
                 argument="protocol",
@@ -91,8 +105,8 @@ class SweepFile:
         return self.timings
 
 
-_LEAST = {"budgets": 1, "seeds": 0, "seeds_of": 0, "n": 1, "batch_size": 1, "timings": 0,
-          "workers": 1}  # fmt: skip
+_LEAST = {"budgets": 1, "fixed": 1, "seeds": 0, "seeds_of": 0, "n": 1, "batch_size": 1,
+          "timings": 0, "workers": 1}  # fmt: skip
 _TYPES = typing.get_type_hints(SweepFile)
 
 
@@ -177,9 +191,16 @@ def _value(name: str, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return _list(name, value, where, typing.get_args(hint)[0])
     if typing.get_origin(hint) is dict:
+        item = typing.get_args(hint)[1]
+        several = typing.get_origin(item) is tuple
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise _wrong(name, value, where, "methods with lists of seeds: {random: [0, 1, 2]}")
-        return {key: _list(name, seeds, f"{where}.{key}", int) for key, seeds in value.items()}
+            like = "lists of seeds: {random: [0, 1, 2]}" if several else "budgets: {zipvl: 288}"
+            raise _wrong(name, value, where, f"methods with {like}")
+        read = functools.partial(_list if several else _scalar, name)
+        return {
+            key: read(each, f"{where}.{key}", int if several else item)
+            for key, each in value.items()
+        }
     return _scalar(name, value, where, hint)
 
 
