@@ -878,13 +878,14 @@ class DecoderRun:
             prompt=self.prompt_of(table), protected=self.protected_of(table),
             images=[len(own) for own in self.images], entered=self.entered, counts=counts,
             state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
-            seeds=functools.partial(self._seeds, number),
+            seeds=functools.partial(self.seeds, number, len(self.images)),
         )  # fmt: skip
 
-    def _seeds(self, number: int) -> list[int]:
-        """A seed per sample from the bits of its pictures."""
-        bits = self.reduction.bits if self.reduction else []
-        return [self.patched.plan.seed_for(number, *(bits[i] for i in own)) for own in self.images]
+    def seeds(self, number: int, batch: int, *more: int) -> list[int]:
+        """A seed per sample from the bits of its pictures, for stage `number` and what else."""
+        bits, images = self.reduction.bits if self.reduction else [], self.images or [()] * batch
+        seed_for = self.patched.plan.seed_for
+        return [seed_for(number, *(bits[i] for i in own), *more) for own in images]
 
     def _select(
         self, number: int, stage: LayerMethod, layer: int, keep: Tensor, counts: list[int] | None

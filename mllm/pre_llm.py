@@ -107,7 +107,7 @@ class VisionRun:
             selection_flops=[0.0] * len(layouts),
             counts=[x.cells for x in layouts],
         )
-        if any(stage.site == "decoder" and stage.draws for stage in patched.plan.stages):
+        if any(s.site in ("decoder", "cache") and s.draws for s in patched.plan.stages):
             self.reduction.bits = self._bits(range(len(layouts)))
         self.groups = self._groups(pixels)
         self.pieces: dict[Any, list[Tensor]] = {}

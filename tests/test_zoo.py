@@ -19,7 +19,8 @@ from mllm.plan import Plan, get_method, keep_for_average, resolve
 METHODS = {row["name"]: row for row in mllm.methods()}
 PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
 #: Rows for comparison, which no paper claims.
-PLAIN = {"random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid"}
+PLAIN = {"random", "randomllm", "randomkv", "stride", "avgpool", "downsample", "adaptivepool",
+         "pyramid"}  # fmt: skip
 #: What lets stored tokens go: no token of these leaves a layer.
 ON_CACHE = {name for name, row in METHODS.items() if row["stage"] == "cache"}
 #: What the matrix does not hold: where it is checked instead, against a reference of its own.

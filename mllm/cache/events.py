@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +67,10 @@ class CacheEvents:
             run.patched.kv(cache), phase="verify", accepted=accepted, signals={}, valid=valid,
             notes=run.notes,
         )  # fmt: skip
-        for _, stage in run.patched.compressors:
+        for number, stage in run.patched.compressors:
+            seeds = functools.partial(run.seeds, number, len(valid))
             with torch.no_grad():
-                stage.verify_end(event)
+                stage.verify_end(dataclasses.replace(event, seeds=seeds))
 
     def add_taps(self, taps: dict[nn.Module, list[Any]]) -> None:
         """Add what cache methods read while attention runs."""
@@ -191,6 +193,7 @@ class CacheEvents:
                 ends=run.ends,
                 notes=run.notes,
                 costs=self.costs,
+                seeds=functools.partial(run.seeds, number, len(run.known)),
             )
             with torch.no_grad():
                 getattr(stage, name)(event)

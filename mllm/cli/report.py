@@ -88,7 +88,7 @@ def report(results: Path, output: Path, svg: Path | None) -> dict[str, Any]:
 
 def _row(row: dict[str, Any]) -> Any:
     from mllm.eval.report import Row
-    from mllm.eval.sweep import SANITY
+    from mllm.eval.sweep import KV_SANITY, SANITY
 
     unpatched = row["vs_unpatched"]
     return Row(
@@ -102,7 +102,7 @@ def _row(row: dict[str, Any]) -> Any:
             name: (round(task["score"] * task["n"]), task["n"])
             for name, task in row["tasks"].items()
         },
-        sanity=row["method"] in SANITY,
+        sanity=row["method"] in (*SANITY, *KV_SANITY),
         flipped=unpatched and unpatched["flipped"],
         ci=tuple(row["ci"]),
         same=row["loyalty"] and row["loyalty"]["share"],

@@ -45,6 +45,13 @@ def command(
             show_default="192,64,16",
         ),
     ] = None,
+    kv_budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="For methods on the KV cache: shares of its slots, separated by commas.",
+            show_default="0.5,0.25,0.1",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +90,15 @@ def command(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Questions per batch.", show_default="16")
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="When answers are read. prompt: as generate does, so the first token sees the "
+            "whole cache. again: the question is asked again after compression. context: the "
+            "cache is compressed before the question is known.",
+            show_default="prompt",
+        ),
+    ] = None,
     timings: Annotated[
         int | None,
         typer.Option(
@@ -116,11 +132,14 @@ def command(
     Example: mllm sweep --plans visionzip,divprune --budgets 64,16 --n 100 -o sweep.jsonl
 
     Example: mllm sweep examples/sweep.yaml --dry-run
+
+    Example: mllm sweep --plans snapkv,h2o --kv-budgets 0.25 --protocol again --n 100 -o kv.jsonl
     """
     flags = {
         "model": model,
         "methods": _split(plans),
         "budgets": _numbers("budgets", budgets, 1),
+        "kv_budgets": _shares(kv_budgets),
         "tasks": _split(tasks),
         "seeds": _numbers("seeds", seeds, 0),
         "n": n,
@@ -128,6 +147,7 @@ def command(
         "style": style,
         "output": None if output is None else str(output),
         "batch_size": batch_size,
+        "protocol": protocol,
         "timings": timings,
         "workers": workers,
         "dtype": dtype,
@@ -160,6 +180,7 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
         style=chosen.style,
         batch_size=chosen.batch_size,
         timings=chosen.timed,
+        protocol=chosen.protocol,
     )
     sweep.check_drawn(tasks, asked)
     if not dry_run:
@@ -176,6 +197,7 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
             seeds=chosen.seeds,
             seeds_of=chosen.seeds_of,
             sanity_positions=chosen.sanity_positions,
+            kv_budgets=chosen.kv_budgets,
             fixed=chosen.fixed,
         )
         about = describe_run(loaded[0])
@@ -344,3 +366,17 @@ def _numbers(option: str, text: str | None, least: int) -> list[int] | None:
                 expected=f"whole numbers from {least}, separated by commas",
             )
     return [int(word) for word in words]
+
+
+def _shares(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(word) for word in _split(text) or []]
+    except ValueError as error:
+        raise MllmError(
+            f"{text!r} is no list of shares",
+            argument="kv_budgets",
+            given=text,
+            expected="fractions in (0, 1], separated by commas",
+        ) from error

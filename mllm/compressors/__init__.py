@@ -40,6 +40,7 @@ _HOMES = {
     "MustDrop": "mustdrop",
     "PACT": "pact",
     "ZipVL": "zipvl",
+    "RandomKV": "randomkv",
     "StreamingLLM": "streamingllm",
     "H2O": "h2o",
     "SnapKV": "snapkv",

@@ -719,6 +719,7 @@ class CacheEvent:
         begins, ends: whether the prompt begins, and ends, with this forward; a prompt that is read
             in chunks has several.
         notes, costs: of the ledger; see :meth:`note` and :meth:`book`.
+        seeds: what :meth:`generators` are seeded with.
     """
 
     cache: Any
@@ -737,6 +738,14 @@ class CacheEvent:
     ends: bool = True
     notes: list[str] = dataclasses.field(default_factory=list)
     costs: list[float] = dataclasses.field(default_factory=list)
+    seeds: Callable[[int], list[int]] | None = None
+
+    def generators(self, number: int = 0) -> list[torch.Generator]:
+        """One CPU generator per sample, seeded by plan, pictures and `number`; see `draws`.
+
+        So a draw depends neither on the batch that a sample is in nor on its place there.
+        """
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds(number)]
 
     def book(self, flops: float) -> None:
         """Add the cost of a choice to the ledger, in FLOPs per sample."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mllm import flops
+from mllm.errors import DataError, PlanError
 from mllm.models import resolve
 from mllm.tokens import split_images
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
 
+#: When the answer is read, against when the KV cache is compressed; see :func:`answer`.
+Protocol = Literal["prompt", "again", "context"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 GENERATE_KEYS = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 
 
@@ -63,9 +67,21 @@ def answer(
     *,
     max_new_tokens: int,
     stops: Sequence[str] = (),
+    protocol: Protocol = "prompt",
     **options: Any,
 ) -> list[Answer]:
     """Answer one batch.
+
+    A cache that is compressed when the prompt ends has already been read in full: the first token
+    of the answer comes from that very forward. So for plans on the KV cache `protocol` can be
+
+    * `prompt`: as `generate` does it;
+    * `again`: the whole prompt is read and the cache compressed, with the question in sight; what
+      stands behind the pictures is then taken back and read anew, from what is left of them;
+    * `context`: the cache is compressed behind the last picture, before the question is known, as
+      for a saved prefix.
+
+    The model as it is answers alike under all three.
 
     Args:
         model: the model, with its plan inside if it has one.
@@ -74,16 +90,25 @@ def answer(
         patched: what `mllm.patch` returned; None for the model as it is.
         max_new_tokens: most tokens of an answer.
         stops: strings that end an answer; they are cut off.
+        protocol: see above; but for `prompt`, rows without padding whose text behind the last
+            picture is equally long.
         **options: further arguments of `generate` (see `GENERATE_KEYS`); greedy without any.
 
     Returns:
         One answer per row, in order.
+
+    Raises:
+        PlanError: another protocol than `prompt` for a plan that does not only work on the cache.
+        DataError: rows that such a protocol cannot have in one batch.
     """
     inputs = inputs.to(model.device)
     rows, prompt_length = inputs["input_ids"].shape
     watch = _Watch(processor.tokenizer, prompt_length, stops)
+    before = None
     started = time.perf_counter()
     with torch.inference_mode():
+        if protocol != "prompt" and patched is not None:
+            inputs, before = _read(model, inputs, patched, protocol)
         output = model.generate(
             **inputs,
             **_generate_options(options),
@@ -95,6 +120,12 @@ def answer(
     seconds = time.perf_counter() - started
     ttft = watch.first_token_at - started if watch.first_token_at else seconds
     costs = unpatched_costs(model, inputs) if patched is None else costs_of(patched, rows)
+    if before is not None:  # the newest prefill was the question's
+        flops_of = [cost["prefill_flops"] for cost in costs]
+        costs = [
+            cost | {"prefill_flops": cost["prefill_flops"] + more}
+            for cost, more in zip(before, flops_of, strict=True)
+        ]
     lengths = inputs["attention_mask"].sum(1).tolist()
     ends = _end_ids(model)
     answers = []
@@ -110,10 +141,45 @@ def answer(
     return answers
 
 
+def _read(
+    model: Any, inputs: Any, patched: Patched, protocol: Protocol
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `generate` goes on from where the answer is read after compression, and the costs."""
+    stages = patched.plan.stages
+    if other := [stage.info.name for stage in stages if stage.site != "cache"]:
+        raise PlanError(
+            f"protocol={protocol!r} is about the KV cache, and {', '.join(other)} works before it",
+            argument="protocol",
+            given=protocol,
+            expected="protocol 'prompt', or methods on the KV cache",
+        )
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    place = torch.arange(ids.shape[1], device=ids.device)
+    last = (place * (ids == model.config.image_token_id)).amax(1).tolist()
+    if min(last) != max(last) or last[0] in (0, ids.shape[1] - 1) or not bool(mask.all()):
+        raise DataError(
+            f"protocol={protocol!r} reads the text behind the last picture apart, which starts at "
+            f"different tokens of these rows, is missing, or is padded: last visual tokens {last}",
+            argument="protocol",
+            given=last,
+            expected="equally long prompts without padding, pictures at the same places",
+        )
+    split = last[0] + 1
+    read = dict(inputs)
+    if protocol == "context":
+        read |= {k: v[:, :split] for k, v in inputs.items() if v.shape == ids.shape}
+    cache = model(**read, use_cache=True, logits_to_keep=1).past_key_values
+    costs = costs_of(patched, len(ids))
+    if protocol == "again":
+        patched.kv(cache).crop(split)
+    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}, costs
+
+
 def costs_of(patched: Patched, rows: int) -> list[dict[str, Any]]:
     """Per-sample cost of the newest prefill, without times: contracts, Evaluation results.
 
-    `kv_bytes` counts the sample's own tokens, not the padding of its batch.
+    `kv_bytes` counts the sample's own tokens, not the padding of its batch; where a plan works on
+    the cache, it is an equal share of what the batch really holds, room to grow included.
 
     Args:
         patched: after a prefill.
@@ -121,13 +187,16 @@ def costs_of(patched: Patched, rows: int) -> list[dict[str, Any]]:
     """
     record = patched.ledger.as_dict()
     repeats = max(1, record["batch"] // rows)
+    held = record["kv_bytes"] // record["batch"] if patched.compressors else None
     return [
         {
             "kept_llm": record["kept_llm"][i],
             "visual_in": record["visual_tokens"][i],
             "visual_avg": record["visual_avg"][i],
             "prefill_flops": record["prefill_flops"][i],
-            "kv_bytes": _kv_bytes(patched.model, [row["tokens"][i] for row in record["layers"]]),
+            "kv_bytes": _kv_bytes(patched.model, [row["tokens"][i] for row in record["layers"]])
+            if held is None
+            else held,
         }
         for i in range(0, rows * repeats, repeats)
     ]

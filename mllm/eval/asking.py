@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from mllm import attention
-from mllm.eval.answer import Answer, answer
+from mllm.eval.answer import Answer, Protocol, answer
 from mllm.eval.scoring import is_correct
 from mllm.loading import build_inputs
 from mllm.plan import Plan
@@ -35,18 +36,32 @@ class Questions:
         batch_size: questions per batch; like lengths go together, so padding is rare.
         dtype: of `pixel_values`.
         device: where the batches are kept.
+        protocol: of :func:`mllm.eval.answer.answer`; but for `prompt`, a batch has prompts of one
+            length and shape only.
     """
 
     def __init__(
-        self, processor: Any, samples: list[dict], batch_size: int, dtype: Any, device: Any
+        self,
+        processor: Any,
+        samples: list[dict],
+        batch_size: int,
+        dtype: Any,
+        device: Any,
+        protocol: Protocol = "prompt",
     ) -> None:
-        self.samples = samples
+        self.samples, self.protocol = samples, protocol
         asked = [prompt(sample) for sample in samples]
-        lengths = [
-            (len(pictures), len(processor.tokenizer(text)["input_ids"])) for pictures, text in asked
-        ]
+        lengths = [_shape(processor.tokenizer, *prompted) for prompted in asked]
         order = sorted(range(len(samples)), key=lambda i: (lengths[i], i))
-        self.indices = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        alike = [
+            list(same)
+            for _, same in itertools.groupby(
+                order, lambda i: None if protocol == "prompt" else lengths[i]
+            )
+        ]
+        self.indices = [
+            same[i : i + batch_size] for same in alike for i in range(0, len(same), batch_size)
+        ]
         self._processor, self._asked, self._to = processor, asked, (device, dtype)
         self._alone: dict[int, Any] = {}
         self.batches = [self._inputs(indices) for indices in self.indices]
@@ -59,6 +74,14 @@ class Questions:
 
     def _inputs(self, indices: list[int]) -> Any:
         return build_inputs(self._processor, [self._asked[i] for i in indices]).to(*self._to)
+
+
+def _shape(tokenizer: Any, pictures: list, text: str) -> tuple[int, int, int]:
+    """Of a prompt: pictures, tokens with one for each of them, and tokens behind the last one."""
+    ids = tokenizer(text)["input_ids"]
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    behind = ids[::-1].index(image) if image in ids else len(ids)
+    return len(pictures), len(ids), behind
 
 
 class SharedTower:
@@ -168,8 +191,9 @@ def answer_all(
     answers: list[Answer | None] = [None] * len(questions.samples)
     for indices, inputs in zip(questions.indices, questions.batches, strict=True):
         results = answer(
-            model, processor, inputs, patched, max_new_tokens=MAX_NEW_TOKENS, stops=STOPS
-        )
+            model, processor, inputs, patched, max_new_tokens=MAX_NEW_TOKENS, stops=STOPS,
+            protocol=questions.protocol,
+        )  # fmt: skip
         for index, result in zip(indices, results, strict=True):
             answers[index] = result
         if on_batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import json
 import os
@@ -32,6 +33,7 @@ from mllm.eval.bench_shapes import (
     cannot_measure,
     random_inputs,
     text_inputs,
+    whole_images,
 )
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import median_interval
@@ -43,6 +45,7 @@ OnRow = Callable[[dict[str, Any]], None]  # the results so far, after each row
 SDPA = ("flash", "efficient", "math", "cudnn")
 DTYPES = ("bfloat16", "float16", "float32")
 CLAIM_PAIRS = 30  # fewer pairs are a look, not a figure to quote
+LEAST_TEXT = 64  # of a prompt whose length alone is given
 
 
 # Plan and the share of its ideal that we aim at (1 / 1.03: keeping everything costs at most 3 %).
@@ -141,8 +144,13 @@ def opened(
     device: str | None,
     sdpa: str | None,
     threads: int | None,
+    length: Sequence[int] | None = None,
 ) -> tuple[Any, list[tuple[int, int, Inputs]], dict[str, Any]]:
     """What a suite needs before its first row; arguments as in :func:`prefill`.
+
+    Args:
+        length: tokens per sample, instead of `visual` and `text`: as many whole pictures as leave
+            room for `LEAST_TEXT` text tokens.
 
     Returns:
         The model; batch size, visual tokens and inputs of every measurement; and the results
@@ -167,10 +175,14 @@ def opened(
         base, shape = load_model(model, dtype=dtype, device=device)[0], {"name": model}
     shape["parameters"] = sum(p.numel() for p in base.parameters())
     visual = visual or (model.visual if isinstance(model, Shape) else (576, 1152))
+    sizes = [(count, text) for count in visual]
+    if length is not None:
+        counts = [whole_images(base, tokens - LEAST_TEXT) for tokens in length]
+        sizes = [(count, tokens - count) for count, tokens in zip(counts, length, strict=True)]
     draw = [
-        (size, count, random_inputs(base, visual=count, text=text, batch=size, unequal=unequal))
+        (size, count, random_inputs(base, visual=count, text=words, batch=size, unequal=unequal))
         for size in batch
-        for count in visual
+        for count, words in sizes
     ]
     results = {
         "schema": 1,
@@ -387,25 +399,32 @@ class _CudaClock:
 @torch.inference_mode()
 def peak_bytes(model: Any, inputs: Inputs) -> int:
     """Largest sum of live tensor bytes during one prefill, the model's weights included."""
-    if model.device.type == "cuda":
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    run = functools.partial(model, **inputs, use_cache=True, logits_to_keep=1)
+    return weights + peak_of(model.device, run)
+
+
+def peak_of(device: torch.device, run: Callable[[], Any]) -> int:
+    """Most bytes of tensors that lived at once during `run`, beyond what lived before."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        model(**inputs, use_cache=True, logits_to_keep=1)
+        before = torch.cuda.memory_allocated()
+        run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     # The CPU allocator keeps no peak; the profiler's trace has every allocation and release.
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as p:
-        model(**inputs, use_cache=True, logits_to_keep=1)
+        run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         p.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     memory = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
     steps = np.cumsum([size for _, size in sorted(memory, key=lambda item: item[0])])
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return int(weights + max(0, steps.max(initial=0)))
+    return int(max(0, steps.max(initial=0)))
 
 
 @contextlib.contextmanager

@@ -156,11 +156,24 @@ def _words(config: Any, batch: int, length: int, draw: torch.Generator) -> Tenso
     return ids.masked_fill(ids == config.image_token_id, 3)
 
 
+def whole_images(model: Any, most: int) -> int:
+    """The most visual tokens up to `most` that are whole images; `most` if images have any size."""
+    if model.config.model_type != "llava":
+        return most
+    return most - most % _image_tokens(model.config)
+
+
+def _image_tokens(config: Any) -> int:
+    """Visual tokens of one image of a LLaVA-1.5."""
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    return tokens + (config.vision_feature_select_strategy == "full")
+
+
 def _pictures(config: Any, visual: int, batch: int, draw: torch.Generator) -> dict[str, Tensor]:
     vision = config.vision_config
     if config.model_type == "llava":
-        tokens = (vision.image_size // vision.patch_size) ** 2
-        tokens += config.vision_feature_select_strategy == "full"
+        tokens = _image_tokens(config)
         if visual < tokens or visual % tokens:
             whole = f"a multiple of {tokens}, the tokens of one image"
             raise cannot_measure("visual", visual, whole)

@@ -22,7 +22,7 @@ except ImportError:  # Windows has no such locks: there, a file is not guarded
 
 SCHEMA = 1
 _FIELDS = frozenset({"method", "budget", "task", "n", "outcomes", "about"})
-Identity = tuple[str, int, str, str, str]
+Identity = tuple[str, int, str, str, str, str]
 _EXPECTED = "a file written by mllm sweep, or another --output"
 
 
@@ -40,13 +40,15 @@ class Cells:
 
 
 def identity(cell: dict[str, Any]) -> Identity:
-    """What tells a cell from others: key, questions asked, their style and data, backend.
+    """What tells a cell from others: key, questions asked, style, data, backend, protocol.
 
     The key covers plan, task, split, seed and weights, in the dtype they are used in. Cells
-    written before these were told apart are of style `plain` and of the first scenes.
+    written before these were told apart are of style `plain`, of the first scenes, and of
+    protocol `prompt`.
     """
     asked, style = cell.get("n_asked", cell["n"]), cell.get("style", "plain")
-    return cell["key"], asked, style, cell.get("data", "scenes 1"), cell["about"]["backend"]
+    data, protocol = cell.get("data", "scenes 1"), cell.get("protocol", "prompt")
+    return cell["key"], asked, style, data, cell["about"]["backend"], protocol
 
 
 def read(path: str | os.PathLike) -> Cells:

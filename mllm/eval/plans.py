@@ -93,6 +93,35 @@ def plan_for_budget(
     return Plan(made, seed)
 
 
+def baseline_at(name: str, budget: int | float | None) -> str:
+    """The method that `random` means at a budget: on the KV cache it is random eviction."""
+    return "randomkv" if name == "random" and isinstance(budget, float) else name
+
+
+def on_cache(template: str) -> bool:
+    """Whether a template consists of methods on the KV cache alone."""
+    return all(stage.site == "cache" for stage in Plan.from_spec(template).stages)
+
+
+def plan_for_share(template: str, share: float, *, seed: int = 0) -> Plan | None:
+    """`template` with every `budget` set to a share of the slots per layer and KV head.
+
+    Args:
+        template: spec text of methods on the KV cache.
+        share: of the prompt's tokens, in (0, 1]. Methods without a budget hold all tokens: their
+            plan is that of share 1.
+        seed: seed of the plan.
+
+    Returns:
+        The plan, or None where the template has no budget and `share` is below 1.
+    """
+    stages = Plan.from_spec(template).stages
+    if not any(hasattr(stage, "budget") for stage in stages):
+        return Plan(stages, seed) if share == 1 else None
+    share = float(share)
+    return Plan([s.replace(budget=share) if hasattr(s, "budget") else s for s in stages], seed)
+
+
 def _for_average(stage: Any, average: int, tokens: int, num_layers: int) -> Any:
     """A stage inside the decoder under which layers see `average` tokens, or PlanError."""
     if hasattr(stage, "for_average"):

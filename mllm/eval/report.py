@@ -30,7 +30,8 @@ class Row:
     Attributes:
         name: what is plotted as one line, such as `visionzip`.
         spec: the plan's spec text; empty for the unpatched model.
-        budget: layer-average visual tokens aimed at; None for the unpatched model.
+        budget: layer-average visual tokens aimed at, or the share of a KV cache's slots; None for
+            the unpatched model.
         visual_avg: layer-average visual tokens reached (input to layer, mean over the samples).
         flops: prefill FLOPs of a sample, mean; vision tower and selection included.
         prefill_s: seconds to the first token per sample, or None where it was not measured.
@@ -45,7 +46,7 @@ class Row:
 
     name: str
     spec: str
-    budget: int | None
+    budget: int | float | None
     visual_avg: float = math.nan
     flops: float = math.nan
     prefill_s: float | None = None

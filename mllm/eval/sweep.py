@@ -13,9 +13,16 @@ import torch
 
 from mllm.errors import MllmError, PlanError
 from mllm.eval import cells, sources, stats
-from mllm.eval.answer import Answer, answer
+from mllm.eval.answer import Answer, Protocol, answer
 from mllm.eval.asking import Questions, SharedTower, answer_all, marks
-from mllm.eval.plans import UNPATCHED, patched_with, plan_for_budget
+from mllm.eval.plans import (
+    UNPATCHED,
+    baseline_at,
+    on_cache,
+    patched_with,
+    plan_for_budget,
+    plan_for_share,
+)
 from mllm.eval.provenance import describe_run
 from mllm.eval.scoring import normalise
 from mllm.plan import Plan
@@ -23,15 +30,20 @@ from mllm.plan import Plan
 SANITY = ("random", "downsample", "stride", "avgpool")
 METHODS = (*SANITY, "visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
 BUDGETS = (192, 64, 16)
+KV_SANITY = ("randomkv", "streamingllm")
+KV_BUDGETS = (0.5, 0.25, 0.1)
 BASELINES = ("random", "downsample")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the grid: a method at a budget (None for the unpatched model) with a seed."""
+    """One row of the grid: a method at a budget (None for the unpatched model) with a seed.
+
+    A budget is a number of visual tokens, or for methods on the KV cache a share of the slots.
+    """
 
     method: str
-    budget: int | None
+    budget: int | float | None
     plan: Plan
 
     @property
@@ -62,6 +74,7 @@ class Questioning:
         style: of the pictures.
         batch_size: questions per batch.
         timings: single-picture prefills to time per cell, tower included; 0 for none.
+        protocol: when answers are read: see :func:`mllm.eval.answer.answer`.
     """
 
     n: int = 500
@@ -69,6 +82,7 @@ class Questioning:
     style: str = "plain"
     batch_size: int = 16
     timings: int = 8
+    protocol: Protocol = "prompt"
 
 
 def grid(
@@ -79,6 +93,7 @@ def grid(
     seeds: Sequence[int] = (0,),
     seeds_of: Mapping[str, Sequence[int]] | None = None,
     sanity_positions: Sequence[str] = ("compact",),
+    kv_budgets: Sequence[float] = KV_BUDGETS,
     fixed: Mapping[str, int] | None = None,
 ) -> tuple[list[Entry], list[Skipped]]:
     """The plans of a sweep, sanity rows first: others are compared with them.
@@ -95,12 +110,16 @@ def grid(
         seeds_of: other seeds for some of them, by template or by the name of a method.
         sanity_positions: position policies of the sanity rows. `compact` ones are always there;
             `original` ones are called `random:positions=original` and so on.
+        kv_budgets: for templates of methods on the KV cache, which have their own sanity rows:
+            shares of the slots per layer and KV head.
         fixed: whole plans that keep what they keep, by spec text; the budget says only which rows
             they stand beside.
 
     Raises:
         PlanError: a template or budget that cannot be meant.
     """
+    cached = [method for method in dict.fromkeys(methods) if on_cache(method)]
+    methods = [method for method in methods if method not in cached]
     tokens = visual_tokens(model)
     num_layers = model.config.get_text_config().num_hidden_layers
     sanity = [
@@ -109,9 +128,9 @@ def grid(
         for method in SANITY
     ]
     entries, skipped = [Entry(UNPATCHED, None, Plan([]))], []
-    plans: list[tuple[str, int, Plan]] = []
+    plans: list[tuple[str, int | float, Plan]] = []
     planned = set()
-    for method in dict.fromkeys((*sanity, *methods)):
+    for method in dict.fromkeys((*sanity, *methods)) if methods or fixed or not cached else ():
         for budget in sorted(set(budgets), reverse=True):
             try:
                 plan = plan_for_budget(method, budget, tokens=tokens, num_layers=num_layers)
@@ -122,6 +141,11 @@ def grid(
                 continue
             plans.append((method, budget, plan))
     plans += [(text, budget, Plan.from_spec(text)) for text, budget in (fixed or {}).items()]
+    for method in dict.fromkeys((*KV_SANITY, *cached)) if cached else ():
+        # A method without a budget holds all tokens: it stands at 1.0.
+        budgeted = plan_for_share(method, 0.5) is not None
+        for share in sorted(set(kv_budgets), reverse=True) if budgeted else (1.0,):
+            plans.append((method, share, plan_for_share(method, share)))
     for method, budget, plan in plans:
         for seed in _seeds(method, plan, seeds, seeds_of or {}):
             seeded = Plan(plan.stages, seed)
@@ -170,6 +194,7 @@ def run(
     style: str = "plain",
     batch_size: int = 16,
     timings: int = 8,
+    protocol: Protocol = "prompt",
     workers: int = 1,
     load: Callable[[], tuple[Any, Any]] | None = None,
     on_start: Callable[[str, str], None] | None = None,
@@ -181,7 +206,7 @@ def run(
         entries: rows of the grid, sanity rows first (see :func:`grid`).
         tasks: tasks of `mllm.eval.sources`.
         output: JSON Lines file; each finished cell is appended at once.
-        n, split, style, batch_size, timings: see :class:`Questioning`.
+        n, split, style, batch_size, timings, protocol: see :class:`Questioning`.
         workers: processes that share the tasks among them; they change no cell.
         load: loads `model` and `processor` in a worker; picklable, needed with several workers.
         on_start: told the task and the entry's name before work on it starts.
@@ -196,7 +221,7 @@ def run(
     """
     from mllm.eval import workers as processes
 
-    asked = Questioning(n, split, style, batch_size, timings)
+    asked = Questioning(n, split, style, batch_size, timings, protocol)
     about = describe_run(model)
     with cells.ResultsFile(output) as file:
         done, todo = split_cells(entries, tasks, output, about, asked)
@@ -210,14 +235,15 @@ def run(
             made = processes.evaluate(load, jobs, asked, workers, threads, on_start)
         else:
             made = evaluate(model, processor, jobs, asked, on_start)
-        baselines = {(e.method, e.budget): e for e in reversed(entries) if e.method in BASELINES}
+        baselines = {(e.method, e.budget): e for e in reversed(entries)}
         for task, entry, cell in made:
             name = identity(entry, task, about, asked)
             cell = {"schema": cells.SCHEMA, "key": name[0], **cell}
             for baseline in BASELINES:
-                first = baselines.get((baseline, entry.budget))
+                other = baseline_at(baseline, entry.budget)
+                first = baselines.get((other, entry.budget))
                 theirs = first and done.get(identity(first, task, about, asked))
-                compared = theirs is not None and entry.method != baseline
+                compared = theirs is not None and entry.method != other
                 cell[f"vs_{baseline}"] = (
                     stats.paired(_bits(cell), _bits(theirs)).as_dict() if compared else None
                 )
@@ -231,7 +257,9 @@ def identity(
 ) -> cells.Identity:
     """The :func:`mllm.eval.cells.identity` that a cell will have."""
     name = key(entry, task, asked.split, about["weights_sha256"])
-    return name, asked.n, asked.style, data(task, asked.split), about["backend"]
+    return (
+        name, asked.n, asked.style, data(task, asked.split), about["backend"], asked.protocol
+    )  # fmt: skip
 
 
 def split_cells(
@@ -268,13 +296,15 @@ def evaluate(
     shared = SharedTower(model)
     for task, entries in jobs:
         drawn = draw(task, asked)
-        questions = Questions(processor, drawn, asked.batch_size, model.dtype, model.device)
+        questions = Questions(
+            processor, drawn, asked.batch_size, model.dtype, model.device, asked.protocol
+        )
         for entry in entries:
             if on_start:
                 on_start(task, entry.name)
             cell = _cell(model, processor, questions, entry, shared, asked.timings)
             cell |= {"task": task, "split": asked.split, "style": asked.style}
-            cell["data"] = data(task, asked.split)
+            cell |= {"data": data(task, asked.split), "protocol": asked.protocol}
             yield task, entry, cell | {"n_asked": asked.n, "about": about}
         shared.forget()
 

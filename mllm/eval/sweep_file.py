@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from mllm.errors import DataError, MllmError, PlanError
+from mllm.eval.plans import on_cache
 from mllm.plan import Plan
 
 VERSION = 1
@@ -26,6 +27,7 @@ class SweepFile:
         model: folder, hub name, or `tiny-llava`.
         methods: spec templates without `keep`; the sanity rows are added.
         budgets: visual tokens per image, averaged over decoder layers.
+        kv_budgets: of methods on the KV cache, shares of the slots per layer and KV head.
         fixed: whole plans that have no `keep`, each with the budget whose rows it stands beside.
         tasks: tasks of `mllm.eval.sources`; `admitted` stands for those that the embedded model
             learnt, the name of a source (`yardstick`, `easyvqa`, `mnist`) for all of its own.
@@ -36,6 +38,8 @@ class SweepFile:
         split: of the tasks.
         style: of the pictures.
         batch_size: questions per batch.
+        protocol: when answers are read, against when the KV cache is compressed: `prompt`,
+            `again` or `context`; see :func:`mllm.eval.answer.answer`.
         timings: single prefills timed per cell; None is 8 with one worker, else 0.
         workers: processes that share the tasks.
         dtype, device: how to load the model.
@@ -45,6 +49,7 @@ class SweepFile:
     model: str = "tiny-llava"
     methods: tuple[str, ...] = ("visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
     budgets: tuple[int, ...] = (192, 64, 16)
+    kv_budgets: tuple[float, ...] = (0.5, 0.25, 0.1)
     fixed: dict[str, int] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("admitted",)
     seeds: tuple[int, ...] = (0,)
@@ -54,6 +59,7 @@ class SweepFile:
     split: Literal["test", "dev", "train"] = "test"
     style: str = "plain"
     batch_size: int = 16
+    protocol: Literal["prompt", "again", "context"] = "prompt"
     timings: int | None = None
     workers: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -75,6 +81,14 @@ class SweepFile:
                 )
         for name in self.seeds_of:
             _check_seeded(name, (*self.methods, *self.fixed))
+        texts = (*self.methods, *self.fixed)
+        if self.protocol != "prompt" and not all(map(on_cache, texts)):
+            raise PlanError(
+                f"protocol {self.protocol!r} is about the KV cache, and not all methods are",
+                argument="protocol",
+                given=self.protocol,
+                expected="protocol prompt, or methods on the KV cache alone",
+            )
         if self.workers > 1 and self.timings:
             raise MllmError(
                 f"{self.workers} workers disturb each other's timings",
@@ -203,6 +217,7 @@ def _scalar(name: str, value: Any, where: str, hint: Any) -> Any:
     else:
         fits = not isinstance(value, bool) and isinstance(value, options)
         fits = fits and not (isinstance(value, int) and value < _LEAST[name])
+        fits = fits and not (isinstance(value, float) and not 0 < value <= 1)
         fits = fits and value != ""
     if not fits:
         raise _wrong(name, value, where, _kind(name, hint))
@@ -212,6 +227,8 @@ def _scalar(name: str, value: Any, where: str, hint: Any) -> Any:
 def _kind(name: str, hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
+    if hint is float:
+        return "a fraction in (0, 1]"
     if int in (hint, *typing.get_args(hint)):
         return f"a whole number from {_LEAST[name]}"
     return "a text"
@@ -225,9 +242,10 @@ def _wrong(name: str, value: Any, where: str, expected: str) -> MllmError:
 
 def _check_template(template: str) -> None:
     plan = Plan.from_spec(template)
-    if ":keep=" in template:
+    name, budgets = ("budget", "kv_budgets") if on_cache(template) else ("keep", "budgets")
+    if f":{name}=" in template:
         raise PlanError(
-            f"a sweep sets keep from the budgets: leave it out of {template!r}",
+            f"a sweep sets {name} from the {budgets}: leave it out of {template!r}",
             argument="methods",
             given=template,
             expected="+".join(stage.info.name for stage in plan.stages),
@@ -236,9 +254,9 @@ def _check_template(template: str) -> None:
 
 def _check_seeded(name: str, methods: tuple[str, ...]) -> None:
     """`name` must be a method or template that draws at random."""
-    from mllm.eval.sweep import SANITY, draws
+    from mllm.eval.sweep import KV_SANITY, SANITY, draws
 
-    plans = {text: Plan.from_spec(text) for text in (*SANITY, *methods)}
+    plans = {text: Plan.from_spec(text) for text in (*SANITY, *KV_SANITY, *methods)}
     drawn = {text: plan for text, plan in plans.items() if draws(plan)}
     known = {stage.info.name for plan in drawn.values() for stage in plan.stages if stage.draws}
     known |= set(drawn)

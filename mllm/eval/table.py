@@ -14,7 +14,7 @@ import numpy as np
 
 from mllm.errors import DataError
 from mllm.eval import files, stats, words
-from mllm.eval.plans import UNPATCHED
+from mllm.eval.plans import UNPATCHED, baseline_at
 from mllm.eval.words import or_dash, points
 
 VERSUS = tuple(f"vs_{name}" for name in ("random", "downsample", UNPATCHED))
@@ -45,7 +45,7 @@ class _Entry:
     """The finished runs of one method at one budget: per seed, a cell for every task."""
 
     method: str
-    budget: int | None
+    budget: int | float | None
     runs: list[dict[str, dict[str, Any]]]
 
     def outcomes(self, tasks: Sequence[str]) -> list[list[list[bool]]]:
@@ -95,6 +95,7 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
     table = {
         "schema": 1,
         **{k: first[k] for k in ("about", "split", "n", "seed")},
+        "protocol": first.get("protocol", "prompt"),
         "style": first.get("style", "plain"),
         "tasks": list(tasks),
         "rows": rows,
@@ -210,6 +211,7 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         "## How",
         "",
+        f"Protocol {table['protocol']}; "
         f"{about['dtype']}, {about['backend']}, {about['device']}, {about['threads']} threads; "
         f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}; weights "
         f"{about['weights_sha256'][:12]}; commit {about['commit'] or 'unknown'}; {versions}. "
@@ -298,7 +300,8 @@ def _origin(cell: dict[str, Any]) -> str:
     about = cell["about"]
     return (
         f"weights {about['weights_sha256'][:12]}, {cell['split']} split, "
-        f"{cell.get('style', 'plain')} style, {about['dtype']}, {about['backend']}"
+        f"{cell.get('style', 'plain')} style, {about['dtype']}, {about['backend']}, protocol "
+        f"{cell.get('protocol', 'prompt')}"
     )
 
 
@@ -306,7 +309,8 @@ def _row(
     entry: _Entry, tasks: Iterable[str], entries: dict[tuple[str, int | None], _Entry]
 ) -> dict[str, Any]:
     def baseline(name: str) -> _Entry | None:
-        found = entries.get((name, None if name == UNPATCHED else entry.budget))
+        budget = None if name == UNPATCHED else entry.budget
+        found = entries.get((baseline_at(name, budget), budget))
         return found if found and found.runs else None
 
     others = {name: baseline(name) for name in ("random", "downsample", UNPATCHED)}
@@ -330,7 +334,7 @@ def _figures(
     score = stats.share(flat)
     compared = {
         f"vs_{name}": _compared(entry, other, tasks)
-        if other and entry.method not in (name, UNPATCHED)
+        if other and entry.method not in (other.method, UNPATCHED)
         else None
         for name, other in others.items()
     }
@@ -403,7 +407,7 @@ def _correct(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
             counts.setdefault(versus, {})[label] = len(compared)
     for row in rows:
         for figures in (row, *row["tasks"].values()):
-            figures["verdict"] = words.verdict(row["method"], figures)
+            figures["verdict"] = words.verdict(row["method"], figures, row["budget"])
     return counts
 
 

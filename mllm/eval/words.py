@@ -19,23 +19,34 @@ _AGAINST_UNPATCHED = {
     "worse": "loses {points} points against unpatched",
 }
 _UNCORRECTED = "before correction only"
+KV_BUDGETS = (
+    "For methods on the KV cache the budget is the share of the slots that stay, per layer and "
+    "head, and random is randomkv."
+)
 
 
-def verdict(method: str, figures: dict[str, Any]) -> str:
+def has_shares(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether some budgets are shares of the slots of a KV cache."""
+    return any(isinstance(row["budget"], float) for row in rows)
+
+
+def verdict(method: str, figures: dict[str, Any], budget: int | float | None = None) -> str:
     """One line about a method at a budget, or on one task of it; empty for unpatched.
 
     Args:
         method: name of the row.
         figures: a row of :func:`mllm.eval.table.build`, or one of its `tasks`.
+        budget: of the row; a share has no smaller picture to be compared with.
     """
     if method == UNPATCHED:
         return ""
     said = []
-    for name in ("random", "downsample"):
+    on_cache = isinstance(budget, float)
+    for name in ("random",) if on_cache else ("random", "downsample"):
         found = figures[f"vs_{name}"]
         if found:
             said.append(f"{found['verdict']} than {name}" + _caution(found))
-        elif method != name:
+        elif method != (f"{name}kv" if on_cache else name):
             said.append(f"not compared with {name}, which is missing")
     found = figures[f"vs_{UNPATCHED}"]
     if found:
@@ -52,6 +63,13 @@ def paragraphs(table: dict[str, Any]) -> list[str]:
     Args:
         table: of :func:`mllm.eval.table.build`, still without `words`.
     """
+    rows = table["rows"]
+    if has_shares(rows):
+        return [KV_BUDGETS, *_compared(table)]
+    return _compared(table)
+
+
+def _compared(table: dict[str, Any]) -> list[str]:
     rows = table["rows"]
     budgets = dict.fromkeys(row["budget"] for row in rows if row["vs_random"])
     said = [_at_budget(budget, rows, table["tasks"]) for budget in budgets]
@@ -94,7 +112,7 @@ def or_dash(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _at_budget(budget: int, rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
+def _at_budget(budget: int | float, rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
     compared = [row for row in rows if row["budget"] == budget and row["vs_random"]]
     parts = []
     for found, pattern in _VERDICTS.items():
@@ -107,7 +125,8 @@ def _at_budget(budget: int, rows: Sequence[dict[str, Any]], tasks: Sequence[str]
             many = len(names) > 1
             beat, be = ("beat", "are") if many else ("beats", "is")
             parts.append(pattern.format(names=_listed(names), beat=beat, be=be))
-    sentences = [f"At {budget} tokens, over all tasks, {'; '.join(parts)}."]
+    what = "of the slots" if isinstance(budget, float) else "tokens"
+    sentences = [f"At {budget} {what}, over all tasks, {'; '.join(parts)}."]
     for task in tasks if len(tasks) > 1 else ():
         better = [row["method"] for row in compared if _beats(row["tasks"][task]["vs_random"])]
         verb = "beats" if len(better) == 1 else "beat"
@@ -148,7 +167,7 @@ def _chance(rows: Sequence[dict[str, Any]], comparisons: dict[str, dict[str, int
 
 def _about_seeds(rows: Sequence[dict[str, Any]]) -> str:
     """How many seeds stand behind random, and what the intervals contain."""
-    seeds = {len(row["seeds"]) for row in rows if row["method"] == "random"}
+    seeds = {len(row["seeds"]) for row in rows if row["method"] in ("random", "randomkv")}
     if seeds == {1}:
         return (
             "Random was run with one seed: what is said against it holds for this draw, and "
