@@ -218,8 +218,8 @@ def finetune(
         RecipeError, PlanError, DataError: see `mllm.training.recipe` and `mllm.patch`.
     """
     arguments = training_arguments(recipe.train, folder, deepspeed_config(recipe))
-    set_seed(arguments.seed)
     base, processor = loaded or _load(recipe, str(arguments.device))
+    set_seed(arguments.seed)  # now: reading a model in parts draws random numbers
     before = parts.parts(base)
     parts.freeze(base, recipe)
     teacher = Teacher(base) if recipe.method.distill else None
@@ -261,18 +261,17 @@ def _finished(recipe: Recipe, trainer: FinetuneTrainer, base: Any, folder: Path)
     lora, model = recipe.method.type == "lora", trainer.model
     gathered = None
     if recipe.parallel.zero == 3:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        unset_hf_deepspeed_config()  # else transformers loads the next model in parts as well
     if not trainer.args.should_save:
         return base
     if lora:
-        adapter = None if gathered is None else {k: v for k, v in gathered.items()}
-        model.save_pretrained(folder / "adapter", state_dict=adapter)
+        model.save_pretrained(folder / "adapter", state_dict=gathered)
     if gathered is None and not recipe.method.load_in_4bit:
         return (model.merge_and_unload() if lora else base).eval()
     # The model here is in parts, or in 4 bits: put the weights into a whole one.
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # else transformers loads this one in parts as well
     whole, _ = load_model(recipe.model.path, dtype=recipe.model.dtype, device="cpu")
     if lora:
         from peft import PeftModel

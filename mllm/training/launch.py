@@ -59,14 +59,14 @@ def join(recipe: Recipe) -> World:
     import torch
 
     here = world()
-    deepspeed = recipe.parallel.zero is not None
-    if deepspeed:
+    zero = recipe.parallel.zero is not None
+    if zero:
         _prepare_deepspeed()
         if not launched():  # DeepSpeed wants a process group, also of one
             alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
             for name, value in (alone | {"MASTER_PORT": free_port()}).items():
                 os.environ.setdefault(name, str(value))
-    if (here.size > 1 or deepspeed) and not torch.distributed.is_initialized():
+    if (here.size > 1 or zero) and not torch.distributed.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(here.local_rank)
@@ -82,6 +82,11 @@ def join(recipe: Recipe) -> World:
                 given=os.environ.get("MASTER_PORT"),
                 expected="a port that no other run uses: --master-port of the launcher",
             ) from error
+    if zero:
+        import deepspeed.comm
+
+        # ZeRO-3 asks for the size of the world while the model is read, before the Trainer is made.
+        deepspeed.comm.init_distributed(auto_mpi_discovery=False, verbose=False)
     return here
 
 
@@ -152,23 +157,12 @@ def any_of(flag: bool, device: Any = "cpu") -> bool:
     return bool(found)
 
 
-def leave() -> None:
-    """Part from the other processes; what follows is the first one's alone."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        barrier()
-        torch.distributed.destroy_process_group()
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState, PartialState
-
-        # A later run in this process may be spread in another way.
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-
-
 def end_worker(code: int) -> None:
-    """End a process of many at once: gloo's threads may abort an ordinary end."""
+    """End a process of many at once: gloo's threads may abort an ordinary end.
+
+    A process group stays as long as its process: DeepSpeed keeps parts of it, and a second one in
+    the same process may wait for ever.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -21,7 +21,7 @@ from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import wilson
 from mllm.plan import Plan
 from mllm.training.card import write_card, write_loss_plot
-from mllm.training.launch import World, join, leave, on_first, refuse_stages
+from mllm.training.launch import World, barrier, join, on_first, refuse_stages
 from mllm.training.recipe import EvalPart, Recipe, load
 
 RECORD = "run.json"
@@ -51,12 +51,6 @@ def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         DataError: data, model or checkpoint cannot be read, or the disk is full.
     """
     here = join(recipe)
-    done = _run(recipe, resume, here)
-    leave()  # not after an error: the others may never come to the meeting
-    return done
-
-
-def _run(recipe: Recipe, resume: bool | str, here: World) -> dict[str, Any]:
     folder, checkpoint = _place(recipe, resume)
     record = on_first(lambda: _open(recipe, folder, bool(resume), here.size))
     if record["status"] == "complete":
@@ -127,7 +121,7 @@ def _work(
         if here.first:
             _save_model(recipe, folder, *trained)
         del trained
-    leave()
+    barrier()  # before the evaluation, which may take longer than the others wait
     if recipe.eval and here.first:
         found = evaluate(folder / "model", recipe.eval)
         if recipe.eval.base:
