@@ -221,6 +221,8 @@ def finetune(
     base, processor = loaded or _load(recipe, str(arguments.device))
     set_seed(arguments.seed)  # now: reading a model in parts draws random numbers
     before = parts.parts(base)
+    if recipe.model.reset_projector:
+        parts.reset_projector(base)
     parts.freeze(base, recipe)
     teacher = Teacher(base) if recipe.method.distill else None
     lora = recipe.method.type == "lora"

@@ -45,6 +45,13 @@ def freeze(model: nn.Module, recipe: Recipe) -> None:
             parameter.requires_grad_(False)
 
 
+def reset_projector(model: nn.Module) -> None:
+    """Draw the weights of the projector anew, as its layers are made."""
+    for module in resolve_family(model).projector.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
 def trained(model: nn.Module, before: dict[str, str]) -> Iterable[tuple[str, nn.Parameter, str]]:
     """Every parameter that is trained, with its name and its part; `new_modules` among them.
 

@@ -31,11 +31,13 @@ class ModelPart(Strict):
     """Which model, in which type, and what stays frozen.
 
     `path` is a folder, a hub name, `tiny-llava` (the embedded model), or, with `stages`,
-    `new:tiny-llava`: the same architecture with random weights.
+    `new:tiny-llava`: the same architecture with random weights. `reset_projector` starts from a
+    random projector.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    reset_projector: bool = False
     freeze_vision_tower: bool = False
     freeze_multi_modal_projector: bool = False
     freeze_language_model: bool = False
@@ -644,6 +646,13 @@ def _check_parallel(recipe: Recipe) -> None:
 
 
 def _check_distill(recipe: Recipe) -> None:
+    if recipe.model.reset_projector and recipe.parallel.zero == 3:
+        _refuse(
+            "a projector cannot be drawn anew in parts",
+            "model.reset_projector",
+            True,
+            "parallel.zero of 0, 1 or 2",
+        )
     if recipe.method.distill is None:
         return
     if recipe.plan is None:
