@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_tiny import save_small
 
 import mllm
 from mllm.errors import DataError, RecipeError
@@ -25,7 +26,6 @@ from mllm.loading import load_model
 from mllm.training import launch
 from mllm.training.recipe import validate
 from mllm.training.run import run
-from mllm.training.tiny import new_model, new_processor
 
 REPOSITORY = Path(__file__).parents[1]
 PLAN = "visionzip:keep=6"
@@ -37,24 +37,7 @@ IN_PARTS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with a random LLaVA of two narrow layers and 16 visual tokens."""
-    from transformers import LlavaForConditionalGeneration
-
-    processor = new_processor()
-    config = new_model(processor.tokenizer).config
-    config.vision_config.update({"num_hidden_layers": 2, "image_size": 56})
-    config.vision_feature_layer = -2
-    config.text_config.update(
-        {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
-    )
-    config.image_seq_length = 16
-    processor.image_processor.size = {"shortest_edge": 56}
-    processor.image_processor.crop_size = {"height": 56, "width": 56}
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("small")
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_small(tmp_path_factory.mktemp("small"))
 
 
 def written(small, folder, *, zero=None, method="full", plan=None, batch=2, parallel=None, **train):

@@ -226,8 +226,21 @@ def _json(line: str) -> Any:
         return error
 
 
+class _Rows:
+    """Rows of an Arrow table or data set as dictionaries, read when asked; pictures as bytes."""
+
+    def __init__(self, table: Any, take: Callable[[int], Any]) -> None:
+        self._table, self._take = table, take
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._take(index).to_pylist()[0]
+
+
 def _read_arrow(path: Path, split: str) -> tuple[Any, str]:
-    """A parquet file, a folder of them, or what `save_to_disk` wrote; rows are read when asked."""
+    """A parquet file, a folder of them, or what `save_to_disk` wrote."""
     try:
         import datasets
         import pyarrow
@@ -243,22 +256,17 @@ def _read_arrow(path: Path, split: str) -> tuple[Any, str]:
     parquet = [file for file in parquet if split in file.name] or parquet
     if parquet:
         tables = [pyarrow.parquet.read_table(file, memory_map=True) for file in parquet]
-        found = datasets.Dataset(pyarrow.concat_tables(tables))
-    else:
-        found = datasets.load_from_disk(str(path))
-        if isinstance(found, datasets.DatasetDict):
-            names = {"train": ["train"], "dev": ["dev", "validation"]}[split]
-            name = next((name for name in names if name in found), None)
-            if name is None:
-                raise ValueError(f"it has the splits {', '.join(found)}, none of {names}")
-            found = found[name]
-    raw = datasets.Image(decode=False)
-    for name, feature in found.features.items():
-        if isinstance(feature, datasets.Image):
-            found = found.cast_column(name, raw)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            found = found.cast_column(name, datasets.List(raw))
-    return found, digest.hexdigest()
+        table = pyarrow.concat_tables(tables)
+        return _Rows(table, lambda index: table.slice(index, 1)), digest.hexdigest()
+    found = datasets.load_from_disk(str(path))
+    if isinstance(found, datasets.DatasetDict):
+        names = {"train": ["train"], "dev": ["dev", "validation"]}[split]
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            raise ValueError(f"it has the splits {', '.join(found)}, none of {names}")
+        found = found[name]
+    raw = found.with_format("arrow")  # undecoded, and without files of its own in the folder
+    return _Rows(raw, lambda index: raw[index]), digest.hexdigest()
 
 
 def _bad(path: Path, where: str, what: str) -> DataError:

@@ -33,7 +33,7 @@ from mllm.training.trainer import (
 )
 
 # LoRA goes into every projection of the language model unless the recipe names its own targets.
-LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+LORA_TARGETS = r".*(language|text)_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def wrap_lora(model: Any, recipe: Recipe) -> Any:

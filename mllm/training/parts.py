@@ -26,12 +26,15 @@ def parts(model: nn.Module) -> dict[str, str]:
     family = resolve_family(model)
     tower = {id(p) for p in family.tower.parameters()}
     projector = {id(p) for p in family.projector.parameters()}
+    head = model.get_output_embeddings()
+    language = {id(p) for module in (family.decoder, head) for p in module.parameters()}
 
     def part(parameter: nn.Parameter) -> str:
-        # Some towers hold their projector.
-        if id(parameter) in projector:
-            return "multi_modal_projector"
-        return "vision_tower" if id(parameter) in tower else "language_model"
+        if id(parameter) in language:
+            return "language_model"
+        # Some towers hold their projector; separators of rows stand beside it.
+        inside = id(parameter) in tower and id(parameter) not in projector
+        return "vision_tower" if inside else "multi_modal_projector"
 
     return {name: part(p) for name, p in model.named_parameters(remove_duplicate=False)}
 
