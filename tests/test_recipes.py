@@ -495,6 +495,19 @@ def test_a_checkpoint_of_another_plan_is_another_recipe(small, tmp_path):
         run(recipe_for(small, tmp_path / "run", plan="visionzip:keep=4"), resume=True)
 
 
+def test_a_resume_on_other_data_is_refused(small, tmp_path):
+    entries = [{"messages": messages("a?", 0)}] * 4
+    part = write_lines(tmp_path / "d.jsonl", entries)
+    recipe = recipe_for(small, tmp_path / "run", data=[part.model_dump()])
+    run(recipe)
+    shutil.rmtree(tmp_path / "run/model")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(record | {"status": "stopped"}))
+    write_lines(tmp_path / "d.jsonl", entries * 2)
+    with pytest.raises(DataError, match="not what the run"):
+        run(recipe, resume=True)
+
+
 def test_small_models_of_other_families_take_a_step(tmp_path):
     """Qwen2.5-VL: rotary sections and the width behind the merger must fit the narrow layers."""
     from transformers import Qwen2_5_VLConfig

@@ -111,7 +111,15 @@ def _work(
             from mllm.training.finetune import finetune
             from mllm.training.preview import check
 
-            data, record["data_sha256"] = load_data(recipe.data)
+            data, digests = load_data(recipe.data)
+            if resume and record["data_sha256"] not in ([], digests):
+                raise DataError(
+                    f"the data is not what the run in {folder} was started on",
+                    argument="data",
+                    given=digests,
+                    expected=f"files with the SHA-256 {record['data_sha256']}",
+                )
+            record["data_sha256"] = digests
             record["samples"] = len(data)
             record["resolved"] = check(recipe, data, here)
             if here.first:
