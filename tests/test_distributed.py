@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -292,22 +293,36 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(small, tmp_path_factory):
+    """A recipe of twelve steps that saves after each, and its weights, by method."""
+
+    @functools.cache
+    def get(method):
+        more = {"method": method, "plan": PLAN, "max_steps": 12, "save_steps": 1}
+        folder = tmp_path_factory.mktemp("first") / method
+        recipe = written(small, folder, save_total_limit=2, **more)
+        # Dropout shows whether random states are restored.
+        recipe["method"] |= {"lora_dropout": 0.1} if method == "lora" else {}
+        run(validate(recipe))
+        return recipe, load_file(folder / "model/model.safetensors")
+
+    return get
+
+
 @pytest.mark.parametrize(
     ("seed", "method"),
     [(0, "full"), (1, "lora")]
     + [pytest.param(s, "full" if s % 2 else "lora", marks=pytest.mark.slow) for s in range(2, 20)],
 )
-def test_killed_and_resumed_is_never_interrupted(seed, method, small, tmp_path):
+def test_killed_and_resumed_is_never_interrupted(seed, method, uninterrupted, tmp_path):
     """Kill -9 at a random moment, resume, to the last bit: weights equal the uninterrupted run's.
 
     Fails if data order, random state, optimizer or schedule is not restored, or if a half-written
     checkpoint is taken for a whole one.
     """
     draw = random.Random(seed)
-    more = {"method": method, "plan": PLAN, "max_steps": 12, "save_steps": 1}
-    first = written(small, tmp_path / "first", save_total_limit=2, **more)
-    first["method"] |= {"lora_dropout": 0.1} if method == "lora" else {}
-    run(validate(first))
+    first, one = uninterrupted(method)
     second = validate(first | {"output": {"dir": str(tmp_path / "run")}})
     path = tmp_path / "recipe.yaml"
     path.write_text(second.to_yaml())
@@ -322,7 +337,7 @@ def test_killed_and_resumed_is_never_interrupted(seed, method, small, tmp_path):
     with warnings.catch_warnings():  # a half-written checkpoint is warned of
         warnings.simplefilter("ignore")
         assert run(second, resume=True)["status"] == "complete"
-    one, other = (load_file(tmp_path / n / "model/model.safetensors") for n in ("first", "run"))
+    other = load_file(tmp_path / "run/model/model.safetensors")
     assert all(torch.equal(one[key], other[key]) for key in one), complete
 
 
