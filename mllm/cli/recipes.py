@@ -64,7 +64,7 @@ def _rows() -> list[dict[str, Any]]:
                 "path": str(path),
                 "summary": recipe.summary,
                 "methods": sorted({stage.split(":")[0] for stage in stages}),
-                "published": None,
+                "published": recipe.published,
             }
         )
     return rows

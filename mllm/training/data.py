@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +22,79 @@ from mllm.training.recipe import DataPart
 from mllm.yardstick import prompt
 
 IGNORED = -100
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+PICTURE_LENGTH = 576  # visual tokens of a picture, when lengths are compared
 
 Message = dict[str, Any]
-# A record is made when it is needed: (messages, images).
-Record = Callable[[], tuple[list[Message], list[Any]]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation, made when it is needed.
+
+    Attributes:
+        make: gives (messages, images).
+        images: how many pictures it has.
+        length: about how many tokens: only the order of lengths matters.
+        where: file, number and id, for messages.
+    """
+
+    make: Callable[[], tuple[list[Message], list[Any]]]
+    images: int
+    length: int
+    where: str
 
 
 class Conversations(Dataset):
-    """Item `i` is `{"messages": chat messages, "images": PIL images in prompt order}`."""
+    """Item `i` is `{"messages": chat messages, "images": PIL images in prompt order}`.
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
+    A picture that cannot be read is passed over for the next conversation, up to the share
+    `skip_bad` of all of them.
+
+    Attributes:
+        records: the conversations.
+        skipped: entries that were left out when the files were read.
+        bad: bool `[conversations]`, those whose pictures could not be read; shared by the workers
+            of a loader.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], skip_bad: float = 0.0, skipped: Sequence[str] = ()
+    ) -> None:
+        self.records, self.skip_bad, self.skipped = records, skip_bad, list(skipped)
+        self.bad = torch.zeros(len(records), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        messages, images = self.records[index]()
-        return {"messages": messages, "images": images}
+        """Raises DataError when more than the share `skip_bad` cannot be read."""
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            try:
+                messages, images = self.records[place].make()
+            except DataError as error:
+                self.bad[place] = True
+                if int(self.bad.sum()) > self.skip_bad * len(self):
+                    raise self._too_many(f"{self.records[place].where}: {error}") from error
+                continue
+            return {"messages": messages, "images": images}
+        raise self._too_many("none could be read")
+
+    def _too_many(self, what: str) -> DataError:
+        return DataError(
+            f"{int(self.bad.sum())} of {len(self)} conversations have pictures that cannot be "
+            f"read, and skip_bad={self.skip_bad} allows {int(self.skip_bad * len(self))}; {what}",
+            argument="data.skip_bad",
+            given=self.skip_bad,
+            expected="readable pictures, or a larger share",
+        )
 
 
 def load_data(parts: Sequence[DataPart]) -> tuple[Conversations, list[str]]:
@@ -48,14 +105,21 @@ def load_data(parts: Sequence[DataPart]) -> tuple[Conversations, list[str]]:
             message names the file and the entry.
     """
     records: list[Record] = []
-    digests = []
+    digests, skipped = [], []
     for part in parts:
-        found, digest = _from_source(part) if part.path in sources.SOURCES else _from_file(part)
+        if part.path in sources.SOURCES:
+            found, digest = _from_source(part)
+        else:
+            found, left_out, digest = _from_file(part)
+            skipped += left_out
         # Weight 0.5 keeps every second record, weight 2 has each twice.
         wanted = max(1, round(part.weight * len(found)))
         records += [found[int(i / part.weight) % len(found)] for i in range(wanted)]
         digests.append(digest)
-    return Conversations(records), digests
+    if skipped:
+        warnings.warn(f"{len(skipped)} entries are skipped; the first: {skipped[0]}", stacklevel=2)
+    share = max(part.skip_bad for part in parts)
+    return Conversations(records, share, skipped), digests
 
 
 def _from_source(part: DataPart) -> tuple[list[Record], str]:
@@ -73,7 +137,7 @@ def _from_source(part: DataPart) -> tuple[list[Record], str]:
             ]
             return messages, images
 
-        return make
+        return Record(make, 1, PICTURE_LENGTH, f"{part.path} {task} {index}")
 
     sizes = {task: _limited(sources.size(task, part.split), part.limit) for task in tasks}
     described = [part.split, part.style, tasks, part.limit, source.digest(part.split)]
@@ -91,33 +155,118 @@ def _limited(size: int | None, limit: int | None) -> int:
     return min(value for value in (size, limit) if value is not None)
 
 
-def _from_file(part: DataPart) -> tuple[list[Record], str]:
+def _from_file(part: DataPart) -> tuple[list[Record], list[str], str]:
+    """Records, what is wrong with the entries that were skipped, and the hash of the file."""
     path = Path(part.path)
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
-        if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            entries = json.loads(text)
+        entries, digest = _read(path, part.split)
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot read the data file {path}: {error}",
             argument="data.path",
             given=path,
-            expected="a JSON list or JSON Lines file",
+            expected="a JSON list, JSON Lines or parquet file, or a folder that datasets has saved",
         ) from error
-    if not isinstance(entries, list) or not entries:
+    if not len(entries):
         raise _bad(path, "the file", "is not a non-empty list")
-    root = Path(part.image_root) if part.image_root else path.parent
+    root = Path(part.image_root) if part.image_root else path if path.is_dir() else path.parent
     convert = _from_llava if part.format == "llava" else _from_messages
-    records = []
-    for number, entry in enumerate(entries[: part.limit]):
-        if not isinstance(entry, dict):
-            raise _bad(path, f"entry {number}", "is not an object")
-        where = f"entry {number} (id {entry['id']!r})" if "id" in entry else f"entry {number}"
-        records.append(_stored(path, where, root, *convert(path, where, entry)))
-    return records, hashlib.sha256(raw).hexdigest()
+    records: list[Record] = []
+    skipped: list[str] = []
+    number = 0
+    for number, entry in enumerate(_first(entries, part.limit)):
+        try:
+            if isinstance(entry, ValueError):
+                raise _bad(path, f"entry {number}", f"is no JSON ({entry})") from entry
+            if not isinstance(entry, dict):
+                raise _bad(path, f"entry {number}", "is not an object")
+            named = entry.get("id") is not None
+            where = f"entry {number} (id {entry['id']!r})" if named else f"entry {number}"
+            records.append(_stored(path, where, root, *convert(path, where, entry)))
+        except DataError as error:
+            skipped.append(str(error))
+            if not part.skip_bad:
+                raise
+    if len(skipped) > part.skip_bad * (number + 1):
+        raise DataError(
+            f"{path}: {len(skipped)} of {number + 1} entries cannot be used, more than the share "
+            f"skip_bad={part.skip_bad}; the first: {skipped[0]}",
+            argument="data.skip_bad",
+            given=part.skip_bad,
+            expected="entries that are whole, or a larger share",
+        )
+    return records, skipped, digest
+
+
+def _first(entries: Any, limit: int | None) -> Iterator[Any]:
+    for index in range(min(len(entries), limit or len(entries))):
+        yield entries[index]
+
+
+def _read(path: Path, split: str) -> tuple[Any, str]:
+    """Entries that can be indexed, and the hash of what they were read from."""
+    if path.is_dir() or path.suffix == ".parquet":
+        return _read_arrow(path, split)
+    raw = path.read_bytes()
+    text = raw.decode("utf-8")
+    if path.suffix == ".jsonl":
+        entries: Any = [_json(line) for line in text.splitlines() if line.strip()]
+    else:
+        entries = json.loads(text)
+    if not isinstance(entries, list):
+        raise ValueError("it holds no list")
+    return entries, hashlib.sha256(raw).hexdigest()
+
+
+def _json(line: str) -> Any:
+    """The value of one line, or the error: one torn line is one bad entry."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return error
+
+
+class _Rows:
+    """Rows of an Arrow table or data set as dictionaries, read when asked; pictures as bytes."""
+
+    def __init__(self, table: Any, take: Callable[[int], Any]) -> None:
+        self._table, self._take = table, take
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._take(index).to_pylist()[0]
+
+
+def _read_arrow(path: Path, split: str) -> tuple[Any, str]:
+    """A parquet file, a folder of them, or what `save_to_disk` wrote."""
+    try:
+        import datasets
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("parquet and datasets folders need `pip install datasets`") from error
+
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    parquet = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    parquet = [file for file in parquet if split in file.name] or parquet
+    if parquet:
+        tables = [pyarrow.parquet.read_table(file, memory_map=True) for file in parquet]
+        table = pyarrow.concat_tables(tables)
+        return _Rows(table, lambda index: table.slice(index, 1)), digest.hexdigest()
+    found = datasets.load_from_disk(str(path))
+    if isinstance(found, datasets.DatasetDict):
+        names = {"train": ["train"], "dev": ["dev", "validation"]}[split]
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            raise ValueError(f"it has the splits {', '.join(found)}, none of {names}")
+        found = found[name]
+    raw = found.with_format("arrow")  # undecoded, and without files of its own in the folder
+    return _Rows(raw, lambda index: raw[index]), digest.hexdigest()
 
 
 def _bad(path: Path, where: str, what: str) -> DataError:
@@ -129,9 +278,9 @@ def _bad(path: Path, where: str, what: str) -> DataError:
     )
 
 
-def _from_llava(path: Path, where: str, entry: dict) -> tuple[list[Message], list[str]]:
-    names = entry.get("image") or []
-    names = [names] if isinstance(names, str) else list(names)
+def _from_llava(path: Path, where: str, entry: dict) -> tuple[list[Message], list[Any]]:
+    found = entry.get("image") or []
+    names = list(found) if isinstance(found, list | tuple) else [found]
     messages = []
     try:
         for turn in entry["conversations"]:
@@ -147,7 +296,7 @@ def _from_llava(path: Path, where: str, entry: dict) -> tuple[list[Message], lis
     return messages, names
 
 
-def _from_messages(path: Path, where: str, entry: dict) -> tuple[list[Message], list[str]]:
+def _from_messages(path: Path, where: str, entry: dict) -> tuple[list[Message], list[Any]]:
     messages, names = [], list(entry.get("images") or [])
     try:
         for turn in entry["messages"]:
@@ -155,9 +304,14 @@ def _from_messages(path: Path, where: str, entry: dict) -> tuple[list[Message], 
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
             for piece in content:
-                if piece["type"] == "image" and "image" in piece:
+                if piece["type"] == "image" and piece.get("image") is not None:
                     names.append(piece["image"])
-            kept = [{k: v for k, v in piece.items() if k in ("type", "text")} for piece in content]
+            kept = []
+            for piece in content:
+                if piece["type"] not in ("text", "image"):
+                    what = f"has a part of type {piece['type']!r}, not text or image"
+                    raise _bad(path, where, what)
+                kept.append({k: piece[k] for k in ("type", "text") if piece.get(k) is not None})
             messages.append({"role": ROLES[turn["role"]], "content": kept})
     except (KeyError, TypeError, AttributeError) as error:
         raise _bad(path, where, f"has no valid messages ({error!r})") from error
@@ -165,19 +319,33 @@ def _from_messages(path: Path, where: str, entry: dict) -> tuple[list[Message], 
 
 
 def _stored(
-    path: Path, where: str, root: Path, messages: list[Message], names: list[str]
+    path: Path, where: str, root: Path, messages: list[Message], names: list[Any]
 ) -> Record:
     """Check one entry now; read its pictures later."""
-    holes = sum(piece["type"] == "image" for turn in messages for piece in turn["content"])
+    pieces = [piece for turn in messages for piece in turn["content"]]
+    holes = sum(piece["type"] == "image" for piece in pieces)
     if holes != len(names):
         raise _bad(path, where, f"has {holes} image placeholders for {len(names)} images")
     if not any(turn["role"] == "assistant" for turn in messages):
         raise _bad(path, where, "has no answer to learn")
-    pictures = [root / name for name in names]
-    for picture in pictures:
-        if not picture.is_file():
-            raise _bad(path, where, f"names the image {picture}, which does not exist")
-    return lambda: (messages, [load_image(picture) for picture in pictures])
+    for name in names:
+        if isinstance(name, str) and not (root / name).is_file():
+            raise _bad(path, where, f"names the image {root / name}, which does not exist")
+    text = sum(len(piece["text"]) for piece in pieces if piece["type"] == "text")
+    return Record(
+        lambda: (messages, [_picture(name, root) for name in names]),
+        images=len(names),
+        length=text // 4 + PICTURE_LENGTH * len(names),
+        where=f"{path}: {where}",
+    )
+
+
+def _picture(name: Any, root: Path) -> Any:
+    """A picture by its file name, or with its bytes, as `datasets` stores it."""
+    if isinstance(name, dict):
+        stored = name.get("bytes")
+        return load_image(root / str(name.get("path")) if stored is None else io.BytesIO(stored))
+    return load_image(root / name)
 
 
 class Collator:

@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 import mllm
 from mllm.errors import DataError, RecipeError
 from mllm.loading import load_model
+from mllm.training import parts
 from mllm.training.data import Collator, Conversations
+from mllm.training.distill import Teacher, distill_loss
+from mllm.training.launch import deepspeed_config
+from mllm.training.ordering import Order
 from mllm.training.recipe import Recipe
+from mllm.training.speed import Meter
 from mllm.training.trainer import (
     CheckpointTrainer,
     MetricsFile,
     Progress,
     StopOnSigterm,
     check_sealed,
+    checkpoints,
     newest_checkpoint,
     training_arguments,
 )
 
 # LoRA goes into every projection of the language model unless the recipe names its own targets.
-LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-PARTS = ("vision_tower", "multi_modal_projector", "language_model")
-
-
-def freeze(model: Any, recipe: Recipe) -> None:
-    """Apply the `freeze_*` flags.
-
-    Raises:
-        RecipeError: the model has no part of that name.
-    """
-    for part in PARTS:
-        if not getattr(recipe.model, f"freeze_{part}"):
-            continue
-        module = getattr(model.model, part, None)
-        if module is None:
-            raise RecipeError(
-                f"{type(model).__name__} has no {part} to freeze",
-                argument=f"model.freeze_{part}",
-                given=True,
-                expected="false",
-            )
-        module.requires_grad_(False)
-        if part == "language_model":
-            model.lm_head.requires_grad_(False)
+LORA_TARGETS = r".*(language|text)_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def wrap_lora(model: Any, recipe: Recipe) -> Any:
@@ -70,8 +56,146 @@ def wrap_lora(model: Any, recipe: Recipe) -> Any:
         ) from error
 
 
+def check_four_bits() -> None:
+    """Say why a base cannot be loaded in 4 bits here.
+
+    Raises:
+        RecipeError: no bitsandbytes, or no GPU.
+    """
+    missing = None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing = "bitsandbytes is not installed"
+    elif not torch.cuda.is_available():
+        missing = "bitsandbytes trains in 4 bits on a GPU, and there is none"
+    if missing:
+        raise RecipeError(
+            f"method.load_in_4bit cannot run here: {missing}",
+            argument="method.load_in_4bit",
+            given=True,
+            expected="a GPU with bitsandbytes, or load_in_4bit: false (plain LoRA)",
+        )
+
+
+def _load(recipe: Recipe, device: str) -> tuple[Any, Any]:
+    """The model and its processor as training starts from them."""
+    path, dtype = recipe.model.path, recipe.model.dtype
+    if not recipe.method.load_in_4bit:
+        return load_model(path, dtype=dtype, device=device)
+    check_four_bits()
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    base = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, device_map={"": device}, quantization_config=four
+    )
+    again = bool(recipe.train.get("gradient_checkpointing"))
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=again)
+    return base, AutoProcessor.from_pretrained(path)
+
+
+class FinetuneTrainer(CheckpointTrainer):
+    """Trains on conversations: order, learning rates, teacher and speed of a recipe.
+
+    Args:
+        recipe: the recipe.
+        before: `parts.parts` of the model before adapters.
+        teacher: None without distillation.
+        meter: what measures the speed.
+    """
+
+    def __init__(
+        self, *args, recipe: Recipe, before: dict[str, str], teacher: Teacher | None, **kwargs
+    ) -> None:
+        self.recipe, self.before, self.teacher = recipe, before, teacher
+        self.meter: Meter | None = None
+        self._distilled = [0.0, 0.0, 0]
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            trained = model or self.model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = kind(
+                parts.groups(
+                    trained,
+                    self.before,
+                    self.recipe.learning_rates,
+                    self.args.learning_rate,
+                    self.get_decay_parameter_names(trained),
+                    self.args.weight_decay,
+                ),
+                **options,
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        data: Conversations = train_dataset or self.train_dataset
+        group, args = self.recipe.sampling.group_by, self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        lengths = [record.length for record in data.records] if group else None
+        kinds = [record.images > 0 for record in data.records] if group == "modality" else None
+        return Order(len(data), seed, batch, lengths, kinds)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.meter is not None:
+            self.meter.count(inputs)
+        part = self.recipe.method.distill
+        if part is None or self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        meant = self.teacher(inputs, bool(part.layers))
+        inputs = {**inputs, "output_hidden_states": bool(part.layers)}
+        loss, said = super().compute_loss(model, inputs, True, num_items_in_batch)
+        soft, hidden = distill_loss(said, meant, inputs["labels"], part, num_items_in_batch)
+        self._distilled = [
+            self._distilled[0] + soft.detach(),
+            self._distilled[1] + hidden.detach(),
+            self._distilled[2] + 1,
+        ]
+        # The Trainer averages gradients over processes, and `items` counts those of all.
+        scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        taught = scale * (soft + part.hidden_weight * hidden)
+        loss = (1 - part.weight) * loss + part.weight * taught
+        return (loss, said) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise self._diverged(float(loss))
+        return loss
+
+    def _diverged(self, loss: float) -> RecipeError:
+        whole = checkpoints(Path(self.args.output_dir))
+        kept = f"{whole[-1].name} is from before" if whole else "no checkpoint had been saved"
+        return RecipeError(
+            f"the loss became {loss} in step {self.state.global_step + 1}; {kept}",
+            argument="train.learning_rate",
+            given=self.args.learning_rate,
+            expected="a smaller learning rate, more warmup_steps, or bf16 instead of fp16",
+        )
+
+    def log(self, logs, start_time=None) -> None:
+        if "loss" in logs:
+            if self.meter is not None:
+                logs |= self.meter.read(self.args.world_size)
+            soft, hidden, count = self._distilled
+            if count:
+                logs["distill"] = round(float(soft) / count, 5)
+                if self.recipe.method.distill.layers:
+                    logs["distill_hidden"] = round(float(hidden) / count, 5)
+                self._distilled = [0.0, 0.0, 0]
+        super().log(logs, start_time)
+
+
 def finetune(
-    recipe: Recipe, data: Conversations, folder: Path, resume: Path | bool
+    recipe: Recipe,
+    data: Conversations,
+    folder: Path,
+    resume: Path | bool,
+    loaded: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any] | None:
     """Train, and return the model (adapters merged in) and its processor.
 
@@ -84,38 +208,79 @@ def finetune(
         folder: the run folder; checkpoints are `folder/checkpoint-N`. With LoRA the adapter alone
             is saved in `folder/adapter`.
         resume: False, True (newest whole checkpoint) or a checkpoint folder.
+        loaded: model and processor to train instead of `recipe.model.path`.
 
     Returns:
-        None when SIGTERM stopped the run (a checkpoint was saved).
+        None when SIGTERM stopped the run (a checkpoint was saved). Under ZeRO-3 only the first
+        process has the weights.
 
     Raises:
         RecipeError, PlanError, DataError: see `mllm.training.recipe` and `mllm.patch`.
     """
-    arguments = training_arguments(recipe.train, folder)
-    set_seed(arguments.seed)
-    base, processor = load_model(
-        recipe.model.path, dtype=recipe.model.dtype, device=str(arguments.device)
-    )
-    freeze(base, recipe)
+    arguments = training_arguments(recipe.train, folder, deepspeed_config(recipe))
+    base, processor = loaded or _load(recipe, str(arguments.device))
+    set_seed(arguments.seed)  # now: reading a model in parts draws random numbers
+    before = parts.parts(base)
+    if recipe.model.reset_projector:
+        parts.reset_projector(base)
+    parts.freeze(base, recipe)
+    teacher = Teacher(base) if recipe.method.distill else None
     lora = recipe.method.type == "lora"
     model = wrap_lora(base, recipe) if lora else base
+    if teacher is not None:
+        teacher.part_from(model)
     stop = StopOnSigterm()
-    trainer = CheckpointTrainer(
+    trainer = FinetuneTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(processor),
         train_dataset=data,
         callbacks=[MetricsFile(folder / "metrics.jsonl"), Progress("train"), stop],
+        recipe=recipe,
+        before=before,
+        teacher=teacher,
     )
     checkpoint = _checkpoint(folder, resume)
-    with mllm.patch(base, recipe.plan) if recipe.plan else nullcontext():
+    with mllm.patch(base, recipe.plan) if recipe.plan else nullcontext() as patched:
+        trainer.meter = Meter(base, patched, _frozen(model, before, lora))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if stop.stopped:
         return None
+    return _finished(recipe, trainer, base, folder), processor
+
+
+def _frozen(model: Any, before: dict[str, str], lora: bool) -> tuple[bool, bool]:
+    """Whether the decoder's own weights, and the tower with all in it, are frozen."""
+    seats = {
+        parts.seat(name, before) if part == parts.NEW else part
+        for name, _, part in parts.trained(model, before)
+    }
+    return lora or "language_model" not in seats, "vision_tower" not in seats
+
+
+def _finished(recipe: Recipe, trainer: FinetuneTrainer, base: Any, folder: Path) -> Any:
+    """The trained model in one piece, adapters merged in; all processes take part."""
+    lora, model = recipe.method.type == "lora", trainer.model
+    gathered = None
+    if recipe.parallel.zero == 3:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        unset_hf_deepspeed_config()  # else transformers loads the next model in parts as well
+    if not trainer.args.should_save:
+        return base
     if lora:
-        model.save_pretrained(folder / "adapter")
-        base = model.merge_and_unload()
-    return base.eval(), processor
+        model.save_pretrained(folder / "adapter", state_dict=gathered)
+    if gathered is None and not recipe.method.load_in_4bit:
+        return (model.merge_and_unload() if lora else base).eval()
+    # The model here is in parts, or in 4 bits: put the weights into a whole one.
+    whole, _ = load_model(recipe.model.path, dtype=recipe.model.dtype, device="cpu")
+    if lora:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(whole, folder / "adapter").merge_and_unload().eval()
+    whole.load_state_dict(gathered)
+    return whole.eval()
 
 
 def _checkpoint(folder: Path, resume: Path | bool) -> Path | None:

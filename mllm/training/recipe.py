@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from mllm.errors import RecipeError
 
 SUFFIX = ".yaml"
+NOT_TRAINED = ("summary", "published", "eval", "output", "tiny")
 
 
 class Strict(BaseModel):
@@ -30,21 +31,25 @@ class ModelPart(Strict):
     """Which model, in which type, and what stays frozen.
 
     `path` is a folder, a hub name, `tiny-llava` (the embedded model), or, with `stages`,
-    `new:tiny-llava`: the same architecture with random weights.
+    `new:tiny-llava`: the same architecture with random weights. `reset_projector` starts from a
+    random projector.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    reset_projector: bool = False
     freeze_vision_tower: bool = False
     freeze_multi_modal_projector: bool = False
     freeze_language_model: bool = False
 
 
 class DataPart(Strict):
-    """One data source: a JSON file, or a source of samples (`path: yardstick`, `easyvqa`, `mnist`).
+    """One data source: a file or folder, or a source of samples (`path: yardstick`, `mnist`, ...).
 
-    `limit` samples are taken (sources of samples: per task); `weight` 0.5 shows every second one,
-    2.0 each one twice. `tasks`, `style` and `split` belong to the sources of samples.
+    Files are JSON, JSON Lines or parquet; a folder is one that `datasets` has saved. `limit`
+    samples are taken (sources of samples: per task); `weight` 0.5 shows every second one, 2.0 each
+    one twice. `skip_bad` is the share of unreadable entries and pictures that is skipped before
+    the run fails. `tasks`, `style` and `split` belong to the sources of samples.
     """
 
     path: str
@@ -53,15 +58,58 @@ class DataPart(Strict):
     split: Literal["train", "dev"] = "train"
     weight: float = Field(default=1.0, gt=0)
     limit: int | None = Field(default=None, ge=1)
+    skip_bad: float = Field(default=0.0, ge=0, lt=1)
     tasks: list[str] | None = None
     style: str = "plain"
 
 
+class SamplingPart(Strict):
+    """The order of the samples: shuffled by `train.seed`, and what is alike in one batch.
+
+    `length` puts long ones together, `modality` also keeps text-only samples apart from those with
+    pictures (LLaVA's `group_by_modality_length`).
+    """
+
+    group_by: Literal["length", "modality"] | None = None
+
+
+class DistillPart(Strict):
+    """The uncompressed model as teacher: no plan, and the weights that training started from.
+
+    `weight` is the share of the teacher in the loss (the answers have the rest), `temperature`
+    softens both sides, `layers` (0-based, negative from the end) are decoder layers whose output on
+    the answers should be the teacher's; `hidden_weight` scales that part.
+    """
+
+    weight: float = Field(default=0.5, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    layers: list[int] = []
+    hidden_weight: float = Field(default=1.0, gt=0)
+
+
 class MethodPart(BaseModel):
-    """What is trained. The other keys of `lora` are those of PEFT's LoraConfig."""
+    """What is trained. The other keys of `lora` are those of PEFT's LoraConfig.
+
+    `load_in_4bit` is QLoRA: a frozen base in nf4 (bitsandbytes, on a GPU).
+    """
 
     model_config = ConfigDict(extra="allow")
     type: Literal["full", "lora", "router", "moe"] = "full"
+    load_in_4bit: bool = False
+    distill: DistillPart | None = None
+
+
+class LearningRates(Strict):
+    """Learning rates of parts, where they differ from `train.learning_rate`.
+
+    `new_modules` are parameters that the model did not have before: adapters and the like; without
+    it they have the rate of the part they sit in.
+    """
+
+    vision_tower: float | None = Field(default=None, gt=0)
+    multi_modal_projector: float | None = Field(default=None, gt=0)
+    language_model: float | None = Field(default=None, gt=0)
+    new_modules: float | None = Field(default=None, gt=0)
 
 
 class OptimizerPart(Strict):
@@ -105,9 +153,18 @@ class StagePart(Strict):
 
 
 class ParallelPart(Strict):
-    """How the run is spread over devices."""
+    """How the run is spread over devices.
 
-    zero: int = Field(default=0, ge=0, le=3)
+    `nproc` processes are started on this machine unless a launcher has started them. `zero` is
+    DeepSpeed's ZeRO stage; null is plain data parallelism. `offload` keeps optimizer states, or
+    parameters as well (stage 3), in the memory of the machine. `deepspeed` is merged into the
+    configuration that DeepSpeed is given.
+    """
+
+    nproc: int = Field(default=1, ge=1)
+    zero: int | None = Field(default=None, ge=0, le=3)
+    offload: Literal["optimizer", "parameters"] | None = None
+    deepspeed: dict[str, Any] = {}
     ep_size: int = Field(default=1, ge=1)
     sp_size: int = Field(default=1, ge=1)
 
@@ -136,25 +193,37 @@ class OutputPart(Strict):
 
 
 class Recipe(Strict):
-    """A whole recipe. `summary` is one line for `mllm recipes list`."""
+    """A whole recipe. `summary` is one line for `mllm recipes list`, `published` a source.
+
+    `tiny` is laid over the rest by `mllm train --tiny`: the same recipe in a minute on a CPU.
+    """
 
     version: Literal[1]
     summary: str = ""
+    published: str | None = None
     model: ModelPart
     plan: str | None = None
     data: list[DataPart] = []
     method: MethodPart = MethodPart()
     train: dict[str, Any] = {}
+    learning_rates: LearningRates = LearningRates()
+    sampling: SamplingPart = SamplingPart()
     parallel: ParallelPart = ParallelPart()
     eval: EvalPart | None = None
     output: OutputPart
     stages: list[StagePart] = []
+    tiny: dict[str, Any] | None = None
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
     def sha256(self) -> str:
-        """Hash of what is trained: what was written, less `summary`, `eval` and `output`."""
-        content = {k: v for k, v in self._written.items() if k not in ("summary", "eval", "output")}
+        """Hash of what is trained: what was written, less what does not change the weights.
+
+        The number of processes is in the run's record: a launcher sets it from outside.
+        """
+        content = {k: v for k, v in self._written.items() if k not in NOT_TRAINED}
+        if "nproc" in (parallel := content.get("parallel") or {}):
+            content["parallel"] = {k: v for k, v in parallel.items() if k != "nproc"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -241,11 +310,12 @@ def parse(text: str, name: str = "recipe") -> Any:
         ) from error
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: str | Path, overrides: Sequence[str] = (), tiny: bool = False) -> Recipe:
     """Read, override and validate a recipe.
 
     Args:
         source: a path, or the name of a shipped recipe.
+        tiny: lay the recipe's `tiny` part over it, before the overrides.
         overrides: `key=value` with dotted keys (`train.max_steps=10`, `stages.0.train.seed=1`,
             `plan=null`); values are YAML.
 
@@ -272,9 +342,29 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             given=path,
             expected="keys such as version, model, train, output",
         )
+    if tiny:
+        small = written.pop("tiny", None)
+        if not isinstance(small, dict):
+            raise RecipeError(
+                f"{path} has no tiny part",
+                argument="tiny",
+                given=small,
+                expected="tiny: with the keys that make the recipe small",
+            )
+        written = _laid_over(written, small)
     for override in overrides:
         _apply(written, override)
     return validate(written)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings key by key; anything else is replaced."""
+    both = dict(below)
+    for key, value in above.items():
+        under = both.get(key)
+        deep = isinstance(value, dict) and isinstance(under, dict)
+        both[key] = _laid_over(under, value) if deep else value
+    return both
 
 
 def validate(written: dict[str, Any]) -> Recipe:
@@ -286,6 +376,8 @@ def validate(written: dict[str, Any]) -> Recipe:
     recipe._written = written
     _check_train_keys(recipe)
     _check_together(recipe)
+    if recipe.tiny is not None:
+        validate(_laid_over({k: v for k, v in written.items() if k != "tiny"}, recipe.tiny))
     return recipe
 
 
@@ -397,15 +489,7 @@ def _check_together(recipe: Recipe) -> None:
     from mllm.yardstick import TASKS
     from mllm.yardstick.scenes import KINDS
 
-    parallel = recipe.parallel.model_dump()
-    for key, value in parallel.items():
-        if value != ParallelPart.model_fields[key].default:
-            _refuse(
-                f"parallel.{key}={value} is not available yet: training runs on one device",
-                f"parallel.{key}",
-                value,
-                f"{ParallelPart.model_fields[key].default}",
-            )
+    _check_parallel(recipe)
     method = recipe.method.type
     if method in ("router", "moe"):
         _refuse(
@@ -417,10 +501,13 @@ def _check_together(recipe: Recipe) -> None:
     extra = recipe.method.model_extra or {}
     if extra:
         _check_method_keys(method, extra)
+    _check_distill(recipe)
+    if recipe.method.load_in_4bit and method != "lora":
+        _refuse("a base in 4 bits cannot be trained", "method.load_in_4bit", True, "type: lora")
     new = recipe.model.path.startswith("new:")
     if recipe.stages:
-        for key in ("data", "train", "plan"):
-            if getattr(recipe, key):
+        for key in ("data", "train", "plan", "learning_rates", "sampling", "parallel"):
+            if key in recipe._written and recipe._written[key]:
                 _refuse(
                     f"a recipe with stages cannot have {key!r}: stages bring their own",
                     key,
@@ -515,6 +602,73 @@ def _check_together(recipe: Recipe) -> None:
         # A folder with a saved plan is read when it is used.
         if plan is not None and not Path(plan).is_dir():
             Plan.from_spec(plan)
+
+
+def _check_parallel(recipe: Recipe) -> None:
+    part = recipe.parallel
+    for key in ("ep_size", "sp_size"):
+        if getattr(part, key) != 1:
+            _refuse(
+                f"parallel.{key}={getattr(part, key)} is not available yet: the processes of a run "
+                "share the batch, not experts or sequences",
+                f"parallel.{key}",
+                getattr(part, key),
+                "1",
+            )
+    if part.offload and part.zero not in (1, 2, 3):
+        _refuse(
+            f"parallel.offload={part.offload!r} needs ZeRO: zero={part.zero} partitions nothing",
+            "parallel.offload",
+            part.offload,
+            "zero of 1, 2 or 3, or no offload",
+        )
+    if part.offload == "parameters" and part.zero != 3:
+        _refuse(
+            f"parallel.offload='parameters' needs zero=3, not {part.zero}",
+            "parallel.offload",
+            part.offload,
+            "zero: 3, or offload: optimizer",
+        )
+    if part.deepspeed and part.zero is None:
+        _refuse(
+            "parallel.deepspeed has settings, but the run is not DeepSpeed's",
+            "parallel.deepspeed",
+            part.deepspeed,
+            "zero of 0 to 3",
+        )
+    if "deepspeed" in recipe.train:
+        _refuse(
+            "train.deepspeed is not used: the stage is parallel.zero",
+            "train.deepspeed",
+            recipe.train["deepspeed"],
+            "parallel.zero, and parallel.deepspeed for more",
+        )
+
+
+def _check_distill(recipe: Recipe) -> None:
+    if recipe.model.reset_projector and recipe.parallel.zero == 3:
+        _refuse(
+            "a projector cannot be drawn anew in parts",
+            "model.reset_projector",
+            True,
+            "parallel.zero of 0, 1 or 2",
+        )
+    if recipe.method.distill is None:
+        return
+    if recipe.plan is None:
+        _refuse(
+            "without a plan, the model and its teacher are the same: nothing to distil",
+            "method.distill",
+            None,
+            "a plan",
+        )
+    if recipe.parallel.zero == 3:
+        _refuse(
+            "the teacher shares its weights with the model, which ZeRO-3 takes apart",
+            "parallel.zero",
+            3,
+            "0, 1 or 2",
+        )
 
 
 def _check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import shutil
 import sys
@@ -19,17 +21,20 @@ from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import wilson
 from mllm.plan import Plan
 from mllm.training.card import write_card, write_loss_plot
+from mllm.training.launch import World, barrier, joined, on_first, refuse_stages
 from mllm.training.recipe import EvalPart, Recipe, load
 
 RECORD = "run.json"
 BATCH = 16  # questions answered at once
 # What a run writes, and so what `output.overwrite` may delete.
 OWN = (RECORD, "recipe.yaml", "metrics.jsonl", "loss.png", "eval.json", "README.md")
-OWN_FOLDERS = ("model", "adapter", "checkpoint-*", "stage-*", ".saving")
+OWN_FOLDERS = ("model", "adapter", "checkpoint-*", "stage-*", ".saving", "runs")
 
 
 def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
     """Train, evaluate and describe; the content of `run.json` at the end.
+
+    In many processes, all of them train, and the first one writes the folder and evaluates.
 
     Args:
         recipe: validated.
@@ -41,24 +46,43 @@ def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
         after SIGTERM (a checkpoint was saved).
 
     Raises:
-        RecipeError: the output folder cannot be used, or the run there is of another recipe.
-        DataError: data, model or checkpoint cannot be read.
+        RecipeError: the output folder cannot be used, the run there is of another recipe or of
+            another number of processes, or the loss is no number any more.
+        DataError: data, model or checkpoint cannot be read, or the disk is full.
     """
+    with joined(recipe) as here:
+        return _run(recipe, resume, here)
+
+
+def _run(recipe: Recipe, resume: bool | str, here: World) -> dict[str, Any]:
     folder, checkpoint = _place(recipe, resume)
-    record = _open(recipe, folder, bool(resume))
+    record = on_first(lambda: _open(recipe, folder, bool(resume), here.size))
     if record["status"] == "complete":
         return _report(folder, record)
     started = time.monotonic()
     record["status"] = "failed"  # unless one of the lines below says otherwise
     try:
-        record["status"] = _work(recipe, folder, record, checkpoint or bool(resume))
+        record["status"] = _work(recipe, folder, record, checkpoint or bool(resume), here)
     except (KeyboardInterrupt, SystemExit):
         record["status"] = "stopped"
         raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            f"no room is left on the disk of {folder}; whole checkpoints are kept",
+            argument="output.dir",
+            given=folder,
+            expected="more room on the disk, then --resume",
+        ) from error
     finally:
         record["seconds"] += round(time.monotonic() - started, 1)
-        write_json(folder / RECORD, record)
-    if record["status"] == "complete":
+        # Without room for the record, the error that is on its way says so.
+        failed = record["status"] == "failed"
+        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
+            if here.first:
+                write_json(folder / RECORD, record)
+    if record["status"] == "complete" and here.first:
         write_card(folder, recipe, record)
     return _report(folder, record)
 
@@ -71,26 +95,46 @@ def _report(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "folder": str(folder), "eval": shown}
 
 
-def _work(recipe: Recipe, folder: Path, record: dict[str, Any], resume: Path | bool) -> str:
+def _work(
+    recipe: Recipe, folder: Path, record: dict[str, Any], resume: Path | bool, here: World
+) -> str:
     """Train unless that is done, then evaluate; the new status."""
     if not (folder / "model").is_dir():
         if recipe.stages:
             from mllm.training.pretrain import pretrain
 
+            refuse_stages(recipe, here)
+
             trained = pretrain(recipe, folder, bool(resume))
         else:
             from mllm.training.data import load_data
             from mllm.training.finetune import finetune
+            from mllm.training.preview import check
 
-            data, record["data_sha256"] = load_data(recipe.data)
+            data, digests = load_data(recipe.data)
+            if resume and record["data_sha256"] not in ([], digests):
+                raise DataError(
+                    f"the data is not what the run in {folder} was started on",
+                    argument="data",
+                    given=digests,
+                    expected=f"files with the SHA-256 {record['data_sha256']}",
+                )
+            record["data_sha256"] = digests
             record["samples"] = len(data)
-            write_json(folder / RECORD, record)
+            record["resolved"] = check(recipe, data, here)
+            if here.first:
+                write_json(folder / RECORD, record)
             trained = finetune(recipe, data, folder, resume)
-        write_loss_plot(folder)
+            record["skipped"] = {"entries": len(data.skipped), "pictures": int(data.bad.sum())}
+        if here.first:
+            write_loss_plot(folder)
         if trained is None:
             return "stopped"
-        _save_model(recipe, folder, *trained)
-    if recipe.eval:
+        if here.first:
+            _save_model(recipe, folder, *trained)
+        del trained
+    barrier()  # before the evaluation, which may take longer than the others wait
+    if recipe.eval and here.first:
         found = evaluate(folder / "model", recipe.eval)
         if recipe.eval.base:
             found["base"] = evaluate(recipe.model.path, recipe.eval)["rows"]
@@ -182,7 +226,7 @@ def _place(recipe: Recipe, resume: bool | str) -> tuple[Path, Path | None]:
     return path.parent, path
 
 
-def _open(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
+def _open(recipe: Recipe, folder: Path, resume: bool, processes: int) -> dict[str, Any]:
     """Make or reopen the run folder; its record."""
     found = folder / RECORD
     if resume:
@@ -200,6 +244,14 @@ def _open(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
                 argument="resume",
                 given=recipe.sha256[:12],
                 expected=f"the recipe kept in {folder / 'recipe.yaml'}",
+            )
+        if record.get("processes", 1) != processes:
+            raise RecipeError(
+                f"the run in {folder} was started in {record.get('processes', 1)} processes, and "
+                f"goes on in as many: {processes} would see other batches",
+                argument="nproc",
+                given=processes,
+                expected=f"--nproc {record.get('processes', 1)}",
             )
         return record
     if found.is_file() and not recipe.output.overwrite:
@@ -228,6 +280,7 @@ def _open(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
             "commit": commit(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
+            "processes": processes,
             "data_sha256": [],
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": 0.0,
@@ -253,6 +306,8 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def train(source: str | Path, overrides: list[str], resume: bool | str = False) -> dict[str, Any]:
-    """`load` and `run`: what `mllm train` does."""
-    return run(load(source, overrides), resume)
+def train(
+    source: str | Path, overrides: list[str], resume: bool | str = False, tiny: bool = False
+) -> dict[str, Any]:
+    """`load` and `run`: what `mllm train` does in one process."""
+    return run(load(source, overrides, tiny), resume)

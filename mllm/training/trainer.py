@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mllm.compat import PREFIX_CHECKPOINT_DIR
-from mllm.errors import RecipeError
+from mllm.errors import DataError, RecipeError
 from mllm.eval.files import write_json
+from mllm.training.launch import any_of, barrier
 
 COMPLETE = "COMPLETE"
 WEIGHTS = "model.safetensors"
@@ -76,7 +78,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 class StopOnSigterm(TrainerCallback):
-    """SIGTERM: save after the step in progress, then stop. `stopped` tells the caller."""
+    """SIGTERM: save after the step in progress, then stop. `stopped` tells the caller.
+
+    The processes of a run stop after the same step, whichever of them was told.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
@@ -88,6 +93,7 @@ class StopOnSigterm(TrainerCallback):
         self.stopped = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.stopped = any_of(self.stopped)
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
@@ -102,6 +108,8 @@ class MetricsFile(TrainerCallback):
         self.path, self.stage = path, stage
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
         row = {"stage": self.stage, "step": state.global_step, "time": round(time.time(), 2)}
         with self.path.open("a") as handle:
             handle.write(json.dumps(row | (logs or {})) + "\n")
@@ -115,7 +123,11 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.label, file=sys.stderr
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            file=sys.stderr,
+            disable=not state.is_world_process_zero,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -129,8 +141,15 @@ class Progress(TrainerCallback):
         self._bar.close()
 
 
-def training_arguments(train: dict[str, Any], folder: Path) -> TrainingArguments:
+def training_arguments(
+    train: dict[str, Any], folder: Path, deepspeed: dict[str, Any] | None = None
+) -> TrainingArguments:
     """TrainingArguments of a recipe's `train` part.
+
+    Args:
+        train: the part.
+        folder: where checkpoints and logs go.
+        deepspeed: the configuration for DeepSpeed, if the run is its.
 
     Raises:
         RecipeError: a value that TrainingArguments refuses.
@@ -140,7 +159,12 @@ def training_arguments(train: dict[str, Any], folder: Path) -> TrainingArguments
         "report_to": "none",
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        # A loss that is not a number stops the run; it is not to look like the last good one.
+        "logging_nan_inf_filter": False,
     }
+    if deepspeed is not None:
+        # DeepSpeed's own optimizers are compiled when they are first used.
+        defaults |= {"deepspeed": deepspeed, "optim": "adamw_torch"}
     try:
         return TrainingArguments(output_dir=str(folder), **defaults | train)
     except (TypeError, ValueError) as error:
@@ -168,23 +192,38 @@ class CheckpointTrainer(Trainer):
         home = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = home / ".saving"
-        shutil.rmtree(staging, ignore_errors=True)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        barrier()
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _unwritten(error):
+                raise
+            shutil.rmtree(staging, ignore_errors=True)
+            raise unwritten(home, error) from error
         finally:
             self._staging = None
-        seal(staging / name)
-        shutil.rmtree(home / name, ignore_errors=True)
-        os.replace(staging / name, home / name)
-        staging.rmdir()
-        limit = self.args.save_total_limit
-        if limit:
-            for old in checkpoints(home)[:-limit]:
-                shutil.rmtree(old)
+        barrier()
+        if self.args.should_save:
+            seal(staging / name)
+            shutil.rmtree(home / name, ignore_errors=True)
+            os.replace(staging / name, home / name)
+            staging.rmdir()
+            limit = self.args.save_total_limit
+            if limit:
+                for old in checkpoints(home)[:-limit]:
+                    shutil.rmtree(old)
+        barrier()
 
     # Trainer's own pair saves a model under its hub names and loads them without converting back
     # (LLaVA, transformers 5.23: every weight "missing", training goes on from the wrong weights).
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        # DeepSpeed's checkpoint has the weights; gathering them as well would double it.
+        if is_peft(self.model) or not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir=None, state_dict=None) -> None:
         if is_peft(self.model):
             super()._save(output_dir, state_dict)
@@ -198,6 +237,23 @@ class CheckpointTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_model(model or self.model, str(Path(resume_from_checkpoint) / WEIGHTS))
+
+
+def _unwritten(error: Exception) -> bool:
+    """Whether a file could not be written; torch says so with a RuntimeError."""
+    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)
+
+
+def unwritten(folder: Path, error: Exception) -> DataError:
+    """The error for a checkpoint that could not be written."""
+    whole = checkpoints(folder)
+    kept = f"{whole[-1].name} is whole" if whole else "there is no earlier one"
+    return DataError(
+        f"cannot write a checkpoint to {folder}: {str(error).splitlines()[0]}; {kept}",
+        argument="output.dir",
+        given=folder,
+        expected="more room on the disk, then --resume",
+    )
 
 
 def is_peft(model: torch.nn.Module) -> bool:

@@ -1,0 +1,290 @@
+"""What a recipe will do, before it does it: parameters, steps, memory, one real step in small."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mllm
+from mllm.doctor import skeleton
+from mllm.errors import DataError, RecipeError
+from mllm.loading import model_path
+from mllm.training import parts
+from mllm.training.data import Conversations, load_data
+from mllm.training.launch import World, check_deepspeed
+from mllm.training.recipe import Recipe
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
+    """Everything that can be known to fail before weights are read.
+
+    Args:
+        recipe: without `stages`.
+        data: of the recipe.
+        here: the processes of the run.
+
+    Returns:
+        `parts`, `batch`, `memory`, as in `preview`.
+
+    Raises:
+        RecipeError: DeepSpeed or bitsandbytes is missing; weights, gradients and optimizer alone
+            are more than the memory at hand.
+        DataError: a plan, and no picture in the data.
+        PlanError: the plan cannot work on the model.
+    """
+    from mllm.training.finetune import check_four_bits, wrap_lora
+
+    if recipe.parallel.zero is not None:
+        check_deepspeed()
+    if recipe.method.load_in_4bit:
+        check_four_bits()
+    if recipe.plan and not any(record.images for record in data.records):
+        raise DataError(
+            f"none of the {len(data)} conversations has a picture: the plan has nothing to do",
+            argument="data",
+            given="text only",
+            expected="data with pictures, or plan: null",
+        )
+    model = skeleton(recipe.model.path)
+    if recipe.plan:
+        with mllm.patch(model, recipe.plan):
+            pass
+    before = parts.parts(model)
+    parts.freeze(model, recipe)
+    totals = {part: 0 for part in parts.PARTS}
+    for name, parameter in model.named_parameters():
+        totals[before[name]] += parameter.numel()
+    config = model.config
+    wrapped = wrap_lora(model, recipe) if recipe.method.type == "lora" else model
+    learnt = {part: 0 for part in (*parts.PARTS, parts.NEW)}
+    for _, parameter, part in parts.trained(wrapped, before):
+        learnt[part] += parameter.numel()
+    totals[parts.NEW] = learnt[parts.NEW]
+    if not sum(learnt.values()):
+        raise RecipeError(
+            "nothing is trained: what the method would train is frozen",
+            argument="model",
+            given="all frozen",
+            expected="one part free, or other method.target_modules",
+        )
+    batch = _batch(recipe, len(data), here)
+    memory = _memory(recipe, config, totals, learnt, batch, data, here)
+    if memory["fixed"] > memory["available"]:
+        raise RecipeError(
+            f"weights, gradients and optimizer alone need {memory['fixed'] / 2**30:.1f} GiB on "
+            f"each device, and {memory['available'] / 2**30:.1f} GiB are there",
+            argument="parallel",
+            given=f"zero={recipe.parallel.zero}, {here.size} processes",
+            expected="a higher parallel.zero, more processes, parallel.offload, LoRA, or bfloat16",
+        )
+    rates = recipe.learning_rates.model_dump()
+    rate = recipe.train.get("learning_rate", 5e-5)
+    described = {
+        part: {
+            "parameters": totals[part],
+            "trained": learnt[part],
+            "learning_rate": (rates[part] or rate) if learnt[part] else None,
+        }
+        for part in totals
+    }
+    return {"parts": described, "batch": batch, "memory": memory}
+
+
+def _batch(recipe: Recipe, samples: int, here: World) -> dict[str, int]:
+    """Effective batch and steps, as the Trainer counts them."""
+    train = recipe.train
+    per_device = train.get("per_device_train_batch_size", 8)
+    accumulation = train.get("gradient_accumulation_steps", 1)
+    loaded = math.ceil(samples / (per_device * here.size))
+    per_epoch = max(1, math.ceil(loaded / accumulation))
+    steps = train.get("max_steps", -1)
+    if steps <= 0:
+        steps = math.ceil(train.get("num_train_epochs", 3) * per_epoch)
+    return {
+        "samples": samples,
+        "processes": here.size,
+        "per_device": per_device,
+        "accumulation": accumulation,
+        "effective": per_device * accumulation * here.size,
+        "steps_per_epoch": per_epoch,
+        "steps": steps,
+    }
+
+
+def _memory(
+    recipe: Recipe,
+    config: Any,
+    totals: dict[str, int],
+    learnt: dict[str, int],
+    batch: dict[str, int],
+    data: Conversations,
+    here: World,
+) -> dict[str, int]:
+    """Bytes on each device. `fixed` is exact up to buffers; `activations` is a rule of thumb.
+
+    Source: ZeRO, arXiv:1910.02054 (states); Korthikanti et al., arXiv:2205.05198 (activations).
+    """
+    part, zero = recipe.parallel, recipe.parallel.zero or 0
+    half = recipe.train.get("bf16") or recipe.train.get("fp16")
+    stored = {"auto": config.dtype or torch.float32}.get(recipe.model.dtype, recipe.model.dtype)
+    size = BYTES[str(stored).removeprefix("torch.")]
+    if part.zero is not None and half:
+        size = 2  # DeepSpeed computes in half precision, and keeps fp32 weights for its optimizer
+    count, new = sum(totals.values()), sum(learnt.values())
+    share = here.size
+    weights = (0.55 if recipe.method.load_in_4bit else size) * count / (share if zero == 3 else 1)
+    gradients = size * new / (share if zero >= 2 else 1)
+    states = (12 if part.zero is not None and half else 2 * size) * new
+    optimizer = states / (share if zero >= 1 else 1)
+    if recipe.method.distill:
+        weights += size * new
+    text = config.get_text_config()
+    longest = max((record.length for record in data.records), default=0)
+    rows = batch["per_device"] * longest
+    layer = 34 * rows * text.hidden_size
+    again = recipe.train.get("gradient_checkpointing")
+    layers = text.num_hidden_layers
+    kept = 2 * rows * text.hidden_size * layers + layer if again else layer * layers
+    found = {
+        "weights": 0 if part.offload == "parameters" else int(weights),
+        "gradients": int(gradients),
+        "optimizer": 0 if part.offload else int(optimizer),
+        "activations": int((1 if half else 2) * kept + 6 * rows * text.vocab_size),
+    }
+    fixed = found["weights"] + found["gradients"] + found["optimizer"]
+    return {
+        **found,
+        "fixed": fixed,
+        "total": fixed + found["activations"],
+        "available": _available(here),
+    }
+
+
+def _available(here: World) -> int:
+    """Bytes a process can have: of its GPU, or its share of the machine's free memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // here.size
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here.size
+
+
+def preview(recipe: Recipe, here: World) -> dict[str, Any]:
+    """`mllm train --dry-run`: nothing is written and no weights are read.
+
+    Returns:
+        `recipe` as resolved; `parts` `{part: {parameters, trained, learning_rate}}`; `batch`
+        `{samples, processes, per_device, accumulation, effective, steps_per_epoch, steps}`;
+        `memory` in bytes per device; `step` `{loss, seconds, parameters}` of one real step of a
+        small random model of the same family. A recipe with stages has `parts` and `stages`
+        `[{name, steps, effective}]` instead.
+
+    Raises:
+        RecipeError, DataError, PlanError: see `check`.
+    """
+    resolved = recipe.model_dump(exclude={"tiny"})
+    if recipe.stages:
+        return {"recipe": resolved, **_staged(recipe)}
+    data, digests = load_data(recipe.data)
+    found = check(recipe, data, here)
+    return {
+        "recipe": resolved,
+        **found,
+        "data_sha256": digests,
+        "skipped": data.skipped,
+        "step": rehearse(recipe, data),
+    }
+
+
+def _staged(recipe: Recipe) -> dict[str, Any]:
+    from mllm.training.tiny import new_model, new_processor
+
+    model = new_model(new_processor().tokenizer)
+    before = parts.parts(model)
+    totals = {part: 0 for part in parts.PARTS}
+    for name, parameter in model.named_parameters():
+        totals[before[name]] += parameter.numel()
+    stages = [
+        {
+            "name": stage.name,
+            "steps": stage.train["max_steps"],
+            "effective": stage.train.get("per_device_train_batch_size", 8)
+            * stage.train.get("gradient_accumulation_steps", 1),
+        }
+        for stage in recipe.stages
+    ]
+    described = {part: {"parameters": n, "trained": n} for part, n in totals.items()}
+    return {"parts": described, "stages": stages}
+
+
+def small_like(path: str) -> nn.Module:
+    """A random model with the family, depth and vocabulary of `path`, and narrow layers, in fp32.
+
+    The depth stays, because plans name layers; the width of heads stays, because rotary positions
+    are shared out over it.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = copy.deepcopy(AutoConfig.from_pretrained(model_path(path)))
+    text, vision = config.get_text_config(), config.vision_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    narrow = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 2 * head}
+    text.update(narrow | {"head_dim": head, "intermediate_size": 64})
+    heads = "num_heads" if hasattr(vision, "num_heads") else "num_attention_heads"
+    vision.update({"hidden_size": 64, "intermediate_size": 64, heads: 4})
+    if hasattr(vision, "out_hidden_size"):
+        vision.out_hidden_size = text.hidden_size
+    return AutoModelForImageTextToText.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+
+
+def rehearse(recipe: Recipe, data: Conversations) -> dict[str, Any]:
+    """One optimizer step of a small random model on the recipe's own data, plan and method."""
+    from transformers import AutoProcessor
+
+    from mllm.training.finetune import finetune
+
+    try:
+        processor = AutoProcessor.from_pretrained(model_path(recipe.model.path))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot read the processor of {recipe.model.path}: {str(error).splitlines()[0]}",
+            argument="model.path",
+            given=recipe.model.path,
+            expected="a folder written by save_pretrained, a hub name, or 'tiny-llava'",
+        ) from error
+    torch.manual_seed(0)
+    model = small_like(recipe.model.path)
+    short = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    short |= {"logging_steps": 1, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
+    short |= {"bf16": False, "fp16": False, "tf32": None}
+    alone = recipe.model_copy(
+        update={
+            "train": recipe.train | short,
+            "parallel": type(recipe.parallel)(),
+            "method": recipe.method.model_copy(update={"load_in_4bit": False}),
+        }
+    )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        finetune(alone, data, Path(folder), False, (model, processor))
+        rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    loss = next(row["loss"] for row in map(json.loads, rows) if "loss" in row)
+    return {
+        "loss": float(loss),
+        "seconds": round(time.monotonic() - started, 2),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

@@ -1,0 +1,109 @@
+"""How fast a run is: tokens, arithmetic and memory since the last log."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm import flops
+from mllm.models import resolve as resolve_family
+
+# Dense bf16 products per second, from the makers' data sheets.
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "4090": 165e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 FLOPs per second of the GPU; None where they are not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def forward_flops(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, float]:
+    """FLOPs of an unpatched forward of a batch: in the tower and projector, and in the decoder."""
+    family = resolve_family(model)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    llm = sum(
+        len(family.layers) * flops.decoder_layer(family.text_config, n, n)
+        + flops.lm_head(family.text_config, n)
+        for n in lengths
+    )
+    if family.pixels not in inputs:
+        return 0.0, llm
+    layouts = family.layouts(inputs)
+    return sum(family.vision_flops(layout, layout.cells) for layout in layouts), llm
+
+
+class Meter:
+    """Counts between two logs.
+
+    MFU is model FLOPs: the forward as the plan leaves it, twice that for the gradients of the
+    decoder (once where its weights are frozen: LoRA), and once for a frozen tower. What is computed
+    again under gradient checkpointing is not counted.
+
+    Args:
+        model: without adapters.
+        patched: the plan at work, if any.
+        frozen: whether the weights of the decoder, and of the tower, are frozen.
+    """
+
+    def __init__(self, model: nn.Module, patched: Any, frozen: tuple[bool, bool]) -> None:
+        self.model, self.patched, self.frozen = model, patched, frozen
+        self.peak = peak_flops()
+        self._start()
+
+    def _start(self) -> None:
+        self.began, self.tokens, self.batch = time.perf_counter(), 0, None
+
+    def count(self, inputs: dict[str, Tensor]) -> None:
+        """One forward and backward pass of this process."""
+        self.tokens = self.tokens + inputs["attention_mask"].sum()
+        self.batch = inputs
+
+    def read(self, processes: int) -> dict[str, float]:
+        """Rows for the log, and a new start; nothing before the first batch.
+
+        Returns:
+            `tokens_per_second` of all processes (visual tokens as the processor gives them),
+            `tflops` per device and second, `mfu` where the device's peak is known, `memory_gib`:
+            the highest so far, of the device or of the process.
+        """
+        if self.batch is None:
+            return {}
+        tokens, seconds = float(self.tokens), time.perf_counter() - self.began
+        vision, llm = forward_flops(self.model, self.batch)
+        if self.patched is not None and (data := self.patched.ledger.as_dict())["batch"]:
+            vision = float(sum(data["vision_flops"]))
+            llm = float(sum(data["prefill_flops"])) - vision
+        decoder, tower = self.frozen
+        step = llm * (2 if decoder else 3) + vision * (1 if tower else 3)
+        # The newest batch stands for all since the last log.
+        rate = step * tokens / float(self.batch["attention_mask"].sum()) / seconds
+        found = {
+            "tokens_per_second": round(tokens * processes / seconds, 1),
+            "tflops": round(rate / 1e12, 6),
+            "memory_gib": round(_memory() / 2**30, 3),
+        }
+        if self.peak:
+            found["mfu"] = round(rate / self.peak, 4)
+        self._start()
+        return found
+
+
+def _memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
