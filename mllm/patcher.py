@@ -144,7 +144,8 @@ class Patched:
                 if layer < len(self.layers)
             }
         )
-        self.apart = bool(SETS_APART & self._actions())
+        forms = any(stage.stores for _, stage in self.compressors)
+        self.apart = forms or bool(SETS_APART & self._actions())
         self.inserts = "Insert" in self._actions()
         self.inner = bool(self._actions() - MOVES_ROWS - {"Write", "Protect", "Evict"})
         check_plan(self, unvalidated)

@@ -1,7 +1,7 @@
 """The KV cache of a patched model: it knows more tokens than it stores.
 
 * :class:`KVCache`: operations by logical index (`docs/cache.md` is the page about it);
-* :class:`Segment`: the protocol of storage, with `Dense`, `Packed` and `Offloaded`;
+* :class:`Segment`: the protocol of storage, with `Dense`, `Packed`, `Offloaded` and `Quantised`;
 * :class:`SlotLayer`, :class:`SlotTable`: one layer, and what its slots stand for;
 * :func:`save_prefix`, :func:`load_prefix`: a cache on disk.
 
@@ -12,6 +12,7 @@ Events, by which the engine calls a method, are in :mod:`mllm.compressors.base`
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable, adopt, cache_bytes, note_rows
 from mllm.cache.ops import KVCache, SlotView, Snapshot, refuse_flash
 from mllm.cache.prefix import load_prefix, save_prefix
+from mllm.cache.quantised import Quantised
 from mllm.cache.segments import Dense, Offloaded, Packed, Segment
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KVCache",
     "Offloaded",
     "Packed",
+    "Quantised",
     "Segment",
     "SlotLayer",
     "SlotTable",

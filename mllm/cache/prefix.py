@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mllm import compat
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
-from mllm.cache.segments import Dense, from_rows
+from mllm.cache.quantised import Quantised
+from mllm.cache.segments import Dense, Segment, from_rows
 from mllm.errors import CacheMismatchError, DataError
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ TENSORS, HEADER = "prefix.safetensors", "prefix.json"
 def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     """Write what a patched model stored: ``prefix.safetensors`` and ``prefix.json``.
 
-    An interrupted call leaves no prefix that could be loaded. Offloaded and converted segments are
-    written as keys and values; what methods keep in `KVCache.state` is not written.
+    An interrupted call leaves no prefix that could be loaded. Quantised segments are written as
+    they are, offloaded ones as keys and values; what methods keep in `KVCache.state` is not written.
 
     Args:
         cache: `past_key_values` of a forward or `generate()` under a patch.
@@ -62,14 +63,14 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
         tensors |= {f"slots.{n}.{name}": t for name, t in table.columns.items()}
     layers = []
     for i, layer in enumerate(cache.layers):
-        keys, values, form = _stored(layer)
-        tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
+        form, parts = _stored(layer, f"layer.{i}.", tensors)
         tensors |= {f"layer.{i}.shift.{name}": t for name, t in layer.shifts.items()}
         tensors |= {f"layer.{i}.sample.{name}": t for name, t in layer.samples.items()}
         layers.append(
             {
                 "slots": tables.index(layer.table),
                 "form": form,
+                **parts,
                 "heads": layer.heads,
                 "window": layer.window,
                 "intact": int(layer.intact),
@@ -98,14 +99,38 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _stored(layer: SlotLayer) -> tuple[Tensor, Tensor, str]:
+def _stored(layer: SlotLayer, start: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Add what a layer stores to `tensors`; returns its form, and `parts` where it has several."""
+    if any(isinstance(segment, Quantised) for segment in layer.segments):
+        parts, at = [], 0
+        for n, segment in enumerate(layer.segments):
+            own = f"{start}{n}."
+            if isinstance(segment, Quantised):
+                row, saved = segment.saved()
+                tensors |= {own + name: t for name, t in saved.items()}
+                parts.append({"form": "quantised", **row})
+            else:
+                valid = layer.table.valid[..., at : at + segment.slots]
+                form = _stored_plain([segment], valid, own, tensors)
+                parts.append({"form": form, "slots": segment.slots})
+            at += segment.slots
+        return "parts", {"parts": parts}
+    return _stored_plain(layer.segments, layer.table.valid, start, tensors), {}
+
+
+def _stored_plain(
+    segments: list[Any], valid: Tensor, start: str, tensors: dict[str, Tensor]
+) -> str:
     """Keys and values: the rectangle as it is, or its valid cells `[cells, dim]`."""
-    keys, values = layer.keys, layer.values
-    if len(layer.segments) == 1 and isinstance(layer.segments[0], Dense):
-        return keys, values, "rectangle"
-    valid = layer.table.valid
-    valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
-    return keys[valid], values[valid], "cells"
+    keys, values = (
+        SlotLayer.joined([getattr(s, name)() for s in segments]) for name in ("keys", "values")
+    )
+    form = "rectangle"
+    if len(segments) > 1 or not isinstance(segments[0], Dense):
+        valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
+        keys, values, form = keys[valid], values[valid], "cells"
+    tensors |= {f"{start}keys": keys, f"{start}values": values}
+    return form
 
 
 def load_prefix(
@@ -182,22 +207,36 @@ def _tables(tensors: dict[str, Tensor]) -> list[SlotTable]:
 
 
 def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Tensor]) -> SlotLayer:
-    layer = SlotLayer(row["window"])
-    keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
-    if row["form"] == "rectangle":
-        segment = Dense.of(keys, values)
-    else:
-        valid = table.valid
-        valid = valid if table.headwise else valid[:, None].expand(-1, row["heads"], -1)
-        segment = from_rows(keys, values, valid)
-    layer.segments, layer.table = [segment], table
-    layer.lazy_initialization(segment.keys(), segment.values())
+    layer, start, at = SlotLayer(row["window"]), f"layer.{i}.", 0
+    layer.table = table
+    for n, part in enumerate(row.get("parts", ())):
+        own = _under(tensors, f"{start}{n}.")
+        if part["form"] == "quantised":
+            layer.segments.append(Quantised.loaded(part, own))
+        else:
+            valid = table.valid[..., at : at + part["slots"]]
+            layer.segments.append(_plain(part["form"], row["heads"], valid, own))
+        at += layer.segments[-1].slots
+    if not layer.segments:
+        segment = _plain(row["form"], row["heads"], table.valid, _under(tensors, start))
+        layer.segments = [segment]
+    layer.lazy_initialization(layer.segments[0].keys(), layer.segments[0].values())
     layer.intact, layer.compressed = row["intact"], row["compressed"]
-    for name in ("shift", "sample"):
-        start = f"layer.{i}.{name}."
-        own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
-        setattr(layer, f"{name}s", own)
+    layer.shifts = _under(tensors, f"{start}shift.")
+    layer.samples = _under(tensors, f"{start}sample.")
     return layer
+
+
+def _plain(form: str, heads: int, valid: Tensor, tensors: dict[str, Tensor]) -> Segment:
+    keys, values = tensors["keys"], tensors["values"]
+    if form == "rectangle":
+        return Dense.of(keys, values)
+    valid = valid if valid.dim() == 3 else valid[:, None].expand(-1, heads, -1)
+    return from_rows(keys, values, valid)
+
+
+def _under(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
 def _damaged(folder: Path, why: str) -> DataError:

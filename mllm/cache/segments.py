@@ -27,6 +27,10 @@ class Segment(Protocol):
     A quantised or low-rank segment holds what it likes and materialises keys and values when the
     layer is attended to. A segment does not change, except that a growing one gets longer.
 
+    A segment may have more: `join(other)`, one segment with the columns of the other behind its
+    own, or None where they are not alike (see :meth:`mllm.cache.KVCache.convert`); `saved()` and the
+    class method `loaded(row, tensors)`, by which :func:`mllm.cache.save_prefix` writes it as it is.
+
     Attributes:
         slots: columns of the rectangle.
         grows: whether `append` works. Tokens that follow another segment start a new one.

@@ -47,6 +47,7 @@ _HOMES = {
     "VLCache": "vlcache",
     "PLPHP": "plphp",
     "LookM": "lookm",
+    "KIVI": "kivi",
     "Random": "sanity",
     "RandomLLM": "sanity",
     "Stride": "sanity",

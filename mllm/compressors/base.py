@@ -755,6 +755,8 @@ class CacheCompressor(_Method):
         group: layers per group, for `group_end`; 0 is none.
         headwise: whether heads of a layer may come to hold different tokens.
         watches: whether its signals are read at decode steps too.
+        stores: whether it stores tokens in another form. One stage may, behind those that choose
+            tokens.
     """
 
     site = "cache"
@@ -764,6 +766,10 @@ class CacheCompressor(_Method):
     group: ClassVar[int] = 0
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
+    stores: ClassVar[bool] = False
+
+    def fits(self, head_dim: int) -> None:
+        """PlanError where a model's heads, of so many channels, cannot be stored so."""
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""
