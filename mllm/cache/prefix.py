@@ -29,7 +29,7 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     """Write what a patched model stored: ``prefix.safetensors`` and ``prefix.json``.
 
     An interrupted call leaves no prefix that could be loaded. Quantised segments are written as
-    they are, offloaded ones as keys and values; what methods keep in `KVCache.state` is not written.
+    they are, offloaded ones as keys and values; what methods keep in `KVCache.state` is not.
 
     Args:
         cache: `past_key_values` of a forward or `generate()` under a patch.

@@ -27,9 +27,8 @@ class Segment(Protocol):
     A quantised or low-rank segment holds what it likes and materialises keys and values when the
     layer is attended to. A segment does not change, except that a growing one gets longer.
 
-    A segment may have more: `join(other)`, one segment with the columns of the other behind its
-    own, or None where they are not alike (see :meth:`mllm.cache.KVCache.convert`); `saved()` and the
-    class method `loaded(row, tensors)`, by which :func:`mllm.cache.save_prefix` writes it as it is.
+    One may also have `join(other)`: a segment with the columns of the other behind its own, or
+    None where they are not alike (see :meth:`mllm.cache.KVCache.convert`).
 
     Attributes:
         slots: columns of the rectangle.

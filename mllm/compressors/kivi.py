@@ -75,9 +75,7 @@ class KIVI(Quantiser):
         self.demand("residual", whole, f"a multiple of group_size={self.group_size}")
 
     def prefill_end(self, event: CacheEvent) -> None:
-        key, value = (
-            self.bits if own is None else own for own in (self.key_bits, self.value_bits)
-        )
+        key, value = (self.bits if own is None else own for own in (self.key_bits, self.value_bits))
         if key == value == 16:
             return
 
