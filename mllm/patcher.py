@@ -710,6 +710,8 @@ class Patched:
         inside = attention.change()
         if inside is None or inside.layer != layer:
             return None
+        if branch == "attn" and (run := self._run()) is not None:
+            run.changes.set_aside(layer)
         return inside.leave(branch, output)
 
     def _decoder_post(self, module: nn.Module, args: tuple, output: Any) -> Any:

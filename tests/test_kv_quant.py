@@ -12,6 +12,7 @@ from cache_oracles import Oracle
 from kv_oracles import Plain
 from matrix import equal
 from test_kv import FAMILIES, around, check_alone, few, generate, stored
+from test_zoo_zipvl import important, probes
 
 import mllm
 from mllm.cache import Dense, KVCache, Quantised, cache_bytes, load_prefix, quantised, save_prefix
@@ -553,6 +554,120 @@ def test_assisted_decoding_looks_at_no_candidate():
         assert segments[0].slots > len(ids), "answers too"
         logical = patched.kv(out.past_key_values).view(0).logical[0, 0]
         assert torch.equal(logical, torch.arange(len(logical)))
+
+
+# ZipVL
+
+
+class Mixed(Bits):
+    """ZipVL's storage for a :class:`Zip`: what is important in `high` bits, the rest in `low`."""
+
+    def decide(self, o: Zip) -> None:
+        stage = self.stage
+        first = not self.frozen
+        block = range(o.length - stage.every, o.length)
+        o.due = getattr(o, "due", o.length + stage.every) if not first else o.length + stage.every
+        if not first and o.length < o.due:
+            return
+        if not first:
+            o.due += stage.every
+        for layer, (keys, values) in o.raw.items():
+            start = o.length - keys.shape[1]
+            if first:
+                there = o.important[layer]
+            else:
+                row = o.rows[layer].mean(0)[-1]
+                shift = o.length - len(row)
+                mass = {t: float(row[t - shift]) for t in block if t in o.alive(layer, 0)}
+                there, total = set(), 0.0
+                for t in sorted(mass, key=lambda t: -mass[t]):
+                    if total >= stage.tau * sum(mass.values()):
+                        break
+                    total += mass[t]
+                    there.add(t)
+            for head in range(keys.shape[0]):
+                own = self.frozen.setdefault((layer, head), {})
+                plain = [t for t in o.alive(layer, head) if t not in own]
+                if stage.evict:
+                    gone = plain if first else [t for t in plain if t in block]
+                    o.drop(layer, head, [t for t in gone if t not in there])
+                    self.frozen[layer, head] = {}
+                    continue
+                for bits, part in (
+                    (stage.low, [t for t in plain if t not in there]),
+                    (stage.high, [t for t in plain if t in there]),
+                ):
+                    at = [t - start for t in part]
+                    stored = slow(keys[head, at], values[head, at], bits, bits, stage.group_size)
+                    own.update(zip(part, zip(*stored, strict=True), strict=True))
+
+
+class Zip(Rounding):
+    """The unpatched model whose prompt attends among important tokens alone."""
+
+    def __init__(self, family: str, sample: families.Sample, stages: list) -> None:
+        super().__init__(family, [], Mixed(stages[1]))
+        self.prefill, self.sample, self.important = stages[0], sample, {}
+        self.visual = sample.visual.tolist()
+
+    def attend(self, module, query, key, value, mask, scaling):
+        layer, n = module.layer_idx, len(self.sample.ids)
+        if layer in self.important or self.length > n:
+            return super().attend(module, query, key, value, mask, scaling)
+        _, weights = super().attend(module, query, key, value, mask, scaling)
+        there = set(range(n))
+        if self.sample.pictures and self.prefill.tau < 1:
+            asked = probes(n, self.prefill.recent, self.prefill.spread)
+            there = important(weights[0], asked, self.prefill.tau)
+        self.important[layer] = there
+        out = torch.tensor([t not in there for t in range(n)])
+        least = torch.finfo(query.dtype).min
+        if mask is None:
+            mask = torch.full((n, n), least).triu(1)[None, None]
+        only = torch.zeros_like(mask[..., :n]).masked_fill(out, least)
+        self.length -= n if layer == 0 else 0
+        x, weights = super().attend(module, query, key, value, mask[..., :n] + only, scaling)
+        return x.masked_fill(out[None, :, None, None], 0), weights
+
+
+ZIPPED = [
+    "zipvl:tau=0.8:recent=3:spread=4:every=5:group_size=4",
+    "zipvl:tau=0.6:recent=2:spread=6:every=4:group_size=2:high=8:low=4",
+    "zipvl:tau=0.8:recent=3:spread=4:every=5:high=16:low=2:group_size=6",
+    "zipvl:tau=0.8:recent=3:spread=4:every=5:evict=true",
+]
+
+
+@pytest.mark.parametrize(
+    "spec, family, kind, attn",
+    few(ZIPPED, FAMILIES, ["alone", "padded"], ["sdpa", "eager"]),
+)
+def test_zipvl_stores_what_matters_in_more_bits(spec, family, kind, attn):
+    check_zipvl(spec, family, kind, attn)
+
+
+@torch.no_grad()
+def check_zipvl(spec, family, kind, attn):
+    batch = families.samples(family, kind)
+    inputs, model = families.collate(family, batch), families.model(family, attn)
+    stages = Plan.from_spec(spec).stages
+    with mllm.patch(model, spec) as patched:
+        out = generate(model, inputs, STEPS)
+    prompt, few_bits = inputs["input_ids"].shape[1], 0
+    for b, sample in enumerate(batch):
+        oracle = Zip(family, sample, stages)
+        want = oracle.generate(**families.collate(family, [sample]), max_new_tokens=STEPS)
+        for i, layer in enumerate(out.past_key_values.layers):
+            view, padding = patched.kv(out.past_key_values).view(i), prompt - len(sample.ids)
+            for head in range(layer.heads):
+                mine = sorted(t - padding for t in stored(view, b, head))
+                assert [t for t in mine if t >= oracle.first(i)] == oracle.alive(i, head)
+            few_bits += len(sample.ids) - len(oracle.important[i])
+        logits = torch.stack(want.logits, 1)[0]
+        near = 2e-5 * max(1.0, float(logits.std()))
+        equal(torch.stack(out.logits, 1)[b], logits, f"sample {b}", near)
+        assert torch.equal(out.sequences[b, prompt:], want.sequences[0, len(sample.ids) :])
+    assert few_bits > 8
 
 
 # What is refused

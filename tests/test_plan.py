@@ -106,6 +106,11 @@ def stages(draw):
         "alone": st.floats(0, 1),
         "distance": st.floats(0, 2),
         "retrieve": st.floats(0, 9),
+        **dict.fromkeys(["bits", "high", "low"], st.sampled_from([2, 4, 8, 16])),
+        **dict.fromkeys(["key_bits", "value_bits"], st.sampled_from([None, 2, 4, 8, 16])),
+        "group_size": st.sampled_from([2, 4, 8, 16, 32]),
+        "residual": st.sampled_from([32, 64, 128]),
+        "every": st.integers(1, 200),
     }
     if cls.info.stage == "cache":
         values |= on_cache

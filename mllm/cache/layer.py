@@ -315,6 +315,31 @@ class SlotLayer(DynamicLayer):
             self._forget()
         return keys, values
 
+    def set_aside(self, new: SlotTable, keys: Tensor, values: Tensor, hidden: int) -> None:
+        """Store rows that took no part in the attention that has just run.
+
+        Args:
+            new: what they stand for; they get the column `aside`.
+            keys, values: `[batch, kv_heads, rows, dim]`.
+            hidden: newest slots that are candidates of assisted decoding, and stay the newest.
+        """
+        old = self.table
+        if "aside" not in old.columns:
+            old = old.with_columns(aside=torch.zeros_like(old.valid))
+        self._append(keys, values)
+        self.table = old.cat(new.with_columns(aside=torch.ones_like(new.valid)))
+        self.compressed, self.intact = True, self.seen - hidden
+        if hidden:
+            place = torch.arange(self.slots, device=keys.device)
+            first, moved = old.slots - hidden, place[old.slots :]
+            order = torch.cat([place[:first], moved, place[first : old.slots]])
+            self.table = SlotTable(
+                {n: t[..., order] for n, t in self.table.columns.items()}, self.table.padded
+            )
+            last, start = self.segments[-1], self.slots - self.segments[-1].slots
+            own = (order[start:] - start).expand(len(keys), -1)
+            self.segments[-1] = last.take(own, self.table.valid[..., start:])
+
     def _append(self, keys: Tensor, values: Tensor) -> None:
         if self.segments and self.segments[-1].grows:
             self.segments[-1].append(keys, values)

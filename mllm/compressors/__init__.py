@@ -38,6 +38,8 @@ _HOMES = {
     "DualFilter": "mustdrop",
     "PACT": "pact",
     "ZipVL": "zipvl",
+    "ZipVLPrefill": "zipvl",
+    "ZipVLCache": "zipvl",
     "StreamingLLM": "streamingllm",
     "H2O": "h2o",
     "SnapKV": "snapkv",

@@ -771,6 +771,10 @@ class CacheCompressor(_Method):
     def fits(self, head_dim: int) -> None:
         """PlanError where a model's heads, of so many channels, cannot be stored so."""
 
+    def due(self, cache: Any) -> bool:
+        """Whether the decode step that is about to run on a KVCache is one to read signals at."""
+        return self.watches
+
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""
 
