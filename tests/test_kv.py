@@ -199,9 +199,10 @@ IDENTITY = {
     "plphp": ["plphp:budget=1.0"],
     "lookm": ["lookm:budget=1.0", "lookm:budget=900:merge=mean"],
     "kivi": ["kivi:bits=16", "snapkv:budget=1.0+kivi:bits=16:group_size=4:residual=4"],
+    "zipvl_cache": ["zipvl_cache:high=16:low=16", "zipvl_cache:tau=1.0:evict=true"],
 }
-#: Methods that let nothing go, and where they are tested.
-ELSEWHERE = {"kivi": "test_kv_quant.py"}
+#: Methods that store tokens in another form, and where they are tested.
+ELSEWHERE = {"kivi": "test_kv_quant.py", "zipvl_cache": "test_kv_quant.py"}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,11 @@ from test_kv import FAMILIES, around, check_alone, few, generate, stored
 from test_zoo_zipvl import important, probes
 
 import mllm
+from mllm import attention
 from mllm.cache import Dense, KVCache, Quantised, cache_bytes, load_prefix, quantised, save_prefix
-from mllm.compressors import KIVI, SnapKV
+from mllm.cache.layer import SlotLayer
+from mllm.changes import Changes
+from mllm.compressors import KIVI, SnapKV, ZipVLCache, zipvl
 from mllm.errors import PlanError
 from mllm.examine import _as_if
 from mllm.models import resolve
@@ -289,6 +292,13 @@ PLANS = [
     "adakv:budget=0.6:window=4:floor=0.2+kivi:bits=4:group_size=4:residual=4",
 ]
 
+ZIPPED = [
+    "zipvl:tau=0.8:recent=3:spread=4:every=5:group_size=4",
+    "zipvl:tau=0.6:recent=2:spread=6:every=4:group_size=2:high=8:low=4",
+    "zipvl:tau=0.8:recent=3:spread=4:every=5:high=16:low=2:group_size=6",
+    "zipvl:tau=0.8:recent=3:spread=4:every=5:evict=true",
+]
+
 
 @pytest.mark.parametrize(
     "spec, family, kind, attn",
@@ -309,32 +319,41 @@ def check_rounding(spec, family, kind, attn):
     *evicting, stage = Plan.from_spec(spec).stages
     with mllm.patch(model, spec) as patched:
         out = generate(model, inputs, STEPS)
-    prompt = inputs["input_ids"].shape[1]
     many = 0
     for b, sample in enumerate(batch):
-        bits = Bits(stage)
-        oracle = Rounding(family, [Plain(s) for s in evicting], bits)
+        oracle = Rounding(family, [Plain(s) for s in evicting], Bits(stage))
         oracle.visual = sample.visual.tolist()
-        want = oracle.generate(**families.collate(family, [sample]), max_new_tokens=STEPS)
-        for i, layer in enumerate(out.past_key_values.layers):
-            view, padding = patched.kv(out.past_key_values).view(i), prompt - len(sample.ids)
-            for head in range(layer.heads):
-                alive = oracle.alive(i, head)
-                mine = [t - padding for t in stored(view, b, head)]
-                assert sorted(t for t in mine if t >= oracle.first(i)) == alive
-                own, there = bits.frozen[i, head], view.valid[b, head]
-                for t, k, v in zip(
-                    mine, view.keys[b, head, there], view.values[b, head, there], strict=True
-                ):
-                    if t in own and t in alive:
-                        equal(k, own[t][0], f"key {t} of layer {i}", 1e-4)
-                        equal(v, own[t][1], f"value {t} of layer {i}", 1e-4)
-                        many += 1
-        logits = torch.stack(want.logits, 1)[0]
-        near = 1e-5 * max(1.0, float(logits.std()))
-        equal(torch.stack(out.logits, 1)[b], logits, f"sample {b}", near)
-        assert torch.equal(out.sequences[b, prompt:], want.sequences[0, len(sample.ids) :])
-    assert many > 100
+        many += check_sample(b, sample, family, oracle, out, patched)
+    assert many > 60
+
+
+def check_sample(b, sample, family, oracle, out, patched):
+    """What is stored of one sample, and what the model says; returns how many keys have few bits.
+
+    Models that differ in their last digit may round a number to different sides, rarely.
+    """
+    want = oracle.generate(**families.collate(family, [sample]), max_new_tokens=STEPS)
+    padding, many, flipped = out.sequences.shape[1] - want.sequences.shape[1], 0, 0
+    for i, layer in enumerate(out.past_key_values.layers):
+        view = patched.kv(out.past_key_values).view(i)
+        for head in range(layer.heads):
+            alive, there = oracle.alive(i, head), view.valid[b, head]
+            mine = [t - padding for t in stored(view, b, head)]
+            assert sorted(t for t in mine if t >= oracle.first(i)) == alive
+            own = oracle.bits.frozen[i, head]
+            rows = zip(mine, view.keys[b, head, there], view.values[b, head, there], strict=True)
+            for t, *kv in rows:
+                if t in own and t in alive:
+                    flipped += sum(
+                        int(((x - y).abs() > 1e-4).sum()) for x, y in zip(kv, own[t], strict=True)
+                    )
+                    many += 1
+    assert flipped <= 2
+    logits = torch.stack(want.logits, 1)[0]
+    near = (1e-2 if flipped else 2e-5) * max(1.0, float(logits.std()))
+    equal(torch.stack(out.logits, 1)[b], logits, f"sample {b}, {flipped} flipped", near)
+    assert torch.equal(out.sequences[b, -STEPS:], want.sequences[0, -STEPS:])
+    return many
 
 
 def residual_rounded(mp):
@@ -465,7 +484,7 @@ def test_methods_stack(plan):
     check_alone("llava", plan, STEPS)
 
 
-WAYS = [PLANS[0], PLANS[4], PLANS[6]]
+WAYS = [PLANS[0], PLANS[4], PLANS[6], ZIPPED[0], ZIPPED[3]]
 
 
 @pytest.mark.parametrize("spec", WAYS)
@@ -630,14 +649,6 @@ class Zip(Rounding):
         return x.masked_fill(out[None, :, None, None], 0), weights
 
 
-ZIPPED = [
-    "zipvl:tau=0.8:recent=3:spread=4:every=5:group_size=4",
-    "zipvl:tau=0.6:recent=2:spread=6:every=4:group_size=2:high=8:low=4",
-    "zipvl:tau=0.8:recent=3:spread=4:every=5:high=16:low=2:group_size=6",
-    "zipvl:tau=0.8:recent=3:spread=4:every=5:evict=true",
-]
-
-
 @pytest.mark.parametrize(
     "spec, family, kind, attn",
     few(ZIPPED, FAMILIES, ["alone", "padded"], ["sdpa", "eager"]),
@@ -653,21 +664,90 @@ def check_zipvl(spec, family, kind, attn):
     stages = Plan.from_spec(spec).stages
     with mllm.patch(model, spec) as patched:
         out = generate(model, inputs, STEPS)
-    prompt, few_bits = inputs["input_ids"].shape[1], 0
+    few_bits = 0
     for b, sample in enumerate(batch):
         oracle = Zip(family, sample, stages)
-        want = oracle.generate(**families.collate(family, [sample]), max_new_tokens=STEPS)
-        for i, layer in enumerate(out.past_key_values.layers):
-            view, padding = patched.kv(out.past_key_values).view(i), prompt - len(sample.ids)
-            for head in range(layer.heads):
-                mine = sorted(t - padding for t in stored(view, b, head))
-                assert [t for t in mine if t >= oracle.first(i)] == oracle.alive(i, head)
-            few_bits += len(sample.ids) - len(oracle.important[i])
-        logits = torch.stack(want.logits, 1)[0]
-        near = 2e-5 * max(1.0, float(logits.std()))
-        equal(torch.stack(out.logits, 1)[b], logits, f"sample {b}", near)
-        assert torch.equal(out.sequences[b, prompt:], want.sequences[0, len(sample.ids) :])
+        check_sample(b, sample, family, oracle, out, patched)
+        few_bits += sum(len(sample.ids) - len(there) for there in oracle.important.values())
     assert few_bits > 8
+
+
+def all_important(mp):
+    around(mp, zipvl, "_needed", lambda f, mass, tau: f(mass, 1.0))
+
+
+def bits_swapped(mp):
+    around(
+        mp, ZipVLCache, "_put",
+        lambda f, self, event, layer, tokens, bits: f(self, event, layer, tokens, 12 - bits),
+    )  # fmt: skip
+
+
+def aside_forgotten(mp):
+    mp.setattr(Changes, "set_aside", lambda self, layer: None)
+
+
+def aside_crossed(mp):
+    around(
+        mp, SlotLayer, "set_aside",
+        lambda f, self, new, keys, values, hidden: f(self, new, keys.flip(2), values, hidden),
+    )  # fmt: skip
+
+
+def answer_left(mp):
+    mp.setattr(ZipVLCache, "decode_step", lambda self, event: None)
+
+
+@pytest.mark.parametrize(
+    "mutate", [all_important, bits_swapped, aside_forgotten, aside_crossed, answer_left]
+)
+def test_a_broken_zipvl_is_caught(monkeypatch, mutate):
+    mutate(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_zipvl(ZIPPED[1], "llava", "padded", "sdpa")
+
+
+@torch.no_grad()
+def test_mixed_bits_weigh_what_they_say():
+    """Of a layer's tokens those that attended have 4 bits, the rest 2: no token is missing."""
+    (sample,) = families.samples("llava", (((0, 1), 60),))
+    model = families.model("llava")
+    with mllm.patch(model, "zipvl:tau=0.8:recent=3:spread=4:group_size=4") as patched:
+        cache = model(**families.collate("llava", [sample]), use_cache=True).past_key_values
+        data, kv = patched.ledger.as_dict(), patched.kv(cache)
+    want = 0
+    for i in range(kv.depth):
+        view = kv.view(i)
+        assert sorted(stored(view, 0, 0)) == list(range(len(sample.ids)))
+        aside = int(view.columns["aside"][0, 0].sum())
+        assert 0 < aside < len(sample.ids)
+        want += 2 * 2 * (3 * aside + 6 * (len(sample.ids) - aside))  # bytes of 12 channels
+    assert data["kv_bytes"] == want
+
+
+@torch.no_grad()
+def test_zipvl_under_assisted_decoding():
+    """Candidates come with the prompt: they attend, and stay behind what was set aside."""
+    (sample,) = families.samples("llava", "alone")
+    ids = torch.cat([sample.ids, sample.ids[-3:], sample.ids[-3:], sample.ids[-3:-1]])
+    inputs = families.collate("llava", [families.Sample(ids, sample.pictures)])
+    model = families.model("llava")
+    with mllm.patch(model, "zipvl:tau=0.8:recent=3:spread=4:high=16:low=16:every=90"):
+        greedy = generate(model, inputs, 20)
+        assisted = generate(model, inputs, 20, prompt_lookup_num_tokens=4)
+    assert torch.equal(greedy.sequences, assisted.sequences)
+
+
+@torch.no_grad()
+def test_steps_read_a_row_when_it_is_needed(monkeypatch):
+    seen = []
+    around(monkeypatch, attention, "row_attention", lambda f, query, *a: (
+        seen.append(query.shape[2]), f(query, *a)
+    )[1])  # fmt: skip
+    model = families.model("llava")
+    with mllm.patch(model, "zipvl:tau=0.8:every=5"):
+        generate(model, families.collate("llava", families.samples("llava", "alone")), 12)
+    assert seen.count(1) == 2 * families.LAYERS, "11 steps are two blocks of five"
 
 
 # What is refused
@@ -684,6 +764,12 @@ def check_zipvl(spec, family, kind, attn):
         ("kivi:group_size=0", "group_size"),
         ("kivi:residual=48", "residual"),
         ("kivi:residual=0", "residual"),
+        ("zipvl_cache:high=5", "high"),
+        ("zipvl_cache:low=1", "low"),
+        ("zipvl_cache:tau=0.0", "tau"),
+        ("zipvl_cache:every=0", "every"),
+        ("zipvl:low=3", "low"),
+        ("zipvl:tau=1.5", "tau"),
     ],
 )
 def test_bad_values(spec, argument):

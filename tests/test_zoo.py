@@ -22,8 +22,9 @@ PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
 PLAIN = {"random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid"}
 #: What the matrix does not hold: where it is checked instead, against a reference of its own.
 ELSEWHERE = {
-    "tome": "test_tower.py", "cmai": "test_zoo_vmtc.py", "zipvl": "test_zoo_zipvl.py",
-    "keytokens": "test_zoo_mustdrop.py", "randomllm": "test_methods.py",
+    "tome": "test_tower.py", "cmai": "test_zoo_vmtc.py", "zipvl": "test_kv_quant.py",
+    "zipvl_prefill": "test_zoo_zipvl.py", "keytokens": "test_zoo_mustdrop.py",
+    "randomllm": "test_methods.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -122,8 +123,8 @@ OTHERS = {
     "ggem": "whole grids", "adaptivepool": "one grid", "pllava": "one grid",
     "sparsevlm": "published schedules", "vscan": "a preset", "vtw": "one layer",
     "pact": "the picture decides", "dualfilter": "the picture decides",
-    "zipvl": "the picture decides", "keytokens": "nothing leaves", "cmai": "nothing leaves",
-    "windowmerge": "a share of windows",
+    "zipvl": "a preset", "zipvl_prefill": "the picture decides", "keytokens": "nothing leaves",
+    "cmai": "nothing leaves", "windowmerge": "a share of windows",
 }  # fmt: skip
 #: Averages below the layers that see everything.
 UNREACHABLE = {
