@@ -285,7 +285,7 @@ class Rounding(Oracle):
 PLANS = [
     "kivi:bits=2:group_size=4:residual=4",
     "kivi:bits=4:group_size=6:residual=12",
-    "kivi:bits=8:group_size=2:residual=8",
+    "kivi:bits=8:group_size=3:residual=6",
     "kivi:key_bits=2:value_bits=16:group_size=4:residual=4",
     "snapkv:budget=0.6:window=4+kivi:bits=4:group_size=4:residual=8",
     "snapkv:budget=20:window=4:hold=true+kivi:bits=2:group_size=4:residual=4",
@@ -294,7 +294,7 @@ PLANS = [
 
 ZIPPED = [
     "zipvl:tau=0.8:recent=3:spread=4:every=5:group_size=4",
-    "zipvl:tau=0.6:recent=2:spread=6:every=4:group_size=2:high=8:low=4",
+    "zipvl:tau=0.6:recent=2:spread=6:every=4:group_size=3:high=8:low=4",
     "zipvl:tau=0.8:recent=3:spread=4:every=5:high=16:low=2:group_size=6",
     "zipvl:tau=0.8:recent=3:spread=4:every=5:evict=true",
 ]
