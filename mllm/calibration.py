@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from mllm import compat
-from mllm.compressors.base import Calibrated, LayerContext, LayerMethod, Positions
+from mllm.compressors.base import (
+    CacheCompressor,
+    CacheEvent,
+    Calibrated,
+    Fittable,
+    LayerContext,
+    LayerMethod,
+    Positions,
+)
 from mllm.errors import DataError, PlanError
 from mllm.models import resolve
 from mllm.plan import MethodInfo, Plan, get_method, methods
@@ -92,10 +100,11 @@ def calibrate(
 
     Args:
         model: a model of a supported family.
-        method: name or spec text of a method that can be fitted (`fitprune`, `btp`), or a stage.
+        method: name or spec text of a method that can be fitted (`fitprune`, `btp`, `prefixkv`), or
+            a stage.
         batches: inputs of the model, as processors make them, on the model's device.
-        share: visual tokens that decoder layers see on average, as a fraction; None is the
-            method's own.
+        share: visual tokens that decoder layers see on average, as a fraction, or for a method on
+            the cache tokens that they store; None is the method's own.
         progress: called with the number of samples after each batch.
 
     Raises:
@@ -106,10 +115,11 @@ def calibrate(
 
     stage = fittable(method)
     family, seen, digest = resolve(model), [], _Digest()
-    recorder = _Recorder.make(stage)
+    cached = isinstance(stage, CacheCompressor)
+    recorder = (_CacheRecorder if cached else _Recorder).make(stage)
     with torch.no_grad(), patch(model, [recorder]):
         for batch in batches:
-            model(**batch, logits_to_keep=1, use_cache=False)
+            model(**batch, logits_to_keep=1, use_cache=cached)
             seen += recorder.taken()
             digest.add(batch)
             progress(len(batch["input_ids"]))
@@ -145,9 +155,9 @@ def fittable(method: Any) -> Any:
         PlanError: it cannot be fitted.
     """
     stages = Plan.of(method).stages
-    if len(stages) == 1 and isinstance(stages[0], Calibrated):
+    if len(stages) == 1 and isinstance(stages[0], Fittable):
         return stages[0]
-    names = [row["name"] for row in methods() if issubclass(get_method(row["name"]), Calibrated)]
+    names = [row["name"] for row in methods() if issubclass(get_method(row["name"]), Fittable)]
     raise PlanError(
         f"{method} cannot be fitted to a model",
         argument="method",
@@ -183,6 +193,8 @@ def applied(stage: Any, model: nn.Module) -> Any:
             expected=f"a file of `mllm calibrate {stage.info.name} --model "
             f"{model.config._name_or_path}`",
         )
+    if isinstance(stage, CacheCompressor):
+        return found.stage
     positions = stage.positions or found.stage.positions
     return found.stage.replace(positions=positions)
 
@@ -237,6 +249,36 @@ class _Recorder(LayerMethod):
         return []
 
     def taken(self) -> list[list[Tensor]]:
-        """What was recorded since the last call, at each layer, by sample with images."""
+        """See :func:`_by_sample`."""
         found, self.found = self.found, {}
-        return [list(own) for own in zip(*(found[i] for i in sorted(found)), strict=True)]
+        return _by_sample(found)
+
+
+@dataclass
+class _CacheRecorder(CacheCompressor):
+    """Calls `of.observe` at the end of every decoder layer, and changes nothing."""
+
+    info = MethodInfo(name="recorder", stage="cache")
+
+    @classmethod
+    def make(cls, of: Any) -> _CacheRecorder:
+        own = cls()
+        own.of, own.found = of, {}
+        return own
+
+    def reads(self) -> dict[str, Any]:
+        return self.of.reads()
+
+    def layer_end(self, event: CacheEvent) -> None:
+        own = zip(self.of.observe(event), event.visual.any(1).tolist(), strict=True)
+        self.found[event.layer] = [x for x, pictured in own if pictured]
+
+    def taken(self) -> list[list[Tensor]]:
+        """See :func:`_by_sample`."""
+        found, self.found = self.found, {}
+        return _by_sample(found)
+
+
+def _by_sample(found: dict[int, list[Tensor]]) -> list[list[Tensor]]:
+    """What was recorded since the last call, at each layer, by sample with images."""
+    return [list(own) for own in zip(*(found[i] for i in sorted(found)), strict=True)]

@@ -81,6 +81,8 @@ class DecoderRun:
         attention_table, attention_rotary: rows of its attention, and their rotary tables.
         protected: bool, by the rows of `full`; None is none.
         has_inserted: whether there are rows without a source.
+        begins, ends: whether a prompt begins, and ends, with these rows; see
+            :mod:`mllm.chunks`.
         states: by stage number, what a method remembers.
     """
 
@@ -129,6 +131,8 @@ class DecoderRun:
     marks: dict[str, Tensor] = field(default_factory=dict)
     reductions: dict[str, Reduction] = field(default_factory=dict)
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
+    begins: bool = True
+    ends: bool = True
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -182,7 +186,8 @@ class DecoderRun:
         flat = position is None or position.dim() < 3
         if self.patched.family.mrope and self.visual is not None and flat:
             self.notes.append("positions without rows and columns: mm_token_type_ids is missing")
-        self.prompt = self._prompt_rows(prompt_length, labels)
+        if self.prompt is None:
+            self.prompt = self._prompt_rows(prompt_length, labels)
         if cache is None:
             self._nothing_stored()
         else:
@@ -253,6 +258,9 @@ class DecoderRun:
 
     def _make_table(self, valid: Tensor) -> None:
         start = self.past_logical
+        if self.full is not None:  # a chunk of rows that were read before
+            self.table = self.full
+            return
         if self.visual is None:
             self.full = self.table = TokenTable.text(valid, start)
             self.images = [[] for _ in range(valid.shape[0])]

@@ -112,6 +112,8 @@ class Record:
     selection_flops: float
     notes: list[str]
     branch_rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # that take part
+    # Per chunk of the prompt, its rows of each sample and the slots of each layer before it.
+    chunks: list[tuple[list[int], list[int]]] = field(default_factory=list)
     cache_flops: float = 0.0  # of methods on the cache, which every sample pays
     decode_steps: int = 0
 
@@ -223,6 +225,16 @@ class Ledger:
         past: list[int],
         branch_rows: dict[tuple[int, str], Tensor] | None = None,
     ) -> list[float]:
+        """FLOPs of each sample, the LM head included; see :meth:`_layer_flops`."""
+        head = flops.lm_head(self._record.config, self._record.logit_rows)
+        return [head + layers for layers in self._layer_flops(tokens, past, branch_rows)]
+
+    def _layer_flops(
+        self,
+        tokens: list[list[int]],
+        past: list[int],
+        branch_rows: dict[tuple[int, str], Tensor] | None = None,
+    ) -> list[float]:
         """FLOPs of each sample, of rows that enter layers or, where told, their branches."""
         record, total = self._record, [0.0] * len(tokens[0])
         own = {key: rows.tolist() for key, rows in (branch_rows or {}).items()}
@@ -231,8 +243,7 @@ class Ledger:
             for b, queries in enumerate(attn):
                 total[b] += flops.attention_branch(record.config, queries, past[i] + queries)
                 total[b] += flops.mlp_branch(record.config, mlp[b])
-        head = flops.lm_head(record.config, record.logit_rows)
-        return [head + layers for layers in total]
+        return total
 
     def as_dict(self) -> dict[str, Any]:
         """The promised fields (schema 1), plain Python values only."""
@@ -269,6 +280,11 @@ class Ledger:
         ]
         tokens, visual = [self.tokens(i) for i in range(layers)], self._visual()
         llm = self._decoder_flops(tokens, record.past, record.branch_rows)
+        if record.chunks:
+            llm = [flops.lm_head(config, record.logit_rows)] * len(prompt)
+            for rows, past in record.chunks:
+                part = self._layer_flops([rows] * layers, past)
+                llm = [x + y for x, y in zip(llm, part, strict=True)]
         stored = [_within(record.past_logical, window) for window in record.windows]
         base = self._decoder_flops([prompt] * layers, stored)
         length = full.valid.shape[1] + record.past_logical

@@ -24,6 +24,7 @@ from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
 from mllm.cache import CacheMark, KVCache, cache_bytes
 from mllm.calibration import applied
 from mllm.capture import declared
+from mllm.chunks import Chunks, check_chunks
 from mllm.compressors.base import (
     CacheCompressor,
     Hidden,
@@ -68,12 +69,14 @@ class _Prompt:
     length: int | None
     drafts: bool
     given: dict[str, Any] | None = None  # arguments, with the ids
+    chunk: int | None = None  # rows of the prompt that the decoder reads at a time
 
 
 _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
 _CALL: ContextVar[_Call | None] = ContextVar("mllm_call", default=None)
 _VISION: ContextVar[VisionRun | None] = ContextVar("mllm_vision", default=None)
 _PROMPT: ContextVar[_Prompt | None] = ContextVar("mllm_prompt", default=None)
+_CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 
 _MISSING = object()
 _HOOKS = (
@@ -91,7 +94,11 @@ class Patched:
         model: the model that was given.
         plan: the plan, with layers fixed for the model's depth.
         family: the adapter of the model's family.
+        prefill_chunk_size: rows that the decoder reads at a time where the model is called by hand,
+            as `generate(prefill_chunk_size=...)` says for a call of its own; None is all.
     """
+
+    prefill_chunk_size: int | None = None
 
     def __init__(self, model: nn.Module, plan: Any, *, unvalidated: bool = False) -> None:
         self.model = model
@@ -388,6 +395,12 @@ class Patched:
     def _generate(self, generate: Any, args: tuple, kwargs: dict) -> Any:
         config = kwargs.get("generation_config") or self.family.model.generation_config
         check_generation(config, kwargs)
+        chunk = kwargs.pop("prefill_chunk_size", None) or config.prefill_chunk_size
+        if chunk is not None:  # not transformers' own way, which takes pictures apart
+            check_chunks(self, chunk)
+            if config.prefill_chunk_size is not None:
+                config = kwargs["generation_config"] = copy.deepcopy(config)
+                config.prefill_chunk_size = None
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         drafts = bool(getattr(config, "is_assistant", False))
         self._carry_on(kwargs.get("past_key_values"))
@@ -399,7 +412,7 @@ class Patched:
         if ids is not None:  # what is stored has been read
             past = 0 if cache is None else cache.get_seq_length()
             given = {**kwargs, "input_ids": ids[:, past if past < length else 0 :]}
-        token = _PROMPT.set(_Prompt(self, length, drafts, given))
+        token = _PROMPT.set(_Prompt(self, length, drafts, given, chunk))
         try:
             return generate(*args, **kwargs)
         finally:
@@ -432,12 +445,13 @@ class Patched:
     def _base_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
         # Not hooks: torch calls them after an Exception, but not after a KeyboardInterrupt.
         run = self._open(compat.arguments(self._base_signature, args, kwargs))
-        token = _FORWARD.set(run)
+        token, chunks = _FORWARD.set(run), _CHUNKS.set(None)
         try:
             return forward(*args, **kwargs)
         finally:
             attention.close_taps()
             attention.set_change(None)
+            _CHUNKS.reset(chunks)
             _FORWARD.reset(token)
 
     def _run(self) -> DecoderRun | None:
@@ -664,14 +678,42 @@ class Patched:
         if run is None:
             return None
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
-        call = run.call
-        run.start(kwargs, self._prompt().length, None if call is None else call.labels)
+        length, labels = self._prompt().length, None if run.call is None else run.call.labels
+        size = self._chunk_size(run, kwargs)
+        if size is not None:
+            return (), self._read_chunks(Chunks(run, kwargs, size, length, labels))
+        run.start(kwargs, length, labels)
+        self._open_taps(run)
+        return (), kwargs
+
+    def _open_taps(self, run: DecoderRun) -> None:
         taps = run.captures.taps() if run.visual is not None and self.pruners else {}
         if self.compressors and run.events is not None:
             run.events.add_taps(taps)
         if taps:
             attention.open_taps(taps)
-        return (), kwargs
+
+    def _chunk_size(self, run: DecoderRun, kwargs: dict[str, Any]) -> int | None:
+        """Rows that the decoder reads at a time; None is all of this forward."""
+        prompt, rows = self._prompt(), kwargs["inputs_embeds"].shape[1]
+        if prompt.length is None:
+            size = self.prefill_chunk_size
+            if size is not None:
+                check_chunks(self, size)
+        else:
+            size = None if self._answering(kwargs.get("past_key_values")) else prompt.chunk
+        return size if size is not None and rows > size else None
+
+    def _read_chunks(self, chunks: Chunks) -> dict[str, Any]:
+        """Read all chunks but the last; returns the decoder's arguments for that one."""
+        _CHUNKS.set(chunks)
+        for run, kwargs in chunks:
+            _FORWARD.set(run)
+            attention.close_taps()
+            self._open_taps(run)
+            if not run.ends:
+                chunks.add(self.family.decoder.forward(**kwargs))
+        return kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         run = self._run()
@@ -715,12 +757,16 @@ class Patched:
         return inside.leave(branch, output)
 
     def _decoder_post(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        run = self._run()
+        run, chunks = self._run(), _CHUNKS.get()
         if run is None:
             return None
-        if run.visual is not None:
+        if chunks is not None:
+            chunks.add(output)
+            chunks.close(output)
+            run = chunks.whole
+        elif run.visual is not None:
             run.finish(output.last_hidden_state)
-        if run.events is not None:
+        if run.events is not None and chunks is None:
             run.events.forward_end()
         if run.cache is not None:
             carried = {name: getattr(self.family.base, name) for name in self.family.carried}
@@ -737,9 +783,10 @@ class Patched:
                 given=self.plan.spec,
                 expected="every stage runs",
             )
-        output.last_hidden_state = run.restore(output.last_hidden_state)
-        if states := getattr(output, "hidden_states", None):
-            output.hidden_states = run.restore_states(states)
+        if chunks is None:
+            output.last_hidden_state = run.restore(output.last_hidden_state)
+            if states := getattr(output, "hidden_states", None):
+                output.hidden_states = run.restore_states(states)
         self._book(run, self.plan_notes + run.notes)
         return output
 
@@ -782,6 +829,7 @@ class Patched:
             selection_flops=run.selection_flops,
             cache_flops=0.0 if run.events is None else sum(run.events.costs),
             branch_rows=run.changes.counts,
+            chunks=[] if _CHUNKS.get() is None else _CHUNKS.get().rows,
             notes=notes,
         )
         self._records.append(record)

@@ -149,6 +149,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 expected="sdpa or eager",
             )
     for _, stage in patched.compressors:
+        stage.check_depth(len(patched.layers))
         if stage.headwise and "flash" in attend:
             raise PlanError(
                 f"{stage.info.name}: heads cannot hold different tokens under {attend}",
@@ -288,7 +289,8 @@ def check_generation(config: Any, given: Mapping[str, Any]) -> None:
         given: further arguments of `generate`, which go before the config.
 
     Raises:
-        PlanError: another cache than a dynamic one, or a prompt that is read in chunks.
+        PlanError: another cache than a dynamic one, or chunks of a prompt without a cache or with
+            assisted decoding.
     """
     name = given.get("cache_implementation") or config.cache_implementation
     if name not in (None, "dynamic"):
@@ -299,12 +301,17 @@ def check_generation(config: Any, given: Mapping[str, Any]) -> None:
             expected="dynamic",
         )
     chunk = given.get("prefill_chunk_size") or config.prefill_chunk_size
-    if chunk:
+    drafted = [
+        name
+        for name in ("assistant_model", "prompt_lookup_num_tokens")
+        if given.get(name) or getattr(config, name, None)
+    ]
+    if chunk and (drafted or given.get("use_cache", config.use_cache) is False):
         raise PlanError(
-            "a prompt that is read in chunks has no last row to decide by until the end",
+            "a prompt is read in chunks over a cache, and without candidates behind it",
             argument="prefill_chunk_size",
             given=chunk,
-            expected="None",
+            expected=f"None, or no {drafted[0]}" if drafted else "None, or use_cache=True",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 from cache_oracles import Oracle
@@ -24,6 +25,8 @@ class Plain:
             if self.stage.tokens == "visual":
                 o.tokens = sum(bool(v) for v in o.visual)
             share = self.stage.budget
+            if getattr(self.stage, "ratios", None):
+                share = sum(self.stage.ratios) / len(self.stage.ratios)
             o.limit = share if isinstance(share, int) else max(1, round(share * o.tokens))
             o.is_visual = [bool(v) for v in o.visual]
             self.start(o)
@@ -181,6 +184,10 @@ class Plain:
         return counts
 
     def _prefixkv(self, o, layers, rooms):
+        if self.stage.ratios:
+            fixed = {k: len(self.counted(o, *k)) - len(self.free(o, *k)) for k in rooms}
+            share = dict(zip(layers, self.stage.ratios, strict=True))
+            return {k: max(0, round(share[k[0]] * o.tokens) - fixed[k]) for k in rooms}
         heads = [0] if self.stage.heads == "shared" else self.heads(o, 0)
         entries, counts = [], dict.fromkeys(rooms, 0)
         for i in layers:
@@ -236,10 +243,35 @@ class Plain:
                 counts[i, h] = max(0, kept - fixed)
         return counts
 
+    def _d2o(self, o, layers, rooms):
+        cut = [i for i in layers if not self.whole(layers, i)]
+        flat = {}
+        for i in cut:
+            own = [self.received(o, i, h, self.queries(o)) for h in range(o.rows[i].shape[0])]
+            spread = [statistics.variance(x.values()) for x in own]
+            low, high = min(spread), max(spread)
+            flat[i] = math.exp(-statistics.mean((v - low) / (high - low + 1e-6) for v in spread))
+        counts = {}
+        for h in self.heads(o, 0):
+            total, room = 0.0, sum(rooms[i, h] for i in cut)
+            for i in layers:
+                before = round(total)
+                total += room * flat.get(i, 0.0) / sum(flat.values())
+                whole = self.whole(layers, i)
+                counts[i, h] = len(self.free(o, i, h)) if whole else round(total) - before
+        return counts
+
+    def whole(self, layers: list[int], i: int) -> bool:
+        """Whether a layer is left alone for ever."""
+        skipped = self.stage.skip, len(layers) - self.stage.skip_last
+        return not skipped[0] <= i < skipped[1]
+
     # The answer
 
     def step(self, o: Oracle) -> None:
         for layer in sorted(o.keys):
+            if self.name == "d2o" and self.whole(sorted(o.keys), layer):
+                continue
             if self.name == "prefixkv":
                 self._one_leaves(o, layer)
                 continue
@@ -263,3 +295,35 @@ class Plain:
             place = len(stored) // 2 if place < 1 else place
             free = set(self.free(o, layer, head))
             o.drop(layer, head, [t for t in stored[place:] if t in free][:1])
+
+
+class Skipping:
+    """Which visual tokens stay in all layers, once the prompt has been read."""
+
+    def __init__(self, stage: Any) -> None:
+        self.stage = stage
+
+    def decide(self, o: Oracle) -> None:
+        if hasattr(o, "prompt"):
+            return
+        o.prompt = o.length
+        visual = [t for t, v in enumerate(o.visual) if v]
+        share = self.stage.budget
+        count = share if isinstance(share, int) else max(1, round(share * len(visual)))
+        if self.stage.rule == "top":
+            score = {t: 0.0 for t in range(o.length)}
+            for rows in o.rows.values():
+                for at, w in enumerate(rows[:, -1].mean(0).tolist()):
+                    score[o.length - rows.shape[2] + at] += w
+            stay = sorted(visual, key=lambda t: -score[t])[:count]
+        else:
+            count = min(count, len(visual))
+            stay = [visual[-(-j * len(visual) // count)] for j in range(count)]
+        for layer in o.keys:
+            for head in range(o.keys[layer].shape[0]):
+                o.drop(layer, head, [t for t in visual if t not in stay])
+
+
+def loops(stage: Any) -> Plain | Skipping:
+    """What decides for a method."""
+    return Skipping(stage) if stage.info.name == "skipvision" else Plain(stage)

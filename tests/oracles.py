@@ -385,10 +385,10 @@ def divprune(features: Tensor, keep: int) -> list[int]:
 
 
 def cdpruner(features: Tensor, words: Tensor, keep: int) -> list[int]:
-    """Greedy MAP of a DPP by determinants; q is the negated mean cosine with the question."""
+    """Greedy MAP of a DPP by determinants; q is the mean cosine with the question's words."""
     x = [f / f.norm() for f in features.double()]
     words = [w / w.norm() for w in words.double()]
-    q = [-sum((f @ w).item() for w in words) / len(words) for f in x]
+    q = [sum((f @ w).item() for w in words) / len(words) for f in x]
     q = [(s - min(q) + 1e-6) / (max(q) - min(q)) for s in q]
     kernel = torch.stack(
         [torch.stack([q[i] * (a @ b) * q[j] for j, b in enumerate(x)]) for i, a in enumerate(x)]

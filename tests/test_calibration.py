@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mllm
 from mllm.calibration import Calibration, applied
-from mllm.compressors import BTP, FitPrune
+from mllm.compressors import BTP, FitPrune, PrefixKV
 from mllm.compressors.base import farthest
 from mllm.compressors.fitprune import fit
 from mllm.errors import DataError, PlanError
@@ -182,7 +182,7 @@ def test_the_hash_of_a_plan_is_of_what_the_file_says(tmp_path):
 def test_methods_without_a_fit(method):
     with pytest.raises(PlanError, match="cannot be fitted") as caught:
         mllm.calibrate(fresh(), method, [])
-    assert caught.value.expected == "btp or fitprune"
+    assert caught.value.expected == "btp or fitprune or prefixkv"
 
 
 def test_no_images_and_both():
@@ -221,6 +221,77 @@ def test_farthest_first(count):
                 start[b].nonzero()[:, 0].tolist(),
             )  # fmt: skip
             assert mine[b].nonzero()[:, 0].tolist() == sorted(want)
+
+
+# PrefixKV: shares of layers
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+@torch.no_grad()
+def test_what_is_recorded_of_caches(monkeypatch, family, size):
+    """Of every sample with images and every layer: what its tokens receive, mean over heads."""
+    found = []
+    monkeypatch.setattr(PrefixKV, "fit", lambda self, seen, share: found.extend(seen) or {})
+    mllm.calibrate(model(family), "prefixkv", batches(family, size))
+    own = [s for s in samples(family, seed=2) if s.pictures]
+    assert len(found) == len(own)
+    for sample, layers in zip(own, found, strict=True):
+        seen = run(family, sample, Edits())
+        assert len(layers) == LAYERS
+        for mine, weights in zip(layers, seen.weights, strict=True):
+            stored = mine > 0  # beyond a window nothing is
+            assert stored.sum() > 5
+            want = weights.mean(0).sum(0)
+            torch.testing.assert_close(mine[stored], want[stored], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 1.0])
+def test_prefixkv_finds_the_threshold(share):
+    """Each layer of a sample keeps its prefix up to one threshold, and all meet the share."""
+    g = torch.Generator().manual_seed(0)
+    seen = [torch.rand(6, n, generator=g) ** torch.tensor([[1], [2], [3], [4], [5], [6]])
+            for n in (40, 33)]  # fmt: skip
+    stage = PrefixKV(sinks=2, window=3)
+    fitted = stage.fit([list(x) for x in seen], share)
+    assert fitted["budget"] == share and len(fitted["ratios"]) == 6
+    want = [cards.prefixes(x, share, first=2, last=3) for x in seen]
+    for layer, ratio in enumerate(fitted["ratios"]):
+        assert ratio == pytest.approx(sum(x[layer] for x in want) / 2, abs=1e-4)
+    assert sum(fitted["ratios"]) / 6 == pytest.approx(share, abs=0.02)
+    assert share == 1.0 or max(fitted["ratios"]) - min(fitted["ratios"]) > 0.05
+
+
+@torch.no_grad()
+def test_a_file_for_the_cache(tmp_path):
+    """Layers store what it says; the window and the heads that were asked for are in it."""
+    net, path = model("llava"), tmp_path / "prefixkv.json"
+    asked = "prefixkv:heads=each:window=2"
+    fitted = mllm.calibrate(net, asked, batches("llava"), share=0.4)
+    other = mllm.calibrate(net, asked, batches("llava", 1), share=0.4)
+    assert other.stage == fitted.stage and other.header["n_samples"] == 2
+    fitted.save(path)
+    assert (fitted.stage.heads, fitted.stage.window) == ("each", 2)
+    inputs = collate("llava", samples("llava", "alone"))
+    tokens = inputs["input_ids"].shape[1]
+    with mllm.patch(net, f"prefixkv:calibration={path}") as patched:
+        cache = net(**inputs, use_cache=True).past_key_values
+        assert patched.plan.stages[0] == fitted.stage
+    slots = [layer.slots for layer in cache.layers]
+    assert slots == [max(3, round(ratio * tokens)) for ratio in fitted.stage.ratios]
+    with pytest.raises(DataError, match="another model") as caught:
+        mllm.patch(model("gemma3"), f"prefixkv:calibration={path}")
+    assert caught.value.argument == "calibration"
+    with pytest.raises(PlanError, match="sinks=2 beside a calibration file"):
+        PrefixKV(sinks=2, calibration=str(path))
+    with pytest.raises(PlanError, match="fits prefixkv, not fitprune"):
+        mllm.patch(net, FitPrune(calibration=str(path)))
+    for share in (0.0, 1.5):
+        with pytest.raises(PlanError) as caught:
+            mllm.calibrate(net, "prefixkv", batches("llava"), share=share)
+        assert caught.value.argument == "share"
+    with pytest.raises(PlanError, match="fraction of the prompt, not 64"):
+        mllm.calibrate(net, "prefixkv:budget=64", batches("llava"))
 
 
 def test_the_command(tmp_path, capsys):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,13 +15,24 @@ import pytest
 import torch
 from acting import acting
 from cache_oracles import Oracle
-from kv_oracles import Plain
+from kv_oracles import Plain, loops
 from matrix import equal
 
 import mllm
 from mllm import attention
 from mllm.cache import load_prefix, save_prefix
-from mllm.compressors import PLPHP, AdaKV, LookM, PrefixKV, PyramidKV, SnapKV, VLCache, kv_base
+from mllm.compressors import (
+    D2O,
+    PLPHP,
+    AdaKV,
+    LookM,
+    PrefixKV,
+    PyramidKV,
+    SkipVision,
+    SnapKV,
+    VLCache,
+    kv_base,
+)
 from mllm.compressors.base import CacheCompressor, Protect
 from mllm.compressors.kv_base import KVMethod
 from mllm.errors import PlanError
@@ -44,9 +56,14 @@ PLANS = [
     "adakv:budget=12:window=3:hold=true",
     "prefixkv:budget=0.4:distance=-3",
     "prefixkv:budget=0.3:heads=each:distance=2",
+    "prefixkv:budget=0.475:ratios=0.9/0.3/0.2/0.5:distance=-3",
     "vlcache:budget=0.4",
     "plphp:skip=1:attentive=0.8:indifferent=0.5",
     "lookm:budget=0.4:merge=none",
+    "d2o:budget=0.4:merge=false:skip=1:sinks=1",
+    "d2o:budget=12:merge=false:skip=0:skip_last=0:heads=shared:window=3",
+    "skipvision:budget=0.3",
+    "skipvision:budget=5:rule=top",
 ]
 
 
@@ -108,7 +125,7 @@ def check_masking(spec, family, kind, attn):
         out = generate(model, inputs)
     prompt = inputs["input_ids"].shape[1]
     for b, sample in enumerate(batch):
-        oracle = Oracle(family, [Plain(stage)])
+        oracle = Oracle(family, [loops(stage)])
         oracle.visual = sample.visual.tolist()
         want = oracle.generate(**families.collate(family, [sample]), max_new_tokens=STEPS)
         for i, layer in enumerate(out.past_key_values.layers):
@@ -146,12 +163,16 @@ def heads_alike(mp):
 
 
 def layers_alike(mp):
-    for method in (PyramidKV, PrefixKV, VLCache, PLPHP):
+    for method in (PyramidKV, PrefixKV, VLCache, PLPHP, D2O):
         mp.setattr(method, "allocate", KVMethod.allocate)
 
 
 def heads_crossed(mp):
     around(mp, KVMethod, "_per_head", lambda f, *a: f(*a).flip(1))
+
+
+def all_stay(mp):
+    mp.setattr(SkipVision, "_stay", lambda self, event: event.visual)
 
 
 def steps_forgotten(mp):
@@ -174,6 +195,8 @@ def around(mp, owner, name, change):
         (layers_alike, "pyramidkv:budget=0.4:window=3:beta=4"),
         (layers_alike, "prefixkv:budget=0.4:distance=-3"),
         (layers_alike, "plphp:skip=1:attentive=0.8:indifferent=0.5"),
+        (layers_alike, "d2o:budget=0.4:merge=false:skip=0:skip_last=0"),
+        (all_stay, "skipvision:budget=0.3"),
         (heads_crossed, "h2o:budget=0.4"),
         (steps_forgotten, "snapkv:budget=0.4:window=4:pool=avg:kernel=5:gqa=max:hold=true"),
     ],
@@ -182,7 +205,15 @@ def around(mp, owner, name, change):
 def test_a_broken_method_is_caught(monkeypatch, mutate, spec):
     mutate(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
-        check_masking(spec, "llava", "padded", "sdpa")
+        check_masking(spec, "llava", LONG if spec.startswith("d2o") else "padded", "sdpa")
+
+
+#: Layers of a random model are much alike; shares of a longer prompt still differ.
+LONG = (((0,), 180),)
+
+
+def test_d2o_shares_out_a_long_prompt():
+    check_masking("d2o:budget=0.4:merge=false:skip=0:skip_last=0", "llava", LONG, "sdpa")
 
 
 # Nothing leaves
@@ -194,10 +225,13 @@ IDENTITY = {
     "snapkv": ["snapkv:budget=1.0", "snapkv", "snapkv:budget=1.0:heads=shared:hold=true"],
     "pyramidkv": ["pyramidkv:budget=1.0"],
     "adakv": ["adakv:budget=1.0"],
-    "prefixkv": ["prefixkv:budget=1.0"],
+    "prefixkv": ["prefixkv:budget=1.0", "prefixkv:ratios=1.0/1.0/1.0/1.0"],
     "vlcache": ["vlcache:budget=1.0"],
     "plphp": ["plphp:budget=1.0"],
     "lookm": ["lookm:budget=1.0", "lookm:budget=900:merge=mean"],
+    "d2o": ["d2o:budget=1.0", "d2o:budget=900:skip=0"],
+    "outputaware": ["outputaware"],
+    "skipvision": ["skipvision:budget=1.0", "skipvision:budget=900:rule=top"],
     "kivi": ["kivi:bits=16", "snapkv:budget=1.0+kivi:bits=16:group_size=4:residual=4"],
     "zipvl_cache": ["zipvl_cache:high=16:low=16", "zipvl_cache:tau=1.0:evict=true"],
 }
@@ -256,6 +290,7 @@ class Watch(CacheCompressor):
         "pyramidkv:budget=0.4:window=4:hold=true",
         "vlcache:budget=0.4:hold=true",
         "lookm:budget=0.4:hold=true",
+        "d2o:budget=0.4:skip=0:skip_last=0",
     ],
 )
 @torch.no_grad()
@@ -295,8 +330,10 @@ def test_payload_is_the_budget(spec):
     assert cells * slot <= data["kv_bytes"] <= slack * cells * slot
     assert data["baseline_kv_bytes"] == len(sample.ids) * kv.depth * 2 * slot
     stage, tokens = Plan.from_spec(spec).stages[0], len(sample.ids)
-    if stage.tokens == "prompt":
+    if getattr(stage, "tokens", "visual") == "prompt":
         limit = stage.budget if isinstance(stage.budget, int) else round(stage.budget * tokens)
+        whole = (getattr(stage, "skip", 0) + getattr(stage, "skip_last", 0)) / kv.depth
+        limit = whole * tokens + (1 - whole) * limit
         assert abs(cells / (kv.depth * 2) - limit) <= 0.02 * limit
 
 
@@ -376,7 +413,83 @@ def test_merging_against_loops(family, merge, heads):
     assert merged > 20
 
 
-MERGING = ["lookm:budget=0.4", "lookm:budget=0.4:merge=weighted:hold=true"]
+@dataclass
+class Camera(CacheCompressor):
+    """Keeps what all layers store at the end of every forward."""
+
+    shots: list = field(default_factory=list, compare=False)
+    info: ClassVar = MethodInfo(name="camera", stage="cache")
+
+    def prefill_end(self, event):
+        views = [event.cache.view(i) for i in range(event.cache.depth)]
+        self.shots.append(
+            [replace(v, keys=v.keys.clone(), values=v.values.clone()) for v in views]
+        )
+
+    decode_step = prefill_end
+
+
+@pytest.mark.parametrize(
+    "family, stage",
+    [
+        ("llava", D2O(budget=0.4, skip=1, sinks=1)),
+        ("gemma3", D2O(budget=0.4, skip=0, skip_last=0, sinks=1, weights="cosine", decay=0.3)),
+        ("qwen2_5_vl", D2O(budget=12, skip=0, sinks=2, decay=0.8)),
+    ],
+    ids=lambda x: getattr(x, "weights", x),
+)
+@torch.no_grad()
+def test_d2o_merges_what_is_alike(family, stage):
+    """The prompt and every step against loops: threshold, receiver, means; no weight is lost."""
+    batch, before, after = families.samples(family, "padded"), Camera(), Camera()
+    model, threshold, merged, dropped = families.model(family), {}, 0, 0
+    with mllm.patch(model, [before, stage, after]) as patched:
+        out = generate(model, families.collate(family, batch))
+        kv = patched.kv(out.past_key_values)
+    own = math.e if stage.weights == "exp" else 1.0
+    prompt = len(before.shots[0][0].logical[0, 0])
+    places = itertools.product(range(STEPS), range(kv.depth), range(len(batch)), range(2))
+    for step, i, b, h in places:
+        old, new = before.shots[step][i], after.shots[step][i]
+        if i < stage.skip or i >= kv.depth - stage.skip_last:
+            assert stored(old, b, h) == stored(new, b, h)
+            continue
+        there = old.valid[b, h]
+        if (window := kv.window(i)) is not None:
+            there = there & (old.logical[b, h] > prompt + step - window)
+        names, kept = old.logical[b, h][there].tolist(), stored(new, b, h)
+        keys, values = (dict(zip(names, x[b, h][there], strict=True))
+                        for x in (old.keys, old.values))  # fmt: skip
+        into, like = {}, {}
+        for t in set(names) - set(kept):
+            cosine = {k: float(torch.cosine_similarity(keys[t], keys[k], dim=0)) for k in kept}
+            into[t] = max(cosine, key=cosine.__getitem__)
+            like[t] = cosine[into[t]]
+        if like:
+            mean, place = sum(like.values()) / len(like), (i, b, h)
+            threshold[place] = (
+                stage.decay * threshold[place] + (1 - stage.decay) * mean
+                if place in threshold
+                else mean
+            )
+            into = {t: k for t, k in into.items() if like[t] >= threshold[place] - 1e-6}
+            merged, dropped = merged + len(into), dropped + len(like) - len(into)
+        weight = {t: math.exp(m) if stage.weights == "exp" else max(0.0, m)
+                  for t, m in like.items()}  # fmt: skip
+        for got, x in ((new.keys, keys), (new.values, values)):
+            total, mine = 0.0, got[b, h][new.valid[b, h]]
+            for k, row in zip(kept, mine, strict=True):
+                parts = [(own, x[k]), *((weight[t], x[t]) for t in into if into[t] == k)]
+                held = sum(w for w, _ in parts)
+                equal(row, sum(w * v for w, v in parts) / held, f"{step}, {i}, {b}, {k}", 1e-5)
+                total = total + held * row
+            mass = sum(own * x[k] for k in kept) + sum(weight[t] * x[t] for t in into)
+            equal(total, mass, f"step {step}, layer {i}, sample {b}: mass", 1e-4)
+    assert merged > 20 and dropped > 20
+
+
+MERGING = ["d2o:budget=0.4:skip=1", "d2o:budget=0.4:skip=0:weights=cosine:heads=shared",
+           "lookm:budget=0.4", "lookm:budget=0.4:merge=weighted:hold=true"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec, family", few(MERGING, FAMILIES))
@@ -406,7 +519,8 @@ def check_alone(family, plan, steps=STEPS, **options):
 # Ways of running
 
 WAYS = ["h2o:budget=0.4", "adakv:budget=0.4:window=4:hold=true", "prefixkv:budget=0.4:distance=-3",
-        "streamingllm:budget=9", "lookm:budget=0.4", "vlcache:budget=0.4"]  # fmt: skip
+        "streamingllm:budget=9", "lookm:budget=0.4", "vlcache:budget=0.4",
+        "d2o:budget=0.4:skip=0:skip_last=0"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec, family", few(WAYS, ["llava", "qwen2_5_vl"]))
@@ -416,8 +530,8 @@ def test_several_new_tokens_see_what_is_stored_and_no_later_one(spec, family):
     (sample,) = families.samples(family, "alone")
     stage, question = Plan.from_spec(spec).stages[0], torch.tensor([[11, 23, 31, 42]])
     inputs, model = families.collate(family, [sample]), families.model(family)
-    if stage.info.name == "lookm":
-        stage = stage.replace(merge="none")
+    if stage.info.name in ("lookm", "d2o"):
+        stage = stage.replace(merge="none" if stage.info.name == "lookm" else False)
     with mllm.patch(model, stage):
         cache = model(**inputs, use_cache=True).past_key_values
         mine = model(input_ids=question, past_key_values=cache).logits
@@ -539,6 +653,8 @@ def test_a_saved_prefix_goes_on_as_if_it_had_not_been_saved(spec, tmp_path):
         "fastv:layer=1:keep=0.5+vlcache:budget=0.5",
         "divprune:keep=5+h2o:budget=0.5",
         "plphp:skip=0+streamingllm:budget=12",
+        "fastv:layer=2:keep=0.5+skipvision:budget=0.3:rule=top",
+        "skipvision:budget=0.3+d2o:budget=0.4:skip=0",
         "snapkv:budget=0.6:window=4+lookm:budget=0.4",
         "prefixkv:budget=0.6+h2o:budget=0.4:heads=shared",
     ],
@@ -617,12 +733,26 @@ def test_the_ledger_says_what_does_not_fit():
         ("plphp:spread=-0.5", "spread"),
         ("plphp:skip=-1", "skip"),
         ("lookm:merge=sum", "merge"),
+        ("prefixkv:ratios=0.5/0.0", "ratios"),
+        ("prefixkv:ratios=0.5/many", "ratios"),
+        ("skipvision:budget=0", "budget"),
+        ("skipvision:rule=last", "rule"),
+        ("d2o:skip=-1", "skip"),
+        ("d2o:skip_last=-1", "skip_last"),
+        ("d2o:decay=2.0", "decay"),
+        ("d2o:weights=mean", "weights"),
     ],
 )
 def test_bad_input(spec, argument):
     with pytest.raises(PlanError) as caught:
         Plan.from_spec(spec)
     assert caught.value.argument == argument and caught.value.expected
+
+
+def test_ratios_are_of_every_layer():
+    with pytest.raises(PlanError) as caught:
+        mllm.patch(families.model("llava"), "prefixkv:ratios=0.5/0.5/0.5")
+    assert caught.value.argument == "ratios" and "4" in caught.value.expected
 
 
 def test_flash_attention_has_no_mask_per_head():
@@ -633,7 +763,8 @@ def test_flash_attention_has_no_mask_per_head():
                 mllm.patch(model, spec, unvalidated=True)
             assert caught.value.argument == "heads" and "shared" in caught.value.expected
         mllm.patch(model, "snapkv:heads=shared", unvalidated=True).remove()
-        mllm.patch(model, "streamingllm").remove()
+        for spec in ("streamingllm", "outputaware", "skipvision"):
+            mllm.patch(model, spec).remove()
 
 
 @pytest.mark.parametrize("spec", PLANS)
@@ -646,7 +777,9 @@ def test_plans_are_written_as_they_are_read(spec, tmp_path):
 
 def test_every_method_is_tested():
     names = {row["name"] for row in mllm.methods() if row["stage"] == "cache"}
-    assert names == set(IDENTITY) == {spec.split(":")[0] for spec in PLANS} | set(ELSEWHERE)
+    assert names == set(IDENTITY)
+    used = {spec.split(":")[0] for spec in PLANS}
+    assert names - {"outputaware"} == used | set(ELSEWHERE)
     for name, file in ELSEWHERE.items():
         assert f'"{name}' in (Path(__file__).parent / file).read_text()
 

@@ -21,13 +21,13 @@ NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
-          "dualfilter"]  # fmt: skip
+          "dualfilter", "mustdrop"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter"]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop"]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -42,6 +42,7 @@ IDENTITY = {
     "windowmerge": "windowmerge:share=0.0",
     "keytokens": "keytokens:share=0.08",
     "dualfilter": "dualfilter:together=0.0:alone=0.0",
+    "mustdrop": "mustdrop:together=0.0:alone=0.0:share=0.0",
     "zipvl": "zipvl:tau=1.0:high=16:low=16",
     "zipvl, evicting": "zipvl:tau=1.0:evict=true",
     "zipvl_prefill": "zipvl_prefill:tau=1.0",

@@ -136,6 +136,17 @@ def test_only_what_is_new_runs(loaded, tmp_path, ran):
     assert [json.loads(line) for line in lines[: len(first)]] == first
 
 
+def test_fixed_plans_stand_beside_a_budget(loaded, tmp_path, ran):
+    path = tmp_path / "s.jsonl"
+    found = _run(loaded, path, (), (32,), ["color"], grid={"fixed": {"vtw:layer=1": 32}})
+    ours = next(cell for cell in found if cell["method"] == "vtw:layer=1")
+    rival = next(cell for cell in found if cell["method"] == "random")
+    assert ours["plan"] == "vtw:layer=1" and ours["budget"] == rival["budget"] == 32
+    assert ours["visual_avg"] != 32
+    gap = ours["correct"] - rival["correct"]
+    assert ours["vs_random"]["diff"] == pytest.approx(gap / ours["n"])
+
+
 @pytest.mark.parametrize("other", [{"n": 3}, {"split": "dev"}, {"style": "dusk"}])
 def test_other_questions_are_other_cells(loaded, tmp_path, ran, other):
     path = tmp_path / "s.jsonl"
@@ -458,6 +469,10 @@ def _yaml(tmp_path, text):
         ("version: 1\nseeds_of: {visionzip: [0, 1]}", "no row of this sweep that draws.*random"),
         ("version: 1\nseeds_of: [0, 1]", "seeds_of is methods with lists"),
         ("version: 1\nseeds_of: {random: []}", "seeds_of.random is a list"),
+        ("version: 1\nfixed: [vtw]", "fixed is methods with budgets"),
+        ("version: 1\nfixed: {vtw: [64]}", "fixed.vtw is a whole number from 1"),
+        ("version: 1\nfixed: {vwt: 64}", "vwt"),
+        ("version: 1\nfixed: {vtw: 65}", "65 is no budget of this sweep"),
         ("version: 1\nsanity_positions: [packed]", "'compact' or 'original'"),
         ("version: 1\nworkers: 2\ntimings: 8", "disturb"),
         ("version: 2\nbudgets: [64]", "version is 2"),

@@ -20,10 +20,15 @@ METHODS = {row["name"]: row for row in mllm.methods()}
 PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
 #: Rows for comparison, which no paper claims.
 PLAIN = {"random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid"}
+#: What lets stored tokens go: no token of these leaves a layer.
+ON_CACHE = {name for name, row in METHODS.items() if row["stage"] == "cache"}
 #: What the matrix does not hold: where it is checked instead, against a reference of its own.
 ELSEWHERE = {
+    **dict.fromkeys(ON_CACHE, "test_kv.py"),
     "tome": "test_tower.py", "cmai": "test_zoo_vmtc.py", "zipvl": "test_kv_quant.py",
-    "zipvl_prefill": "test_zoo_zipvl.py", "keytokens": "test_zoo_mustdrop.py",
+    "keytokens": "test_zoo_mustdrop.py", "mustdrop": "test_zoo_mustdrop.py",
+    "zipvl_prefill": "test_zoo_zipvl.py", "kivi": "test_kv_quant.py",
+    "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
     "randomllm": "test_methods.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
@@ -121,10 +126,12 @@ SHAPED = ["pyramiddrop", "feather", "btp", "fitprune"]
 OTHERS = {
     "avgpool": "whole grids", "downsample": "whole grids", "pyramid": "whole grids",
     "ggem": "whole grids", "adaptivepool": "one grid", "pllava": "one grid",
-    "sparsevlm": "published schedules", "vscan": "a preset", "vtw": "one layer",
+    "sparsevlm": "published schedules", "vscan": "a preset", "mustdrop": "a preset",
+    "vtw": "one layer",
     "pact": "the picture decides", "dualfilter": "the picture decides",
     "zipvl": "a preset", "zipvl_prefill": "the picture decides", "keytokens": "nothing leaves",
     "cmai": "nothing leaves", "windowmerge": "a share of windows",
+    **dict.fromkeys(ON_CACHE, "slots of the cache"),
 }  # fmt: skip
 #: Averages below the layers that see everything.
 UNREACHABLE = {

@@ -22,7 +22,7 @@ from oracles import rotate
 from torch import Tensor
 
 import mllm
-from mllm.compressors import BTP, VTW, Feather, PyramidDrop, SparseVLM
+from mllm.compressors import BTP, PACT, VTW, Feather, PyramidDrop, SparseVLM
 from mllm.compressors.sparsevlm import density_peaks
 from mllm.errors import PlanError
 from mllm.plan import keep_for_average
@@ -444,24 +444,28 @@ def test_there_are_not_more_clusters_than_recycled_tokens(recycle, cluster):
         equal(logits[0], plain[0], "all are recycled", 1e-5)
 
 
-def test_recycled_tokens_have_a_gradient():
+@pytest.mark.parametrize("stage", [
+    SparseVLM(layers=(2,), keep=(6,), recycle=0.6, cluster=3),
+    PACT(layer=2, keep=0.6, distance=0.9, retrieve=0.5),
+], ids=lambda stage: stage.info.name)  # fmt: skip
+def test_members_have_a_gradient(monkeypatch, stage):
     """They are in the sequence no more, and what they were reaches the answer through the mean."""
     net, batch = model("llava"), samples("llava", "alone")
-    inputs, seen = collate("llava", batch), {}
+    inputs, seen, act = collate("llava", batch), {}, type(stage).act
 
     def watch(module, args, out):
         seen["out"] = out[0] if isinstance(out, tuple) else out
         seen["out"].retain_grad()
 
-    class Watched(SparseVLM):
-        def act(self, ctx):
-            actions = super().act(ctx)
-            if ctx.layer == 2:
-                seen.update(keep=actions[0].mask[0], into=actions[1].into[0])
-            return actions
+    def watched(self, ctx):
+        actions = act(self, ctx)
+        if ctx.layer == 2:
+            seen.update(keep=actions[0].mask[0], into=actions[1].into[0])
+        return actions
 
+    monkeypatch.setattr(type(stage), "act", watched)
     handle = net.model.language_model.layers[1].register_forward_hook(watch)
-    with mllm.patch(net, Watched(layers=(2,), keep=(6,), recycle=0.6, cluster=3)):
+    with mllm.patch(net, stage):
         net(**inputs).logits[0, -1].square().sum().backward()
     handle.remove()
     moved = seen["out"].grad[0].abs().sum(1) > 0

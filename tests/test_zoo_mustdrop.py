@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import FAMILIES, check_family, layer_context, shared
 
 import mllm
-from mllm.compressors import DualFilter, FastV, KeyTokens, WindowMerge
+from mllm.compressors import DualFilter, FastV, KeyTokens, MustDrop, OutputAware, WindowMerge
 from mllm.compressors.base import TowerContext
 from mllm.errors import PlanError
 
@@ -178,7 +178,94 @@ def test_key_tokens_outlive_a_cut():
     assert key <= set(kept) and len(kept) == 6 and not key <= set(plain)
 
 
+STEPS = 6
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl",
+                                    "gemma3"])  # fmt: skip
+@torch.no_grad()
+def test_the_cache_forgets_what_filters_dropped(family, attn):
+    """Against the same filters without it and evictions by hand; alone, and in a padded batch.
+
+    Wrong layers, tokens of a neighbour, separators left behind, or rows instead of tokens show.
+    """
+    depth = 4
+    cuts = (2, 3) if family == "qwen3_vl" else (1, 3)
+    filters = [DualFilter(together=0.11, alone=2.0, layers=cuts[:1]),
+               DualFilter(together=0.2, alone=2.0, layers=cuts[1:])]  # fmt: skip
+    net, batch = shared(family, attn), samples(family)
+    inputs = collate(family, batch)
+    options = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    with mllm.patch(net, [*filters, OutputAware()]) as patched:
+        mine = net.generate(**inputs, max_new_tokens=STEPS, **options)
+        kv = patched.kv(mine.past_key_values)
+        views = [kv.view(i) for i in range(depth)]
+    gone = 0
+    for b, sample in enumerate(batch):
+        padding = inputs["input_ids"].shape[1] - len(sample.ids)
+        with mllm.patch(net, filters) as patched:
+            own = collate(family, [sample])
+            first = net.generate(**own, max_new_tokens=1, **options)
+            cache, kept = first.past_key_values, patched.ledger.kept(depth - 1)[0].tolist()
+            kv, seats = patched.kv(cache), sample.visual.nonzero()[:, 0].tolist()
+            drop = [seat for n, seat in enumerate(seats) if n not in kept]
+            for i in range(cuts[0] - 1, cuts[1]):
+                before = kv.view(i)
+                stored = before.logical[0, 0][before.valid[0, 0]].tolist()
+                gone += len(set(stored) & set(drop))
+                kv.evict(i, drop=torch.tensor([drop or [-1]]))
+            ids = torch.cat([own["input_ids"], first.sequences[:, -1:]], 1)
+            given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+            if "mm_token_type_ids" in own:
+                given["mm_token_type_ids"] = torch.cat([own["mm_token_type_ids"],
+                                                        torch.zeros(1, 1, dtype=torch.long)], 1)
+            want = net.generate(
+                **given, max_new_tokens=STEPS - 1, past_key_values=cache, **options
+            )
+            for i, view in enumerate(views):
+                theirs, last = kv.view(i), kv.length
+                names = theirs.logical[0, 0][theirs.valid[0, 0]].tolist()
+                held = [t - padding for t in view.logical[b, 0][view.valid[b, 0]].tolist()]
+                assert held == names, f"layer {i}, sample {b}, {last} tokens"
+        logits = torch.stack(want.logits, 1)[0]
+        near = 1e-5 * max(1.0, float(logits.std()))
+        equal(torch.stack(mine.logits, 1)[b, 1:], logits, f"sample {b}", near)
+    assert gone > 5
+
+
+@torch.no_grad()
+def test_the_whole_paper():
+    """The preset is its parts; layers between the cuts hold what the last layer does."""
+    plan = mllm.Plan.from_spec("mustdrop:together=0.07:alone=2.0:layers=2/3:share=none:keys=0.1")
+    assert [s.info.name for s in plan.stages] == ["keytokens", "dualfilter", "outputaware"]
+    assert [s.info.name for s in MustDrop().expand()] == [
+        "windowmerge", "keytokens", "dualfilter", "outputaware"
+    ]  # fmt: skip
+    net, inputs = shared("llava", "sdpa"), collate("llava", samples("llava", "alone"))
+    with mllm.patch(net, plan) as patched:
+        cache = net(**inputs, use_cache=True).past_key_values
+        kv, kept = patched.kv(cache), [len(patched.ledger.kept(i)[0]) for i in range(4)]
+    visual = [int(kv.view(i).visual[0, 0].sum()) for i in range(4)]
+    assert kept[0] == kept[1] == 16 > kept[3] > 2
+    assert visual == [kept[0], kept[3], kept[3], kept[3]]
+
+
+@torch.no_grad()
+def test_nothing_dropped_nothing_forgotten():
+    net, inputs = shared("llava", "sdpa"), collate("llava", samples("llava"))
+    plain = net.generate(**inputs, max_new_tokens=4, do_sample=False)
+    for plan in ("outputaware", "visionzip:keep=6+outputaware"):
+        with mllm.patch(net, plan) as patched:
+            out = net.generate(**inputs, max_new_tokens=4, do_sample=False,
+                               return_dict_in_generate=True)  # fmt: skip
+            views = [patched.kv(out.past_key_values).view(i) for i in range(4)]
+        assert len({int(v.valid.sum()) for v in views}) == 1
+        assert torch.equal(out.sequences, plain) or "visionzip" in plan
+
+
 @pytest.mark.parametrize("make", [
+    lambda: OutputAware(first=-1),
     lambda: KeyTokens(share=0.0), lambda: WindowMerge(window=1), lambda: WindowMerge(share=2.0),
 ])  # fmt: skip
 def test_bad_values(make):

@@ -122,32 +122,6 @@ def test_pact_in_the_decoder(family, attn):
         equal(logits[b][text], want[text], f"sample {b}", 2e-4 * max(1.0, float(want.std())))
 
 
-def test_members_have_a_gradient():
-    """They are in the sequence no more, and what they were reaches the answer through the mean."""
-    net, batch = model("llava", "sdpa"), samples("llava", "alone")
-    inputs, seen = collate("llava", batch), {}
-
-    def watch(module, args, out):
-        seen["out"] = out[0] if isinstance(out, tuple) else out
-        seen["out"].retain_grad()
-
-    class Watched(PACT):
-        def act(self, ctx):
-            actions = super().act(ctx)
-            seen.update(keep=actions[0].mask[0], into=actions[1].into[0])
-            return actions
-
-    handle = net.model.language_model.layers[1].register_forward_hook(watch)
-    with mllm.patch(net, Watched(layer=2, keep=0.6, distance=0.9, retrieve=0.5)):
-        net(**inputs).logits[0, -1].square().sum().backward()
-    handle.remove()
-    moved = seen["out"].grad[0].abs().sum(1) > 0
-    members = (seen["into"] >= 0) & ~seen["keep"] & batch[0].visual
-    gone = (seen["into"] < 0) & batch[0].visual
-    assert members.any() and gone.any()
-    assert moved[members].all() and not moved[gone].any()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
     counts = check_family(family, PACT(layer=2, keep=0.6, distance=0.5))

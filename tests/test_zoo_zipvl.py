@@ -1,4 +1,4 @@
-"""ZipVL, in loops."""
+"""ZipVL, in loops: `zipvl_prefill`. What is stored is in test_kv_quant.py."""
 
 from __future__ import annotations
 

@@ -472,7 +472,7 @@ def fitted(masses: Sequence[Tensor], alpha: float) -> list[float]:
 def topv(
     visual: Tensor, place: dict[str, Tensor], source: Tensor, target: Tensor, *, alpha: float = 1,
     beta: float = 1, gamma: float = 0.01, sigma: float = 10, epsilon: float = 0.1,
-    iterations: int = 3,
+    iterations: int = 3, features: str = "unit",
 ) -> dict[int, float]:
     """The scores of one sample's visual rows by a plain transport, in double precision."""
     rows = [r for r in range(len(visual)) if visual[r]]
@@ -484,6 +484,8 @@ def topv(
         own = [at[r] for r in rows if image[r] == m]
         middle[m] = tuple(max(p[axis] for p in own) / 2 for axis in (0, 1))
     source, target = source.double(), target.double()
+    if features == "unit":
+        source, target = ([x / x.norm() for x in side] for side in (source, target))
     terms = [
         {(i, j): float((source[i] - target[j]).square().sum()) for i, j in pairs},
         {(i, j): 1 - math.exp(-math.dist(at[i], at[j]) ** 2 / (2 * sigma**2))
@@ -501,7 +503,7 @@ def topv(
     for _ in range(iterations):
         u = {i: mass[i] / sum(kernel[i, j] * v[j] for j in rows if (i, j) in kernel) for i in rows}
         v = {j: mass[j] / sum(kernel[i, j] * u[i] for i in rows if (i, j) in kernel) for j in rows}
-    return {i: u[i] * sum(kernel[i, j] * v[j] for j in rows if (i, j) in kernel) / mass[i]
+    return {i: u[i] * sum(kernel[i, j] * v[j] for j in rows if (i, j) in kernel) / mass[i] - 1
             for i in rows}  # fmt: skip
 
 
@@ -687,3 +689,30 @@ def windowmerge(
 def windowmerge_block(model, pixels: Tensor, keep: None, **options) -> Block:
     found = windowmerge(model, pixels, **options)
     return Block(project(model, found.features), found.seats, found.into)
+
+
+def prefixes(x: Tensor, share: float, first: int, last: int) -> list[float]:
+    """The fraction of tokens that each layer keeps under one threshold of importance (PrefixKV).
+
+    A layer keeps its best tokens until their sum passes the threshold, beside its first and last
+    ones; the threshold rises until all layers together hold the share.
+    """
+    depth, tokens = len(x), len(x[0])
+    fixed = {t for t in range(tokens) if t < first or t >= tokens - last}
+    before = []
+    for own in x.tolist():
+        below = 0.0
+        for t in sorted(range(tokens), key=lambda t: -own[t]):
+            if t not in fixed:
+                before.append(below / sum(own))
+            below += own[t]
+    room = depth * (round(share * tokens) - len(fixed))
+    threshold = sorted(before)[room - 1]
+    kept = []
+    for own in x.tolist():
+        below, count = 0.0, len(fixed)
+        for t in sorted(range(tokens), key=lambda t: -own[t]):
+            count += t not in fixed and below / sum(own) <= threshold + 1e-6
+            below += own[t]
+        kept.append(count / tokens)
+    return kept

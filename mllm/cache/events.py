@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mllm import attention
 from mllm.cache.ops import KVCache
@@ -35,6 +36,7 @@ class CacheEvents:
         self.run = run
         past, rows = run.past_logical, run.full.valid.shape[1]
         turn = rows > 1 if prompt_length is None else past < prompt_length
+        turn = turn or not (run.begins and run.ends)
         self.phase = "prefill" if turn or not past else "decode" if rows == 1 else "verify"
         certain = past + (1 if self.phase == "verify" else rows)
         if self.phase == "prefill" and prompt_length is not None:
@@ -128,6 +130,17 @@ class CacheEvents:
             return self.run.counts.valid
         return self.run.known[:, : self.certain].sum(1).tolist()
 
+    def _entered(self, rows: int) -> list[tuple[int, Tensor]]:
+        """See :class:`CacheEvent`; of the first rows."""
+        found = []
+        for first, table in self.run.tables:
+            there = torch.zeros_like(self.run.full.valid)
+            real = table.valid & ~table.inserted
+            at = torch.where(real, table.index, there.shape[1])
+            there = F.pad(there, (0, 1)).scatter(1, at, True)
+            found.append((first, there[:, :rows]))
+        return found
+
     def layer_end(self, layer: int) -> None:
         """A decoder layer has run."""
         if self.phase != "prefill":
@@ -143,8 +156,10 @@ class CacheEvents:
 
     def forward_end(self) -> None:
         """All decoder layers have run."""
-        if self.phase != "verify":
-            self._tell("prefill_end" if self.phase == "prefill" else "decode_step")
+        if self.phase == "prefill":
+            self._tell("prefill_end" if self.run.ends else "chunk_end")
+        elif self.phase == "decode":
+            self._tell("decode_step")
 
     def _tell(self, name: str, layer: int | None = None, only: int | None = None) -> None:
         run = self.run
@@ -171,6 +186,9 @@ class CacheEvents:
                 valid=run.known[:, : self.certain],
                 lengths=self.lengths if self.phase == "prefill" else None,
                 protected=None if run.protected is None else run.protected[:, :rows],
+                entered=self._entered(rows) if self.phase == "prefill" else (),
+                begins=run.begins,
+                ends=run.ends,
                 notes=run.notes,
                 costs=self.costs,
             )

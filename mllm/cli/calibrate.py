@@ -25,7 +25,8 @@ from mllm.cli._common import (
 
 def command(
     method: Annotated[
-        str, typer.Argument(help="fitprune or btp, or one of them as plan text: btp:end=0.")
+        str,
+        typer.Argument(help="fitprune, btp or prefixkv, or one of them as plan text: btp:end=0."),
     ],
     output: Annotated[
         Path | None,
@@ -44,8 +45,8 @@ def command(
         float | None,
         typer.Option(
             min=0.0, max=1.0,
-            help="Visual tokens that layers shall see on average, as a fraction; "
-            "the method's own if not given.",
+            help="Visual tokens that layers shall see on average, as a fraction (prefixkv: tokens "
+            "that they shall store); the method's own if not given.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 4,

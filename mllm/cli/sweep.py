@@ -176,6 +176,7 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
             seeds=chosen.seeds,
             seeds_of=chosen.seeds_of,
             sanity_positions=chosen.sanity_positions,
+            fixed=chosen.fixed,
         )
         about = describe_run(loaded[0])
         _, todo = sweep.split_cells(entries, tasks, output, about, asked)

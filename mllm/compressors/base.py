@@ -62,6 +62,7 @@ __all__ = [
     "Context",
     "Evict",
     "Features",
+    "Fittable",
     "Grid",
     "HeadGate",
     "Hidden",
@@ -612,10 +613,10 @@ class LayerSchedule(LayerMethod):
         return fixed.replace(keep=keep)
 
 
-class Calibrated(LayerSchedule):
-    """A schedule that :func:`mllm.calibrate` fits to what a model does on some samples.
+class Fittable:
+    """What :func:`mllm.calibrate` fits to what a model does on samples; beside a method's kind.
 
-    Subclasses also have the field `calibration: str | None`, a file that says everything else of
+    Such methods also have the field `calibration: str | None`, a file that says everything else of
     the stage but its `positions`.
     """
 
@@ -634,25 +635,31 @@ class Calibrated(LayerSchedule):
                     expected="calibration alone",
                 )
 
+    def fit(self, seen: list[list[Tensor]], share: float | None) -> dict[str, Any]:
+        """Fields of the fitted stage: what changes.
+
+        Args:
+            seen: per sample with images what `observe` gave at one layer after another.
+            share: of the tokens that layers see, or store, on average; None is the method's own.
+
+        Raises:
+            PlanError: the share cannot be reached.
+        """
+        raise NotImplementedError
+
+
+class Calibrated(Fittable, LayerSchedule):
+    """A schedule that :func:`mllm.calibrate` fits: its `layers`, and what else changes.
+
+    `share` is of the visual tokens. Decoder layers are seen from the second on.
+    """
+
     def observes(self) -> dict[str, Any]:
         """Signals that are read before every decoder layer but the first, by name."""
         raise NotImplementedError
 
     def observe(self, ctx: LayerContext) -> list[Tensor]:
         """What is recorded at one layer: a tensor per sample of the batch, on the CPU."""
-        raise NotImplementedError
-
-    def fit(self, seen: list[list[Tensor]], share: float | None) -> dict[str, Any]:
-        """Fields of the fitted stage: `layers`, and what else changes.
-
-        Args:
-            seen: per sample what :meth:`observe` gave before layer 1, 2 and so on.
-            share: visual tokens that decoder layers see on average, as a fraction; None is the
-                method's own.
-
-        Raises:
-            PlanError: the share cannot be reached.
-        """
         raise NotImplementedError
 
 
@@ -707,6 +714,10 @@ class CacheEvent:
             index.
         lengths: how many these are of each sample; None while decoding.
         protected: bool `[batch, rows]`, rows of this forward that an action protects; None is none.
+        entered: of every part of the decoder that has run, its first layer and the rows of this
+            forward that entered it, bool `[batch, rows]`.
+        begins, ends: whether the prompt begins, and ends, with this forward; a prompt that is read
+            in chunks has several.
         notes, costs: of the ledger; see :meth:`note` and :meth:`book`.
     """
 
@@ -721,6 +732,9 @@ class CacheEvent:
     valid: Tensor | None = None
     lengths: list[int] | None = None
     protected: Tensor | None = None
+    entered: Sequence[tuple[int, Tensor]] = ()
+    begins: bool = True
+    ends: bool = True
     notes: list[str] = dataclasses.field(default_factory=list)
     costs: list[float] = dataclasses.field(default_factory=list)
 
@@ -749,7 +763,7 @@ class CacheCompressor(_Method):
 
     Events run without gradients, in the order of the plan's stages. A method keeps nothing on
     itself: what belongs to a slot is a column (`KVCache.annotate`), what belongs to a conversation
-    is in `KVCache.state`. `chunk_end` is reserved for chunked prefill, which is refused.
+    is in `KVCache.state`.
 
     Attributes:
         group: layers per group, for `group_end`; 0 is none.
@@ -757,6 +771,7 @@ class CacheCompressor(_Method):
         watches: whether its signals are read at decode steps too.
         stores: whether it stores tokens in another form. One stage may, behind those that choose
             tokens.
+        chunks: whether a prompt may be read in chunks, each of which is a `prefill` to the method.
     """
 
     site = "cache"
@@ -774,6 +789,10 @@ class CacheCompressor(_Method):
     def due(self, cache: Any) -> bool:
         """Whether the decode step that is about to run on a KVCache is one to read signals at."""
         return self.watches
+    chunks: ClassVar[bool] = False
+
+    def check_depth(self, num_layers: int) -> None:
+        """PlanError if the method cannot work on a model of this many decoder layers."""
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""
@@ -783,6 +802,9 @@ class CacheCompressor(_Method):
 
     def prefill_end(self, event: CacheEvent) -> None:
         """All layers have run over a prompt, a later turn's too."""
+
+    def chunk_end(self, event: CacheEvent) -> None:
+        """All layers have run over a chunk of a prompt that is not its last; see `prefill_end`."""
 
     def decode_step(self, event: CacheEvent) -> None:
         """All layers have run over one new token per sample."""

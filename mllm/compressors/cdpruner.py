@@ -41,13 +41,15 @@ class CDPruner(TokenReducer):
     for models whose tower is a CLIP, with its text half beside them (:mod:`mllm.joint`).
     `relevance="llm"` takes the cosines of projected tokens with the embeddings of the question's
     words, a stand-in where there is no text tower: it needs nothing more, and is the default. The
-    paper's figures on LLaVA are those of "clip".
+    paper's figures on LLaVA are those of "clip". The sign follows the space: in CLIP's, patches
+    are like the words that they do not show, which the authors' code answers with a minus; an LLM
+    that reads its tokens has no such inversion, and what OpenVINO GenAI makes of CDPruner for
+    models without CLIP takes the plain mean.
 
     Args:
         keep: visual tokens kept per image.
         relevance: where the question is compared with the picture.
-        negate: relevance is the negated mean cosine, as in the authors' code, which found that
-            CLIP's patches are like the words that they do not show; for "llm" that is a guess.
+        negate: relevance is the negated mean cosine; None is yes for "clip" and no for "llm".
         tiles: under anyres each tile has its share of `keep` and is compared with itself alone, as
             in the authors' code; otherwise all tokens of an image are one set. What a tile is too
             small for goes to the others.
@@ -58,7 +60,7 @@ class CDPruner(TokenReducer):
 
     keep: Budget = 0.222
     relevance: Literal["llm", "clip"] = "llm"
-    negate: bool = True
+    negate: bool | None = None
     theta: float | None = None
     tiles: bool = True
     positions: Positions | None = None
@@ -108,7 +110,8 @@ class CDPruner(TokenReducer):
         mean = words.sum(1) / text.valid.sum(1, keepdim=True).clamp(min=1)
         ctx.book(2 * x.shape[1] * x.shape[2])
         q = (x @ mean[..., None])[..., 0]
-        q = -q if self.negate else q
+        negate = self.relevance == "clip" if self.negate is None else self.negate
+        q = -q if negate else q
         low = q.masked_fill(~ctx.valid, float("inf")).amin(1, keepdim=True)
         high = q.masked_fill(~ctx.valid, float("-inf")).amax(1, keepdim=True)
         q = (q - low + 1e-6) / (high - low).clamp(min=1e-6)

@@ -78,7 +78,9 @@ class KVMethod(CacheCompressor):
     gqa: ClassVar[str] = "mean"  # of the query heads that share a KV head
     two_pass: ClassVar[bool] = False  # whether `allocate` needs all layers at once
     adds: ClassVar[bool] = False  # whether scores of an earlier turn count
+    sums: ClassVar[bool] = False  # whether scores of a prompt's earlier chunks count
     remembers: ClassVar[bool] = True  # whether scores add up while decoding
+    chunks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,6 +165,10 @@ class KVMethod(CacheCompressor):
             self._cut(event, {event.layer: found})
 
     def prefill_end(self, event: CacheEvent) -> None:
+        if self.two_pass:
+            self._cut(event, event.cache.state.pop(self.info.name, {}))
+
+    def chunk_end(self, event: CacheEvent) -> None:
         if self.two_pass:
             self._cut(event, event.cache.state.pop(self.info.name, {}))
 
@@ -270,7 +276,8 @@ class KVMethod(CacheCompressor):
             score = self._per_head(score, heads).expand(-1, logical.shape[1], -1)
             points = score.gather(-1, logical)
         before = view.columns.get(self._name("score"))
-        if before is not None and (self.adds or event.phase != "prefill"):
+        again = self.adds or event.phase != "prefill" or (self.sums and not event.begins)
+        if before is not None and again:
             points = points + (before[:, :1] if alike else before)
         layer = Layer(
             index, event.cache.depth, logical, stored, visual, counted & ~guarded, points,
@@ -308,8 +315,10 @@ class KVMethod(CacheCompressor):
         return x.amax(2) if self.gqa == "max" else x.mean(2)
 
     def _keep(self, event: CacheEvent, layer: Layer, count: Tensor) -> None:
-        if self.watches:
-            score = layer.score[:, 0] if layer.score.shape[1] == 1 else layer.score
+        more = (self.adds or self.sums) and not event.ends
+        if self.watches or more or ((self.adds or self.sums) and not event.begins):
+            score = layer.score if self.watches or more else torch.zeros_like(layer.score)
+            score = score[:, 0] if score.shape[1] == 1 else score
             event.cache.annotate(layer.index, **{self._name("score"): score})
         keep = layer.stored & ~layer.free | best(self.rank(layer), layer.free, count)
         self.dispose(event, layer, keep)
@@ -317,7 +326,7 @@ class KVMethod(CacheCompressor):
     def _note(self, event: CacheEvent) -> None:
         """Tell the ledger where protected tokens do not fit."""
         name, window, budget = self.info.name, self.window, self.budget
-        if self.tokens == "visual" or not isinstance(window, int):
+        if self.tokens == "visual" or not isinstance(window, int) or not event.ends:
             return
         for tokens in event.lengths:
             if window > tokens:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mllm.compressors.base import Budget, CacheEvent, ColumnMass, register
 from mllm.compressors.kv_base import KVMethod, Layer
-
-BLOCK = 256  # tokens that are compared with all others at a time
+from mllm.compressors.kv_merge import merge_into, most_alike
 
 
 @register("lookm", paper="arXiv:2406.18139", stage="cache")
@@ -39,6 +37,7 @@ class LookM(KVMethod):
     merge: Literal["pivot", "mean", "weighted", "none"] = "pivot"
 
     oracle = "reference"
+    sums: ClassVar[bool] = True
 
     def reads(self):
         return {"attention": ColumnMass(heads="none")}
@@ -50,12 +49,8 @@ class LookM(KVMethod):
     def dispose(self, event: CacheEvent, layer: Layer, keep: Tensor) -> None:
         if self.merge == "none":
             return super().dispose(event, layer, keep)
-        keys = event.cache.view(layer.index).keys.float()
-        if layer.logical.shape[1] == 1:
-            keys = keys.transpose(1, 2).flatten(2)[:, None]
-        like, nearest = _nearest(F.normalize(keys, dim=-1), keep)
-        event.book(2.0 * keys.shape[1] * keys.shape[2] ** 2 * keys.shape[3])
         gone = layer.stored & ~keep
+        like, nearest = most_alike(event, layer, keep, gone)
         share = torch.ones_like(like)
         if self.merge == "pivot":
             joined = torch.zeros_like(like).scatter_add(-1, nearest, gone.float())
@@ -63,25 +58,4 @@ class LookM(KVMethod):
         elif self.merge == "weighted":
             share = torch.where(gone, like.clamp(min=0), 1.0)
             gone = gone & (like >= (like * gone).sum(-1, True) / gone.sum(-1, True).clamp(min=1))
-        target = torch.where(gone, layer.logical.gather(-1, nearest), -1)
-        target = torch.where(keep, layer.logical, target)
-        at = layer.logical
-        into = at.new_full((*at.shape[:2], event.cache.length), -1).scatter(-1, at, target)
-        weight = torch.ones_like(into, dtype=torch.float32).scatter(-1, at, share)
-        if at.shape[1] == 1:
-            into, weight = into[:, 0], weight[:, 0]
-        event.cache.merge(layer.index, into, weight)
-
-
-def _nearest(keys: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every token the cosine to, and the slot of, the most similar one that stays.
-
-    Args:
-        keys: `[batch, heads, slots, dim]` of length one.
-        keep: bool `[batch, heads, slots]`.
-    """
-    found = [
-        (part @ keys.transpose(2, 3)).masked_fill(~keep[:, :, None], -2).max(-1)
-        for part in keys.split(BLOCK, 2)
-    ]
-    return torch.cat([x.values for x in found], -1), torch.cat([x.indices for x in found], -1)
+        merge_into(event, layer, keep, gone, nearest, share)

@@ -1,4 +1,5 @@
-"""MustDrop's parts: windows merge in the tower, a key set stays, text filters in the decoder."""
+"""MustDrop and its parts: windows merge in the tower, a key set stays, text filters in the decoder,
+and the cache forgets what the filters dropped."""
 
 from __future__ import annotations
 
@@ -11,12 +12,15 @@ from torch.nn import functional as F
 
 from mllm.compressors.base import (
     AttentionRows,
+    CacheCompressor,
+    CacheEvent,
     Context,
     Keep,
     LayerContext,
     LayerMethod,
     Merge,
     Positions,
+    Preset,
     Protect,
     TokenReducer,
     TowerContext,
@@ -135,8 +139,7 @@ class DualFilter(LayerMethod):
     visual tokens and its largest entry is below `alone`. How many stay depends on the input; the
     authors' thresholds give 192 (0.001 and 0.001), 128 (0.0012 and 0.001) and 64 (0.011 and 0.01)
     tokens on average on TextVQA. Several images of a sample are one set. Where none would stay,
-    the one with the largest sum does. Earlier layers keep what they have stored; the authors take
-    that from layer 2 on out of the cache too, before they decode.
+    the one with the largest sum does. Earlier layers keep what they have stored; see `outputaware`.
 
     Args:
         together: threshold of a token's share of the attention of all text.
@@ -188,3 +191,79 @@ class DualFilter(LayerMethod):
         low = total < self.together * total.sum(1, keepdim=True)
         stay = ctx.visual & (~low | (rows.amax(1) >= self.alone) | ctx.protected)
         return [Keep(stay | (top_k(total, ctx.visual, 1) & ~stay.any(1, keepdim=True)))]
+
+
+@register("outputaware", paper="arXiv:2411.10803", stage="cache")
+@dataclass
+class OutputAware(CacheCompressor):
+    """Before decoding, layers forget visual tokens that later layers were not given (MustDrop).
+
+    A stage inside the decoder lets tokens go layer by layer, and what layers between its cuts have
+    stored by then stays in their caches. Here it leaves, from the layer behind which the first
+    tokens went (layer 2 of the authors' 32) to the last cut: they hold what enters the last layer.
+    Layers before keep everything, and text stays everywhere. Works beside any method inside the
+    decoder; without one nothing leaves.
+
+    Args:
+        first: the first layer that forgets; None is the one before the first cut.
+    """
+
+    first: int | None = None
+
+    identity = {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first is not None and self.first < 0:
+            raise PlanError(
+                f"outputaware: first={self.first}", argument="first", given=self.first,
+                expected="a layer from 0, or none",
+            )  # fmt: skip
+
+    def prefill_end(self, event: CacheEvent) -> None:
+        if len(event.entered) == 1:
+            return
+        cuts = [layer for layer, _ in event.entered[1:]]
+        first = cuts[0] - 1 if self.first is None else self.first
+        layers = range(max(0, first), cuts[-1])
+        drop = torch.zeros_like(event.valid)
+        drop[:, event.start :] = event.visual & ~event.entered[-1][1]
+        event.cache.evict(layers, drop=drop)
+
+
+@register("mustdrop", paper="arXiv:2411.10803", stage="preset")
+@dataclass
+class MustDrop(Preset):
+    """Merging in the tower, key tokens, filters in the decoder, a cache without what they dropped.
+
+    `together` and `alone` give 192 (0.001 and 0.001), 128 (0.0012 and 0.001) and 64 (0.011 and
+    0.01) tokens on average on TextVQA by the authors' code.
+
+    Args:
+        together, alone, layers: see :class:`DualFilter`.
+        share: windows that merge, see :class:`WindowMerge`; none leaves the tower alone, for models
+            whose projector joins patches.
+        keys: share of the tokens that no stage drops, see :class:`KeyTokens`.
+        positions: of all stages; None is `compact`.
+    """
+
+    together: float = 0.001
+    alone: float = 0.001
+    layers: tuple[int, ...] | None = None
+    share: float | None = 0.5
+    keys: float = 0.08
+    positions: Positions | None = None
+
+    identity = {"together": 0.0, "alone": 0.0, "share": 0.0}
+    oracle = "rebuild"
+
+    def expand(self) -> list:
+        merging = [] if self.share is None else [
+            WindowMerge(share=self.share, positions=self.positions)
+        ]  # fmt: skip
+        return [
+            *merging,
+            KeyTokens(share=self.keys, positions=self.positions),
+            DualFilter(self.together, self.alone, self.layers, self.positions),
+            OutputAware(),
+        ]

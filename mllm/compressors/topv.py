@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mllm.compressors.base import (
     Budget,
@@ -34,9 +36,14 @@ class TopV(LayerPruner):
     would be the same for all: it tells something because the iterations end with the columns.
     Part of the budget is a regular subsample of what the score would drop. No attention is read.
 
+    Whatever depends on the source alone is taken up by the scaling of rows: the term of gamma,
+    whatever gamma is, and of |s - t|^2 the norm of s, which is nearly all of it where s is a
+    residual stream and t behind a norm. So features are compared at length one; otherwise the plan
+    knows places only, and the border of the grid scores best.
+
     No official code or constant was found: the defaults are those of a third-party implementation,
-    but for the marginals (theirs: norms), and no number is claimed. Images, tiles and frames are
-    transported apart.
+    and no number is claimed for them. Marginals are not theirs (norms of tokens): they end with the
+    rows, and then the score is the marginal. Images, tiles and frames are transported apart.
 
     Args:
         layer: rows leave before this decoder layer; None is behind the paper's layer 2 of 32,
@@ -45,6 +52,7 @@ class TopV(LayerPruner):
         recover: share of `keep` that is a regular subsample; a fifth, as where half stays by score
             and every fourth of the others on top.
         alpha, beta, gamma, sigma, epsilon: the cost, see above.
+        features: `unit` compares s and t at length one, `raw` as they are.
         iterations: of Sinkhorn.
         positions: `original` or `compact`; None is `original`.
     """
@@ -58,6 +66,7 @@ class TopV(LayerPruner):
     sigma: float = 10.0
     epsilon: float = 0.1
     iterations: int = 3
+    features: Literal["unit", "raw"] = "unit"
     positions: Positions | None = None
 
     paper_layer = 3
@@ -89,12 +98,17 @@ class TopV(LayerPruner):
         mass = mass / (pair.sum(2).clamp(min=1))  # uniform within each grid
         v = ctx.visual.float()
         for _ in range(self.iterations):
+            before = v
             u = mass / (kernel @ v[..., None])[..., 0].clamp(min=1e-30)
             v = mass / (kernel.transpose(1, 2) @ u[..., None])[..., 0].clamp(min=1e-30)
         # Distances of hidden states and of places, and the products with the kernel.
         ctx.book(2 * cost.shape[1] ** 2 * (ctx["source"].shape[2] + 2 + 2 * self.iterations + 1))
-        # Against its marginal, so that small grids do not win.
-        return u * (kernel @ v[..., None])[..., 0] / mass.clamp(min=1e-30)
+        # Against its marginal, so that small grids do not win: the sum of a row is
+        # mass (kernel v) / (kernel before). What it is above 1 is taken from the change of v, for
+        # next to 1 it would be lost in rounding where the plan is nearly settled.
+        moved = torch.stack([v - before, before], 2)
+        above, below = (kernel @ moved).unbind(2)
+        return above / below.clamp(min=1e-30)
 
     def _cost(self, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         """The cost of every move, and which there are: `[batch, rows, rows]` each."""
@@ -105,7 +119,10 @@ class TopV(LayerPruner):
         high = torch.where(pair[..., None], place[:, None], 0).amax(2)
         central = (place - high / 2).norm(dim=2)[..., None].expand(pair.shape)
         near = torch.exp(-torch.cdist(place, place).square() / (2 * self.sigma**2))
-        moved = torch.cdist(ctx["source"].float(), ctx["target"].float()).square()
+        source, target = ctx["source"].float(), ctx["target"].float()
+        if self.features == "unit":
+            source, target = F.normalize(source, dim=2), F.normalize(target, dim=2)
+        moved = torch.cdist(source, target).square()
         terms = ((self.alpha, moved), (self.beta, 1 - near), (self.gamma, central))
         return sum(weight * _scaled(x, pair) for weight, x in terms), pair
 

@@ -79,6 +79,7 @@ def grid(
     seeds: Sequence[int] = (0,),
     seeds_of: Mapping[str, Sequence[int]] | None = None,
     sanity_positions: Sequence[str] = ("compact",),
+    fixed: Mapping[str, int] | None = None,
 ) -> tuple[list[Entry], list[Skipped]]:
     """The plans of a sweep, sanity rows first: others are compared with them.
 
@@ -94,6 +95,8 @@ def grid(
         seeds_of: other seeds for some of them, by template or by the name of a method.
         sanity_positions: position policies of the sanity rows. `compact` ones are always there;
             `original` ones are called `random:positions=original` and so on.
+        fixed: whole plans that keep what they keep, by spec text; the budget says only which rows
+            they stand beside.
 
     Raises:
         PlanError: a template or budget that cannot be meant.
@@ -106,6 +109,7 @@ def grid(
         for method in SANITY
     ]
     entries, skipped = [Entry(UNPATCHED, None, Plan([]))], []
+    plans: list[tuple[str, int, Plan]] = []
     planned = set()
     for method in dict.fromkeys((*sanity, *methods)):
         for budget in sorted(set(budgets), reverse=True):
@@ -116,11 +120,14 @@ def grid(
                     raise
                 skipped.append(Skipped(method, budget, str(error)))
                 continue
-            for seed in _seeds(method, plan, seeds, seeds_of or {}):
-                seeded = Plan(plan.stages, seed)
-                if seeded.sha256 not in planned:
-                    planned.add(seeded.sha256)
-                    entries.append(Entry(method, budget, seeded))
+            plans.append((method, budget, plan))
+    plans += [(text, budget, Plan.from_spec(text)) for text, budget in (fixed or {}).items()]
+    for method, budget, plan in plans:
+        for seed in _seeds(method, plan, seeds, seeds_of or {}):
+            seeded = Plan(plan.stages, seed)
+            if seeded.sha256 not in planned:
+                planned.add(seeded.sha256)
+                entries.append(Entry(method, budget, seeded))
     return entries, skipped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -25,6 +26,7 @@ class SweepFile:
         model: folder, hub name, or `tiny-llava`.
         methods: spec templates without `keep`; the sanity rows are added.
         budgets: visual tokens per image, averaged over decoder layers.
+        fixed: whole plans that have no `keep`, each with the budget whose rows it stands beside.
         tasks: tasks of `mllm.eval.sources`; `admitted` stands for those that the embedded model
             learnt, the name of a source (`yardstick`, `easyvqa`, `mnist`) for all of its own.
         seeds: seeds of methods that draw at random; the others run once.
@@ -43,6 +45,7 @@ class SweepFile:
     model: str = "tiny-llava"
     methods: tuple[str, ...] = ("visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
     budgets: tuple[int, ...] = (192, 64, 16)
+    fixed: dict[str, int] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("admitted",)
     seeds: tuple[int, ...] = (0,)
     seeds_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -60,8 +63,18 @@ class SweepFile:
     def __post_init__(self) -> None:
         for template in self.methods:
             _check_template(template)
+        for text, budget in self.fixed.items():
+            Plan.from_spec(text)
+            if budget not in self.budgets:
+                raise MllmError(
+                    f"fixed.{text}: {budget} is no budget of this sweep, so nothing is there to "
+                    "compare with",
+                    argument="fixed",
+                    given=budget,
+                    expected=f"one of {', '.join(map(str, self.budgets))}",
+                )
         for name in self.seeds_of:
-            _check_seeded(name, self.methods)
+            _check_seeded(name, (*self.methods, *self.fixed))
         if self.workers > 1 and self.timings:
             raise MllmError(
                 f"{self.workers} workers disturb each other's timings",
@@ -78,8 +91,8 @@ class SweepFile:
         return self.timings
 
 
-_LEAST = {"budgets": 1, "seeds": 0, "seeds_of": 0, "n": 1, "batch_size": 1, "timings": 0,
-          "workers": 1}  # fmt: skip
+_LEAST = {"budgets": 1, "fixed": 1, "seeds": 0, "seeds_of": 0, "n": 1, "batch_size": 1,
+          "timings": 0, "workers": 1}  # fmt: skip
 _TYPES = typing.get_type_hints(SweepFile)
 
 
@@ -164,9 +177,16 @@ def _value(name: str, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return _list(name, value, where, typing.get_args(hint)[0])
     if typing.get_origin(hint) is dict:
+        item = typing.get_args(hint)[1]
+        several = typing.get_origin(item) is tuple
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise _wrong(name, value, where, "methods with lists of seeds: {random: [0, 1, 2]}")
-        return {key: _list(name, seeds, f"{where}.{key}", int) for key, seeds in value.items()}
+            like = "lists of seeds: {random: [0, 1, 2]}" if several else "budgets: {zipvl: 288}"
+            raise _wrong(name, value, where, f"methods with {like}")
+        read = functools.partial(_list if several else _scalar, name)
+        return {
+            key: read(each, f"{where}.{key}", int if several else item)
+            for key, each in value.items()
+        }
     return _scalar(name, value, where, hint)
 
 

@@ -75,8 +75,8 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
         skipped: methods and budgets that could not be run, with `method`, `budget`, `reason`.
 
     Returns:
-        `{schema, about, split, n, seed, tasks, rows, comparisons, missing, left_out, skipped,
-        words}`. A row covers all tasks and seeds, its `tasks` one task each, with the same
+        `{schema, about, split, n, seed, style, tasks, rows, comparisons, missing, left_out,
+        skipped, words}`. A row covers all tasks and seeds, its `tasks` one task each, with the same
         figures: `score` and `ci` are pooled, differences paired and stratified by task. In
         `vs_random`, `vs_downsample` and `vs_unpatched`, `p_holm` is corrected for the other
         comparisons with the same row: those over all tasks are one family, those on single tasks
@@ -95,6 +95,7 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
     table = {
         "schema": 1,
         **{k: first[k] for k in ("about", "split", "n", "seed")},
+        "style": first.get("style", "plain"),
         "tasks": list(tasks),
         "rows": rows,
         "comparisons": comparisons,

@@ -1,4 +1,4 @@
-"""Turn a finished run of `tiny-llava` into the embedded model: weights, admission, card.
+"""Turn a finished run of `tiny-llava` into the embedded model: weights, admission, card, tasks.
 
 `python -m mllm.training.release runs/tiny-llava`
 """
@@ -11,15 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mllm
 from mllm.errors import DataError
 from mllm.eval.files import write_json, write_text
 from mllm.eval.provenance import weights_sha256
-from mllm.loading import load_model, model_path
+from mllm.loading import load_model
 from mllm.training.recipe import load
 from mllm.training.trainer import sha256_file
 from mllm.yardstick import TASKS, samples
 from mllm.yardstick.saliency import cls_attention_auc
 
+PACKAGE = Path(mllm.__file__).parent
+GROUP = Path("eval", "tasks", "yardstick", "_yardstick.yaml")  # in PACKAGE
 LIMIT_BYTES = 16 * 2**20
 RANDOM = "random:keep=58"  # 10 % of 576
 RANDOM_LLM = "randomllm:layer=2:keep=58"  # the same inside the language model
@@ -51,13 +54,19 @@ def admission(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def release(folder: Path, target: Path | None = None) -> dict[str, Any]:
+def release(folder: Path, package: Path = PACKAGE) -> dict[str, Any]:
     """Copy `folder/model` into the package with `yardstick.json` and a model card.
+
+    The group of lmms-eval tasks that are to be quoted becomes that of the admitted tasks.
+
+    Args:
+        folder: of the run, with `eval.json` on its final model.
+        package: the folder of `mllm`.
 
     Raises:
         DataError: the run is not complete, or the weights are larger than 16 MiB.
     """
-    target = target or Path(model_path("tiny-llava"))
+    target = package / "assets" / "tiny_llava"
     record = json.loads((folder / "run.json").read_text())
     weights = folder / "model" / "model.safetensors"
     if record["status"] != "complete":
@@ -89,7 +98,26 @@ def release(folder: Path, target: Path | None = None) -> dict[str, Any]:
     shutil.copytree(folder / "model", target, dirs_exist_ok=True)
     write_json(target / "yardstick.json", data)
     write_text(target / "README.md", card(data))
+    write_text(package / GROUP, group(data))
     return data
+
+
+def group(data: dict[str, Any]) -> str:
+    """The lmms-eval group of the admitted tasks, from `yardstick.json`."""
+    lines = [
+        "# The tasks that the shipped model learnt (`mllm.yardstick.ADMITTED`): the ones to quote.",
+        "# Written by `mllm.training.release`.",
+        "group: yardstick",
+        "task:",
+        *(f"  - yardstick_{task}" for task, row in data["tasks"].items() if row["admitted"]),
+        "aggregate_metric_list:",
+        "  - metric: exact_match",
+        "    aggregation: mean",
+        "    weight_by_size: true",
+        "metadata:",
+        "  version: 1",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def card(data: dict[str, Any]) -> str:

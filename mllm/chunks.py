@@ -1,0 +1,182 @@
+"""Prompts that are read in chunks: each runs over what the cache has kept of those before it.
+
+The base model is called once, so pictures are encoded once and every row has its own position.
+Its decoder is called chunk by chunk: beside the rows' embeddings and outputs, memory holds what a
+cache method leaves of a layer and one chunk. Chunks are counted from the end of the prompt and the
+first one is the shortest, so that those of a sample do not depend on padding at its left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mllm import compat
+from mllm.errors import PlanError
+from mllm.in_llm import DecoderRun
+from mllm.tokens import Counts, TokenTable
+
+if TYPE_CHECKING:
+    from mllm.patcher import Patched
+
+__all__ = ["Chunks", "check_chunks"]
+
+
+class Chunks:
+    """One forward of the base model, whose rows go through the decoder in several calls.
+
+    Args:
+        run: the forward, not started.
+        kwargs: the decoder's arguments.
+        size: rows of a chunk.
+        prompt_length: logical length of the prompt, where generate() told it.
+        labels: `[batch, rows]`, where the caller gave them.
+
+    Attributes:
+        whole: the forward, for the account.
+        runs: its chunks so far.
+        rows: rows per sample, and slots per layer before, of each of them.
+
+    Raises:
+        PlanError: there is no cache, or padding at the right.
+    """
+
+    def __init__(
+        self, run: DecoderRun, kwargs: dict[str, Any], size: int, prompt_length: int | None,
+        labels: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.whole, self.kwargs, self.size, self.length = run, kwargs, size, prompt_length
+        decoder, embeds = run.patched.family.decoder, kwargs["inputs_embeds"]
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if cache is None and compat.uses_cache(decoder, kwargs.get("use_cache")):
+            cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
+        if cache is None:
+            raise _refused(size, "without a cache nothing is known of earlier chunks", "use_cache")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise _refused(size, "a prepared attention mask cannot be read in chunks", "a 2-D mask")
+        batch, rows = embeds.shape[:2]
+        self.past = run.past_logical = cache.get_seq_length()
+        known = embeds.new_ones(batch, self.past + rows, dtype=torch.bool)
+        if mask is not None:
+            known[:, -mask.shape[1] :] = mask[:, -known.shape[1] :].bool()
+        self.known, valid = known, known[:, self.past :]
+        if mask is not None and not bool(valid[:, -1].all()):
+            raise _refused(size, "chunks are counted from the end of the prompts", "padding left")
+        run.cache, run.itemsize = cache, embeds.element_size()
+        if run.counts is None or mask is not run.mask:
+            run.counts = run._counted(valid, mask is None)
+        run._make_table(valid)
+        run.prompt = run._prompt_rows(prompt_length, labels)
+        run.tables = [(0, run.full)]
+        first = rows % size or size
+        self.ends = list(range(first, rows + 1, size))
+        ends = torch.tensor([0, *self.ends], device=valid.device)
+        sums = torch.nn.functional.pad(valid.long().cumsum(1), (1, 0))[:, ends]
+        self.counts = sums.diff(dim=1).T.tolist()
+        self.runs: list[DecoderRun] = []
+        self.rows: list[tuple[list[int], list[int]]] = []
+        self.hidden: list[Tensor] = []
+        self.states: list[tuple[Tensor, ...]] = []
+
+    def __iter__(self) -> Iterator[tuple[DecoderRun, dict[str, Any]]]:
+        """Every chunk, started, and the decoder's arguments for it; see :meth:`add`."""
+        whole, start = self.whole, 0
+        for number, stop in enumerate(self.ends):
+            kwargs = self._arguments(start, stop)
+            mask = kwargs.get("attention_mask")
+            run = DecoderRun(
+                whole.patched, None, None, mask, call=whole.call,
+                counts=Counts({}, self.counts[number], [0] * len(self.counts[number])),
+                full=_columns(whole.full, start, stop), prompt=whole.prompt[:, start:stop],
+                images=[[] for _ in whole.images], begins=number == 0,
+                ends=stop == self.ends[-1],
+            )  # fmt: skip
+            run.start(kwargs, self.length, None)
+            self.runs.append(run)
+            self.rows.append((self.counts[number], run.past))
+            yield run, kwargs
+            start = stop
+
+    def _arguments(self, start: int, stop: int) -> dict[str, Any]:
+        """The decoder's arguments for rows `start` to `stop`."""
+        kwargs, family = dict(self.kwargs), self.whole.patched.family
+        kwargs["inputs_embeds"] = kwargs["inputs_embeds"][:, start:stop]
+        if (position := kwargs.get("position_ids")) is not None:
+            kwargs["position_ids"] = position[..., start:stop]
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = self.known[:, : self.past + stop].long()
+        valid = self.known[:, self.past + start : self.past + stop]
+        rows = torch.arange(start, stop, device=valid.device).expand(len(valid), -1)
+        family.take_rows(kwargs, rows, valid)
+        return kwargs
+
+    def add(self, output: Any) -> None:
+        """What the decoder made of the chunk that was given last; its methods are told."""
+        self.hidden.append(output.last_hidden_state)
+        if states := getattr(output, "hidden_states", None):
+            self.states.append(states)
+        run = self.runs[-1]
+        run.events.forward_end()
+        self.whole.ran |= run.ran
+        self.whole.notes += [note for note in run.notes if note not in self.whole.notes]
+
+    def close(self, output: Any) -> None:
+        """Turn the output for the last chunk into that for all rows; complete the account."""
+        output.last_hidden_state = torch.cat(self.hidden, 1)
+        if self.states:
+            output.hidden_states = tuple(torch.cat(x, 1) for x in zip(*self.states, strict=True))
+        whole, last = self.whole, self.runs[-1]
+        whole.past, whole.changes = self.runs[0].past, last.changes
+        whole.events = last.events
+        whole.events.costs = [cost for run in self.runs for cost in run.events.costs]
+
+
+def check_chunks(patched: Patched, size: Any) -> None:
+    """Refuse to read prompts in chunks under a plan that decides by the whole prompt.
+
+    Raises:
+        PlanError: says why.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise PlanError(
+            f"prefill_chunk_size={size!r} is no number of rows", argument="prefill_chunk_size",
+            given=size, expected="a whole number from 1, or None",
+        )  # fmt: skip
+    for stage in patched.plan.stages:
+        if not getattr(stage, "chunks", False):
+            raise _refused(
+                size,
+                f"{stage.info.name} decides by the whole prompt, whose last row is not there until "
+                "the end",
+                "None, or a plan of methods that score and evict stored tokens",
+            )
+    if patched.family.hybrid:
+        raise _refused(
+            size,
+            f"in {type(patched.family.model).__name__} tokens of a picture see each other, and a "
+            "chunk may end within one",
+            "None",
+        )
+
+
+def _refused(size: int, why: str, expected: str) -> PlanError:
+    return PlanError(
+        f"the prompt cannot be read in chunks: {why}",
+        argument="prefill_chunk_size",
+        given=size,
+        expected=expected,
+    )
+
+
+def _columns(table: TokenTable, start: int, stop: int) -> TokenTable:
+    """Rows `start` to `stop` of a table as those of a forward of their own."""
+    columns = {
+        field.name: getattr(table, field.name)[:, start:stop]
+        for field in dataclasses.fields(TokenTable)
+    }
+    columns["index"] = columns["index"] - start
+    return TokenTable(**columns)
