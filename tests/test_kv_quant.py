@@ -484,6 +484,13 @@ def test_methods_stack(plan):
     check_alone("llava", plan, STEPS)
 
 
+@pytest.mark.parametrize("spec", [PLANS[1], PLANS[4]])
+@torch.no_grad()
+def test_a_prompt_in_chunks_is_stored_in_few_bits_as_it_comes(spec):
+    """Alone as in a batch, and in the same groups."""
+    check_alone("llava", spec, STEPS, prefill_chunk_size=9)
+
+
 WAYS = [PLANS[0], PLANS[4], PLANS[6], ZIPPED[0], ZIPPED[3]]
 
 

@@ -46,7 +46,7 @@ class Quantiser(CacheCompressor):
 class KIVI(Quantiser):
     """Store tokens in 2, 4 or 8 bits: keys by channel, values by token (KIVI).
 
-    A prompt attends as it is. When it ends, all but a remainder of every head's tokens are
+    A prompt attends as it is, or each chunk of it. When it ends, all but a remainder of every head's tokens are
     quantised, and while an answer grows, `residual` more as soon as there are so many. Each is
     rounded once; what a method lets go later leaves the others as they are. The authors keep the
     newest `residual` values plain at any time; here values follow their keys.
@@ -66,6 +66,7 @@ class KIVI(Quantiser):
     residual: int = 32
 
     identity = {"bits": 16}
+    chunks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
