@@ -181,7 +181,7 @@ def steps_forgotten(mp):
 
 def around(mp, owner, name, change):
     original = getattr(owner, name)
-    mp.setattr(owner, name, lambda *a: change(original, *a))
+    mp.setattr(owner, name, lambda *a, **k: change(original, *a, **k))
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,16 @@ IDENTITY = {
     "skipvision": ["skipvision:budget=1.0", "skipvision:budget=900:rule=top"],
     "kivi": ["kivi:bits=16", "snapkv:budget=1.0+kivi:bits=16:group_size=4:residual=4"],
     "zipvl_cache": ["zipvl_cache:high=16:low=16", "zipvl_cache:tau=1.0:evict=true"],
+    "xkv": ["xkv:rank_keys=1.0:rank_values=1.0", "xkv", "xkv:group=3:rank_keys=0.999"],
+    "shadowkv": ["shadowkv:budget=1.0:rank_keys=1.0", "shadowkv",
+                 "shadowkv:budget=1.0:rank_keys=1.0:chunk=2:local=1:outliers=1",
+                 "shadowkv:budget=900:rank_keys=900:chunk=2:local=0:outliers=0"],
 }
 #: Methods that store tokens in another form, and where they are tested.
-ELSEWHERE = {"kivi": "test_kv_quant.py", "zipvl_cache": "test_kv_quant.py"}
+ELSEWHERE = {
+    "kivi": "test_kv_quant.py", "zipvl_cache": "test_kv_quant.py",
+    "xkv": "test_kv_lowrank.py", "shadowkv": "test_kv_lowrank.py",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

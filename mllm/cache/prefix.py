@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm import compat
+from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
+from mllm.cache.lowrank import LowRank, Shared
 from mllm.cache.quantised import Quantised
+from mllm.cache.rotary import Rotary
 from mllm.cache.segments import Dense, Segment, from_rows
 from mllm.errors import CacheMismatchError, DataError
 
@@ -23,13 +26,16 @@ if TYPE_CHECKING:
     from mllm.patcher import Patched
 
 TENSORS, HEADER = "prefix.safetensors", "prefix.json"
+#: Segments that are written in a form of their own.
+FORMS = {form.form: form for form in (LowRank, Landmarked, Quantised)}
 
 
 def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     """Write what a patched model stored: ``prefix.safetensors`` and ``prefix.json``.
 
-    An interrupted call leaves no prefix that could be loaded. Quantised segments are written as
-    they are, offloaded ones as keys and values; what methods keep in `KVCache.state` is not.
+    An interrupted call leaves no prefix that could be loaded. Segments are written as keys and
+    values, unless they have a form of their own (`saved`), in which they come back; what methods
+    keep in `KVCache.state` is not written.
 
     Args:
         cache: `past_key_values` of a forward or `generate()` under a patch.
@@ -62,15 +68,20 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     for n, table in enumerate(tables):
         tensors |= {f"slots.{n}.{name}": t for name, t in table.columns.items()}
     layers = []
+    names: dict[int, str] = {}
     for i, layer in enumerate(cache.layers):
-        form, parts = _stored(layer, f"layer.{i}.", tensors)
+        if any(hasattr(segment, "saved") for segment in layer.segments):
+            stored = {"form": "parts", "parts": _parts(i, layer, tensors, names)}
+        else:
+            keys, values, form = _stored(layer)
+            tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
+            stored = {"form": form}
         tensors |= {f"layer.{i}.shift.{name}": t for name, t in layer.shifts.items()}
         tensors |= {f"layer.{i}.sample.{name}": t for name, t in layer.samples.items()}
         layers.append(
             {
                 "slots": tables.index(layer.table),
-                "form": form,
-                **parts,
+                **stored,
                 "heads": layer.heads,
                 "window": layer.window,
                 "intact": int(layer.intact),
@@ -99,38 +110,46 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _stored(layer: SlotLayer, start: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Add what a layer stores to `tensors`; returns its form, and `parts` where it has several."""
-    if any(isinstance(segment, Quantised) for segment in layer.segments):
-        parts, at = [], 0
-        for n, segment in enumerate(layer.segments):
-            own = f"{start}{n}."
-            if isinstance(segment, Quantised):
-                row, saved = segment.saved()
-                tensors |= {own + name: t for name, t in saved.items()}
-                parts.append({"form": "quantised", **row})
-            else:
-                valid = layer.table.valid[..., at : at + segment.slots]
-                form = _stored_plain([segment], valid, own, tensors)
-                parts.append({"form": form, "slots": segment.slots})
-            at += segment.slots
-        return "parts", {"parts": parts}
-    return _stored_plain(layer.segments, layer.table.valid, start, tensors), {}
-
-
-def _stored_plain(
-    segments: list[Any], valid: Tensor, start: str, tensors: dict[str, Tensor]
-) -> str:
+def _stored(layer: SlotLayer) -> tuple[Tensor, Tensor, str]:
     """Keys and values: the rectangle as it is, or its valid cells `[cells, dim]`."""
-    keys, values = (
-        SlotLayer.joined([getattr(s, name)() for s in segments]) for name in ("keys", "values")
-    )
-    form = "rectangle"
-    if len(segments) > 1 or not isinstance(segments[0], Dense):
-        valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
-        keys, values, form = keys[valid], values[valid], "cells"
-    tensors |= {f"{start}keys": keys, f"{start}values": values}
-    return form
+    return _plain(layer.segments, layer.table.valid, layer.keys, layer.values)
+
+
+def _plain(
+    segments: list[Segment], valid: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, str]:
+    if len(segments) == 1 and isinstance(segments[0], Dense):
+        return keys, values, "rectangle"
+    valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
+    return keys[valid], values[valid], "cells"
+
+
+def _parts(
+    i: int, layer: SlotLayer, tensors: dict[str, Tensor], names: dict[int, str]
+) -> list[dict[str, Any]]:
+    """The segments of layer `i`; adds to `tensors` what no earlier layer shares with it.
+
+    Args:
+        i: number of the layer.
+        layer: the layer.
+        tensors: what is written, by name.
+        names: the name of every tensor of a segment that is.
+    """
+    rows, at = [], 0
+    for n, segment in enumerate(layer.segments):
+        if form := getattr(segment, "form", None):
+            row, own = segment.saved()
+        else:
+            valid = layer.table.valid[..., at : at + segment.slots]
+            keys, values, form = _plain([segment], valid, segment.keys(), segment.values())
+            row, own = {"slots": segment.slots}, {"keys": keys, "values": values}
+        at += segment.slots
+        for name, tensor in own.items():
+            names.setdefault(id(tensor), f"layer.{i}.{n}.{name}")
+            tensors[names[id(tensor)]] = tensor
+        where = {name: names[id(tensor)] for name, tensor in own.items()}
+        rows.append({"form": form, **row, "tensors": where})
+    return rows
 
 
 def load_prefix(
@@ -182,9 +201,23 @@ def load_prefix(
     tensors = {name: t.to(device) for name, t in tensors.items()}
     cache = compat.dynamic_cache(patched.family.decoder)
     tables = _tables(tensors)
-    cache.layers = [
-        _layer(i, row, tables[row["slots"]], tensors) for i, row in enumerate(header["layers"])
-    ]
+    shared: dict[int, Shared] = {}
+    cache.layers = []
+    for i, row in enumerate(header["layers"]):
+        layer = _layer(i, row, tables[row["slots"]], tensors)
+        rotary = Rotary(patched.family, i)
+        at = 0
+        for part in row.get("parts", ()):
+            own = {name: tensors[key] for name, key in part["tensors"].items()}
+            if part["form"] in FORMS:
+                segment = FORMS[part["form"]].loaded(part, own, rotary, shared)
+            else:
+                valid = layer.table.valid[..., at : at + part["slots"]]
+                segment = _made(part["form"], valid, row["heads"], own["keys"], own["values"])
+            layer.segments.append(segment)
+            at += segment.slots
+        layer.lazy_initialization(layer.keys, layer.values)
+        cache.layers.append(layer)
     for layer in cache.layers:
         layer.seen = header["logical_length"]
         layer.planned = any(row["compressed"] for row in header["layers"])
@@ -207,36 +240,25 @@ def _tables(tensors: dict[str, Tensor]) -> list[SlotTable]:
 
 
 def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Tensor]) -> SlotLayer:
-    layer, start, at = SlotLayer(row["window"]), f"layer.{i}.", 0
+    layer = SlotLayer(row["window"])
     layer.table = table
-    for n, part in enumerate(row.get("parts", ())):
-        own = _under(tensors, f"{start}{n}.")
-        if part["form"] == "quantised":
-            layer.segments.append(Quantised.loaded(part, own))
-        else:
-            valid = table.valid[..., at : at + part["slots"]]
-            layer.segments.append(_plain(part["form"], row["heads"], valid, own))
-        at += layer.segments[-1].slots
-    if not layer.segments:
-        segment = _plain(row["form"], row["heads"], table.valid, _under(tensors, start))
-        layer.segments = [segment]
-    layer.lazy_initialization(layer.segments[0].keys(), layer.segments[0].values())
+    if row["form"] != "parts":
+        own = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
+        layer.segments = [_made(row["form"], table.valid, row["heads"], *own)]
     layer.intact, layer.compressed = row["intact"], row["compressed"]
-    layer.shifts = _under(tensors, f"{start}shift.")
-    layer.samples = _under(tensors, f"{start}sample.")
+    for name in ("shift", "sample"):
+        start = f"layer.{i}.{name}."
+        own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        setattr(layer, f"{name}s", own)
     return layer
 
 
-def _plain(form: str, heads: int, valid: Tensor, tensors: dict[str, Tensor]) -> Segment:
-    keys, values = tensors["keys"], tensors["values"]
+def _made(form: str, valid: Tensor, heads: int, keys: Tensor, values: Tensor) -> Segment:
+    """A plain segment of a file."""
     if form == "rectangle":
         return Dense.of(keys, values)
     valid = valid if valid.dim() == 3 else valid[:, None].expand(-1, heads, -1)
     return from_rows(keys, values, valid)
-
-
-def _under(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
 def _damaged(folder: Path, why: str) -> DataError:

@@ -171,6 +171,7 @@ class Quantised:
     """
 
     grows = False
+    form = "quantised"
 
     def __init__(
         self, keys: Side, values: Side, shape: tuple[int, int, int], place: Tensor | None = None
@@ -312,8 +313,8 @@ class Quantised:
         return row, tensors
 
     @classmethod
-    def loaded(cls, row: dict[str, Any], tensors: dict[str, Tensor]) -> Quantised:
-        """The segment that was :meth:`saved`."""
+    def loaded(cls, row: dict[str, Any], tensors: dict[str, Tensor], *_: Any) -> Quantised:
+        """The segment that was :meth:`saved`; needs nothing else of its layer."""
         sides = []
         for name in ("keys", "values"):
             given = {k: v for k, v in row[name].items() if k != "form"}

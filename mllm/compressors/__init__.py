@@ -54,6 +54,8 @@ _HOMES = {
     "KIVI": "kivi",
     "D2O": "d2o",
     "SkipVision": "skipvision",
+    "XKV": "xkv",
+    "ShadowKV": "shadowkv",
     "Random": "sanity",
     "RandomLLM": "sanity",
     "Stride": "sanity",

@@ -772,6 +772,9 @@ class CacheCompressor(_Method):
         stores: whether it stores tokens in another form. One stage may, behind those that choose
             tokens.
         chunks: whether a prompt may be read in chunks, each of which is a `prefill` to the method.
+        lowrank: whether it stores tokens in low-rank factors; see :meth:`KVCache.lowrank`.
+        selects: whether one new token may attend to some of what is stored; see
+            :class:`mllm.cache.segments.Selecting`.
     """
 
     site = "cache"
@@ -782,6 +785,9 @@ class CacheCompressor(_Method):
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
     stores: ClassVar[bool] = False
+    chunks: ClassVar[bool] = False
+    lowrank: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def fits(self, head_dim: int) -> None:
         """PlanError where a model's heads, of so many channels, cannot be stored so."""
@@ -789,10 +795,20 @@ class CacheCompressor(_Method):
     def due(self, cache: Any) -> bool:
         """Whether the decode step that is about to run on a KVCache is one to read signals at."""
         return self.watches
-    chunks: ClassVar[bool] = False
 
     def check_depth(self, num_layers: int) -> None:
         """PlanError if the method cannot work on a model of this many decoder layers."""
+
+    def demand(self, field: str, fine: bool, expected: str) -> None:
+        """PlanError unless a field is `fine`."""
+        if not fine:
+            value = getattr(self, field)
+            raise PlanError(
+                f"{self.info.name}: {field}={value!r} is not {expected}",
+                argument=field,
+                given=value,
+                expected=expected,
+            )
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mllm.cache.quantised import BITS, Quantised, check_size
 from mllm.compressors.base import CacheCompressor, CacheEvent, register
-from mllm.errors import PlanError
 
 __all__ = ["KIVI", "Quantiser"]
 
@@ -19,17 +18,6 @@ class Quantiser(CacheCompressor):
     """Base of methods that store tokens in few bits; subclasses say which and when."""
 
     stores: ClassVar[bool] = True
-
-    def demand(self, field: str, fine: bool, expected: str) -> None:
-        """PlanError unless a field is `fine`."""
-        value = getattr(self, field)
-        if not fine:
-            raise PlanError(
-                f"{self.info.name}: {field}={value!r} is not {expected}",
-                argument=field,
-                given=value,
-                expected=expected,
-            )
 
     def demand_bits(self, *names: str) -> None:
         """PlanError for fields that are no number of bits."""
@@ -46,10 +34,10 @@ class Quantiser(CacheCompressor):
 class KIVI(Quantiser):
     """Store tokens in 2, 4 or 8 bits: keys by channel, values by token (KIVI).
 
-    A prompt attends as it is, or each chunk of it. When it ends, all but a remainder of every head's tokens are
-    quantised, and while an answer grows, `residual` more as soon as there are so many. Each is
-    rounded once; what a method lets go later leaves the others as they are. The authors keep the
-    newest `residual` values plain at any time; here values follow their keys.
+    A prompt, or a chunk of one, attends as it is. When it ends, all but a remainder of every
+    head's tokens are quantised, and while an answer grows, `residual` more as soon as there are so
+    many. Each is rounded once; what a method lets go later leaves the others as they are. The
+    authors keep the newest `residual` values plain at any time; here values follow their keys.
 
     Args:
         bits: 2, 4, 8, or 16, which changes nothing.
