@@ -119,11 +119,15 @@ class BranchRows:
 
     The others pass by on the residual. In `"attn"` they are neither queries nor keys, and the
     layer stores nothing for them; later tokens take part.
+
+    `stored`, keys and values `[batch, kv_heads, rows, head_dim]` of all rows, is what the layer
+    stores for the others after all: later tokens see them. Their slots have the column `aside`.
     """
 
     layer: int
     branch: Branch
     rows: Tensor
+    stored: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,12 @@ class Captures:
             given["hidden_states"] = family.attention_input(layer, hidden)
             cos, sin = given["position_embeddings"]
             tables = {True: (cos, sin), False: (torch.ones_like(cos), torch.zeros_like(sin))}
-            for rope in {key[1].rope for key in keys}:
-                readers = [functools.partial(self._tap, k) for k in keys if k[1].rope is rope]
+            turned = [getattr(key[1], "rope", True) for key in keys]
+            for rope in set(turned):
+                readers = [
+                    functools.partial(self._tap, key)
+                    for key, own in zip(keys, turned, strict=True) if own is rope
+                ]  # fmt: skip
                 given["position_embeddings"] = tables[rope]
                 attention.read_only(family.attention(layer), readers, **given)
                 self.flops += flops.attention_products(family.text_config, hidden.shape[1])
@@ -209,6 +213,9 @@ class Captures:
                 if known and slot not in self._found:
                     continue
                 value, index = attention.captured(self._found, slot, stage.info.name)
+                whole = isinstance(signal, Keys | Values) and reads_before(signal)
+                if whole and not known and self.patched.signals[slot] == here:
+                    del self._found[slot]  # those of all layers are as large as the cache
                 if index is not table.index:
                     at = locate(table.index, index, size)
                     value = along(value, at, _AXIS[type(signal)])

@@ -81,7 +81,7 @@ class Inside:
         return total.clamp(min=least)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Placed:
     """An action and what it speaks of.
 
@@ -254,6 +254,30 @@ class Changes:
         held, seen = run.held[layer], run.past_logical + run.full.valid.shape[1]
         table = new if held is None else held.cat(new)
         run.cache.layers[layer].note(table, run.full.valid.shape[1], seen)
+
+    def set_aside(self, layer: int) -> None:
+        """The attention of a layer has run: store what took no part, if an action says so."""
+        run = self.run
+        for placed in self._of(BranchRows, layer, "attn"):
+            if placed.action.stored is None or run.cache is None:
+                continue
+            self._placed.remove(placed)  # what it holds is as large as the layer's cache
+            table = run.table
+            part = self._bring(placed.action.rows, placed.table, True)
+            aside = placed.where(~part & table.valid & ~table.inserted, False)
+            if (window := run.patched.windows[layer]) is not None:
+                aside = aside & (table.logical > run.events.certain - window)
+            rows = choose_rows(aside, table.valid)
+            if not rows.shape[1]:
+                continue
+            narrow = run.narrow(rows, aside.gather(1, rows), stored=True)
+            keys, values = (
+                gather_rows(self._bring(x.transpose(1, 2), placed.table, 0), rows).transpose(1, 2)
+                for x in placed.action.stored
+            )
+            new = SlotTable.of(narrow.table, narrow.place, narrow.padded)
+            hidden = run.past_logical + run.full.valid.shape[1] - run.events.certain
+            run.cache.layers[layer].set_aside(new, keys, values, hidden)
 
     def _heads(self, inside: Inside) -> None:
         for placed in self._of(HeadGate, inside.layer):

@@ -207,7 +207,7 @@ def causal_mask(
     if valid is not None and cache is not None:
         # transformers indexes a 2-D mask by logical position: slots lie at the end of it.
         offset = cache.get_mask_sizes(hidden.shape[1], layer)[1]
-        if offset:
+        if offset > 0:
             valid = torch.nn.functional.pad(valid, (offset, 0))
     return create_causal_mask(
         config=config,

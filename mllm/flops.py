@@ -28,6 +28,11 @@ def _heads(config: Any) -> tuple[int, int, int]:
     return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
+def head_dim(config: Any) -> int:
+    """Channels of a head."""
+    return _heads(config)[2]
+
+
 def attention_products(config: Any, queries: float) -> float:
     """The four projections of a decoder layer's attention on `queries` rows."""
     heads, kv_heads, head_dim = _heads(config)

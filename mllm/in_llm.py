@@ -535,7 +535,7 @@ class DecoderRun:
             rotary = tuple(gather_rows(t, self.rows, dim=t.dim() - 2) for t in rotary)
         if kind:
             mask = self._mask_of_kind(layer, kwargs.get("attention_mask"))
-        elif self.patched.inserts:
+        elif self.patched.inserts or self._crowded(layer):
             mask = self._mask_in_order(layer, kwargs.get("attention_mask"))
         else:
             valid = self._slot_valid(layer)
@@ -553,6 +553,13 @@ class DecoderRun:
             "position_embeddings": rotary,
             "position_ids": position,
         }
+
+    def _crowded(self, layer: int) -> bool:
+        """Whether a layer has more slots than tokens, and a backend that can be given any mask."""
+        held = self._held(layer)
+        if held is None or held.slots <= self.past_logical:
+            return False
+        return "flash" not in compat.attention_name(self.patched.family.attention(layer))
 
     def alone(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Arguments of a layer's attention over the current rows, without stored tokens."""

@@ -151,7 +151,8 @@ class Patched:
                 if layer < len(self.layers)
             }
         )
-        self.apart = bool(SETS_APART & self._actions())
+        forms = any(stage.stores for _, stage in self.compressors)
+        self.apart = forms or bool(SETS_APART & self._actions())
         self.alike = self._alike()
         self.selects = any(s.selects for _, s in self.compressors)
         self.inserts = "Insert" in self._actions()
@@ -764,6 +765,8 @@ class Patched:
         inside = attention.change()
         if inside is None or inside.layer != layer:
             return None
+        if branch == "attn" and (run := self._run()) is not None:
+            run.changes.set_aside(layer)
         return inside.leave(branch, output)
 
     def _decoder_post(self, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -211,9 +211,15 @@ class Queries(Keys):
 
 @dataclass(frozen=True)
 class Values(_AtLayer):
-    """Values of a decoder layer: `[batch, kv_heads, rows, head_dim]`."""
+    """Values of a decoder layer: `[batch, kv_heads, rows, head_dim]`.
+
+    Attributes:
+        layer: decoder layer.
+        when: see :class:`AttentionRows`.
+    """
 
     layer: int | None = None
+    when: Literal["after", "before"] = "after"
 
 
 @dataclass(frozen=True)

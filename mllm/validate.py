@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mllm import compat
+from mllm import compat, flops
 from mllm.actions import MOVES_ROWS
 from mllm.capture import reads_before
 from mllm.compressors.base import (
@@ -17,6 +17,7 @@ from mllm.compressors.base import (
     VisionAttention,
 )
 from mllm.errors import PlanError
+from mllm.plan import Plan
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -105,6 +106,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
     _check_tower(patched)
     _check_writers(patched)
     _check_lowrank(patched)
+    _check_storage(patched)
     grid = family.native_grid()
     for stage in plan.stages:
         _check_fit(patched, stage)
@@ -214,6 +216,36 @@ def _check_writers(patched: Patched) -> None:
             writers[layer] = stage.info.name
 
 
+def _check_storage(patched: Patched) -> None:
+    """Refuse tokens that would be stored in two forms, or be chosen behind that."""
+    stages = [stage for _, stage in patched.compressors]
+    forms = [stage for stage in stages if stage.stores]
+    if len(forms) > 1:
+        raise PlanError(
+            f"{forms[0].info.name} and {forms[1].info.name} both say how tokens are stored",
+            argument="plan",
+            given=patched.plan.spec,
+            expected="one of them",
+        )
+    for stage in forms:
+        if stage is not stages[-1]:
+            parts = sorted(patched.plan.written, key=_says_form)
+            raise PlanError(
+                f"{stages[-1].info.name} chooses tokens behind {stage.info.name}, which has stored "
+                "them in another form by then",
+                argument="plan",
+                given=patched.plan.spec,
+                expected=Plan(parts).spec,
+            )
+        stage.fits(flops.head_dim(patched.family.text_config))
+
+
+def _says_form(written: Any) -> bool:
+    """Whether a stage, or one that it stands for, says how tokens are stored."""
+    stages = written.expand() if hasattr(written, "expand") else [written]
+    return any(getattr(stage, "stores", False) for stage in stages)
+
+
 def _check_lowrank(patched: Patched) -> None:
     """Refuse what cannot be on the same layers as low-rank factors."""
     stages = [stage for _, stage in patched.compressors if stage.lowrank]
@@ -222,14 +254,14 @@ def _check_lowrank(patched: Patched) -> None:
     own, others = stages[0].info.name, [s for s in patched.plan.stages if s is not stages[0]]
     for other in others:
         reads = isinstance(other, CacheCompressor) and other.reads() and other.watches
-        if "Evict" in other.actions:
+        if other in stages or getattr(other, "stores", False):
+            reason = "both say how tokens are stored"
+        elif "Evict" in other.actions:
             reason = (
                 "a left factor has one row per token for all heads and layers of a group, so a "
                 "token that leaves some of them would free nothing, and layers that hold different "
                 "tokens share no factor"
             )
-        elif other in stages:
-            reason = "both would store the same tokens in factors"
         elif stages[0].selects and (reads or "LogitBias" in other.actions):
             reason = "a step does not look at all that is stored"
         else:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import cache_oracles
@@ -232,13 +233,18 @@ IDENTITY = {
     "d2o": ["d2o:budget=1.0", "d2o:budget=900:skip=0"],
     "outputaware": ["outputaware"],
     "skipvision": ["skipvision:budget=1.0", "skipvision:budget=900:rule=top"],
+    "kivi": ["kivi:bits=16", "snapkv:budget=1.0+kivi:bits=16:group_size=4:residual=4"],
+    "zipvl_cache": ["zipvl_cache:high=16:low=16", "zipvl_cache:tau=1.0:evict=true"],
     "xkv": ["xkv:rank_keys=1.0:rank_values=1.0", "xkv", "xkv:group=3:rank_keys=0.999"],
     "shadowkv": ["shadowkv:budget=1.0:rank_keys=1.0", "shadowkv",
                  "shadowkv:budget=1.0:rank_keys=1.0:chunk=2:local=1:outliers=1",
                  "shadowkv:budget=900:rank_keys=900:chunk=2:local=0:outliers=0"],
 }
-#: Methods that let no token go; they are in test_kv_lowrank.py.
-LOWRANK = {"xkv", "shadowkv"}
+#: Methods that store tokens in another form, and where they are tested.
+ELSEWHERE = {
+    "kivi": "test_kv_quant.py", "zipvl_cache": "test_kv_quant.py",
+    "xkv": "test_kv_lowrank.py", "shadowkv": "test_kv_lowrank.py", "randomkv": "test_randomkv.py",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -249,7 +255,7 @@ LOWRANK = {"xkv", "shadowkv"}
 @torch.no_grad()
 def test_keeping_everything_changes_no_bit(spec, kind, attn):
     """The first is what the method declares; a budget above the prompt is another."""
-    stage = Plan.from_spec(spec).stages[0]
+    stage = Plan.from_spec(spec).stages[-1]
     declared = IDENTITY[stage.info.name][0] == spec
     assert not declared or all(getattr(stage, k) == v for k, v in stage.identity.items())
     model = families.model("llava", attn)
@@ -257,7 +263,7 @@ def test_keeping_everything_changes_no_bit(spec, kind, attn):
     plain, answer = model(**inputs).logits, generate(model, inputs)
     with mllm.patch(model, spec) as patched:
         mine, said = model(**inputs).logits, generate(model, inputs)
-        reads = bool(stage.reads())
+        reads = any(stage.reads() for stage in patched.plan.stages)
         assert (max(patched.ledger.as_dict()["selection_flops"], default=0) > 0) == reads
     assert torch.equal(mine, plain) and torch.equal(said.sequences, answer.sequences)
     assert all(torch.equal(a, b) for a, b in zip(said.logits, answer.logits, strict=True))
@@ -780,8 +786,10 @@ def test_plans_are_written_as_they_are_read(spec, tmp_path):
 def test_every_method_is_tested():
     names = {row["name"] for row in mllm.methods() if row["stage"] == "cache"}
     assert names == set(IDENTITY)
-    # Draws are no plain loop's: tests/test_randomkv.py.
-    assert names - {"outputaware", "randomkv"} == {spec.split(":")[0] for spec in PLANS} | LOWRANK
+    used = {spec.split(":")[0] for spec in PLANS}
+    assert names - {"outputaware"} == used | set(ELSEWHERE)
+    for name, file in ELSEWHERE.items():
+        assert f'"{name}' in (Path(__file__).parent / file).read_text()
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def test_assisted_decoding_is_greedy_decoding():
     [
         "visionzip:keep=6+xkv:rank_keys=6:rank_values=9",
         "fastv:layer=2:keep=0.5+xkv:rank_keys=6:rank_values=9",
-        "zipvl+xkv:rank_keys=4:rank_values=4",
+        "zipvl_prefill+xkv:rank_keys=4:rank_values=4",
         "visionzip:keep=6+shadowkv:budget=6:rank_keys=7:chunk=2:local=1:outliers=1",
         "fastv:layer=2:keep=0.5+shadowkv:budget=0.3:rank_keys=0.5:chunk=2:local=1:outliers=1",
     ],

@@ -20,14 +20,14 @@ NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", 
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
-          "cmai", "topv", "zipvl", "pact", "windowmerge", "keytokens", "dualfilter",
-          "mustdrop"]  # fmt: skip
+          "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
+          "dualfilter", "mustdrop"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge"]  # fmt: skip
 #: Their size is no budget.
-SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "windowmerge", "keytokens",
-         "dualfilter", "mustdrop"]  # fmt: skip
+SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
+         "keytokens", "dualfilter", "mustdrop"]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -43,7 +43,9 @@ IDENTITY = {
     "keytokens": "keytokens:share=0.08",
     "dualfilter": "dualfilter:together=0.0:alone=0.0",
     "mustdrop": "mustdrop:together=0.0:alone=0.0:share=0.0",
-    "zipvl": "zipvl:tau=1.0",
+    "zipvl": "zipvl:tau=1.0:high=16:low=16",
+    "zipvl, evicting": "zipvl:tau=1.0:evict=true",
+    "zipvl_prefill": "zipvl_prefill:tau=1.0",
     "vmtc": "vmtc:keep=1.0:primary=1.0",
     "cmai": "cmai:share=0.0",
     "holov": "holov:keep=1.0",

@@ -42,6 +42,11 @@ on_cache = {
     **dict.fromkeys(["outliers", "local"], st.integers(0, 64)),
     **dict.fromkeys(["rank_keys", "rank_values"], st.integers(1, 900) | st.floats(0.01, 1)),
     "merge": st.sampled_from(["pivot", "mean", "weighted", "none"]),
+    "weights": st.sampled_from(["exp", "cosine"]),
+    "rule": st.sampled_from(["uniform", "top"]),
+    "skip_last": st.integers(0, 9),
+    "decay": shares,
+    "ratios": st.none() | st.lists(st.floats(0.01, 1), min_size=1, max_size=4).map(tuple),
     **dict.fromkeys(["floor", "threshold", "least", "spread", "attentive", "indifferent"], shares),
 }
 
@@ -107,9 +112,17 @@ def stages(draw):
         "share": st.floats(0.1, 0.9),
         "block": st.integers(-3, 3),
         "together": st.floats(0, 1),
+        "keys": st.floats(0.01, 1),
+        "first": st.none() | st.integers(0, 60),
+        "features": st.sampled_from(["unit", "raw"]),
         "alone": st.floats(0, 1),
         "distance": st.floats(0, 2),
         "retrieve": st.floats(0, 9),
+        **dict.fromkeys(["bits", "high", "low"], st.sampled_from([2, 4, 8, 16])),
+        **dict.fromkeys(["key_bits", "value_bits"], st.sampled_from([None, 2, 4, 8, 16])),
+        "group_size": st.sampled_from([2, 4, 8, 16, 32]),
+        "residual": st.sampled_from([32, 64, 128]),
+        "every": st.integers(1, 200),
     }
     if cls.info.stage == "cache":
         values |= on_cache

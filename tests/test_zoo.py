@@ -26,9 +26,11 @@ ON_CACHE = {name for name, row in METHODS.items() if row["stage"] == "cache"}
 #: What the matrix does not hold: where it is checked instead, against a reference of its own.
 ELSEWHERE = {
     **dict.fromkeys(ON_CACHE, "test_kv.py"),
-    "tome": "test_tower.py", "cmai": "test_zoo_vmtc.py", "zipvl": "test_zoo_zipvl.py",
+    "tome": "test_tower.py", "cmai": "test_zoo_vmtc.py", "zipvl": "test_kv_quant.py",
     "keytokens": "test_zoo_mustdrop.py", "mustdrop": "test_zoo_mustdrop.py",
-    "outputaware": "test_zoo_mustdrop.py", "randomllm": "test_methods.py",
+    "zipvl_prefill": "test_zoo_zipvl.py", "kivi": "test_kv_quant.py",
+    "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
+    "randomllm": "test_methods.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -128,8 +130,9 @@ OTHERS = {
     "sparsevlm": "published schedules", "vscan": "a preset", "mustdrop": "a preset",
     "vtw": "one layer",
     "pact": "the picture decides", "dualfilter": "the picture decides",
-    "zipvl": "the picture decides", "keytokens": "nothing leaves", "cmai": "nothing leaves",
-    "windowmerge": "a share of windows", **dict.fromkeys(ON_CACHE, "slots of the cache"),
+    "zipvl": "a preset", "zipvl_prefill": "the picture decides", "keytokens": "nothing leaves",
+    "cmai": "nothing leaves", "windowmerge": "a share of windows",
+    **dict.fromkeys(ON_CACHE, "slots of the cache"),
 }  # fmt: skip
 #: Averages below the layers that see everything.
 UNREACHABLE = {

@@ -1,4 +1,4 @@
-"""ZipVL, in loops."""
+"""ZipVL, in loops: `zipvl_prefill`. What is stored is in test_kv_quant.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matrix import equal
 from zoo import FAMILIES, check_family, layer_context
 
 import mllm
-from mllm.compressors import ZipVL
+from mllm.compressors import ZipVLPrefill
 from mllm.errors import PlanError
 
 
@@ -45,7 +45,7 @@ def test_zipvl_equals_its_description(family, attn):
     """Two layers; the first lacks what the second might have stored."""
     batch, net = samples(family), model(family, attn)
     inputs = collate(family, batch)
-    stage = ZipVL(tau=0.8, recent=3, spread=4, layers=(1, 3))
+    stage = ZipVLPrefill(tau=0.8, recent=3, spread=4, layers=(1, 3))
     with mllm.patch(net, stage) as patched:
         logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
         assert patched.ledger.kept(LAYERS - 1)[0].tolist() == list(
@@ -68,8 +68,8 @@ def test_more_mass_is_more_tokens():
     rows = torch.rand(1, 4, 30, generator=torch.Generator().manual_seed(0)) ** 6
     counts = []
     for tau in (0.5, 0.9, 0.975):
-        ctx = layer_context(ZipVL(tau=tau), visual, rows=rows)
-        (action,) = ZipVL(tau=tau).act(ctx)
+        ctx = layer_context(ZipVLPrefill(tau=tau), visual, rows=rows)
+        (action,) = ZipVLPrefill(tau=tau).act(ctx)
         counts.append(int(action.rows.sum()))
     assert counts[0] < counts[1] < counts[2] < 30
 
@@ -78,14 +78,14 @@ def test_what_few_probes_see_is_not_behind():
     """The last probe sees row 4 alone; per probe that is more than row 0 has of both."""
     visual = torch.tensor([[False, True, True, True, False]])
     rows = torch.tensor([[[0.5, 0.5, 0.0, 0.0, 0.0], [0.2, 0.1, 0.2, 0.1, 0.4]]])
-    stage = ZipVL(tau=0.5)
+    stage = ZipVLPrefill(tau=0.5)
     (action,) = stage.act(layer_context(stage, visual, rows=rows))
     assert action.rows.tolist() == [[True, False, False, False, True]]
     assert (rows.sum(1)[0] > 0.4).tolist()[:2] == [True, True], "by the sums it were rows 0 and 1"
 
 
 def test_zipvl_probes_do_not_depend_on_the_batch():
-    stage = ZipVL(recent=2, spread=5)
+    stage = ZipVLPrefill(recent=2, spread=5)
     visual = torch.zeros(2, 12, dtype=torch.bool)
     ctx = layer_context(stage, visual)
     ctx.prompt = torch.ones(2, 12, dtype=torch.bool)
@@ -97,11 +97,11 @@ def test_zipvl_probes_do_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zipvl_families(family):
-    counts = check_family(family, ZipVL(tau=0.9, recent=4, spread=4))
+    counts = check_family(family, ZipVLPrefill(tau=0.9, recent=4, spread=4))
     assert all(len(set(c)) == 1 for c in counts)
 
 
 @pytest.mark.parametrize("bad", [dict(tau=0.0), dict(tau=1.5), dict(recent=0), dict(spread=-1)])
 def test_bad_values(bad):
     with pytest.raises(PlanError):
-        ZipVL(**bad)
+        ZipVLPrefill(**bad)

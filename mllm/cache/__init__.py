@@ -1,8 +1,8 @@
 """The KV cache of a patched model: it knows more tokens than it stores.
 
 * :class:`KVCache`: operations by logical index (`docs/cache.md` is the page about it);
-* :class:`Segment`: the protocol of storage, with `Dense`, `Packed`, `Offloaded`, `LowRank` and
-  `Landmarked`;
+* :class:`Segment`: the protocol of storage, with `Dense`, `Packed`, `Offloaded`, `Quantised`,
+  `LowRank` and `Landmarked`;
 * :class:`SlotLayer`, :class:`SlotTable`: one layer, and what its slots stand for;
 * :func:`save_prefix`, :func:`load_prefix`: a cache on disk.
 
@@ -15,6 +15,7 @@ from mllm.cache.layer import CacheMark, SlotLayer, SlotTable, adopt, cache_bytes
 from mllm.cache.lowrank import Fit, LowRank
 from mllm.cache.ops import KVCache, SlotView, Snapshot, refuse_flash
 from mllm.cache.prefix import load_prefix, save_prefix
+from mllm.cache.quantised import Quantised
 from mllm.cache.segments import Dense, Offloaded, Packed, Segment
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LowRank",
     "Offloaded",
     "Packed",
+    "Quantised",
     "Segment",
     "SlotLayer",
     "SlotTable",

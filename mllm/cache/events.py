@@ -76,8 +76,9 @@ class CacheEvents:
         """Add what cache methods read while attention runs."""
         if self.phase == "verify":
             return
+        cache = KVCache(self.run.cache, self.run.patched.family)
         for number, stage in self.run.patched.compressors:
-            if self.phase == "decode" and not stage.watches:
+            if self.phase == "decode" and not stage.due(cache):
                 continue
             for name, signal in stage.reads().items():
                 for own in self.run.patched.each_layer(signal):

@@ -133,6 +133,18 @@ class SlotTable:
 
         return once(self._memo, new, joined)
 
+    def behind(self, others: list[SlotTable]) -> SlotTable:
+        """The slots of other tables of this layer, and these behind them."""
+        parts = [*others, self]
+        wide = next((t.valid.shape[1] for t in parts if t.headwise), 0)
+        columns = {}
+        for name in self.columns:
+            own = [t.columns[name] for t in parts]
+            if wide:
+                own = [t if t.dim() == 3 else _wide(t, wide) for t in own]
+            columns[name] = torch.cat(own, -1)
+        return SlotTable(columns, any(t.padded for t in parts))
+
     def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
         """Columns that stay, in order. Shorter lengths are filled up, first with padding.
 
@@ -169,6 +181,10 @@ class LayerState:
     compressed: bool
     shifts: dict[str, Tensor]
     samples: dict[str, Tensor]
+
+
+#: From keys and values `[batch, kv_heads, slots, dim]` and their validity, bool, to a segment.
+Make = Callable[[Tensor, Tensor, Tensor], Segment]
 
 
 class SlotLayer(DynamicLayer):
@@ -223,15 +239,16 @@ class SlotLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """`[batch, kv_heads, slots, head_dim]`; a view as long as there is one dense segment."""
-        return self._joined([segment.keys() for segment in self.segments])
+        return self.joined([segment.keys() for segment in self.segments])
 
     @property
     def values(self) -> Tensor | None:
         """`[batch, kv_heads, slots, value_dim]`."""
-        return self._joined([segment.values() for segment in self.segments])
+        return self.joined([segment.values() for segment in self.segments])
 
     @staticmethod
-    def _joined(parts: list[Tensor]) -> Tensor | None:
+    def joined(parts: list[Tensor]) -> Tensor | None:
+        """Columns of several segments; one is given as it is."""
         return torch.cat(parts, 2) if len(parts) > 1 else parts[0] if parts else None
 
     @property
@@ -297,6 +314,31 @@ class SlotLayer(DynamicLayer):
         if self.window is not None and not self.record_past:
             self._forget()
         return keys, values
+
+    def set_aside(self, new: SlotTable, keys: Tensor, values: Tensor, hidden: int) -> None:
+        """Store rows that took no part in the attention that has just run.
+
+        Args:
+            new: what they stand for; they get the column `aside`.
+            keys, values: `[batch, kv_heads, rows, dim]`.
+            hidden: newest slots that are candidates of assisted decoding, and stay the newest.
+        """
+        old = self.table
+        if "aside" not in old.columns:
+            old = old.with_columns(aside=torch.zeros_like(old.valid))
+        self._append(keys, values)
+        self.table = old.cat(new.with_columns(aside=torch.ones_like(new.valid)))
+        self.compressed, self.intact = True, self.seen - hidden
+        if hidden:
+            place = torch.arange(self.slots, device=keys.device)
+            first, moved = old.slots - hidden, place[old.slots :]
+            order = torch.cat([place[:first], moved, place[first : old.slots]])
+            self.table = SlotTable(
+                {n: t[..., order] for n, t in self.table.columns.items()}, self.table.padded
+            )
+            last, start = self.segments[-1], self.slots - self.segments[-1].slots
+            own = (order[start:] - start).expand(len(keys), -1)
+            self.segments[-1] = last.take(own, self.table.valid[..., start:])
 
     @property
     def selects(self) -> bool:
@@ -390,16 +432,77 @@ class SlotLayer(DynamicLayer):
             index, table = self.table.compact(keep)
             return [(index, table.valid)], table
         parts, tables, at = [], [], 0
-        for segment in self.segments:
-            stop = at + segment.slots
-            part = self.table.first(stop).last(segment.slots)
-            index, table = part.compact(keep[..., at:stop])
+        for segment, part in zip(self.segments, self._parts(), strict=True):
+            index, table = part.compact(keep[..., at : at + segment.slots])
             parts.append((index, table.valid))
             tables.append(table)
-            at = stop
-        names = self.table.columns
-        columns = {name: torch.cat([t.columns[name] for t in tables], -1) for name in names}
-        return parts, SlotTable(columns, any(t.padded for t in tables))
+            at += segment.slots
+        return parts, tables[-1].behind(tables[:-1])
+
+    def _parts(self) -> list[SlotTable]:
+        """What the slots of every segment stand for."""
+        parts, at = [], 0
+        for segment in self.segments:
+            at += segment.slots
+            parts.append(self.table.first(at).last(segment.slots))
+        return parts
+
+    def convert(
+        self, chosen: Tensor, make: Make, as_of: int | None = None, shared: dict | None = None
+    ) -> None:
+        """Store chosen tokens of the last segment in another form; they come before the rest.
+
+        Where an earlier segment can `join` the new one, both become one, without gaps.
+
+        Args:
+            chosen: bool `[batch, slots]` or `[batch, kv_heads, slots]`, of the last segment.
+            make: see :meth:`KVCache.convert`.
+            as_of: tokens that the decision looked at, as in :meth:`retain`.
+            shared: as in :meth:`retain`, for layers whose `chosen` is the same.
+        """
+        shared = {} if shared is None else shared
+        key = self.table, self.window, tuple(segment.slots for segment in self.segments)
+        if key not in shared:
+            shared[key] = self._divided(chosen)
+        index, moved, rest_index, rest, joined = shared[key]
+        if not moved.slots:
+            return
+        self.remember(as_of)
+        plain, segments, tables = self.segments[-1], self.segments[:-1], self._parts()[:-1]
+        taken = plain.take(index, moved.valid)
+        valid = moved.valid if moved.headwise else _wide(moved.valid, self.heads)
+        made, at, whole = make(taken.keys(), taken.values(), valid), None, None
+        for i, segment in enumerate(segments):
+            whole = segment.join(made) if hasattr(segment, "join") else None
+            if whole is not None:
+                at = i
+                break
+        if at is None:
+            segments, tables = [*segments, made], [*tables, moved]
+        else:
+            if at not in joined:
+                table = moved.behind([tables[at]])
+                joined[at] = table.compact(table.valid)
+            index, tables[at] = joined[at]
+            segments[at] = whole.take(index, tables[at].valid)
+        if rest.slots:
+            segments, tables = [*segments, plain.take(rest_index, rest.valid)], [*tables, rest]
+        if ("table", at) not in joined:
+            joined["table", at] = tables[-1].behind(tables[:-1])
+        self.segments, self.table = segments, joined["table", at]
+        self.compressed = True
+        self.intact = self.seen if as_of is None else min(as_of, self.seen)
+
+    def _divided(self, chosen: Tensor) -> tuple:
+        """Chosen slots of the last segment, and the others: index and table of each.
+
+        And room for what layers have in common that `join` these slots to others.
+        """
+        part = self._parts()[-1]
+        if part.headwise and chosen.dim() == 2:
+            chosen = chosen[:, None].expand(part.valid.shape)
+        valid = _as_wide(part.valid, chosen)
+        return *part.compact(valid & chosen), *part.compact(valid & ~chosen), {}
 
     def remember(self, as_of: int | None = None) -> None:
         """Before a change: keep what `crop` needs to undo it."""
@@ -426,8 +529,9 @@ class SlotLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # More slots than tokens: a plan has inserted rows, and makes the masks itself.
-        return self.slots + query_length, max(0, self.seen - self.slots)
+        # Below zero there are more slots than tokens, and a plan says which of them are seen; new
+        # rows stand where they belong all the same.
+        return self.slots + query_length, self.seen - self.slots
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back: `-n` of them, or down to `n` (logical tokens).
@@ -491,6 +595,11 @@ class SlotLayer(DynamicLayer):
         self.shifts = {name: change(shift) for name, shift in self.shifts.items()}
         self.samples = {name: change(value) for name, value in self.samples.items()}
         self._journal = []
+
+
+def _wide(x: Tensor, heads: int) -> Tensor:
+    """`[batch, slots]` as `[batch, heads, slots]`."""
+    return x[:, None].expand(-1, heads, -1)
 
 
 def _as_wide(valid: Tensor, keep: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from mllm import compat
 from mllm.cache.landmarks import landmarked
-from mllm.cache.layer import LayerState, SlotLayer, SlotTable, cache_bytes
+from mllm.cache.layer import LayerState, Make, SlotLayer, SlotTable, cache_bytes
 from mllm.cache.lowrank import Fit, Rank, factored
 from mllm.cache.rotary import Rotary
-from mllm.cache.segments import Dense, Offloaded, Part, Segment
+from mllm.cache.segments import Dense, Offloaded, Part
 from mllm.errors import CacheMismatchError, PlanError
 
 if TYPE_CHECKING:
@@ -351,32 +351,73 @@ class KVCache:
     def convert(
         self,
         layers: Layers,
-        make: Callable[[Tensor, Tensor, Tensor], Segment],
+        make: Make,
         leave: int = 0,
+        *,
+        tokens: Tensor | None = None,
+        blocks: int | None = None,
     ) -> None:
         """Store tokens in another form: the door for quantised and low-rank segments.
 
         Takes what is stored plainly and leaves earlier converted segments alone, so a method may
-        call it again as tokens come.
+        call it again as tokens come. Under `tokens` or `blocks`, samples and heads may convert
+        unequally many: what is converted comes to stand before what stays plain, and joins an
+        earlier segment that can `join` it.
 
         Args:
             layers: where.
             make: from keys and values `[batch, kv_heads, slots, dim]` and their validity, bool
                 `[batch, kv_heads, slots]`, a :class:`Segment` of as many slots.
-            leave: newest slots that stay plain.
+            leave: newest slots that stay plain, if neither of the following is given.
+            tokens: bool `[batch, length]` or `[batch, kv_heads, length]`, what is converted.
+            blocks: of every head the oldest tokens that fill whole blocks of so many, among
+                those that later tokens can see.
+
+        Raises:
+            PlanError: heads would differ under flash attention.
         """
         leave += self._hidden
+        chosen: dict[Any, Tensor] = {}
+        shared: dict = {}
         for layer in self._chosen(layers):
-            if (span := _plain(layer, leave)) is None:
+            plain = layer.segments[-1]
+            if tokens is None and blocks is None:
+                self._convert_all_but(layer, make, leave)
                 continue
-            layer.remember(self._certain)
-            plain, (start, stop) = layer.segments[-1], span
-            valid = _headwise(layer.table.valid, layer.heads)[..., start:stop]
-            old = plain.first(stop - start)
-            rest = [plain.last(leave)] if leave else []
-            layer.segments = [
-                *layer.segments[:-1], make(old.keys(), old.values(), valid), *rest
-            ]
+            if not plain.grows or plain.slots - self._hidden < (blocks or 1):
+                continue
+            key = layer.table, layer.window, plain.slots
+            if key not in chosen:
+                chosen[key] = self._which(layer, tokens, blocks)[..., -plain.slots :]
+            if chosen[key].dim() == 3:
+                refuse_flash(self._family)
+            layer.convert(chosen[key], make, self._certain, shared)
+        if chosen:
+            self._mark()
+
+    def _which(self, layer: SlotLayer, tokens: Tensor | None, blocks: int | None) -> Tensor:
+        """Slots that are converted: bool `[batch, slots]`, with heads where they differ."""
+        table, plain = layer.table, layer.segments[-1].slots
+        if tokens is not None:
+            stays = self._stays(layer, tokens, True, None)
+            certain = table.logical < self.length
+            return stays & (certain if certain.dim() == stays.dim() else certain[:, None])
+        seen = table.valid & (table.logical < self.length)
+        if layer.window is not None:
+            seen = seen & (table.logical > self.length - layer.window)
+        seen[..., : layer.slots - plain] = False
+        rank = seen.long().cumsum(-1)
+        return seen & (rank <= rank[..., -1:] // blocks * blocks)
+
+    def _convert_all_but(self, layer: SlotLayer, make: Make, leave: int) -> None:
+        if (span := _plain(layer, leave)) is None:
+            return
+        layer.remember(self._certain)
+        plain, (start, stop) = layer.segments[-1], span
+        valid = _headwise(layer.table.valid, layer.heads)[..., start:stop]
+        old = plain.first(stop - start)
+        rest = [plain.last(leave)] if leave else []
+        layer.segments = [*layer.segments[:-1], make(old.keys(), old.values(), valid), *rest]
 
     def lowrank(self, layers: Layers, keys: Rank, values: Rank) -> list[Fit]:
         """Store tokens in low-rank factors, the left one shared by layers.

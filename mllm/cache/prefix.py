@@ -17,6 +17,7 @@ from mllm import compat
 from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
 from mllm.cache.lowrank import LowRank, Shared
+from mllm.cache.quantised import Quantised
 from mllm.cache.rotary import Rotary
 from mllm.cache.segments import Dense, Segment, from_rows
 from mllm.errors import CacheMismatchError, DataError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 TENSORS, HEADER = "prefix.safetensors", "prefix.json"
 #: Segments that are written in a form of their own.
-FORMS = {form.form: form for form in (LowRank, Landmarked)}
+FORMS = {form.form: form for form in (LowRank, Landmarked, Quantised)}
 
 
 def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
@@ -111,10 +112,14 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
 
 def _stored(layer: SlotLayer) -> tuple[Tensor, Tensor, str]:
     """Keys and values: the rectangle as it is, or its valid cells `[cells, dim]`."""
-    keys, values = layer.keys, layer.values
-    if len(layer.segments) == 1 and isinstance(layer.segments[0], Dense):
+    return _plain(layer.segments, layer.table.valid, layer.keys, layer.values)
+
+
+def _plain(
+    segments: list[Segment], valid: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, str]:
+    if len(segments) == 1 and isinstance(segments[0], Dense):
         return keys, values, "rectangle"
-    valid = layer.table.valid
     valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
     return keys[valid], values[valid], "cells"
 
@@ -130,16 +135,20 @@ def _parts(
         tensors: what is written, by name.
         names: the name of every tensor of a segment that is.
     """
-    rows = []
+    rows, at = [], 0
     for n, segment in enumerate(layer.segments):
-        row, own = {}, {"keys": segment.keys(), "values": segment.values()}
         if form := getattr(segment, "form", None):
             row, own = segment.saved()
+        else:
+            valid = layer.table.valid[..., at : at + segment.slots]
+            keys, values, form = _plain([segment], valid, segment.keys(), segment.values())
+            row, own = {"slots": segment.slots}, {"keys": keys, "values": values}
+        at += segment.slots
         for name, tensor in own.items():
             names.setdefault(id(tensor), f"layer.{i}.{n}.{name}")
             tensors[names[id(tensor)]] = tensor
         where = {name: names[id(tensor)] for name, tensor in own.items()}
-        rows.append({"form": form or "rectangle", **row, "tensors": where})
+        rows.append({"form": form, **row, "tensors": where})
     return rows
 
 
@@ -197,8 +206,16 @@ def load_prefix(
     for i, row in enumerate(header["layers"]):
         layer = _layer(i, row, tables[row["slots"]], tensors)
         rotary = Rotary(patched.family, i)
+        at = 0
         for part in row.get("parts", ()):
-            layer.segments.append(_segment(part, tensors, rotary, shared))
+            own = {name: tensors[key] for name, key in part["tensors"].items()}
+            if part["form"] in FORMS:
+                segment = FORMS[part["form"]].loaded(part, own, rotary, shared)
+            else:
+                valid = layer.table.valid[..., at : at + part["slots"]]
+                segment = _made(part["form"], valid, row["heads"], own["keys"], own["values"])
+            layer.segments.append(segment)
+            at += segment.slots
         layer.lazy_initialization(layer.keys, layer.values)
         cache.layers.append(layer)
     for layer in cache.layers:
@@ -226,14 +243,8 @@ def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Ten
     layer = SlotLayer(row["window"])
     layer.table = table
     if row["form"] != "parts":
-        keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
-        if row["form"] == "rectangle":
-            segment = Dense.of(keys, values)
-        else:
-            valid = table.valid
-            valid = valid if table.headwise else valid[:, None].expand(-1, row["heads"], -1)
-            segment = from_rows(keys, values, valid)
-        layer.segments = [segment]
+        own = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
+        layer.segments = [_made(row["form"], table.valid, row["heads"], *own)]
     layer.intact, layer.compressed = row["intact"], row["compressed"]
     for name in ("shift", "sample"):
         start = f"layer.{i}.{name}."
@@ -242,13 +253,12 @@ def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Ten
     return layer
 
 
-def _segment(
-    part: dict[str, Any], tensors: dict[str, Tensor], rotary: Rotary, shared: dict[int, Shared]
-) -> Segment:
-    own = {name: tensors[key] for name, key in part["tensors"].items()}
-    if part["form"] == "rectangle":
-        return Dense.of(own["keys"], own["values"])
-    return FORMS[part["form"]].loaded(part, own, rotary, shared)
+def _made(form: str, valid: Tensor, heads: int, keys: Tensor, values: Tensor) -> Segment:
+    """A plain segment of a file."""
+    if form == "rectangle":
+        return Dense.of(keys, values)
+    valid = valid if valid.dim() == 3 else valid[:, None].expand(-1, heads, -1)
+    return from_rows(keys, values, valid)
 
 
 def _damaged(folder: Path, why: str) -> DataError:

@@ -27,6 +27,9 @@ class Segment(Protocol):
     A quantised or low-rank segment holds what it likes and materialises keys and values when the
     layer is attended to. A segment does not change, except that a growing one gets longer.
 
+    One may also have `join(other)`: a segment with the columns of the other behind its own, or
+    None where they are not alike (see :meth:`mllm.cache.KVCache.convert`).
+
     Attributes:
         slots: columns of the rectangle.
         grows: whether `append` works. Tokens that follow another segment start a new one.

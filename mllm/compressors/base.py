@@ -778,6 +778,8 @@ class CacheCompressor(_Method):
         group: layers per group, for `group_end`; 0 is none.
         headwise: whether heads of a layer may come to hold different tokens.
         watches: whether its signals are read at decode steps too.
+        stores: whether it stores tokens in another form. One stage may, behind those that choose
+            tokens.
         chunks: whether a prompt may be read in chunks, each of which is a `prefill` to the method.
         lowrank: whether it stores tokens in low-rank factors; see :meth:`KVCache.lowrank`.
         selects: whether one new token may attend to some of what is stored; see
@@ -791,9 +793,17 @@ class CacheCompressor(_Method):
     group: ClassVar[int] = 0
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
+    stores: ClassVar[bool] = False
     chunks: ClassVar[bool] = False
     lowrank: ClassVar[bool] = False
     selects: ClassVar[bool] = False
+
+    def fits(self, head_dim: int) -> None:
+        """PlanError where a model's heads, of so many channels, cannot be stored so."""
+
+    def due(self, cache: Any) -> bool:
+        """Whether the decode step that is about to run on a KVCache is one to read signals at."""
+        return self.watches
 
     def check_depth(self, num_layers: int) -> None:
         """PlanError if the method cannot work on a model of this many decoder layers."""

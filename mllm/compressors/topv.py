@@ -102,7 +102,7 @@ class TopV(LayerPruner):
             u = mass / (kernel @ v[..., None])[..., 0].clamp(min=1e-30)
             v = mass / (kernel.transpose(1, 2) @ u[..., None])[..., 0].clamp(min=1e-30)
         # Distances of hidden states and of places, and the products with the kernel.
-        ctx.book(2 * cost.shape[1] ** 2 * (ctx["source"].shape[2] + 2 + 2 * self.iterations + 1))
+        ctx.book(2 * cost.shape[1] ** 2 * (ctx["source"].shape[2] + 2 + 2 * self.iterations + 2))
         # Against its marginal, so that small grids do not win: the sum of a row is
         # mass (kernel v) / (kernel before). What it is above 1 is taken from the change of v, for
         # next to 1 it would be lost in rounding where the plan is nearly settled.

@@ -251,7 +251,12 @@ def storage(
 
 
 def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> int | None:
-    """Slots per layer and head, of all samples together, that the smallest budget allows."""
+    """Slots per layer and head, of all samples together, that the smallest budget allows.
+
+    None without a budget, and where a slot is not stored in as many bytes as it came in.
+    """
+    if any(stage.stores or stage.lowrank for stage in stages):
+        return None
     event = prompt.events[None]
     visual = (event.visual & event.prompt).sum(1).tolist()
     totals = []
