@@ -160,6 +160,15 @@ def test_enough_layers_are_timed_for_a_claim(model):
     assert len(prompt.prefill_s) == 3  # of 4 layers each
 
 
+def test_a_prompt_that_does_not_fit_is_said_for_every_plan(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Prompt, "read", full)
+    rows = kv(**OPTIONS, plans=["snapkv:budget=0.5", "h2o"], length=[120])["rows"]
+    assert [row["status"] for row in rows] == ["oom", "oom"] and rows[0]["plan"] != rows[1]["plan"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "part"),
     [

@@ -29,6 +29,7 @@ LENGTH = 8192
 BUDGET = "0.25"
 TARGET = 0.85  # of the ideal, for plans that store plain rectangles
 PAYLOAD = 0.02  # how far the payload may be from budget x slot size
+_OOM = {"status": "oom", "words": "out of memory"}
 SCORER = 0.10  # of the prefill, for scorers that look at a window of queries
 
 
@@ -95,17 +96,20 @@ def kv(
             on_prefill = functools.partial(
                 progress or (lambda *_: None), f"reading {tokens} tokens, batch {size}"
             )
-            prompt = Prompt.read(base, inputs, chosen.values(), pairs, on_prefill)
+            try:
+                prompt = Prompt.read(base, inputs, chosen.values(), pairs, on_prefill)
+            except torch.OutOfMemoryError:
+                prompt = None
             for spec in chosen:
                 label = f"{spec}, {tokens} tokens, batch {size}"
                 try:
-                    row = _row(base, spec, prompt, pairs, label, progress)
+                    row = _row(base, spec, prompt, pairs, label, progress) if prompt else _OOM
                 except PlanError as error:
                     if plans:
                         raise
                     row = {"status": "refused", "words": str(error)}
                 except torch.OutOfMemoryError:
-                    row = {"status": "oom", "words": "out of memory"}
+                    row = _OOM
                 words = tokens - count
                 about = bench.conditions(base, spec, size, count, words, unequal, pairs)
                 results["rows"].append({**about, "length": tokens, **row})

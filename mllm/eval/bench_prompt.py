@@ -42,8 +42,10 @@ class _Recorder(CacheCompressor):
         return {str(i): signal for i, signal in enumerate(self.signals)}
 
     def layer_end(self, event: CacheEvent) -> None:
+        started = now(event.cache.cache)
         signals = {name: x.cpu() for name, x in event.signals.items()}
         self.events[event.layer] = dataclasses.replace(event, signals=signals)
+        self.seconds += now(event.cache.cache) - started
 
     def prefill_end(self, event: CacheEvent) -> None:
         self.layer_end(event)
@@ -96,7 +98,7 @@ class Prompt:
         read = np.zeros((prefills, len(recorder.signals), depth))
         with mllm.patch(model, [recorder]) as patched:
             for turn in range(prefills):
-                recorder.events = {}  # lets the cache of the last one go
+                recorder.events, recorder.seconds = {}, 0.0  # lets the cache of the last one go
                 seconds[turn], cache = _timed_reading(patched, recorder, inputs, read[turn])
                 if on_prefill is not None:
                     on_prefill(turn + 1, prefills)
@@ -192,7 +194,7 @@ def now(cache: Any) -> float:
 def _timed_reading(
     patched: Any, recorder: _Recorder, inputs: Inputs, read: np.ndarray
 ) -> tuple[float, Any]:
-    """One prefill: its seconds without the taps, which go into `read`, and the cache."""
+    """One prefill: its seconds without recording, the cache; `read` is filled with the taps'."""
     model = patched.model
     cuda = model.device.type == "cuda"
     place = {patched.family.attention(i): i for i in range(len(patched.layers))}
@@ -226,4 +228,4 @@ def _timed_reading(
         seconds = time.perf_counter() - started
     finally:
         hook.remove()
-    return seconds - read.sum(), output.past_key_values
+    return seconds - read.sum() - recorder.seconds, output.past_key_values

@@ -21,7 +21,8 @@ _AGAINST_UNPATCHED = {
 _UNCORRECTED = "before correction only"
 KV_BUDGETS = (
     "For methods on the KV cache the budget is the share of the slots that stay, per layer and "
-    "head, and random is randomkv."
+    "head, and random is randomkv. What is really held is in the column KV KiB: some methods keep "
+    "more than their budget in some layers."
 )
 
 
