@@ -93,8 +93,8 @@ class Meter:
         # The newest batch stands for all since the last log.
         rate = step * tokens / float(self.batch["attention_mask"].sum()) / seconds
         found = {
-            "tokens_per_second": round(tokens * processes / seconds, 1),
-            "tflops": round(rate / 1e12, 6),
+            "tokens_per_second": float(f"{tokens * processes / seconds:.5g}"),
+            "tflops": float(f"{rate / 1e12:.5g}"),
             "memory_gib": round(_memory() / 2**30, 3),
         }
         if self.peak:
