@@ -96,6 +96,9 @@ def read_only(module: nn.Module, readers: list[Callable], **arguments: Any) -> N
 def _served(base: str) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
         only, change = _ONLY.get(), _CHANGE.get()
+        attended = getattr(key, "mllm_attended", None)
+        if attended is not None:  # what is stored depends on the query: see SlotLayer.update
+            key, value, attention_mask = attended(query, attention_mask, kwargs.get("scaling"))
         for tap in opened().get(module, ()) if only is None else only:
             with torch.no_grad():
                 tap(query, key, attention_mask, kwargs.get("scaling"), value)

@@ -1,9 +1,10 @@
 """Prompts that are read in chunks: each runs over what the cache has kept of those before it.
 
 The base model is called once, so pictures are encoded once and every row has its own position.
-Its decoder is called chunk by chunk: beside the rows' embeddings and outputs, memory holds what a
-cache method leaves of a layer and one chunk. Chunks are counted from the end of the prompt and the
-first one is the shortest, so that those of a sample do not depend on padding at its left.
+Its decoder is called chunk by chunk: beside the rows' embeddings and outputs, and one layer's
+signals, memory holds what cache methods leave of every layer and one chunk. Chunks are counted from
+the end of the prompt and the first one is the shortest, so that those of a sample do not depend on
+padding at its left.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mllm import compat
+from mllm.compressors.base import TokenReducer, TowerReducer
 from mllm.errors import PlanError
 from mllm.in_llm import DecoderRun
-from mllm.tokens import Counts, TokenTable
+from mllm.tokens import Counts, TokenTable, choose_rows, renumber
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -38,8 +40,8 @@ class Chunks:
 
     Attributes:
         whole: the forward, for the account.
-        runs: its chunks so far.
-        rows: rows per sample, and slots per layer before, of each of them.
+        rows: rows per sample, and slots per layer before, of each chunk so far.
+        costs: what reading and choosing has cost, in FLOPs per sample.
 
     Raises:
         PlanError: there is no cache, or padding at the right.
@@ -65,22 +67,53 @@ class Chunks:
             known[:, -mask.shape[1] :] = mask[:, -known.shape[1] :].bool()
         self.known, valid = known, known[:, self.past :]
         if mask is not None and not bool(valid[:, -1].all()):
-            raise _refused(size, "chunks are counted from the end of the prompts", "padding left")
+            raise _refused(
+                size, "they are counted from its end, and the padding is there", "padding left"
+            )
         run.cache, run.itemsize = cache, embeds.element_size()
         if run.counts is None or mask is not run.mask:
             run.counts = run._counted(valid, mask is None)
         run._make_table(valid)
         run.prompt = run._prompt_rows(prompt_length, labels)
-        run.tables = [(0, run.full)]
+        self.stay: Tensor | None = None
+        self.shift: Tensor | None = None
+        self._drop()
+        run.tables = [(0, run.table)]
         first = rows % size or size
         self.ends = list(range(first, rows + 1, size))
         ends = torch.tensor([0, *self.ends], device=valid.device)
         sums = torch.nn.functional.pad(valid.long().cumsum(1), (1, 0))[:, ends]
         self.counts = sums.diff(dim=1).T.tolist()
-        self.runs: list[DecoderRun] = []
+        self.costs: list[float] = []
         self.rows: list[tuple[list[int], list[int]]] = []
         self.hidden: list[Tensor] = []
         self.states: list[tuple[Tensor, ...]] = []
+
+    def _drop(self) -> None:
+        """Find the rows that pre-LLM stages leave, and their positions."""
+        run = self.whole
+        run.lengths = run.counts.valid
+        if not run.patched.before or run.visual is None:
+            return
+        self.stay, order = run._kept_rows()
+        if run.reduction.protected is not None:
+            run.protected = run.protects()
+        table, position = run.full, self.kwargs.get("position_ids")
+        if run.compact:
+            if order is not None:
+                raise _refused(self.size, "merged tokens change places", "None")
+            if position is None:
+                position = table.index[:1] + self.past
+            position = position.expand(*position.shape[:-2], *table.valid.shape)
+            layers = run.cache.layers
+            before = getattr(layers[0], "shifts", {}).get("llm", 0) if layers else 0
+            moved = renumber(position - before, self.stay, table.valid)
+            last = table.valid.long().cumsum(1).argmax(1, keepdim=True)
+            self.shift = (position - moved).gather(1, last)  # from the next turn on
+            self.kwargs["position_ids"] = moved + before  # which every chunk takes off
+        run.lengths = self.stay.sum(1).tolist()
+        rows = choose_rows(self.stay, table.valid, None, max(run.lengths))
+        run.table = table.take(rows, self.stay.gather(1, rows))
 
     def __iter__(self) -> Iterator[tuple[DecoderRun, dict[str, Any]]]:
         """Every chunk, started, and the decoder's arguments for it; see :meth:`add`."""
@@ -93,11 +126,11 @@ class Chunks:
                 counts=Counts({}, self.counts[number], [0] * len(self.counts[number])),
                 full=_columns(whole.full, start, stop), prompt=whole.prompt[:, start:stop],
                 images=[[] for _ in whole.images], begins=number == 0,
-                ends=stop == self.ends[-1],
+                ends=stop == self.ends[-1], stay=_part(self.stay, start, stop),
+                protected=_part(whole.protected, start, stop),
             )  # fmt: skip
             run.start(kwargs, self.length, None)
-            self.runs.append(run)
-            self.rows.append((self.counts[number], run.past))
+            self.rows.append((run.lengths, run.past))
             yield run, kwargs
             start = stop
 
@@ -114,25 +147,28 @@ class Chunks:
         family.take_rows(kwargs, rows, valid)
         return kwargs
 
-    def add(self, output: Any) -> None:
-        """What the decoder made of the chunk that was given last; its methods are told."""
-        self.hidden.append(output.last_hidden_state)
+    def add(self, run: DecoderRun, output: Any) -> None:
+        """What the decoder made of a chunk; methods are told, and the chunk can be forgotten."""
+        self.hidden.append(run.restore(output.last_hidden_state))
         if states := getattr(output, "hidden_states", None):
-            self.states.append(states)
-        run = self.runs[-1]
+            self.states.append(run.restore_states(states))
         run.events.forward_end()
+        run.replaced, run.given = {}, {}  # or masks would lie about until cycles are collected
+        self.costs += run.events.costs
         self.whole.ran |= run.ran
         self.whole.notes += [note for note in run.notes if note not in self.whole.notes]
 
-    def close(self, output: Any) -> None:
+    def close(self, run: DecoderRun, output: Any) -> None:
         """Turn the output for the last chunk into that for all rows; complete the account."""
+        self.add(run, output)
         output.last_hidden_state = torch.cat(self.hidden, 1)
         if self.states:
             output.hidden_states = tuple(torch.cat(x, 1) for x in zip(*self.states, strict=True))
-        whole, last = self.whole, self.runs[-1]
-        whole.past, whole.changes = self.runs[0].past, last.changes
-        whole.events = last.events
-        whole.events.costs = [cost for run in self.runs for cost in run.events.costs]
+        whole = self.whole
+        if self.shift is not None:
+            whole.cache.layers[0].shifts["llm"] = self.shift
+        whole.past, whole.changes, whole.events = self.rows[0][1], run.changes, run.events
+        whole.events.costs = self.costs
 
 
 def check_chunks(patched: Patched, size: Any) -> None:
@@ -147,12 +183,13 @@ def check_chunks(patched: Patched, size: Any) -> None:
             given=size, expected="a whole number from 1, or None",
         )  # fmt: skip
     for stage in patched.plan.stages:
-        if not getattr(stage, "chunks", False):
+        before = isinstance(stage, TokenReducer | TowerReducer)
+        if not before and not getattr(stage, "chunks", False):
             raise _refused(
                 size,
                 f"{stage.info.name} decides by the whole prompt, whose last row is not there until "
                 "the end",
-                "None, or a plan of methods that score and evict stored tokens",
+                "None, or pre-LLM stages and methods that score and evict stored tokens",
             )
     if patched.family.hybrid:
         raise _refused(
@@ -170,6 +207,10 @@ def _refused(size: int, why: str, expected: str) -> PlanError:
         given=size,
         expected=expected,
     )
+
+
+def _part(rows: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if rows is None else rows[:, start:stop]
 
 
 def _columns(table: TokenTable, start: int, stop: int) -> TokenTable:

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from mllm import compat
+from mllm.chunks import check_chunks
 from mllm.compressors import base
 from mllm.compressors.base import (
     Budget,
@@ -238,19 +239,7 @@ def _ways(model: nn.Module, family: Family) -> list[Check]:
     def generate(**given: Any) -> Callable[[], None]:
         return lambda: check_generation(family.model.generation_config, given)
 
-    with Patched(model, [_probe(family, _Pruner)]) as patched:
-        asked: dict[str, Callable[[], Any]] = {
-            "generate": generate(),
-            "images": lambda: patched.brought({family.pixels: True}),
-            "videos": lambda: patched.brought({"pixel_values_videos": True}),
-            "static cache": generate(cache_implementation="static"),
-            "quantised cache of transformers": generate(cache_implementation="quantized"),
-            "offloaded cache": generate(cache_implementation="offloaded"),
-            "prefill in chunks": generate(prefill_chunk_size=1024),
-        }
-        for name in compat.CONTINUOUS:
-            if hasattr(family.model, name):  # the patch stands in for it
-                asked["continuous batching"] = getattr(family.model, name)
+    def ask_all(asked: dict[str, Callable[[], Any]]) -> list[Check]:
         found = []
         for name, ask in asked.items():
             try:
@@ -259,9 +248,29 @@ def _ways(model: nn.Module, family: Family) -> list[Check]:
                 found.append(Check(name, "no", _why(error)))
             else:
                 found.append(Check(name, "yes"))
+        return found
+
+    with Patched(model, [_probe(family, _Pruner)]) as patched:
+        asked: dict[str, Callable[[], Any]] = {
+            "generate": generate(),
+            "images": lambda: patched.brought({family.pixels: True}),
+            "videos": lambda: patched.brought({"pixel_values_videos": True}),
+            "static cache": generate(cache_implementation="static"),
+            "quantised cache of transformers": generate(cache_implementation="quantized"),
+            "offloaded cache": generate(cache_implementation="offloaded"),
+        }
+        for name in compat.CONTINUOUS:
+            if hasattr(family.model, name):  # the patch stands in for it
+                asked["continuous batching"] = getattr(family.model, name)
+        found = ask_all(asked)
+    with Patched(model, [_probe(family, _Compressor, chunks=True)]) as patched:
+        (chunks,) = ask_all({"prefill in chunks": lambda: check_chunks(patched, 1024)})
+    if chunks.verdict == "yes":
+        notes = ["under plans of pre-LLM stages and of methods that score and evict stored tokens"]
+        chunks = dataclasses.replace(chunks, notes=notes)
     compact = _probe(family, _Reducer)
     compact.positions = "compact"
-    return [*found, *_checks(model, family, [("compact positions", compact)])]
+    return [*found, chunks, *_checks(model, family, [("compact positions", compact)])]
 
 
 def _facts(family: Family) -> dict[str, Any]:

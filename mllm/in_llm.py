@@ -83,6 +83,7 @@ class DecoderRun:
         has_inserted: whether there are rows without a source.
         begins, ends: whether a prompt begins, and ends, with these rows; see
             :mod:`mllm.chunks`.
+        stay: bool `[batch, rows]`, what the pre-LLM stages leave of a chunk; None is all.
         states: by stage number, what a method remembers.
     """
 
@@ -133,6 +134,7 @@ class DecoderRun:
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
     begins: bool = True
     ends: bool = True
+    stay: Tensor | None = None
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -167,6 +169,8 @@ class DecoderRun:
             self._check_foreign(cache)
             adopt(cache, self.patched.windows, self.patched.new_mark())
             self._check_cache(cache)
+            for layer in cache.layers:
+                layer.served = self.patched.selects
             self.past_logical = cache.get_seq_length()
         self.cache = cache
         self.known = embeds.new_ones(batch, self.past_logical + rows, dtype=torch.bool)
@@ -203,12 +207,15 @@ class DecoderRun:
         self.changes = Changes(self, lasting)
         self.attention_table = self.table
         if self.reduction is not None and self.reduction.protected is not None:
-            self.protected = torch.zeros_like(valid)
-            own = self.reduction.protected[self._tokens()]
-            flat = self.protected.flatten().index_copy(0, self.at, own)
-            self.protected = flat.view_as(valid)
+            self.protected = self.protects()
         if self.visual is not None and self.patched.reads_embeds:
             self.captures.embeds = kwargs["inputs_embeds"], self.table.index
+
+    def protects(self) -> Tensor:
+        """Rows that the pre-LLM stages protect: bool `[batch, rows]`."""
+        rows = torch.zeros_like(self.full.valid)
+        own = self.reduction.protected[self._tokens()]
+        return rows.flatten().index_copy(0, self.at, own).view_as(rows)
 
     @staticmethod
     def _check_foreign(cache: Any) -> None:
@@ -317,7 +324,7 @@ class DecoderRun:
         table, cache = self.table, self.cache
         first = None if cache is None else cache.layers[0]
         shift = None if first is None else first.shifts.get("llm")
-        drops = self.patched.before and self.visual is not None
+        drops = self.stay is not None or (self.patched.before and self.visual is not None)
         stored = first is not None and (
             first.compressed or (first.planned and self.patched.family.hybrid)
         )
@@ -330,8 +337,11 @@ class DecoderRun:
         if shift is not None:
             position = position - shift
         if drops:
-            keep, order = self._kept_rows()
-            compact = self.patched.positions(self.patched.before[0][1]) == "compact"
+            compact = self.stay is None and self.compact
+            if self.stay is None:
+                keep, order = self._kept_rows()
+            else:
+                keep, order = self.stay, None
             if compact:
                 moved = renumber(position, keep, table.valid, order)
                 if first is not None:
@@ -339,10 +349,16 @@ class DecoderRun:
                     delta = (position - moved).gather(1, last)
                     first.shifts["llm"] = delta if shift is None else shift + delta
                 position = moved
-            kept = self.reduction.kept
-            exact = kept is not None and self.counts.seen == self.counts.visual
-            self._count(keep, [sum(kept[i] for i in x) for x in self.images] if exact else None)
-            rows = choose_rows(keep, table.valid, order if compact else None, max(self.lengths))
+            if self.stay is None:
+                kept = self.reduction.kept
+                exact = kept is not None and self.counts.seen == self.counts.visual
+                own = [sum(kept[i] for i in x) for x in self.images] if exact else None
+                self._count(keep, own)
+            else:
+                self.lengths = keep.sum(1).tolist()
+            # At least one row, if only to fill the rectangle.
+            most = max(1, *self.lengths)
+            rows = choose_rows(keep, table.valid, order if compact else None, most)
             self.table = table.take(rows, keep.gather(1, rows))
             kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
             self.patched.family.take_rows(kwargs, rows, self.table.valid)
@@ -368,6 +384,11 @@ class DecoderRun:
             # The decoder looks a 2-D mask up by logical position.
             mask = F.pad(mask, (max(0, first.seen - first.slots), 0), value=True)
         kwargs["attention_mask"] = mask
+
+    @property
+    def compact(self) -> bool:
+        """Whether pre-LLM stages renumber positions."""
+        return self.patched.positions(self.patched.before[0][1]) == "compact"
 
     def _kept_rows(self) -> tuple[Tensor, Tensor | None]:
         """Rows that stay, and their order if it is not the grid's: `[batch, rows]` each."""
@@ -432,9 +453,11 @@ class DecoderRun:
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
         advance, intact = self.full.valid.shape[1], self.events.certain
+        dropped = self.lengths != self.counts.valid
         note_rows(
-            self.cache, range(layer, stop), self.table, self.place, self.padded, advance, intact
-        )
+            self.cache, range(layer, stop), self.table, self.place, self.padded, advance, intact,
+            dropped,
+        )  # fmt: skip
 
     def prompt_of(self, table: TokenTable) -> Tensor:
         """Rows of the prompt among those of a table: bool `[batch, rows]`."""

@@ -152,6 +152,8 @@ class Patched:
             }
         )
         self.apart = bool(SETS_APART & self._actions())
+        self.alike = self._alike()
+        self.selects = any(s.selects for _, s in self.compressors)
         self.inserts = "Insert" in self._actions()
         self.inner = bool(self._actions() - MOVES_ROWS - {"Write", "Protect", "Evict"})
         check_plan(self, unvalidated)
@@ -185,6 +187,14 @@ class Patched:
         first = [min(s.at()) for _, s in self.pruners if actions & set(s.actions)]
         return range(min(first, default=len(self.layers)), len(self.layers))
 
+    def _alike(self) -> list[tuple]:
+        """Of every layer what it has in common with those that always store the same tokens."""
+        apart = self._layers_of(SETS_APART)
+        return [
+            (window, sum(cut <= i for cut in self.cuts), i if i in apart else None)
+            for i, window in enumerate(self.windows)
+        ]
+
     def each_layer(self, signal: Any) -> list[Any]:
         """A signal of a cache method, at its layer or without one at all of them."""
         layers = range(len(self.layers)) if signal.layer is None else (signal.layer,)
@@ -206,6 +216,8 @@ class Patched:
         for _, stage in self.compressors:
             reads = [own for s in stage.reads().values() for own in self.each_layer(s)]
             found += [self.family.attention(signal.layer) for signal in reads]
+        if self.selects:
+            found += [self.family.attention(layer) for layer in range(len(self.layers))]
         found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
 
@@ -382,7 +394,7 @@ class Patched:
         Raises:
             CacheMismatchError: a cache that no patched model has used.
         """
-        return KVCache(cache, self.family)
+        return KVCache(cache, self.family, alike=self.alike)
 
     @property
     def ledger(self) -> Ledger:
@@ -394,7 +406,8 @@ class Patched:
     def _generate(self, generate: Any, args: tuple, kwargs: dict) -> Any:
         config = kwargs.get("generation_config") or self.family.model.generation_config
         check_generation(config, kwargs)
-        chunk = kwargs.pop("prefill_chunk_size", None) or config.prefill_chunk_size
+        chunk = kwargs.pop("prefill_chunk_size", None)
+        chunk = config.prefill_chunk_size if chunk is None else chunk
         if chunk is not None:  # not transformers' own way, which takes pictures apart
             check_chunks(self, chunk)
             if config.prefill_chunk_size is not None:
@@ -711,7 +724,7 @@ class Patched:
             attention.close_taps()
             self._open_taps(run)
             if not run.ends:
-                chunks.add(self.family.decoder.forward(**kwargs))
+                chunks.add(run, self.family.decoder.forward(**kwargs))
         return kwargs
 
     def _layer_pre(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -758,8 +771,7 @@ class Patched:
         if run is None:
             return None
         if chunks is not None:
-            chunks.add(output)
-            chunks.close(output)
+            chunks.close(run, output)
             run = chunks.whole
         elif run.visual is not None:
             run.finish(output.last_hidden_state)

@@ -10,6 +10,7 @@ from mllm.actions import MOVES_ROWS
 from mllm.capture import reads_before
 from mllm.compressors.base import (
     AttentionRows,
+    CacheCompressor,
     Hidden,
     Joint,
     TokenReducer,
@@ -103,6 +104,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             )
     _check_tower(patched)
     _check_writers(patched)
+    _check_lowrank(patched)
     grid = family.native_grid()
     for stage in plan.stages:
         _check_fit(patched, stage)
@@ -149,11 +151,12 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
     for _, stage in patched.compressors:
         stage.check_depth(len(patched.layers))
         if stage.headwise and "flash" in attend:
+            chosen = hasattr(stage, "heads")
             raise PlanError(
                 f"{stage.info.name}: heads cannot hold different tokens under {attend}",
-                argument="heads",
-                given="each",
-                expected="heads=shared, or sdpa or eager",
+                argument="heads" if chosen else "attn_implementation",
+                given="each" if chosen else attend,
+                expected=("heads=shared, or " if chosen else "") + "sdpa or eager",
             )
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
     other = [m for m in tapped if compat.attention_name(m) not in compat.SERVED]
@@ -209,6 +212,34 @@ def _check_writers(patched: Patched) -> None:
                     expected="one of them, or another layer",
                 )
             writers[layer] = stage.info.name
+
+
+def _check_lowrank(patched: Patched) -> None:
+    """Refuse what cannot be on the same layers as low-rank factors."""
+    stages = [stage for _, stage in patched.compressors if stage.lowrank]
+    if not stages:
+        return
+    own, others = stages[0].info.name, [s for s in patched.plan.stages if s is not stages[0]]
+    for other in others:
+        reads = isinstance(other, CacheCompressor) and other.reads() and other.watches
+        if "Evict" in other.actions:
+            reason = (
+                "a left factor has one row per token for all heads and layers of a group, so a "
+                "token that leaves some of them would free nothing, and layers that hold different "
+                "tokens share no factor"
+            )
+        elif other in stages:
+            reason = "both would store the same tokens in factors"
+        elif stages[0].selects and (reads or "LogitBias" in other.actions):
+            reason = "a step does not look at all that is stored"
+        else:
+            continue
+        raise PlanError(
+            f"{own} and {other.info.name} cannot work on the same layers: {reason}",
+            argument="plan",
+            given=patched.plan.spec,
+            expected="one of them; methods before and inside the LLM go with either",
+        )
 
 
 def _check_fit(patched: Patched, stage: Any) -> None:

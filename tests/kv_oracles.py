@@ -20,15 +20,17 @@ class Plain:
 
     def decide(self, o: Oracle) -> None:
         if not hasattr(o, "prompt"):
-            o.prompt, o.scores, o.total = o.length, {}, {}
-            o.tokens = o.length
+            o.scores, o.total, o.reading = {}, {}, True
+        if o.reading:  # the prompt, or a chunk of it
+            o.reading = o.chunks.pop(0) if hasattr(o, "chunks") else False
+            o.prompt = o.tokens = o.length
             if self.stage.tokens == "visual":
-                o.tokens = sum(bool(v) for v in o.visual)
+                o.tokens = sum(bool(v) for v in o.visual[: o.length])
             share = self.stage.budget
             if getattr(self.stage, "ratios", None):
                 share = sum(self.stage.ratios) / len(self.stage.ratios)
             o.limit = share if isinstance(share, int) else max(1, round(share * o.tokens))
-            o.is_visual = [bool(v) for v in o.visual]
+            o.is_visual = [bool(v) for v in o.visual[: o.length]]
             self.start(o)
         elif self.stage.hold and self.stage.tokens == "prompt" and self.stage.budget != 1.0:
             o.is_visual += [False] * (o.length - len(o.is_visual))
@@ -90,7 +92,7 @@ class Plain:
         if "visible" in vars(self.stage) and self.stage.visible:
             # Tokens of one picture may see each other, whichever comes first.
             seen = (o.rows[layer] > 0).any(0).sum(0).tolist()
-            own = [{t: x[t] / seen[t] for t in x} for x in own]
+            own = [{t: x[t] / max(1, seen[t]) for t in x} for x in own]
         if hasattr(self.stage, "kernel"):
             own = [self.pooled(x, queries) for x in own]
         return self.grouped(o, layer, own)
@@ -108,7 +110,7 @@ class Plain:
         return out
 
     def queries(self, o: Oracle) -> list[int]:
-        every = list(range(o.prompt))
+        every = list(range(o.length - o.rows[0].shape[1], o.length))  # of the newest forward
         if self.name in ("snapkv", "pyramidkv", "adakv"):
             return every[-self.stage.window :]
         if self.name == "plphp":
@@ -137,7 +139,10 @@ class Plain:
                     self.heads(o, layer)
                 )
             else:
-                o.scores[layer] = self.score(o, layer)
+                before, o.scores[layer] = o.scores.get(layer), self.score(o, layer)
+                if before and self.name in ("h2o", "d2o", "lookm", "prefixkv"):
+                    for old, new in zip(before, o.scores[layer], strict=True):
+                        new.update({t: new[t] + x for t, x in old.items()})
         for (layer, head), count in self.counts(o, layers).items():
             o.total[layer, head] = (
                 count + len(self.counted(o, layer, head)) - len(self.free(o, layer, head))
@@ -204,12 +209,12 @@ class Plain:
         return counts
 
     def _vlcache(self, o, layers, rooms):
-        density = []
+        density, first = [], o.length - o.rows[0].shape[1]
         for i in layers:
             rows, many, seen = o.rows[i], 0, 0
             for head in rows:
                 for q in self.queries(o):
-                    row = head[q].tolist()
+                    row = head[q - first].tolist()
                     many += sum(w >= self.stage.threshold * max(row) and w > 0 for w in row)
             for q in self.queries(o):
                 seen += sum(t <= q for t in o.alive(i, 0))
@@ -248,7 +253,8 @@ class Plain:
         flat = {}
         for i in cut:
             own = [self.received(o, i, h, self.queries(o)) for h in range(o.rows[i].shape[0])]
-            spread = [statistics.variance(x.values()) for x in own]
+            many = len(own[0])
+            spread = [statistics.variance(x.values()) if many > 1 else 0.0 for x in own]
             low, high = min(spread), max(spread)
             flat[i] = math.exp(-statistics.mean((v - low) / (high - low + 1e-6) for v in spread))
         counts = {}

@@ -604,6 +604,21 @@ def test_assisted_decoding_is_greedy_decoding(name):
             assert a == b
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])
+@pytest.mark.parametrize("spec", ["stride:keep=3:positions=original", "fastv:layer=2:keep=0.3"])
+@torch.no_grad()
+def test_rows_that_fill_the_rectangle_are_not_seen(family, spec):
+    """The longest sample has no picture, so no column leaves; dropped rows of the other fill up."""
+    batch, model = families.samples(family, (((), 60), ((0,), 20))), families.model(family)
+    options = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
+                   output_logits=True)  # fmt: skip
+    with mllm.patch(model, spec):
+        both = model.generate(**families.collate(family, batch), **options)
+        alone = model.generate(**families.collate(family, batch[1:]), **options)
+    for mine, want in zip(both.logits, alone.logits, strict=True):
+        equal(mine[1], want[0], spec, 1e-5)
+
+
 @torch.no_grad()
 def test_a_second_turn_brings_a_picture():
     """The oracle keeps everything and masks what both turns evicted."""

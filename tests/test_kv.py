@@ -180,7 +180,7 @@ def steps_forgotten(mp):
 
 def around(mp, owner, name, change):
     original = getattr(owner, name)
-    mp.setattr(owner, name, lambda *a: change(original, *a))
+    mp.setattr(owner, name, lambda *a, **k: change(original, *a, **k))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,13 @@ IDENTITY = {
     "d2o": ["d2o:budget=1.0", "d2o:budget=900:skip=0"],
     "outputaware": ["outputaware"],
     "skipvision": ["skipvision:budget=1.0", "skipvision:budget=900:rule=top"],
+    "xkv": ["xkv:rank_keys=1.0:rank_values=1.0", "xkv", "xkv:group=3:rank_keys=0.999"],
+    "shadowkv": ["shadowkv:budget=1.0:rank_keys=1.0", "shadowkv",
+                 "shadowkv:budget=1.0:rank_keys=1.0:chunk=2:local=1:outliers=1",
+                 "shadowkv:budget=900:rank_keys=900:chunk=2:local=0:outliers=0"],
 }
+#: Methods that let no token go; they are in test_kv_lowrank.py.
+LOWRANK = {"xkv", "shadowkv"}
 
 
 @pytest.mark.parametrize(
@@ -775,7 +781,7 @@ def test_every_method_is_tested():
     names = {row["name"] for row in mllm.methods() if row["stage"] == "cache"}
     assert names == set(IDENTITY)
     # Draws are no plain loop's: tests/test_randomkv.py.
-    assert names - {"outputaware", "randomkv"} == {spec.split(":")[0] for spec in PLANS}
+    assert names - {"outputaware", "randomkv"} == {spec.split(":")[0] for spec in PLANS} | LOWRANK
 
 
 @pytest.mark.parametrize(

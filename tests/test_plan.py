@@ -37,6 +37,10 @@ on_cache = {
     "distance": st.integers(-40, 9),
     "queries": st.integers(1, 40),
     "skip": st.integers(0, 9),
+    "group": st.integers(1, 9),
+    "chunk": st.integers(2, 64),
+    **dict.fromkeys(["outliers", "local"], st.integers(0, 64)),
+    **dict.fromkeys(["rank_keys", "rank_values"], st.integers(1, 900) | st.floats(0.01, 1)),
     "merge": st.sampled_from(["pivot", "mean", "weighted", "none"]),
     **dict.fromkeys(["floor", "threshold", "least", "spread", "attentive", "indifferent"], shares),
 }

@@ -1,7 +1,8 @@
 """The KV cache of a patched model: it knows more tokens than it stores.
 
 * :class:`KVCache`: operations by logical index (`docs/cache.md` is the page about it);
-* :class:`Segment`: the protocol of storage, with `Dense`, `Packed` and `Offloaded`;
+* :class:`Segment`: the protocol of storage, with `Dense`, `Packed`, `Offloaded`, `LowRank` and
+  `Landmarked`;
 * :class:`SlotLayer`, :class:`SlotTable`: one layer, and what its slots stand for;
 * :func:`save_prefix`, :func:`load_prefix`: a cache on disk.
 
@@ -9,7 +10,9 @@ Events, by which the engine calls a method, are in :mod:`mllm.compressors.base`
 (:class:`~mllm.compressors.base.CacheCompressor`).
 """
 
+from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable, adopt, cache_bytes, note_rows
+from mllm.cache.lowrank import Fit, LowRank
 from mllm.cache.ops import KVCache, SlotView, Snapshot, refuse_flash
 from mllm.cache.prefix import load_prefix, save_prefix
 from mllm.cache.segments import Dense, Offloaded, Packed, Segment
@@ -17,7 +20,10 @@ from mllm.cache.segments import Dense, Offloaded, Packed, Segment
 __all__ = [
     "CacheMark",
     "Dense",
+    "Fit",
     "KVCache",
+    "Landmarked",
+    "LowRank",
     "Offloaded",
     "Packed",
     "Segment",

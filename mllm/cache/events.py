@@ -161,11 +161,12 @@ class CacheEvents:
             self._tell("prefill_end" if self.run.ends else "chunk_end")
         elif self.phase == "decode":
             self._tell("decode_step")
+        self._signals = {}
 
     def _tell(self, name: str, layer: int | None = None, only: int | None = None) -> None:
         run = self.run
         ran = None if layer is None else layer + 1
-        cache = KVCache(run.cache, run.patched.family, ran, self.certain)
+        cache = KVCache(run.cache, run.patched.family, ran, self.certain, run.patched.alike)
         rows = self.certain - run.past_logical
         for number, stage in run.patched.compressors:
             if only is not None and number != only:

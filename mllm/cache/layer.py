@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm import compat
 from mllm.cache.segments import Dense, Segment
+from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.tokens import TokenTable
@@ -78,20 +79,10 @@ class SlotTable:
         """Whether heads hold different tokens."""
         return self.valid.dim() == 3
 
-    def _once(self, key: Any, make: Callable[[], SlotTable]) -> SlotTable:
-        """Layers that shared a table share the next one: the newest result is remembered.
-
-        Only weakly, or a snapshot would hold every table since.
-        """
-        if self._memo and _same(self._memo[0], key) and (made := self._memo[1]()) is not None:
-            return made
-        made = make()
-        self._memo[:] = [key, weakref.ref(made)]
-        return made
-
     def map(self, change: Callable[[Tensor], Tensor], key: Any) -> SlotTable:
         """Every column through `change`; `key` tells changes apart."""
-        return self._once(
+        return once(
+            self._memo,
             key,
             lambda: SlotTable({n: change(t) for n, t in self.columns.items()}, self.padded),
         )
@@ -140,7 +131,7 @@ class SlotTable:
                 table._known["newest"] = self.newest + new.newest
             return table
 
-        return self._once(new, joined)
+        return once(self._memo, new, joined)
 
     def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
         """Columns that stay, in order. Shorter lengths are filled up, first with padding.
@@ -165,10 +156,6 @@ class SlotTable:
             for name, t in self.columns.items()
         }
         return index, SlotTable(columns | {"valid": valid}, not bool(valid.all()))
-
-
-def _same(key: Any, other: Any) -> bool:
-    return key is other or (isinstance(key, tuple) and isinstance(other, tuple) and key == other)
 
 
 @dataclass
@@ -208,6 +195,7 @@ class SlotLayer(DynamicLayer):
         heads: KV heads, once there are any keys.
         record_past: whether a window forgets nothing (assisted decoding).
         journals: whether `crop` can undo evictions made from now on.
+        served: whether attention of this forward asks for `attended`; see :meth:`update`.
     """
 
     def __init__(self, window: int | None = None, record_past: bool = False) -> None:
@@ -223,8 +211,8 @@ class SlotLayer(DynamicLayer):
         self.shifts: dict[str, Tensor] = {}
         self.samples: dict[str, Tensor] = {}
         self.seen = self.intact = 0
-        self.compressed = self.planned = self.foreign = self.journals = False
-        self._noted: tuple[SlotTable, int, int] | None = None
+        self.compressed = self.planned = self.foreign = self.journals = self.served = False
+        self._noted: tuple[SlotTable, int, int | None] | None = None
         self._journal: list[tuple[int, LayerState]] = []
 
     @property
@@ -251,16 +239,18 @@ class SlotLayer(DynamicLayer):
         """Whether any cell is invalid; known without asking the device."""
         return self.table is not None and self.table.padded
 
-    def note(self, table: SlotTable, advance: int, intact: int) -> None:
+    def note(self, table: SlotTable, advance: int, intact: int, dropped: bool = False) -> None:
         """Say what the next `update` will append.
 
         Args:
             table: all slots after the update.
             advance: tokens by which the logical length grows.
             intact: every token of this forward from this logical index on gets a slot.
+            dropped: some token gets none, though another sample may fill the rectangle.
         """
-        self.compressed |= advance != table.slots - self.slots
-        self._noted = table, advance, intact
+        dropped = dropped or advance != table.slots - self.slots
+        self.compressed |= dropped
+        self._noted = table, advance, intact if dropped else None
 
     def activate_past_recording(self) -> None:
         """Forget nothing, so that `crop` can go back (assisted decoding)."""
@@ -272,6 +262,11 @@ class SlotLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Append, and return what is attended to.
+
+        Where a segment selects and there is one new token, that depends on its query: the keys
+        that are returned are only its own, and carry :meth:`attended` for the attention function.
+        """
         if self._noted is None and (self.compressed or self.planned):
             raise CacheMismatchError(
                 "this cache was compressed by a plan and cannot be used without it",
@@ -283,20 +278,60 @@ class SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         batch, new = key_states.shape[0], key_states.shape[-2]
         if self._noted is None:  # an unpatched model
-            self.foreign, advance, intact = True, new, self.seen
+            self.foreign, advance, intact = True, new, None
             rows = SlotTable.plain(batch, self.seen, self.seen + new, key_states.device)
             table = rows if self.table is None else self.table.cat(rows)
         else:
             table, advance, intact = self._noted
+        selects = self.served and self._noted is not None and new == 1 and self.selects
         self._append(key_states, value_states)
         self.table, self._noted = table, None
         self.seen += advance
-        if advance != new:
+        if intact is not None:
             self.intact = max(self.intact, intact)
-        keys, values = self.keys, self.values
+        if selects:
+            keys, values = key_states.view_as(key_states), value_states
+            keys.mllm_attended = self.attended
+        else:
+            keys, values = self.keys, self.values
         if self.window is not None and not self.record_past:
             self._forget()
         return keys, values
+
+    @property
+    def selects(self) -> bool:
+        """Whether one new token attends to less than is stored."""
+        return any(getattr(segment, "selects", False) for segment in self.segments)
+
+    def attended(
+        self, query: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and mask of one new token, which is stored already.
+
+        Args:
+            query: `[batch, heads, 1, head_dim]`.
+            mask: of all slots, `[batch or 1, 1 or heads, 1, slots]`; None is everything.
+            scaling: factor of the logits; None is `head_dim ** -0.5`.
+        """
+        batch, heads = query.shape[:2]
+        parts, start = [], 0
+        for segment in self.segments:
+            if getattr(segment, "selects", False):
+                keys, values, index = segment.attended(query, scaling)
+            else:
+                keys, values = segment.keys(), segment.values()
+                index = torch.arange(segment.slots, device=query.device)
+                index = index.expand(batch, self.heads, -1)
+            parts.append((keys, values, torch.where(index < 0, -1, index + start)))
+            start += segment.slots
+        keys, values, index = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+        index = index.repeat_interleave(heads // self.heads, 1)[:, :, None]
+        there = index >= 0
+        if mask is not None:
+            mask = mask[..., :start].expand(batch, heads, -1, -1)
+            seen = mask if mask.dtype == torch.bool else mask == 0
+            there = there & seen.gather(3, index.clamp(min=0))
+        return keys, values, compat.mask_like(there, query if mask is None else mask)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         if self.segments and self.segments[-1].grows:
@@ -340,30 +375,31 @@ class SlotLayer(DynamicLayer):
         keep = keep & _as_wide(self.table.valid, keep)
         if self.table.headwise and keep.dim() == 2:
             keep = keep[:, None].expand(self.table.valid.shape)
-        if len(self.segments) == 1:
-            shared = {} if shared is None else shared
-            if self.table not in shared:
-                shared[self.table] = self.table.compact(keep)
-            index, self.table = shared[self.table]
-            self.segments = [self.segments[0].take(index, self.table.valid)]
-        else:
-            self._retain_parts(keep)
-        self.segments = [segment for segment in self.segments if segment.slots]
+        shared = {} if shared is None else shared
+        key = self.table, tuple(segment.slots for segment in self.segments)
+        if key not in shared:
+            shared[key] = self._compacted(keep)
+        parts, self.table = shared[key]
+        segments = [x.take(*part) for x, part in zip(self.segments, parts, strict=True)]
+        self.segments = [segment for segment in segments if segment.slots]
         self.compressed, self.intact = True, self.seen
 
-    def _retain_parts(self, keep: Tensor) -> None:
-        segments, tables, at = [], [], 0
+    def _compacted(self, keep: Tensor) -> tuple[list[tuple[Tensor, Tensor]], SlotTable]:
+        """For every segment the columns that stay and which cells of them do; the new table."""
+        if len(self.segments) == 1:
+            index, table = self.table.compact(keep)
+            return [(index, table.valid)], table
+        parts, tables, at = [], [], 0
         for segment in self.segments:
             stop = at + segment.slots
             part = self.table.first(stop).last(segment.slots)
             index, table = part.compact(keep[..., at:stop])
-            segments.append(segment.take(index, table.valid))
+            parts.append((index, table.valid))
             tables.append(table)
             at = stop
-        self.segments = segments
         names = self.table.columns
         columns = {name: torch.cat([t.columns[name] for t in tables], -1) for name in names}
-        self.table = SlotTable(columns, any(t.padded for t in tables))
+        return parts, SlotTable(columns, any(t.padded for t in tables))
 
     def remember(self, as_of: int | None = None) -> None:
         """Before a change: keep what `crop` needs to undo it."""
@@ -447,7 +483,8 @@ class SlotLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._rows(lambda t: t[indices.to(t.device)], indices)
 
-    def _rows(self, change: Callable[[Tensor], Tensor], key: Any) -> None:
+    def _rows(self, apply: Callable[[Tensor], Tensor], key: Any) -> None:
+        change = Change(apply, key)
         self.segments = [segment.rows(change) for segment in self.segments]
         if self.table is not None:
             self.table = self.table.map(change, key)
@@ -547,6 +584,7 @@ def note_rows(
     padded: bool,
     advance: int,
     intact: int,
+    dropped: bool = False,
 ) -> None:
     """Announce the rows of a forward to consecutive layers that all see the same rows.
 
@@ -558,13 +596,15 @@ def note_rows(
         padded: whether any row is invalid.
         advance: tokens by which the logical length grows.
         intact: every token of this forward from this logical index on gets a slot.
+        dropped: some token gets none.
     """
     new = SlotTable.of(table, position, padded)
     if table.valid.shape[1] == advance and not padded:  # no row has left
         seen = cache.layers[layers[0]].seen
         new._known["newest"] = list(range(seen, seen + advance))
     for layer in (cache.layers[i] for i in layers):
-        layer.note(new if layer.table is None else layer.table.cat(new), advance, intact)
+        slots = new if layer.table is None else layer.table.cat(new)
+        layer.note(slots, advance, intact, dropped)
     if any(layer.compressed for layer in cache.layers):
         for layer in cache.layers:
             layer.planned = True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm import compat
+from mllm.cache.landmarks import landmarked
 from mllm.cache.layer import LayerState, SlotLayer, SlotTable, cache_bytes
+from mllm.cache.lowrank import Fit, Rank, factored
+from mllm.cache.rotary import Rotary
 from mllm.cache.segments import Dense, Offloaded, Part, Segment
 from mllm.errors import CacheMismatchError, PlanError
 
@@ -66,14 +69,17 @@ class KVCache:
         ran: layers that have run in the current forward; None is all.
         length: tokens that are certain; None is all. Candidates of assisted decoding behind them
             are neither shown nor evicted.
+        alike: of every layer a value that is the same where layers store the same tokens under
+            this plan, whatever the batch; None tells nothing apart but windows.
 
     Raises:
         CacheMismatchError: a cache that no patched model has used.
     """
 
     def __init__(
-        self, cache: Any, family: Family, ran: int | None = None, length: int | None = None
-    ) -> None:
+        self, cache: Any, family: Family, ran: int | None = None, length: int | None = None,
+        alike: Sequence[Any] | None = None,
+    ) -> None:  # fmt: skip
         layers = getattr(cache, "layers", ())
         if not layers or not all(type(layer) is SlotLayer for layer in layers):
             raise CacheMismatchError(
@@ -84,6 +90,7 @@ class KVCache:
             )
         self.cache, self._family = cache, family
         self._ran, self._certain = len(layers) if ran is None else ran, length
+        self._alike = [layer.window for layer in layers] if alike is None else alike
 
     @property
     def length(self) -> int:
@@ -360,17 +367,88 @@ class KVCache:
         """
         leave += self._hidden
         for layer in self._chosen(layers):
-            plain = layer.segments[-1]
-            if not plain.grows or plain.slots <= leave:
+            if (span := _plain(layer, leave)) is None:
                 continue
             layer.remember(self._certain)
-            start, stop = layer.slots - plain.slots, layer.slots - leave
+            plain, (start, stop) = layer.segments[-1], span
             valid = _headwise(layer.table.valid, layer.heads)[..., start:stop]
             old = plain.first(stop - start)
             rest = [plain.last(leave)] if leave else []
             layer.segments = [
                 *layer.segments[:-1], make(old.keys(), old.values(), valid), *rest
             ]
+
+    def lowrank(self, layers: Layers, keys: Rank, values: Rank) -> list[Fit]:
+        """Store tokens in low-rank factors, the left one shared by layers.
+
+        Takes what is stored plainly, as :meth:`convert` does. Layers that always hold the same
+        tokens are factored together, others apart; where heads hold different tokens all stays as
+        it is.
+
+        Args:
+            layers: where.
+            keys, values: ranks: an int, or a fraction of the full rank, which is the lesser of the
+                tokens and of the width of all layers together. What has full rank stays as it is.
+
+        Returns:
+            What became of the tokens, for every set of layers that are factored together.
+        """
+        chosen, together, fits = self._chosen(layers), {}, []
+        for i, layer in enumerate(self.cache.layers):
+            span = _plain(layer, self._hidden) if layer in chosen else None
+            if span is not None and not layer.table.headwise:
+                together.setdefault((self._alike[i], layer.table, *span), []).append(i)
+        for (_, table, start, stop), numbers in together.items():
+            plain = [self.cache.layers[i].segments[-1].first(stop - start) for i in numbers]
+            segments, fit = factored(
+                [x.keys() for x in plain],
+                [x.values() for x in plain],
+                table.valid[:, start:stop],
+                table.position[..., start:stop],
+                [self.rotary(i) for i in numbers],
+                keys,
+                values,
+            )
+            fits.append(replace(fit, layers=tuple(numbers)))
+            for i, segment in zip(numbers, segments, strict=True):
+                self.convert(i, lambda k, v, valid, segment=segment: segment)
+        return fits
+
+    def landmarks(
+        self, layers: Layers, *, rank: Rank, size: int, local: int, outliers: int,
+        many: Callable[[int], int],
+    ) -> list[Fit]:  # fmt: skip
+        """Store tokens in chunks, of which a step attends to the best; values go to the host.
+
+        Takes what is stored plainly, as :meth:`convert` does. Layers with a window, and those whose
+        heads hold different tokens, stay as they are.
+
+        Args:
+            layers: where.
+            rank: of a layer's keys over all heads; see :meth:`lowrank`.
+            size: tokens of a chunk.
+            local, outliers: chunks that are kept as they are; see
+                :func:`mllm.cache.landmarks.landmarked`.
+            many: from the tokens of a sample the number of chunks that a step chooses.
+
+        Returns:
+            What became of the keys, for every layer that changed.
+        """
+        chosen, fits = self._chosen(layers), []
+        for i, layer in enumerate(self.cache.layers):
+            span = _plain(layer, self._hidden) if layer in chosen else None
+            if span is None or layer.window is not None or layer.table.headwise:
+                continue
+            start, stop = span
+            plain = layer.segments[-1].first(stop - start)
+            segment, fit = landmarked(
+                plain.keys(), plain.values(), layer.table.valid[:, start:stop],
+                layer.table.position[..., start:stop], self.rotary(i),
+                rank=rank, size=size, local=local, outliers=outliers, many=many,
+            )  # fmt: skip
+            self.convert(i, lambda k, v, valid, segment=segment: segment)
+            fits.append(replace(fit, layers=(i,)))
+        return fits
 
     def offload(self, layers: Layers = None, part: Part = "both", leave: int = 0) -> None:
         """Move keys, values or both to host memory; they visit the device to be attended to.
@@ -411,6 +489,10 @@ class KVCache:
 
     # Rotary embedding
 
+    def rotary(self, layer: int) -> Rotary:
+        """The rotary embedding of a layer, for segments that turn keys themselves."""
+        return Rotary(self._family, layer)
+
     def rotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
         """Rotate keys by the model's own rotary module.
 
@@ -419,24 +501,11 @@ class KVCache:
             k: `[batch, kv_heads, slots, head_dim]`.
             position: int64 `[1 or 3, batch, slots]` or `[1 or 3, batch, kv_heads, slots]`.
         """
-        cos, sin, width = self._rotary(layer, k, position)
-        return _turned(k, cos, sin, width)
+        return self.rotary(layer).rotate(k, position)
 
     def unrotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
         """Undo :meth:`rotate`: keys as they were before rotary embedding."""
-        cos, sin, width = self._rotary(layer, k, position)
-        scale = cos.square() + sin.square()  # not 1 where the model scales its rotary tables
-        return _turned(k, cos / scale, -sin / scale, width)
-
-    def _rotary(self, layer: int, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor, int]:
-        family, shape = self._family, position.shape[1:]
-        flat = position.flatten(1, -2)
-        flat = flat.expand(3, -1, -1) if family.mrope else flat[0]
-        tables = family.rotary(k.float(), flat.to(k.device), family.kind(layer))
-        cos, sin = (t.unflatten(0, shape[:-1]) for t in tables)
-        if len(shape) == 2:
-            cos, sin = cos[:, None], sin[:, None]
-        return cos, sin, cos.shape[-1]
+        return self.rotary(layer).unrotate(k, position)
 
     def _mark(self) -> None:
         for layer in self.cache.layers:
@@ -458,16 +527,15 @@ def refuse_flash(family: Family) -> None:
         )
 
 
+def _plain(layer: SlotLayer, leave: int) -> tuple[int, int] | None:
+    """Slots of a layer that are stored plainly, but for the newest: from, to; None is none."""
+    if not layer.segments or not layer.segments[-1].grows or layer.segments[-1].slots <= leave:
+        return None
+    return layer.slots - layer.segments[-1].slots, layer.slots - leave
+
+
 def _headwise(x: Tensor, heads: int) -> Tensor:
     return x if x.dim() == 3 else x[:, None].expand(-1, heads, -1)
-
-
-def _turned(k: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
-    """Rotate the first `width` channels of keys by tables that repeat in their second half."""
-    turning, rest = k.float().split([width, k.shape[-1] - width], -1)
-    a, b = turning.chunk(2, -1)
-    turned = turning * cos + torch.cat([-b, a], -1) * sin
-    return torch.cat([turned, rest], -1).to(k.dtype)
 
 
 def _merged(

@@ -14,21 +14,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm import compat
+from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
-from mllm.cache.segments import Dense, from_rows
+from mllm.cache.lowrank import LowRank, Shared
+from mllm.cache.rotary import Rotary
+from mllm.cache.segments import Dense, Segment, from_rows
 from mllm.errors import CacheMismatchError, DataError
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
 
 TENSORS, HEADER = "prefix.safetensors", "prefix.json"
+#: Segments that are written in a form of their own.
+FORMS = {form.form: form for form in (LowRank, Landmarked)}
 
 
 def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     """Write what a patched model stored: ``prefix.safetensors`` and ``prefix.json``.
 
-    An interrupted call leaves no prefix that could be loaded. Offloaded and converted segments are
-    written as keys and values; what methods keep in `KVCache.state` is not written.
+    An interrupted call leaves no prefix that could be loaded. Segments are written as keys and
+    values, unless they have a form of their own (`saved`), in which they come back; what methods
+    keep in `KVCache.state` is not written.
 
     Args:
         cache: `past_key_values` of a forward or `generate()` under a patch.
@@ -61,15 +67,20 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     for n, table in enumerate(tables):
         tensors |= {f"slots.{n}.{name}": t for name, t in table.columns.items()}
     layers = []
+    names: dict[int, str] = {}
     for i, layer in enumerate(cache.layers):
-        keys, values, form = _stored(layer)
-        tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
+        if any(hasattr(segment, "saved") for segment in layer.segments):
+            stored = {"form": "parts", "parts": _parts(i, layer, tensors, names)}
+        else:
+            keys, values, form = _stored(layer)
+            tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
+            stored = {"form": form}
         tensors |= {f"layer.{i}.shift.{name}": t for name, t in layer.shifts.items()}
         tensors |= {f"layer.{i}.sample.{name}": t for name, t in layer.samples.items()}
         layers.append(
             {
                 "slots": tables.index(layer.table),
-                "form": form,
+                **stored,
                 "heads": layer.heads,
                 "window": layer.window,
                 "intact": int(layer.intact),
@@ -106,6 +117,30 @@ def _stored(layer: SlotLayer) -> tuple[Tensor, Tensor, str]:
     valid = layer.table.valid
     valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
     return keys[valid], values[valid], "cells"
+
+
+def _parts(
+    i: int, layer: SlotLayer, tensors: dict[str, Tensor], names: dict[int, str]
+) -> list[dict[str, Any]]:
+    """The segments of layer `i`; adds to `tensors` what no earlier layer shares with it.
+
+    Args:
+        i: number of the layer.
+        layer: the layer.
+        tensors: what is written, by name.
+        names: the name of every tensor of a segment that is.
+    """
+    rows = []
+    for n, segment in enumerate(layer.segments):
+        row, own = {}, {"keys": segment.keys(), "values": segment.values()}
+        if form := getattr(segment, "form", None):
+            row, own = segment.saved()
+        for name, tensor in own.items():
+            names.setdefault(id(tensor), f"layer.{i}.{n}.{name}")
+            tensors[names[id(tensor)]] = tensor
+        where = {name: names[id(tensor)] for name, tensor in own.items()}
+        rows.append({"form": form or "rectangle", **row, "tensors": where})
+    return rows
 
 
 def load_prefix(
@@ -157,9 +192,15 @@ def load_prefix(
     tensors = {name: t.to(device) for name, t in tensors.items()}
     cache = compat.dynamic_cache(patched.family.decoder)
     tables = _tables(tensors)
-    cache.layers = [
-        _layer(i, row, tables[row["slots"]], tensors) for i, row in enumerate(header["layers"])
-    ]
+    shared: dict[int, Shared] = {}
+    cache.layers = []
+    for i, row in enumerate(header["layers"]):
+        layer = _layer(i, row, tables[row["slots"]], tensors)
+        rotary = Rotary(patched.family, i)
+        for part in row.get("parts", ()):
+            layer.segments.append(_segment(part, tensors, rotary, shared))
+        layer.lazy_initialization(layer.keys, layer.values)
+        cache.layers.append(layer)
     for layer in cache.layers:
         layer.seen = header["logical_length"]
         layer.planned = any(row["compressed"] for row in header["layers"])
@@ -183,21 +224,31 @@ def _tables(tensors: dict[str, Tensor]) -> list[SlotTable]:
 
 def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Tensor]) -> SlotLayer:
     layer = SlotLayer(row["window"])
-    keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
-    if row["form"] == "rectangle":
-        segment = Dense.of(keys, values)
-    else:
-        valid = table.valid
-        valid = valid if table.headwise else valid[:, None].expand(-1, row["heads"], -1)
-        segment = from_rows(keys, values, valid)
-    layer.segments, layer.table = [segment], table
-    layer.lazy_initialization(segment.keys(), segment.values())
+    layer.table = table
+    if row["form"] != "parts":
+        keys, values = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
+        if row["form"] == "rectangle":
+            segment = Dense.of(keys, values)
+        else:
+            valid = table.valid
+            valid = valid if table.headwise else valid[:, None].expand(-1, row["heads"], -1)
+            segment = from_rows(keys, values, valid)
+        layer.segments = [segment]
     layer.intact, layer.compressed = row["intact"], row["compressed"]
     for name in ("shift", "sample"):
         start = f"layer.{i}.{name}."
         own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
         setattr(layer, f"{name}s", own)
     return layer
+
+
+def _segment(
+    part: dict[str, Any], tensors: dict[str, Tensor], rotary: Rotary, shared: dict[int, Shared]
+) -> Segment:
+    own = {name: tensors[key] for name, key in part["tensors"].items()}
+    if part["form"] == "rectangle":
+        return Dense.of(own["keys"], own["values"])
+    return FORMS[part["form"]].loaded(part, own, rotary, shared)
 
 
 def _damaged(folder: Path, why: str) -> DataError:

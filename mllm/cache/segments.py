@@ -68,6 +68,33 @@ class Segment(Protocol):
         """Tensors that hold indices, scales and the like."""
 
 
+class Selecting(Segment, Protocol):
+    """A segment of which one new token need not attend to everything.
+
+    Several new tokens at once attend to all of it, and so does a model whose plan does not expect
+    such segments (:attr:`mllm.compressors.base.CacheCompressor.selects`).
+
+    Attributes:
+        selects: whether anything is left out at all.
+    """
+
+    selects: bool
+
+    def attended(
+        self, query: Tensor, scaling: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What one token of every sample attends to.
+
+        Args:
+            query: `[batch, heads, 1, head_dim]`, after rotary embedding.
+            scaling: factor of the logits; None is `head_dim ** -0.5`.
+
+        Returns:
+            Keys and values `[batch, kv_heads, n, dim]`, and int64 `[batch, kv_heads, n]`, their
+            columns of the rectangle; -1 fills up.
+        """
+
+
 class _Buffer:
     """Keys and values with room behind them.
 

@@ -52,6 +52,8 @@ _HOMES = {
     "LookM": "lookm",
     "D2O": "d2o",
     "SkipVision": "skipvision",
+    "XKV": "xkv",
+    "ShadowKV": "shadowkv",
     "Random": "sanity",
     "RandomLLM": "sanity",
     "Stride": "sanity",

@@ -779,6 +779,9 @@ class CacheCompressor(_Method):
         headwise: whether heads of a layer may come to hold different tokens.
         watches: whether its signals are read at decode steps too.
         chunks: whether a prompt may be read in chunks, each of which is a `prefill` to the method.
+        lowrank: whether it stores tokens in low-rank factors; see :meth:`KVCache.lowrank`.
+        selects: whether one new token may attend to some of what is stored; see
+            :class:`mllm.cache.segments.Selecting`.
     """
 
     site = "cache"
@@ -789,9 +792,22 @@ class CacheCompressor(_Method):
     headwise: ClassVar[bool] = False
     watches: ClassVar[bool] = True
     chunks: ClassVar[bool] = False
+    lowrank: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def check_depth(self, num_layers: int) -> None:
         """PlanError if the method cannot work on a model of this many decoder layers."""
+
+    def demand(self, field: str, fine: bool, expected: str) -> None:
+        """PlanError unless a field is `fine`."""
+        if not fine:
+            value = getattr(self, field)
+            raise PlanError(
+                f"{self.info.name}: {field}={value!r} is not {expected}",
+                argument=field,
+                given=value,
+                expected=expected,
+            )
 
     def layer_end(self, event: CacheEvent) -> None:
         """Decoder layer `event.layer` has run in a prefill; earlier layers may be cut too."""

@@ -98,17 +98,6 @@ class KVMethod(CacheCompressor):
                 expected=f"at least {least}, or less sinks and window",
             )
 
-    def demand(self, field: str, fine: bool, expected: str) -> None:
-        """PlanError unless a field is `fine`."""
-        if not fine:
-            value = getattr(self, field)
-            raise PlanError(
-                f"{self.info.name}: {field}={value!r} is not {expected}",
-                argument=field,
-                given=value,
-                expected=expected,
-            )
-
     @property
     def headwise(self) -> bool:
         return self.heads == "each"
