@@ -11,8 +11,9 @@ from mllm.errors import DataError, MllmError, PlanError
 from mllm.eval import asking, cells, sweep, sweep_file, table
 from mllm.eval.answer import PROTOCOLS, answer
 from mllm.eval.asking import Questions
-from mllm.eval.plans import make_plan, on_cache, patched_with, plan_for_share
+from mllm.eval.plans import budgets_slots, make_plan, on_cache, patched_with, plan_for_share
 from mllm.loading import load_model
+from mllm.plan import get_method
 from mllm.yardstick import samples
 
 METHODS = ("snapkv:window=8", "lookm")
@@ -195,6 +196,6 @@ def test_the_committed_sweep_has_every_method_with_a_budget():
     registered = {
         row["name"]
         for row in mllm.methods()
-        if row["stage"] == "cache" and "budget" in {p["name"] for p in row["params"]}
+        if row["stage"] == "cache" and budgets_slots(get_method(row["name"])())
     }
     assert named >= registered and chosen.protocol == "again"

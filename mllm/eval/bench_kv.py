@@ -21,6 +21,7 @@ from mllm.errors import PlanError
 from mllm.eval import bench
 from mllm.eval.bench_prompt import Prompt, now
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
+from mllm.eval.plans import budgets_slots
 from mllm.eval.stats import median_interval
 from mllm.models import resolve
 from mllm.plan import Plan, methods
@@ -265,10 +266,9 @@ def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> int | None:
     visual = (event.visual & event.prompt).sum(1).tolist()
     totals = []
     for stage in stages:
-        budget = getattr(stage, "budget", None)
-        if budget is None:
+        if not budgets_slots(stage):
             continue
-        total = 0
+        budget, total = stage.budget, 0
         for length, seen in zip(event.lengths, visual, strict=True):
             # Methods that do not offer the choice let visual tokens go alone.
             counted = seen if getattr(stage, "tokens", "visual") == "visual" else length

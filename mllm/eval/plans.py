@@ -103,8 +103,13 @@ def on_cache(template: str) -> bool:
     return all(stage.site == "cache" for stage in Plan.from_spec(template).stages)
 
 
+def budgets_slots(stage: Any) -> bool:
+    """Whether a stage has a `budget` of stored slots; one that evicts nothing means another."""
+    return hasattr(stage, "budget") and "Evict" in stage.actions
+
+
 def plan_for_share(template: str, share: float, *, seed: int = 0) -> Plan | None:
-    """`template` with every `budget` set to a share of the slots per layer and KV head.
+    """`template` with every `budget` of slots set to a share of them, per layer and KV head.
 
     Args:
         template: spec text of methods on the KV cache.
@@ -116,10 +121,10 @@ def plan_for_share(template: str, share: float, *, seed: int = 0) -> Plan | None
         The plan, or None where the template has no budget and `share` is below 1.
     """
     stages = Plan.from_spec(template).stages
-    if not any(hasattr(stage, "budget") for stage in stages):
+    if not any(map(budgets_slots, stages)):
         return Plan(stages, seed) if share == 1 else None
     share = float(share)
-    return Plan([s.replace(budget=share) if hasattr(s, "budget") else s for s in stages], seed)
+    return Plan([s.replace(budget=share) if budgets_slots(s) else s for s in stages], seed)
 
 
 def _for_average(stage: Any, average: int, tokens: int, num_layers: int) -> Any:

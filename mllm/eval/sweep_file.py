@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from mllm.errors import DataError, MllmError, PlanError
-from mllm.eval.plans import on_cache
+from mllm.eval.plans import budgets_slots, on_cache
 from mllm.plan import Plan
 
 VERSION = 1
@@ -243,7 +243,8 @@ def _wrong(name: str, value: Any, where: str, expected: str) -> MllmError:
 def _check_template(template: str) -> None:
     plan = Plan.from_spec(template)
     name, budgets = ("budget", "kv_budgets") if on_cache(template) else ("keep", "budgets")
-    if f":{name}=" in template:
+    own = name == "budget" and not any(map(budgets_slots, plan.stages))
+    if f":{name}=" in template and not own:
         raise PlanError(
             f"a sweep sets {name} from the {budgets}: leave it out of {template!r}",
             argument="methods",
