@@ -357,11 +357,15 @@ def family_notes(patched: Patched) -> list[str]:
                 f"{stage.info.name}: works behind the projector of {name}, without [CLS] as a "
                 "token"
             )
+    windowed: dict[tuple[str, int], list[int]] = {}
     for number, signal in patched.signals:
         window = isinstance(signal, AttentionRows) and patched.windows[signal.layer]
         if window:
-            notes.append(
-                f"{patched.plan.stages[number].info.name}: layer {signal.layer} of {name} sees "
-                f"{window} tokens; visual tokens further back score 0"
-            )
+            method = patched.plan.stages[number].info.name
+            layers = windowed.setdefault((method, window), [])
+            layers += [signal.layer] * (signal.layer not in layers)
+    for (method, window), layers in windowed.items():
+        one = f"layer {layers[0]} of {name} sees"
+        seen = one if len(layers) == 1 else f"{len(layers)} layers of {name} see"
+        notes.append(f"{method}: {seen} {window} tokens; visual tokens further back score 0")
     return notes
