@@ -31,6 +31,7 @@ try:
         DynamicSlidingWindowLayer,
     )
     from transformers.image_processing_utils import select_best_resolution
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.masking_utils import create_causal_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -70,6 +71,7 @@ __all__ = [
     "serve",
     "tensor_parallel",
     "tested",
+    "unset_hf_deepspeed_config",
     "uses_cache",
     "warn_if_untested",
 ]

@@ -24,6 +24,7 @@ PUBLIC = {
     "AutoConfig",
     "AutoModelForImageTextToText",
     "AutoProcessor",
+    "BitsAndBytesConfig",
     "CLIPVisionConfig",
     "LlamaConfig",
     "LlavaConfig",

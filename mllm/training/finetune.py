@@ -12,6 +12,7 @@ import torch
 from transformers import set_seed
 
 import mllm
+from mllm import compat
 from mllm.errors import DataError, RecipeError
 from mllm.loading import load_model
 from mllm.training import parts
@@ -263,10 +264,9 @@ def _finished(recipe: Recipe, trainer: FinetuneTrainer, base: Any, folder: Path)
     lora, model = recipe.method.type == "lora", trainer.model
     gathered = None
     if recipe.parallel.zero == 3:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
         gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        unset_hf_deepspeed_config()  # else transformers loads the next model in parts as well
+        # Else transformers loads the next model in parts as well.
+        compat.unset_hf_deepspeed_config()
     if not trainer.args.should_save:
         return base
     if lora:
