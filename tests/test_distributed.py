@@ -67,8 +67,8 @@ def written(small, folder, *, zero=None, method="full", plan=None, batch=2, para
     }
 
 
-def environment():
-    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+def environment(threads=1):
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(threads)}
 
 
 def run_in(processes, recipes, folder):
@@ -327,9 +327,8 @@ def test_killed_and_resumed_is_never_interrupted(seed, method, uninterrupted, tm
     path = tmp_path / "recipe.yaml"
     path.write_text(second.to_yaml())
     words = [sys.executable, "-m", "mllm.cli", "train", str(path)]
-    with subprocess.Popen(
-        words, cwd=REPOSITORY, env=environment(), stderr=subprocess.DEVNULL
-    ) as process:
+    alike = environment(torch.get_num_threads())  # other numbers of threads round otherwise
+    with subprocess.Popen(words, cwd=REPOSITORY, env=alike, stderr=subprocess.DEVNULL) as process:
         wait_for(tmp_path / "run/metrics.jsonl", process)
         time.sleep(draw.uniform(0, 1.2))
         process.kill()
