@@ -134,7 +134,7 @@ def check_fields(stage: Any) -> None:
     """Validate what every method shares: budgets, `layer`, `positions`. Called by the bases."""
     name = stage.info.name
     hints = typing.get_type_hints(type(stage))
-    for field in ("keep", "budget"):
+    for field in ("keep", "budget", "clusters"):
         keep = getattr(stage, field, None)
         for budget in keep if isinstance(keep, tuple) else (keep,):
             if budget is not None:

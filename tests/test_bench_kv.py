@@ -56,7 +56,7 @@ def test_rows_have_the_promised_fields():
 
 def test_every_cache_method_is_measured():
     """Uniform or ragged: the payload is the budget's, but where a docstring says otherwise."""
-    rows = kv(**OPTIONS, length=[120], batch=(2,), unequal=True)["rows"]
+    rows = kv(**OPTIONS, length=[120], batch=(2,), unequal=True, budgets=["0.25"])["rows"]
     names = {row["plan"].split(":")[0] for row in rows}
     registered = {row["name"] for row in mllm.methods() if row["stage"] == "cache"}
     assert names == registered and not [r["plan"] for r in rows if "ratio" not in r]

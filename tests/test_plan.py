@@ -115,6 +115,8 @@ def stages(draw):
         "keys": st.floats(0.01, 1),
         "first": st.none() | st.integers(0, 60),
         "features": st.sampled_from(["unit", "raw"]),
+        "clusters": st.none() | keeps,
+        "queries": st.sampled_from(["mean", "each"]),
         "alone": st.floats(0, 1),
         "distance": st.floats(0, 2),
         "retrieve": st.floats(0, 9),

@@ -17,6 +17,7 @@ import mllm
 from mllm.compressors import PACT
 from mllm.compressors.base import LogitBias
 from mllm.errors import PlanError
+from mllm.eval.plans import plan_for_budget
 
 
 def example(seed=0, rows=30):
@@ -59,6 +60,57 @@ def test_pact_equals_its_description(keep, distance, retrieve):
                 log = action.fn(here[:, :2], here)[b, 0, 1, c]
                 assert log.item() == pytest.approx(math.log(len(members)), abs=1e-5)
     assert [a.layer for a in biases] == [2, 3]
+
+
+@pytest.mark.parametrize("prefix, queries", [(True, "each"), (False, "each"), (False, "mean")])
+def test_who_asks(prefix, queries):
+    """The authors ask with all up to the last visual token, and could ask one by one."""
+    differs = 0
+    for seed in range(4):
+        visual, signals = example(seed)
+        signals["plain"][:, :, :3] *= 4  # so that what stands before the pictures takes its share
+        stage = PACT(layer=2, keep=9, prefix=prefix, queries=queries)
+        _, merge, *_ = stage.act(layer_context(stage, visual, **signals))
+        for b in range(2):
+            rows = visual[b].nonzero()[:, 0].tolist()
+            of = [signals[n][b] for n in ("queries", "plain", "keys", "hidden")]
+            want, other = (
+                cards.pact(rows, *of, 9, 0.21, 1.5, None if given else rows, queries == "each")
+                for given in (prefix, not prefix)
+            )
+            assert {j: int(merge.into[b, j]) for j in rows} == want
+            differs += want != other
+    assert differs
+
+
+@pytest.mark.parametrize("most", [1, 4, 9, 0.5])
+def test_number_of_clusters(most):
+    """The distance is the smallest that leaves no more; a sample does not depend on the others."""
+    visual, signals = example(seed=2)
+    stage = PACT(layer=2, keep=0.9, clusters=most, retrieve=0.0)
+    kept, merge, *_ = stage.act(layer_context(stage, visual, **signals))
+    for b in range(2):
+        rows = visual[b].nonzero()[:, 0].tolist()
+        of = [signals[n][b] for n in ("queries", "plain", "keys", "hidden")]
+        count = most if isinstance(most, int) else round(most * len(rows))
+        assert int(kept.mask[b].sum()) == count
+        into = {j: int(merge.into[b, j]) for j in rows}
+        steps = [2 * step / 4096 for step in range(1, 4096, 7)]
+        found = (cards.pact(rows, *of, round(0.9 * len(rows)), d, 0.0) for d in steps)
+        assert into in found
+        alone = {name: x[b : b + 1] for name, x in signals.items()}
+        kept_alone, *_ = stage.act(layer_context(stage, visual[b : b + 1], **alone))
+        assert torch.equal(kept_alone.mask[0], kept.mask[b])
+
+
+def test_a_budget_is_what_stays():
+    """A sweep's budget is met by clusters: the candidates stay the paper's where they suffice."""
+    for budget, want in (
+        (192, dict(layer=1, clusters=137, keep=0.55)), (64, dict(layer=0, clusters=64, keep=0.55)),
+        (400, dict(layer=1, clusters=375, keep=375)),
+    ):
+        (stage,) = plan_for_budget("pact", budget, tokens=576, num_layers=8).stages
+        assert {name: getattr(stage, name) for name in want} == want
 
 
 def test_members_are_near_and_centres_apart():
@@ -134,7 +186,7 @@ def test_flash_and_bad_values():
     """Without weights it needs no mask."""
     assert "LogitBias" not in PACT(proportional=False).actions
     assert LogitBias.__name__ in PACT().actions
-    for bad in (dict(distance=-1.0), dict(retrieve=-1.0)):
+    for bad in (dict(distance=-1.0), dict(retrieve=-1.0), dict(clusters=0), dict(clusters=1.5)):
         with pytest.raises(PlanError):
             PACT(**bad)
     assert PACT().at_depth(28).layer == 4

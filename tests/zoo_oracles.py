@@ -538,25 +538,31 @@ def topv_cut(keep: int) -> Choose:
 
 def pact(
     rows: list[int], queries: Tensor, plain: Tensor, keys: Tensor, hidden: Tensor, keep: int,
-    distance: float, retrieve: float = 1.5,
+    distance: float, retrieve: float = 1.5, asked: list[int] | None = None, each: bool = False,
 ) -> dict[int, int]:
     """Of one sample, the row that each visual row goes into (-1: gone), by the description.
 
     Args:
         rows: visual rows.
+        asked: rows that ask and are asked for; None is all up to the last visual one, without
+            padding.
+        each: every query asks, not the mean of them.
         queries, plain, keys: `[heads, n, dim]`; queries and plain keys are not rotated.
         hidden: `[n, width]`.
         keep: candidates.
     """
     group = len(queries) // len(plain)
-    weight = dict.fromkeys(rows, 0.0)
+    asked = list(range(max(rows) + 1)) if asked is None else asked
+    weight = dict.fromkeys(asked, 0.0)
     for h in range(len(queries)):
-        mean = sum(queries[h, i] for i in rows) / len(rows)
-        logits = {j: float(mean @ plain[h // group, j]) / math.sqrt(len(mean)) for j in rows}
-        high = max(logits.values())
-        total = sum(math.exp(x - high) for x in logits.values())
-        for j in rows:
-            weight[j] += math.exp(logits[j] - high) / total / len(queries)
+        asking = [queries[h, i] for i in asked]
+        asking = asking if each else [sum(asking) / len(asking)]
+        for q in asking:
+            logits = {j: float(q @ plain[h // group, j]) / math.sqrt(len(q)) for j in asked}
+            high = max(logits.values())
+            total = sum(math.exp(x - high) for x in logits.values())
+            for j in asked:
+                weight[j] += math.exp(logits[j] - high) / total / len(queries) / len(asking)
     score = {j: weight[j] * float(hidden[j].norm()) for j in rows}
     left = sorted(sorted(rows, key=lambda j: -score[j])[:keep])
     flat = {j: keys[:, j].flatten().double() for j in rows}

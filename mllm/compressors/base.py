@@ -541,6 +541,10 @@ class LayerPruner(LayerMethod):
     def at(self) -> Sequence[int]:
         return (self.layer,)
 
+    def leaving(self, count: int, tokens: int) -> LayerPruner:
+        """This method, leaving `count` of an image's `tokens` visual tokens behind its cut."""
+        return self.replace(keep=count)
+
     def act(self, ctx: LayerContext) -> list[Any]:
         return [self.select(ctx)]
 

@@ -138,5 +138,5 @@ def _for_average(stage: Any, average: int, tokens: int, num_layers: int) -> Any:
         except PlanError as error:
             unreachable = error
         else:
-            return stage.replace(layer=layer, keep=keep)
+            return stage.leaving(keep, tokens).replace(layer=layer)
     raise unreachable
