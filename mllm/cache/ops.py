@@ -15,7 +15,7 @@ from mllm.cache.landmarks import landmarked
 from mllm.cache.layer import LayerState, Make, SlotLayer, SlotTable, cache_bytes
 from mllm.cache.lowrank import Fit, Rank, factored
 from mllm.cache.rotary import Rotary
-from mllm.cache.segments import Dense, Offloaded, Part
+from mllm.cache.segments import Dense, Offloaded, Part, Segment
 from mllm.errors import CacheMismatchError, PlanError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class KVCache:
 
         Args:
             layer: where.
-            contents: False leaves keys and values out (None).
+            contents: False leaves keys and values out (None, as where nothing is stored).
         """
         stored = self.cache.layers[layer]
         shown = stored.slots - self._hidden
@@ -154,8 +154,8 @@ class KVCache:
         named = {name: columns.pop(name) for name in ("valid", "visual", "logical")}
         rest = {name: t for name, t in columns.items() if not name.startswith("position")}
         return SlotView(
-            keys=stored.keys[:, :, :shown] if contents else None,
-            values=stored.values[:, :, :shown] if contents else None,
+            keys=stored.keys[:, :, :shown] if contents and stored.segments else None,
+            values=stored.values[:, :, :shown] if contents and stored.segments else None,
             position=torch.stack(positions),
             columns=rest,
             **named,
@@ -322,6 +322,8 @@ class KVCache:
             chosen = list(range(layer.heads)) if heads is None else heads
             receiver, own = logical.clone(), logical[:, chosen]
             receiver[:, chosen] = self._per_slot(into, own, own)
+            if not bool((valid & (receiver != logical)).any()):
+                continue  # what is stored in another form stays so
             share = torch.ones_like(logical, dtype=torch.float32)
             if weight is not None:
                 ones = torch.ones_like(own, dtype=torch.float32)
@@ -331,7 +333,7 @@ class KVCache:
             layer.segments = [Dense.of(keys, values)]
             stays = receiver == logical
             stays = stays if apart else stays[:, 0]
-            layer.retain(stays, as_of=-1, shared=shared)
+            layer.retain(stays, self._certain, shared, remembered=True)
         self._mark()
 
     def _per_slot(self, tokens: Tensor, logical: Tensor, otherwise: Tensor) -> Tensor:
@@ -452,8 +454,15 @@ class KVCache:
             )
             fits.append(replace(fit, layers=tuple(numbers)))
             for i, segment in zip(numbers, segments, strict=True):
-                self.convert(i, lambda k, v, valid, segment=segment: segment)
+                self._exchange(i, segment, fit)
         return fits
+
+    def _exchange(self, layer: int, segment: Segment, fit: Fit) -> None:
+        """Put a segment of factors where the same tokens are stored plainly."""
+        self.convert(layer, lambda k, v, valid: segment)
+        if (fit.keys, fit.values) != fit.full:  # or an unpatched model may go on
+            self.cache.layers[layer].compressed = True
+            self._mark()
 
     def landmarks(
         self, layers: Layers, *, rank: Rank, size: int, local: int, outliers: int,
@@ -487,7 +496,7 @@ class KVCache:
                 layer.table.position[..., start:stop], self.rotary(i),
                 rank=rank, size=size, local=local, outliers=outliers, many=many,
             )  # fmt: skip
-            self.convert(i, lambda k, v, valid, segment=segment: segment)
+            self._exchange(i, segment, fit)
             fits.append(replace(fit, layers=(i,)))
         return fits
 
