@@ -62,9 +62,41 @@ def test_nothing_is_rounded_where_nothing_is_merged():
         assert all(isinstance(x, Quantised) for x in before)
         assert all(a is layer.segments[0] for a, layer in zip(before, cache.layers, strict=True))
         kv = patched.kv(cache)
+        old = [kv.view(i) for i in range(kv.depth)]
         own = torch.arange(kv.length)[None]
         kv.merge(None, torch.where(own == 3, 4, own))
-        assert not any(isinstance(x, Quantised) for layer in cache.layers for x in layer.segments)
+        for was, layer in zip(old, cache.layers, strict=True):
+            few, *plain = layer.segments
+            assert isinstance(few, Quantised) and not any(isinstance(x, Quantised) for x in plain)
+            logical = layer.table.logical[0, 0].tolist()
+            assert sorted(logical) == [t for t in range(kv.length) if t != 3]
+            assert logical.index(4) >= few.slots and all(t in logical[: few.slots] for t in (2, 5))
+            for now, then in ((layer.keys, was.keys), (layer.values, was.values)):
+                rest = [(at, t) for at, t in enumerate(logical) if t != 4]
+                assert all(torch.equal(now[:, :, at], then[:, :, t]) for at, t in rest)
+                mean = (then[:, :, 3] + then[:, :, 4]) / 2
+                assert torch.allclose(now[:, :, logical.index(4)], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["d2o:budget=0.4:skip=0:skip_last=0:sinks=1", "lookm:budget=0.4"])
+@torch.no_grad()
+def test_merging_in_few_bits_keeps_the_budget(method):
+    """Unequal heads fill segments up with cells that have names of tokens stored elsewhere."""
+    model, batch = families.model("llava").double(), families.samples("llava", "padded")
+    stage = mllm.plan.Plan.from_spec(method).stages[0].replace(hold=True)
+    with mllm.patch(model, [stage, mllm.plan.Plan.from_spec(BITS).stages[0]]):
+
+        def answer(samples):
+            inputs = families.collate("llava", samples)
+            return generate(model, inputs | {"pixel_values": inputs["pixel_values"].double()}, 9)
+
+        together = answer(batch)
+        for layer in together.past_key_values.layers:
+            held, total = layer.table.valid.sum(-1), layer.samples[f"{stage.info.name}_total"]
+            assert (held <= total.expand_as(held)).all() and (held >= total - 1).all()
+        alone = answer(batch[:1])
+        for a, b in zip(together.logits, alone.logits, strict=True):
+            assert torch.allclose(a[0], b[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["divprune:keep=1.0", "xkv:rank_keys=1.0:rank_values=1.0", BITS])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm import compat
-from mllm.cache.segments import Dense, Segment
+from mllm.cache.segments import Dense, Packed, Segment, _gather, _stored
 from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
@@ -429,6 +429,35 @@ class SlotLayer(DynamicLayer):
         self.segments = [segment for segment in segments if segment.slots]
         self.compressed = True
         self.intact = self.seen if as_of is None else min(as_of, self.seen)
+
+    def exchange(
+        self, keys: Tensor, values: Tensor, new: Tensor, keep: Tensor, as_of: int | None = None,
+        shared: dict | None = None,
+    ) -> None:  # fmt: skip
+        """Let go of every slot that is not in `keep`, and give others new keys and values.
+
+        These are stored plainly, behind what stays in another form.
+
+        Args:
+            keys, values: `[batch, kv_heads, slots, dim]`; where nothing is `new`, what is stored.
+            new: bool `[batch, slots]` or `[batch, kv_heads, slots]`, slots that are exchanged.
+            keep: bool, the same shape.
+            as_of, shared: as in :meth:`retain`.
+        """
+        self.remember(as_of)
+        if all(isinstance(segment, Dense | Packed) for segment in self.segments):
+            self.segments = [Dense.of(keys, values)]
+            self.retain(keep, as_of, shared, remembered=True)
+            return
+        last, place = self.segments[-1], torch.arange(self.slots, device=keep.device)
+        plain = new | (place >= self.slots - last.slots * last.grows)
+        keep = keep & _as_wide(self.table.valid, keep)
+        index, moved = self.table.compact(keep & plain)
+        self.retain(keep & ~plain, as_of, remembered=True)
+        if moved.slots:
+            own = (_gather(x, index) for x in (keys, values))
+            self.segments.append(_stored(*own, moved.valid))
+            self.table = moved.behind([self.table])
 
     def _compacted(self, keep: Tensor) -> tuple[list[tuple[Tensor, Tensor]], SlotTable]:
         """For every segment the columns that stay and which cells of them do; the new table."""
