@@ -78,7 +78,9 @@ def test_nothing_is_rounded_where_nothing_is_merged():
                 assert torch.allclose(now[:, :, logical.index(4)], mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["d2o:budget=0.4:skip=0:skip_last=0:sinks=1", "lookm:budget=0.4"])
+@pytest.mark.parametrize(
+    "method", ["d2o:budget=0.4:skip=0:skip_last=0:sinks=1", "lookm:budget=0.4"]
+)
 @torch.no_grad()
 def test_merging_in_few_bits_keeps_the_budget(method):
     """Unequal heads fill segments up with cells that have names of tokens stored elsewhere."""
