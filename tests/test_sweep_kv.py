@@ -169,6 +169,9 @@ def test_what_a_protocol_cannot_do_is_refused(loaded):
         with pytest.raises(DataError, match="behind the last picture"):
             answer(model, processor, mixed, patched, max_new_tokens=1, protocol="again")
     one = _batches(loaded, "again", n=1).batches[0]
+    with mllm.patch(model, "shadowkv") as patched:
+        with pytest.raises(PlanError, match="shadowkv then attends to everything"):
+            answer(model, processor, one, patched, max_new_tokens=1, protocol="again")
     with mllm.patch(model, "divprune:keep=4") as patched:
         with pytest.raises(PlanError, match="divprune works before"):
             answer(model, processor, one, patched, max_new_tokens=1, protocol="context")

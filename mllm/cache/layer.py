@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm import compat
-from mllm.cache.segments import Dense, Segment
+from mllm.cache.segments import Dense, Packed, Segment, _gather, _stored
 from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
@@ -400,18 +400,21 @@ class SlotLayer(DynamicLayer):
                 self.segments.insert(0, segment.last(segment.slots - here))
 
     def retain(
-        self, keep: Tensor, as_of: int | None = None, shared: dict | None = None
-    ) -> None:
+        self, keep: Tensor, as_of: int | None = None, shared: dict | None = None,
+        remembered: bool = False,
+    ) -> None:  # fmt: skip
         """Let go of every slot that is not in `keep`; logical length stays.
 
         Args:
             keep: bool `[batch, slots]` or `[batch, kv_heads, slots]`.
             as_of: tokens that the decision looked at. If `crop` takes any of them back, it takes
-                the decision back. None is all tokens seen.
+                the decision back. None is all tokens seen; later ones are all in `keep`.
             shared: filled with what layers of one table have in common; give the same one to all
                 layers that keep the same slots.
+            remembered: :meth:`remember` was called, or there is nothing to undo.
         """
-        self.remember(as_of)
+        if not remembered:
+            self.remember(as_of)
         if not self.segments:
             return
         keep = keep & _as_wide(self.table.valid, keep)
@@ -424,7 +427,37 @@ class SlotLayer(DynamicLayer):
         parts, self.table = shared[key]
         segments = [x.take(*part) for x, part in zip(self.segments, parts, strict=True)]
         self.segments = [segment for segment in segments if segment.slots]
-        self.compressed, self.intact = True, self.seen
+        self.compressed = True
+        self.intact = self.seen if as_of is None else min(as_of, self.seen)
+
+    def exchange(
+        self, keys: Tensor, values: Tensor, new: Tensor, keep: Tensor, as_of: int | None = None,
+        shared: dict | None = None,
+    ) -> None:  # fmt: skip
+        """Let go of every slot that is not in `keep`, and give others new keys and values.
+
+        These are stored plainly, behind what stays in another form.
+
+        Args:
+            keys, values: `[batch, kv_heads, slots, dim]`; where nothing is `new`, what is stored.
+            new: bool `[batch, slots]` or `[batch, kv_heads, slots]`, slots that are exchanged.
+            keep: bool, the same shape.
+            as_of, shared: as in :meth:`retain`.
+        """
+        self.remember(as_of)
+        if all(isinstance(segment, Dense | Packed) for segment in self.segments):
+            self.segments = [Dense.of(keys, values)]
+            self.retain(keep, as_of, shared, remembered=True)
+            return
+        last, place = self.segments[-1], torch.arange(self.slots, device=keep.device)
+        plain = new | (place >= self.slots - last.slots * last.grows)
+        keep = keep & _as_wide(self.table.valid, keep)
+        index, moved = self.table.compact(keep & plain)
+        self.retain(keep & ~plain, as_of, remembered=True)
+        if moved.slots:
+            own = (_gather(x, index) for x in (keys, values))
+            self.segments.append(_stored(*own, moved.valid))
+            self.table = moved.behind([self.table])
 
     def _compacted(self, keep: Tensor) -> tuple[list[tuple[Tensor, Tensor]], SlotTable]:
         """For every segment the columns that stay and which cells of them do; the new table."""
@@ -548,6 +581,14 @@ class SlotLayer(DynamicLayer):
             self.restore(undone[0])
         self._journal = []
         if target < self.seen:
+            if self.window is not None and not self.record_past and self.seen >= self.window:
+                raise CacheMismatchError(
+                    f"a layer that sees {self.window} tokens has forgotten what it would see of "
+                    f"{target}",
+                    argument="past_key_values",
+                    given=target,
+                    expected=f"{self.seen} tokens, or a snapshot from before",
+                )
             self._crop(target)
         if self.window is not None and self.record_past:
             self._forget()
@@ -571,7 +612,7 @@ class SlotLayer(DynamicLayer):
                 expected=f"at least {self.intact} tokens",
             )
         else:
-            self.retain(self.table.logical < length, as_of=-1)
+            self.retain(self.table.logical < length, remembered=True)
         self.seen, self.intact = length, min(self.intact, length)
 
     def reset(self) -> None:

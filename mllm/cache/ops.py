@@ -15,7 +15,7 @@ from mllm.cache.landmarks import landmarked
 from mllm.cache.layer import LayerState, Make, SlotLayer, SlotTable, cache_bytes
 from mllm.cache.lowrank import Fit, Rank, factored
 from mllm.cache.rotary import Rotary
-from mllm.cache.segments import Dense, Offloaded, Part
+from mllm.cache.segments import Offloaded, Part, Segment
 from mllm.errors import CacheMismatchError, PlanError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class KVCache:
 
         Args:
             layer: where.
-            contents: False leaves keys and values out (None).
+            contents: False leaves keys and values out (None, as where nothing is stored).
         """
         stored = self.cache.layers[layer]
         shown = stored.slots - self._hidden
@@ -154,8 +154,8 @@ class KVCache:
         named = {name: columns.pop(name) for name in ("valid", "visual", "logical")}
         rest = {name: t for name, t in columns.items() if not name.startswith("position")}
         return SlotView(
-            keys=stored.keys[:, :, :shown] if contents else None,
-            values=stored.values[:, :, :shown] if contents else None,
+            keys=stored.keys[:, :, :shown] if contents and stored.segments else None,
+            values=stored.values[:, :, :shown] if contents and stored.segments else None,
             position=torch.stack(positions),
             columns=rest,
             **named,
@@ -298,6 +298,7 @@ class KVCache:
         """Fold tokens into others: a receiver becomes the weighted mean of all that it stands for.
 
         Keys are averaged as they are stored, after rotary embedding; see :meth:`unrotate`.
+        Receivers are stored plainly; what receives nothing stays in the form that it is in.
 
         Args:
             layers: where.
@@ -322,16 +323,16 @@ class KVCache:
             chosen = list(range(layer.heads)) if heads is None else heads
             receiver, own = logical.clone(), logical[:, chosen]
             receiver[:, chosen] = self._per_slot(into, own, own)
+            if not bool((valid & (receiver != logical)).any()):
+                continue
             share = torch.ones_like(logical, dtype=torch.float32)
             if weight is not None:
                 ones = torch.ones_like(own, dtype=torch.float32)
                 share[:, chosen] = self._per_slot(weight.float(), own, ones)
-            layer.remember(self._certain)
-            keys, values = _merged(layer, receiver, share, logical, valid, part)
-            layer.segments = [Dense.of(keys, values)]
+            keys, values, new = _merged(layer, receiver, share, logical, valid, part)
             stays = receiver == logical
-            stays = stays if apart else stays[:, 0]
-            layer.retain(stays, as_of=-1, shared=shared)
+            stays, new = (stays, new) if apart else (stays[:, 0], new[:, 0])
+            layer.exchange(keys, values, new, stays, self._certain, shared)
         self._mark()
 
     def _per_slot(self, tokens: Tensor, logical: Tensor, otherwise: Tensor) -> Tensor:
@@ -452,8 +453,15 @@ class KVCache:
             )
             fits.append(replace(fit, layers=tuple(numbers)))
             for i, segment in zip(numbers, segments, strict=True):
-                self.convert(i, lambda k, v, valid, segment=segment: segment)
+                self._exchange(i, segment, fit)
         return fits
+
+    def _exchange(self, layer: int, segment: Segment, fit: Fit) -> None:
+        """Put a segment of factors where the same tokens are stored plainly."""
+        self.convert(layer, lambda k, v, valid: segment)
+        if (fit.keys, fit.values) != fit.full:  # or an unpatched model may go on
+            self.cache.layers[layer].compressed = True
+            self._mark()
 
     def landmarks(
         self, layers: Layers, *, rank: Rank, size: int, local: int, outliers: int,
@@ -487,7 +495,7 @@ class KVCache:
                 layer.table.position[..., start:stop], self.rotary(i),
                 rank=rank, size=size, local=local, outliers=outliers, many=many,
             )  # fmt: skip
-            self.convert(i, lambda k, v, valid, segment=segment: segment)
+            self._exchange(i, segment, fit)
             fits.append(replace(fit, layers=(i,)))
         return fits
 
@@ -581,8 +589,11 @@ def _headwise(x: Tensor, heads: int) -> Tensor:
 
 def _merged(
     layer: SlotLayer, receiver: Tensor, share: Tensor, logical: Tensor, valid: Tensor, part: Part
-) -> tuple[Tensor, Tensor]:
-    """Keys and values `[batch, kv_heads, slots, dim]` with every receiver's mean in its slot."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values `[batch, kv_heads, slots, dim]` with every receiver's mean in its slot.
+
+    And which slots have one: bool `[batch, kv_heads, slots]`.
+    """
     slots, most = logical.shape[-1], max(int(logical.max()), int(receiver.max())) + 1
     columns = torch.arange(slots, device=logical.device).expand_as(logical)
     nowhere = logical.masked_fill(~valid, most)
@@ -605,4 +616,4 @@ def _merged(
         mean(x) if side else x.clone()
         for x, side in zip((layer.keys, layer.values), sides, strict=True)
     )
-    return keys, values
+    return keys, values, several & valid

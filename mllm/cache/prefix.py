@@ -70,18 +70,12 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     layers = []
     names: dict[int, str] = {}
     for i, layer in enumerate(cache.layers):
-        if any(hasattr(segment, "saved") for segment in layer.segments):
-            stored = {"form": "parts", "parts": _parts(i, layer, tensors, names)}
-        else:
-            keys, values, form = _stored(layer)
-            tensors |= {f"layer.{i}.keys": keys, f"layer.{i}.values": values}
-            stored = {"form": form}
         tensors |= {f"layer.{i}.shift.{name}": t for name, t in layer.shifts.items()}
         tensors |= {f"layer.{i}.sample.{name}": t for name, t in layer.samples.items()}
         layers.append(
             {
                 "slots": tables.index(layer.table),
-                **stored,
+                "parts": _parts(i, layer, tensors, names),
                 "heads": layer.heads,
                 "window": layer.window,
                 "intact": int(layer.intact),
@@ -110,20 +104,6 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _stored(layer: SlotLayer) -> tuple[Tensor, Tensor, str]:
-    """Keys and values: the rectangle as it is, or its valid cells `[cells, dim]`."""
-    return _plain(layer.segments, layer.table.valid, layer.keys, layer.values)
-
-
-def _plain(
-    segments: list[Segment], valid: Tensor, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor, str]:
-    if len(segments) == 1 and isinstance(segments[0], Dense):
-        return keys, values, "rectangle"
-    valid = valid if valid.dim() == 3 else valid[:, None].expand(keys.shape[:3])
-    return keys[valid], values[valid], "cells"
-
-
 def _parts(
     i: int, layer: SlotLayer, tensors: dict[str, Tensor], names: dict[int, str]
 ) -> list[dict[str, Any]]:
@@ -140,9 +120,13 @@ def _parts(
         if form := getattr(segment, "form", None):
             row, own = segment.saved()
         else:
-            valid = layer.table.valid[..., at : at + segment.slots]
-            keys, values, form = _plain([segment], valid, segment.keys(), segment.values())
-            row, own = {"slots": segment.slots}, {"keys": keys, "values": values}
+            row = {"slots": segment.slots}
+            own = {"keys": segment.keys(), "values": segment.values()}
+            form = "rectangle" if isinstance(segment, Dense) else "cells"
+            if form == "cells":
+                valid = layer.table.valid[..., at : at + segment.slots]
+                valid = valid if valid.dim() == 3 else valid[:, None].expand(-1, layer.heads, -1)
+                own = {name: t[valid] for name, t in own.items()}
         at += segment.slots
         for name, tensor in own.items():
             names.setdefault(id(tensor), f"layer.{i}.{n}.{name}")
@@ -207,7 +191,7 @@ def load_prefix(
         layer = _layer(i, row, tables[row["slots"]], tensors)
         rotary = Rotary(patched.family, i)
         at = 0
-        for part in row.get("parts", ()):
+        for part in row["parts"]:
             own = {name: tensors[key] for name, key in part["tensors"].items()}
             if part["form"] in FORMS:
                 segment = FORMS[part["form"]].loaded(part, own, rotary, shared)
@@ -216,7 +200,9 @@ def load_prefix(
                 segment = _made(part["form"], valid, row["heads"], own["keys"], own["values"])
             layer.segments.append(segment)
             at += segment.slots
-        layer.lazy_initialization(layer.keys, layer.values)
+        # Not from keys and values, which would have to be made of factors and codes.
+        layer.dtype, layer.device, layer.heads = weight.dtype, torch.device(device), row["heads"]
+        layer.is_initialized = True
         cache.layers.append(layer)
     for layer in cache.layers:
         layer.seen = header["logical_length"]
@@ -242,9 +228,6 @@ def _tables(tensors: dict[str, Tensor]) -> list[SlotTable]:
 def _layer(i: int, row: dict[str, Any], table: SlotTable, tensors: dict[str, Tensor]) -> SlotLayer:
     layer = SlotLayer(row["window"])
     layer.table = table
-    if row["form"] != "parts":
-        own = tensors[f"layer.{i}.keys"], tensors[f"layer.{i}.values"]
-        layer.segments = [_made(row["form"], table.valid, row["heads"], *own)]
     layer.intact, layer.compressed = row["intact"], row["compressed"]
     for name in ("shift", "sample"):
         start = f"layer.{i}.{name}."

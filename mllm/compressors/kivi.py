@@ -73,4 +73,4 @@ class KIVI(Quantiser):
 
         event.cache.convert(None, make, blocks=self.residual)
 
-    decode_step = verify_end = prefill_end
+    chunk_end = decode_step = verify_end = prefill_end

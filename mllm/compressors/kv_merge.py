@@ -62,8 +62,11 @@ def merge_into(
     at = layer.logical
     target = torch.where(merged, at.gather(-1, slot), -1)
     target = torch.where(keep, at, target)
-    into = at.new_full((*at.shape[:2], event.cache.length), -1).scatter(-1, at, target)
-    weight = torch.ones_like(into, dtype=torch.float32).scatter(-1, at, share)
+    # Cells that fill up a segment may have the name of a token that another segment holds.
+    named = torch.where(layer.stored, at, event.cache.length)
+    into = at.new_full((*at.shape[:2], event.cache.length + 1), -1).scatter(-1, named, target)
+    weight = torch.ones_like(into, dtype=torch.float32).scatter(-1, named, share)
+    into, weight = into[..., :-1], weight[..., :-1]
     if at.shape[1] == 1:
         into, weight = into[:, 0], weight[:, 0]
     event.cache.merge(layer.index, into, weight)

@@ -46,8 +46,8 @@ class ZipVLPrefill(LayerMethod):
 
     The authors draw probes at random; here they are spread by the golden ratio over the prompt, so
     that a sample's do not depend on its batch. Their numbers (64 and 64) are unverified. Reading
-    ahead costs the layer's projections once more. Not here: quantised storage (v1), and choosing
-    anew while answering.
+    ahead costs the layer's projections once more. Quantised storage, and choosing anew while
+    answering, are `zipvl_cache`'s.
 
     Args:
         tau: share of the mass; 1 is everything.
@@ -138,6 +138,7 @@ class ZipVLCache(Quantiser):
     group_size: int = 32
 
     identity = {"high": 16, "low": 16}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.demand_bits("high", "low")

@@ -98,7 +98,8 @@ def answer(
         One answer per row, in order.
 
     Raises:
-        PlanError: another protocol than `prompt` for a plan that does not only work on the cache.
+        PlanError: another protocol than `prompt` for a plan that does not only work on the cache;
+            `again` for one whose steps choose what they attend to.
         DataError: rows that such a protocol cannot have in one batch.
     """
     inputs = inputs.to(model.device)
@@ -152,6 +153,15 @@ def _read(
             argument="protocol",
             given=protocol,
             expected="protocol 'prompt', or methods on the KV cache",
+        )
+    if protocol == "again" and patched.selects:
+        names = ", ".join(stage.info.name for stage in stages if stage.selects)
+        raise PlanError(
+            f"protocol='again' takes a part of the prompt back, and {names} then attends to "
+            "everything",
+            argument="protocol",
+            given=protocol,
+            expected="protocol 'context' or 'prompt'",
         )
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     place = torch.arange(ids.shape[1], device=ids.device)
