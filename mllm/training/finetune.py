@@ -196,6 +196,7 @@ def finetune(
     folder: Path,
     resume: Path | bool,
     loaded: tuple[Any, Any] | None = None,
+    metrics: MetricsFile | None = None,
 ) -> tuple[Any, Any] | None:
     """Train, and return the model (adapters merged in) and its processor.
 
@@ -209,6 +210,7 @@ def finetune(
             is saved in `folder/adapter`.
         resume: False, True (newest whole checkpoint) or a checkpoint folder.
         loaded: model and processor to train instead of `recipe.model.path`.
+        metrics: where logs go; None is `folder/metrics.jsonl`.
 
     Returns:
         None when SIGTERM stopped the run (a checkpoint was saved). Under ZeRO-3 only the first
@@ -230,12 +232,13 @@ def finetune(
     if teacher is not None:
         teacher.part_from(model)
     stop = StopOnSigterm()
+    metrics = metrics or MetricsFile(folder / "metrics.jsonl")
     trainer = FinetuneTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(processor),
         train_dataset=data,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), Progress("train"), stop],
+        callbacks=[metrics, Progress(metrics.stage or "train"), stop],
         recipe=recipe,
         before=before,
         teacher=teacher,
