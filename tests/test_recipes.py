@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -20,8 +21,8 @@ from train_tiny import save_small
 import mllm
 from mllm.errors import DataError, PlanError, RecipeError
 from mllm.loading import load_model
-from mllm.training import parts, preview
-from mllm.training.data import Collator, load_data
+from mllm.training import parts, preview, speed
+from mllm.training.data import Collator, Conversations, load_data
 from mllm.training.distill import Teacher, distill_loss
 from mllm.training.finetune import check_four_bits, wrap_lora
 from mllm.training.launch import World, deepspeed_config
@@ -568,6 +569,28 @@ def test_metrics_have_speed_and_memory(small, tmp_path):
         assert all(row["tokens_per_second"] > 0 and row["memory_gib"] > 0 for row in rows)
         found[name] = rows[0]["tflops"] / rows[0]["tokens_per_second"]
     assert 0 < found["with"] < found["without"]
+
+
+def test_metrics_have_the_share_of_waiting_for_data(small, tmp_path, monkeypatch):
+    """By a clock of our own: a sample takes one second, a forward and backward pass two."""
+    clock = [0.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    make, count = Conversations.__getitem__, speed.Meter.count
+
+    def slow_make(self, index):
+        clock[0] += 1
+        return make(self, index)
+
+    def slow_count(self, inputs):
+        clock[0] += 2
+        return count(self, inputs)
+
+    monkeypatch.setattr(Conversations, "__getitem__", slow_make)
+    monkeypatch.setattr(speed.Meter, "count", slow_count)
+    run(recipe_for(small, tmp_path / "run"))
+    waits = [row["data_wait"] for row in rows_of(tmp_path / "run") if "loss" in row]
+    # Two samples a step; the loader may have fetched a batch ahead in the first.
+    assert waits[1] == 0.5 and waits[0] in (0.5, 0.6667)
 
 
 def test_tensorboard_when_asked(small, tmp_path):

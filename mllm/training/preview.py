@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mllm.errors import DataError, RecipeError
 from mllm.loading import model_path
 from mllm.training import parts
 from mllm.training.data import Conversations, load_data
+from mllm.training.features import check_features
 from mllm.training.launch import World, check_deepspeed
 from mllm.training.recipe import Recipe
 
@@ -61,9 +63,9 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             expected="data with pictures, or plan: null",
         )
     model = skeleton(recipe.model.path)
-    if recipe.plan:
-        with mllm.patch(model, recipe.plan):
-            pass
+    with mllm.patch(model, recipe.plan) if recipe.plan else nullcontext() as patched:
+        if recipe.model.feature_cache:
+            check_features(recipe, model, patched, _tower_learns(recipe, model))
     _check_layers(recipe, model.config.get_text_config().num_hidden_layers)
     before = parts.parts(model)
     parts.freeze(model, recipe)
@@ -126,6 +128,19 @@ def _check_layers(recipe: Recipe, layers: int) -> None:
                 given=layer,
                 expected=f"{-layers} to {layers - 1}",
             )
+
+
+def _tower_learns(recipe: Recipe, model: nn.Module) -> bool:
+    if recipe.method.type == "full":
+        return not recipe.model.freeze_vision_tower
+    from mllm.training.finetune import wrap_lora
+
+    model = copy.deepcopy(model)  # adapters stay
+    before = parts.parts(model)
+    parts.freeze(model, recipe)
+    found = parts.trained(wrap_lora(model, recipe), before)
+    seats = (parts.seat(name, before) if part == parts.NEW else part for name, _, part in found)
+    return "vision_tower" in seats
 
 
 def _rates(recipe: Recipe, model: nn.Module, before: dict[str, str]) -> dict[str, float]:
@@ -334,6 +349,7 @@ def rehearse(recipe: Recipe, data: Conversations) -> dict[str, Any]:
     short |= {"bf16": False, "fp16": False, "tf32": None}
     alone = recipe.model_copy(
         update={
+            "model": recipe.model.model_copy(update={"feature_cache": None}),
             "train": recipe.train | short,
             "parallel": type(recipe.parallel)(),
             "method": recipe.method.model_copy(update={"load_in_4bit": False}),

@@ -45,12 +45,13 @@ class ModelPart(Strict):
 
     `path` is a folder, a hub name, `tiny-llava` (the embedded model), or, with `stages`,
     `new:tiny-llava`: the same architecture with random weights. `reset_projector` starts from a
-    random projector.
+    random projector. `feature_cache` is a folder for what a frozen tower says of every picture.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     reset_projector: bool = False
+    feature_cache: str | None = None
     freeze_vision_tower: bool = False
     freeze_multi_modal_projector: bool = False
     freeze_language_model: bool = False
@@ -626,6 +627,13 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.stages and not recipe.from_scratch:
         _check_tunes(recipe, new)
     elif recipe.stages:
+        if recipe.model.feature_cache:
+            _refuse(
+                "stages from scratch train the tower",
+                "model.feature_cache",
+                recipe.model.feature_cache,
+                "null",
+            )
         for key in ("data", "train", "plan", "learning_rates", "sampling", "parallel"):
             if key in recipe._written and recipe._written[key]:
                 _refuse(
