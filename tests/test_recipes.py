@@ -645,7 +645,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_the_run_goes_on(
 
 def test_a_full_disk_at_the_end_is_one_error(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("mllm.training.run._save_model", full_disk)
+        patch.setattr("mllm.training.run.save_whole", full_disk)
         with pytest.raises(DataError, match="no room is left"):
             run(recipe_for(small, tmp_path / "run"))
     assert run(recipe_for(small, tmp_path / "run"), resume=True)["status"] == "complete"
