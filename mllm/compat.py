@@ -68,6 +68,7 @@ __all__ = [
     "mask_like",
     "reentrant",
     "register_attention",
+    "report_targets",
     "serve",
     "tensor_parallel",
     "tested",
@@ -99,6 +100,13 @@ def warn_if_untested() -> None:
             f"'transformers=={TESTED[1]}.*'",
             stacklevel=2,
         )
+
+
+def report_targets() -> list[str]:
+    """What `TrainingArguments(report_to=)` can name, of what is installed."""
+    from transformers.integrations import integration_utils
+
+    return integration_utils.get_available_reporting_integrations()
 
 
 def arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -20,8 +21,8 @@ from train_tiny import save_small
 import mllm
 from mllm.errors import DataError, PlanError, RecipeError
 from mllm.loading import load_model
-from mllm.training import parts, preview
-from mllm.training.data import Collator, load_data
+from mllm.training import parts, preview, speed
+from mllm.training.data import Collator, Conversations, load_data
 from mllm.training.distill import Teacher, distill_loss
 from mllm.training.finetune import check_four_bits, wrap_lora
 from mllm.training.launch import World, deepspeed_config
@@ -57,6 +58,10 @@ def recipe_for(small, folder, **changes):
     }
     written["train"] |= changes.pop("train", {})
     return validate(written | changes)
+
+
+def turn(who, text):
+    return {"from": who, "value": text}
 
 
 def rows_of(folder):
@@ -566,6 +571,28 @@ def test_metrics_have_speed_and_memory(small, tmp_path):
     assert 0 < found["with"] < found["without"]
 
 
+def test_metrics_have_the_share_of_waiting_for_data(small, tmp_path, monkeypatch):
+    """By a clock of our own: a sample takes one second, a forward and backward pass two."""
+    clock = [0.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    make, count = Conversations.__getitem__, speed.Meter.count
+
+    def slow_make(self, index):
+        clock[0] += 1
+        return make(self, index)
+
+    def slow_count(self, inputs):
+        clock[0] += 2
+        return count(self, inputs)
+
+    monkeypatch.setattr(Conversations, "__getitem__", slow_make)
+    monkeypatch.setattr(speed.Meter, "count", slow_count)
+    run(recipe_for(small, tmp_path / "run"))
+    waits = [row["data_wait"] for row in rows_of(tmp_path / "run") if "loss" in row]
+    # Two samples a step; the loader may have fetched a batch ahead in the first.
+    assert waits[1] == 0.5 and waits[0] in (0.5, 0.6667)
+
+
 def test_tensorboard_when_asked(small, tmp_path):
     pytest.importorskip("tensorboard")
     run(recipe_for(small, tmp_path / "run", train={"report_to": "tensorboard"}))
@@ -618,8 +645,85 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_the_run_goes_on(
 
 def test_a_full_disk_at_the_end_is_one_error(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("mllm.training.run._save_model", full_disk)
+        patch.setattr("mllm.training.run.save_whole", full_disk)
         with pytest.raises(DataError, match="no room is left"):
             run(recipe_for(small, tmp_path / "run"))
     assert run(recipe_for(small, tmp_path / "run"), resume=True)["status"] == "complete"
     shutil.rmtree(tmp_path / "run")
+
+
+# --- what a new user does wrong
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"conversations": [turn("human", "hi"), turn("bot", "x")]}, "from 'bot': roles are human"),
+        ({"conversations": [turn("human", "hi"), turn("gpt", " ")]}, "no answer to learn"),
+        ({"video": "a", "conversations": [turn("human", "<video>"), turn("gpt", "x")]}, "video"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_named(entry, words, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    with pytest.raises(DataError, match=words):
+        load_data([DataPart(path=str(tmp_path / "a.json"))])
+
+
+def test_a_source_that_may_skip_nothing_does_not_borrow_from_another(tmp_path):
+    Image.new("RGB", (30, 30)).save(tmp_path / "whole.png")
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    for name in ("whole", "torn"):
+        turns = [turn("human", "<image>"), turn("gpt", "x")]
+        entries = [{"image": f"{name}.png", "conversations": turns}] * 4
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    data, _ = load_data(
+        [
+            DataPart(path=str(tmp_path / "whole.json"), skip_bad=0.9),
+            DataPart(path=str(tmp_path / "torn.json")),
+        ]
+    )
+    with pytest.raises(DataError, match="1 of 4 conversations of data.1") as caught:
+        data[4]
+    assert caught.value.argument == "data.1.skip_bad"
+
+
+def test_the_number_of_processes_leaves_no_trace_in_the_hash(small, tmp_path):
+    here = recipe_for(small, tmp_path / "run")
+    assert recipe_for(small, tmp_path / "run", parallel={"nproc": 2}).sha256 == here.sha256
+    assert recipe_for(small, tmp_path / "run", parallel={"zero": 2}).sha256 != here.sha256
+
+
+@pytest.mark.parametrize("layer", [2, -3])
+def test_a_layer_that_the_decoder_has_not_is_refused(layer, small, tmp_path):
+    method = {"type": "full", "distill": {"layers": [layer]}}
+    recipe = recipe_for(small, tmp_path / "run", plan=PLAN, method=method)
+    with pytest.raises(RecipeError, match="the decoder has 2 layers"):
+        preview.preview(recipe, World())
+
+
+def test_a_rate_for_what_is_frozen_is_refused(small, tmp_path):
+    changes = {"method": {"type": "full"}, "learning_rates": {"vision_tower": 1e-5}}
+    model = {"path": str(small), "freeze_vision_tower": True}
+    with pytest.raises(RecipeError, match="nothing of it is trained"):
+        preview.preview(recipe_for(small, tmp_path / "run", model=model, **changes), World())
+
+
+def test_the_preview_shows_the_rate_that_adapters_have(small, tmp_path):
+    recipe = recipe_for(small, tmp_path / "run", learning_rates={"language_model": 3e-5})
+    assert preview.preview(recipe, World())["parts"]["new_modules"]["learning_rate"] == 3e-5
+
+
+def test_an_unknown_place_to_report_to_is_found_before_weights_are_read(small, tmp_path):
+    recipe = recipe_for(small, tmp_path / "run", train={"report_to": "nosuch"})
+    with pytest.raises(RecipeError, match="report_to='nosuch'"):
+        run(recipe)
+
+
+def test_a_folder_of_something_else_is_not_deleted(small, tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/mine").write_text("precious")
+    (tmp_path / "run/run.json").write_text('{"tool": "another"}')
+    output = {"dir": str(tmp_path / "run"), "overwrite": True}
+    with pytest.raises(RecipeError, match="no record of a run"):
+        run(recipe_for(small, tmp_path / "run", output=output))
+    assert (tmp_path / "run/model/mine").read_text() == "precious"

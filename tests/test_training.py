@@ -95,6 +95,15 @@ def test_every_shipped_recipe_is_valid(name):
         ("parallel={zero: 2, offload: parameters}", "needs zero=3"),
         ("parallel.deepspeed={steps_per_print: 1}", "not DeepSpeed's"),
         ("train.deepspeed=ds.json", "parallel.zero"),
+        ("train.max_steps=abc", "train.max_steps='abc'"),
+        ("train.per_device_train_batch_size=0", "greater than or equal to 1"),
+        ("train.per_device_train_batch_size=two", "valid integer"),
+        ("train.gradient_accumulation_steps=0", "greater than or equal to 1"),
+        ("train.learning_rate=abc", "valid number"),
+        ("train.learning_rate=-1", "greater than 0"),
+        ("train.bf16=2", "valid boolean"),
+        ("train.seed=x", "valid integer"),
+        ("train={num_train_epochs: 0}", "neither steps nor epochs"),
         ("learning_rates.tower=1", "did you mean 'vision_tower'"),
         ("learning_rates.vision_tower=0", "greater than 0"),
         ("method.distil.weight=1", "distil"),
@@ -181,7 +190,7 @@ def test_labels_stand_on_the_answers_only(tmp_path, processor):
     [
         ({"id": 7, "image": "no.png", "conversations": []}, "0 image placeholders for 1"),
         ({"id": 7, "conversations": [{"from": "human", "value": "a"}]}, "no answer"),
-        ({"id": 7, "conversations": [{"from": "alien", "value": "a"}]}, "valid conversations"),
+        ({"id": 7, "conversations": [{"from": "alien", "value": "a"}]}, "from 'alien'"),
         (
             {
                 "id": 7,

@@ -56,7 +56,8 @@ def _rows() -> list[dict[str, Any]]:
     rows = []
     for name, path in shipped().items():
         recipe = load(path)
-        plans = [recipe.plan, *(recipe.eval.plans if recipe.eval else [])]
+        plans = [part.plan for _, part in recipe.tunes()]
+        plans += recipe.eval.plans if recipe.eval else []
         stages = [stage for plan in plans if plan for stage in plan.split("+")]
         rows.append(
             {

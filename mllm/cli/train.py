@@ -108,6 +108,17 @@ def _show_preview(found: dict[str, Any]) -> None:
 
     console = Console()
     print(yaml.safe_dump(found["recipe"], sort_keys=False), end="")
+    if "parts" in found:
+        _show_parts(console, found)
+    for stage in found.get("stages", ()):
+        if "parts" in stage:
+            console.print(f"\n[bold]stage {stage['name']}[/bold]")
+            _show_parts(console, stage)
+        else:
+            console.print(f"stage {stage['name']}: {stage['steps']} steps of {stage['effective']}")
+
+
+def _show_parts(console: Console, found: dict[str, Any]) -> None:
     table = Table(title="\nparameters", title_justify="left")
     for column in ("part", "all", "trained", "learning rate"):
         table.add_column(column, justify="left" if column == "part" else "right")
@@ -120,8 +131,6 @@ def _show_preview(found: dict[str, Any]) -> None:
             "-" if rate is None else f"{rate:g}",
         )
     console.print(table)
-    for stage in found.get("stages", ()):
-        console.print(f"stage {stage['name']}: {stage['steps']} steps of {stage['effective']}")
     if "batch" not in found:
         return
     batch, memory, step = found["batch"], found["memory"], found["step"]

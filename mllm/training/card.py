@@ -47,8 +47,8 @@ def write_card(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
         "| | |",
         "| --- | --- |",
         f"| base model | {recipe.model.path} |",
-        f"| method | {'from scratch, in stages' if recipe.stages else recipe.method.type} |",
-        f"| plan while training | {recipe.plan or 'none'} |",
+        f"| method | {_methods(recipe)} |",
+        f"| plan while training | {', '.join(part.plan or 'none' for _, part in recipe.tunes())} |",
         f"| recipe sha256 | {record['recipe_sha256']} |",
         f"| seed | {_seeds(recipe)} |",
         f"| device | {record['device']}, {record['threads']} threads |",
@@ -80,6 +80,13 @@ def write_card(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
     write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
+def _methods(recipe: Recipe) -> str:
+    if recipe.from_scratch:
+        return "from scratch, in stages"
+    return ", ".join(f"{name} {part.method.type}".strip() for name, part in recipe.tunes())
+
+
 def _seeds(recipe: Recipe) -> str:
-    parts = [stage.train for stage in recipe.stages] or [recipe.train]
+    whole = [part.train for _, part in recipe.tunes()]
+    parts = [stage.train for stage in recipe.stages] if recipe.from_scratch else whole
     return ", ".join(str(part.get("seed", 42)) for part in parts)

@@ -7,7 +7,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,32 +43,39 @@ class Record:
         images: how many pictures it has.
         length: about how many tokens: only the order of lengths matters.
         where: file, number and id, for messages.
+        source: number of the part of `data` it is from.
     """
 
     make: Callable[[], tuple[list[Message], list[Any]]]
     images: int
     length: int
     where: str
+    source: int = 0
 
 
 class Conversations(Dataset):
     """Item `i` is `{"messages": chat messages, "images": PIL images in prompt order}`.
 
-    A picture that cannot be read is passed over for the next conversation, up to the share
-    `skip_bad` of all of them.
+    A conversation whose pictures cannot be read is passed over for the next one, up to the share
+    `skip_bad` of those of its source.
 
     Attributes:
         records: the conversations.
+        skip_bad: the share, by source.
         skipped: entries that were left out when the files were read.
         bad: bool `[conversations]`, those whose pictures could not be read; shared by the workers
             of a loader.
     """
 
     def __init__(
-        self, records: Sequence[Record], skip_bad: float = 0.0, skipped: Sequence[str] = ()
+        self,
+        records: Sequence[Record],
+        skip_bad: Sequence[float] = (0.0,),
+        skipped: Sequence[str] = (),
     ) -> None:
         self.records, self.skip_bad, self.skipped = records, skip_bad, list(skipped)
         self.bad = torch.zeros(len(records), dtype=torch.bool).share_memory_()
+        self._source = torch.tensor([record.source for record in records])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -81,20 +88,27 @@ class Conversations(Dataset):
                 messages, images = self.records[place].make()
             except DataError as error:
                 self.bad[place] = True
-                if int(self.bad.sum()) > self.skip_bad * len(self):
-                    raise self._too_many(f"{self.records[place].where}: {error}") from error
+                self._check_share(self.records[place], error)
                 continue
             return {"messages": messages, "images": images}
-        raise self._too_many("none could be read")
-
-    def _too_many(self, what: str) -> DataError:
-        return DataError(
-            f"{int(self.bad.sum())} of {len(self)} conversations have pictures that cannot be "
-            f"read, and skip_bad={self.skip_bad} allows {int(self.skip_bad * len(self))}; {what}",
-            argument="data.skip_bad",
-            given=self.skip_bad,
-            expected="readable pictures, or a larger share",
+        raise DataError(
+            "no conversation has pictures that can be read",
+            argument="data",
+            expected="readable pictures",
         )
+
+    def _check_share(self, record: Record, error: DataError) -> None:
+        mine, share = self._source == record.source, self.skip_bad[record.source]
+        bad, all_of_it = int((self.bad & mine).sum()), int(mine.sum())
+        if bad > share * all_of_it:
+            raise DataError(
+                f"{bad} of {all_of_it} conversations of data.{record.source} have pictures that "
+                f"cannot be read, and skip_bad={share} allows {int(share * all_of_it)}; "
+                f"{record.where}: {error}",
+                argument=f"data.{record.source}.skip_bad",
+                given=share,
+                expected="readable pictures, or a larger share",
+            ) from error
 
 
 def load_data(parts: Sequence[DataPart]) -> tuple[Conversations, list[str]]:
@@ -106,20 +120,20 @@ def load_data(parts: Sequence[DataPart]) -> tuple[Conversations, list[str]]:
     """
     records: list[Record] = []
     digests, skipped = [], []
-    for part in parts:
+    for number, part in enumerate(parts):
         if part.path in sources.SOURCES:
             found, digest = _from_source(part)
         else:
             found, left_out, digest = _from_file(part)
             skipped += left_out
         # Weight 0.5 keeps every second record, weight 2 has each twice.
+        found = [replace(record, source=number) for record in found]
         wanted = max(1, round(part.weight * len(found)))
         records += [found[int(i / part.weight) % len(found)] for i in range(wanted)]
         digests.append(digest)
     if skipped:
         warnings.warn(f"{len(skipped)} entries are skipped; the first: {skipped[0]}", stacklevel=2)
-    share = max(part.skip_bad for part in parts)
-    return Conversations(records, share, skipped), digests
+    return Conversations(records, [part.skip_bad for part in parts], skipped), digests
 
 
 def _from_source(part: DataPart) -> tuple[list[Record], str]:
@@ -278,12 +292,20 @@ def _bad(path: Path, where: str, what: str) -> DataError:
     )
 
 
+def _unknown_role(name: Any) -> str:
+    return f"has a turn from {name!r}: roles are {', '.join(ROLES)}"
+
+
 def _from_llava(path: Path, where: str, entry: dict) -> tuple[list[Message], list[Any]]:
+    if entry.get("video"):
+        raise _bad(path, where, "has a video: training takes pictures")
     found = entry.get("image") or []
     names = list(found) if isinstance(found, list | tuple) else [found]
     messages = []
     try:
         for turn in entry["conversations"]:
+            if turn["from"] not in ROLES:
+                raise _bad(path, where, _unknown_role(turn["from"]))
             content: list[dict[str, str]] = []
             for i, piece in enumerate(turn["value"].split(PLACEHOLDER)):
                 if i:
@@ -300,6 +322,8 @@ def _from_messages(path: Path, where: str, entry: dict) -> tuple[list[Message], 
     messages, names = [], list(entry.get("images") or [])
     try:
         for turn in entry["messages"]:
+            if turn["role"] not in ROLES:
+                raise _bad(path, where, _unknown_role(turn["role"]))
             content = turn["content"]
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
@@ -326,7 +350,13 @@ def _stored(
     holes = sum(piece["type"] == "image" for piece in pieces)
     if holes != len(names):
         raise _bad(path, where, f"has {holes} image placeholders for {len(names)} images")
-    if not any(turn["role"] == "assistant" for turn in messages):
+    answers = [
+        piece.get("text", "").strip()
+        for turn in messages
+        if turn["role"] == "assistant"
+        for piece in turn["content"]
+    ]
+    if not any(answers):
         raise _bad(path, where, "has no answer to learn")
     for name in names:
         if isinstance(name, str) and not (root / name).is_file():

@@ -18,6 +18,7 @@ from mllm.loading import load_model
 from mllm.training import parts
 from mllm.training.data import Collator, Conversations
 from mllm.training.distill import Teacher, distill_loss
+from mllm.training.features import FeatureCache
 from mllm.training.launch import deepspeed_config
 from mllm.training.ordering import Order
 from mllm.training.recipe import Recipe
@@ -141,6 +142,11 @@ class FinetuneTrainer(CheckpointTrainer):
         kinds = [record.images > 0 for record in data.records] if group == "modality" else None
         return Order(len(data), seed, batch, lengths, kinds)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.meter is not None:
+            epoch_iterator = self.meter.timed(epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.meter is not None:
             self.meter.count(inputs)
@@ -197,6 +203,7 @@ def finetune(
     folder: Path,
     resume: Path | bool,
     loaded: tuple[Any, Any] | None = None,
+    metrics: MetricsFile | None = None,
 ) -> tuple[Any, Any] | None:
     """Train, and return the model (adapters merged in) and its processor.
 
@@ -210,6 +217,7 @@ def finetune(
             is saved in `folder/adapter`.
         resume: False, True (newest whole checkpoint) or a checkpoint folder.
         loaded: model and processor to train instead of `recipe.model.path`.
+        metrics: where logs go; None is `folder/metrics.jsonl`.
 
     Returns:
         None when SIGTERM stopped the run (a checkpoint was saved). Under ZeRO-3 only the first
@@ -231,19 +239,25 @@ def finetune(
     if teacher is not None:
         teacher.part_from(model)
     stop = StopOnSigterm()
+    metrics = metrics or MetricsFile(folder / "metrics.jsonl")
     trainer = FinetuneTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(processor),
         train_dataset=data,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), Progress("train"), stop],
+        callbacks=[metrics, Progress(metrics.stage or "train"), stop],
         recipe=recipe,
         before=before,
         teacher=teacher,
     )
     checkpoint = _checkpoint(folder, resume)
-    with mllm.patch(base, recipe.plan) if recipe.plan else nullcontext() as patched:
-        trainer.meter = Meter(base, patched, _frozen(model, before, lora))
+    kept = recipe.model.feature_cache
+    features = FeatureCache(base, kept) if kept else None
+    with (
+        mllm.patch(base, recipe.plan) if recipe.plan else nullcontext() as patched,
+        features.at_work() if features else nullcontext(),
+    ):
+        trainer.meter = Meter(base, patched, _frozen(model, before, lora), features)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if stop.stopped:
         return None

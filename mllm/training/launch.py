@@ -13,15 +13,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm.errors import DataError, MllmError, PlanError, RecipeError
 from mllm.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
 # Rank 0 writes a large model while the others wait.
 PATIENCE = timedelta(hours=2)
+# After SIGTERM: torchrun kills what has not ended after half a minute, which a checkpoint may take.
+SAVING = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def joined(recipe: Recipe) -> Iterator[World]:
         RecipeError: DeepSpeed is missing, or the address of the meeting cannot be had.
     """
     given: dict[str, str] = {}
-    if recipe.parallel.zero is not None and not launched():
+    if _with_deepspeed(recipe) and not launched():
         # DeepSpeed wants a process group, also of one, and reads about it here.
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
         alone["MASTER_PORT"] = free_port()
@@ -72,11 +77,15 @@ def joined(recipe: Recipe) -> Iterator[World]:
             del os.environ[name]
 
 
+def _with_deepspeed(recipe: Recipe) -> bool:
+    return any(part.parallel.zero is not None for _, part in recipe.tunes())
+
+
 def _join(recipe: Recipe) -> World:
     import torch
 
     here = world()
-    zero = recipe.parallel.zero is not None
+    zero = _with_deepspeed(recipe)
     if zero:
         _prepare_deepspeed()
     if (here.size > 1 or zero) and not torch.distributed.is_initialized():
@@ -170,6 +179,17 @@ def any_of(flag: bool, device: Any = "cpu") -> bool:
     return bool(found)
 
 
+def anywhere(flags: Tensor) -> Tensor:
+    """bool `[N]`: the flags that are set in any process; all of them must ask."""
+    import torch
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return flags
+    found = flags.to(torch.uint8)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return found.bool()
+
+
 def end_worker(code: int) -> None:
     """End a process of many at once: gloo's threads may abort an ordinary end.
 
@@ -182,10 +202,10 @@ def end_worker(code: int) -> None:
 
 
 def refuse_stages(recipe: Recipe, here: World) -> None:
-    """Raise RecipeError for a recipe with stages in many processes."""
-    if recipe.stages and here.size > 1:
+    """Raise RecipeError for a recipe from scratch in many processes."""
+    if recipe.from_scratch and here.size > 1:
         raise RecipeError(
-            "a recipe with stages trains a small model in one process",
+            "a recipe with stages of scenes trains a small model in one process",
             argument="nproc",
             given=here.size,
             expected="1",
@@ -208,7 +228,8 @@ def many(
         from mllm.training.data import load_data
         from mllm.training.preview import check
 
-        check(recipe, load_data(recipe.data)[0], World(size=nproc))
+        for _, part in recipe.tunes():
+            check(part, load_data(part.data)[0], World(size=nproc))
     return spawn(nproc, arguments)
 
 
@@ -228,7 +249,10 @@ def spawn(nproc: int, arguments: Sequence[str]) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={nproc}", "-m", "mllm.cli", "train", *arguments, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    wait = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(SAVING.total_seconds()))}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**wait, **os.environ}
+    )
     previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
         out, _ = process.communicate()

@@ -8,6 +8,8 @@ import math
 import os
 import tempfile
 import time
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 from torch import nn
 
 import mllm
+from mllm.compat import report_targets
 from mllm.doctor import skeleton
 from mllm.errors import DataError, RecipeError
 from mllm.loading import model_path
 from mllm.training import parts
 from mllm.training.data import Conversations, load_data
+from mllm.training.features import check_features
 from mllm.training.launch import World, check_deepspeed
 from mllm.training.recipe import Recipe
 
@@ -38,8 +42,9 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
         `parts`, `batch`, `memory`, as in `preview`.
 
     Raises:
-        RecipeError: DeepSpeed or bitsandbytes is missing; weights, gradients and optimizer alone
-            are more than the memory at hand.
+        RecipeError: DeepSpeed, bitsandbytes or what `report_to` names is missing; a layer that the
+            decoder has not; a learning rate for what is not trained; weights, gradients and
+            optimizer alone are more than the memory at hand.
         DataError: a plan, and no picture in the data.
         PlanError: the plan cannot work on the model.
     """
@@ -49,6 +54,7 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
         check_deepspeed()
     if recipe.method.load_in_4bit:
         check_four_bits()
+    _check_reports(recipe)
     if recipe.plan and not any(record.images for record in data.records):
         raise DataError(
             f"none of the {len(data)} conversations has a picture: the plan has nothing to do",
@@ -57,9 +63,10 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             expected="data with pictures, or plan: null",
         )
     model = skeleton(recipe.model.path)
-    if recipe.plan:
-        with mllm.patch(model, recipe.plan):
-            pass
+    with mllm.patch(model, recipe.plan) if recipe.plan else nullcontext() as patched:
+        if recipe.model.feature_cache:
+            check_features(recipe, model, patched, _tower_learns(recipe, model))
+    _check_layers(recipe, model.config.get_text_config().num_hidden_layers)
     before = parts.parts(model)
     parts.freeze(model, recipe)
     totals = {part: 0 for part in parts.PARTS}
@@ -88,17 +95,79 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             given=f"zero={recipe.parallel.zero}, {here.size} processes",
             expected="a higher parallel.zero, more processes, parallel.offload, LoRA, or bfloat16",
         )
-    rates = recipe.learning_rates.model_dump()
-    rate = recipe.train.get("learning_rate", 5e-5)
+    rates = _rates(recipe, wrapped, before)
     described = {
         part: {
             "parameters": totals[part],
             "trained": learnt[part],
-            "learning_rate": (rates[part] or rate) if learnt[part] else None,
+            "learning_rate": rates.get(part),
         }
         for part in totals
     }
     return {"parts": described, "batch": batch, "memory": memory}
+
+
+def _check_reports(recipe: Recipe) -> None:
+    wanted = recipe.train.get("report_to") or []
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name not in ("none", "all", *report_targets()):
+            raise RecipeError(
+                f"train.report_to={name!r} cannot be used here: it is not installed, or unknown",
+                argument="train.report_to",
+                given=name,
+                expected=", ".join(("none", *sorted(report_targets()))),
+            )
+
+
+def _check_layers(recipe: Recipe, layers: int) -> None:
+    for layer in recipe.method.distill.layers if recipe.method.distill else ():
+        if not -layers <= layer < layers:
+            raise RecipeError(
+                f"method.distill.layers has {layer}, and the decoder has {layers} layers",
+                argument="method.distill.layers",
+                given=layer,
+                expected=f"{-layers} to {layers - 1}",
+            )
+
+
+def _tower_learns(recipe: Recipe, model: nn.Module) -> bool:
+    if recipe.method.type == "full":
+        return not recipe.model.freeze_vision_tower
+    from mllm.training.finetune import wrap_lora
+
+    model = copy.deepcopy(model)  # adapters stay
+    before = parts.parts(model)
+    parts.freeze(model, recipe)
+    found = parts.trained(wrap_lora(model, recipe), before)
+    seats = (parts.seat(name, before) if part == parts.NEW else part for name, _, part in found)
+    return "vision_tower" in seats
+
+
+def _rates(recipe: Recipe, model: nn.Module, before: dict[str, str]) -> dict[str, float]:
+    """Learning rate of every part that is trained; of new modules, that of most parameters.
+
+    Raises:
+        RecipeError: a rate for a part of which nothing is trained.
+    """
+    given = recipe.learning_rates.model_dump(exclude_none=True)
+    rate = recipe.train.get("learning_rate", 5e-5)
+    found: dict[str, Counter[float]] = {}
+    used = set()
+    for name, parameter, part in parts.trained(model, before):
+        source = part
+        if part == parts.NEW and part not in given:
+            source = parts.seat(name, before)
+        used.add(source)
+        found.setdefault(part, Counter())[given.get(source, rate)] += parameter.numel()
+    for part in given:
+        if part not in used:
+            raise RecipeError(
+                f"learning_rates.{part} is given, and nothing of it is trained with that rate",
+                argument=f"learning_rates.{part}",
+                given=given[part],
+                expected="a part that is trained, or no rate",
+            )
+    return {part: counts.most_common(1)[0][0] for part, counts in found.items()}
 
 
 def _batch(recipe: Recipe, samples: int, here: World) -> dict[str, int]:
@@ -188,19 +257,26 @@ def preview(recipe: Recipe, here: World) -> dict[str, Any]:
         `recipe` as resolved; `parts` `{part: {parameters, trained, learning_rate}}`; `batch`
         `{samples, processes, per_device, accumulation, effective, steps_per_epoch, steps}`;
         `memory` in bytes per device; `step` `{loss, seconds, parameters}` of one real step of a
-        small random model of the same family. A recipe with stages has `parts` and `stages`
-        `[{name, steps, effective}]` instead.
+        small random model of the same family. A recipe with stages has `stages` instead, all of
+        this for each, with its `name`; one from scratch `parts` and `stages`
+        `[{name, steps, effective}]`.
 
     Raises:
         RecipeError, DataError, PlanError: see `check`.
     """
     resolved = recipe.model_dump(exclude={"tiny"})
-    if recipe.stages:
+    if recipe.from_scratch:
         return {"recipe": resolved, **_staged(recipe)}
+    if recipe.stages:
+        stages = [{"name": name, **_tried(part, here)} for name, part in recipe.tunes()]
+        return {"recipe": resolved, "stages": stages}
+    return {"recipe": resolved, **_tried(recipe, here)}
+
+
+def _tried(recipe: Recipe, here: World) -> dict[str, Any]:
     data, digests = load_data(recipe.data)
     found = check(recipe, data, here)
     return {
-        "recipe": resolved,
         **found,
         "data_sha256": digests,
         "skipped": data.skipped,
@@ -273,6 +349,7 @@ def rehearse(recipe: Recipe, data: Conversations) -> dict[str, Any]:
     short |= {"bf16": False, "fp16": False, "tf32": None}
     alone = recipe.model_copy(
         update={
+            "model": recipe.model.model_copy(update={"feature_cache": None}),
             "train": recipe.train | short,
             "parallel": type(recipe.parallel)(),
             "method": recipe.method.model_copy(update={"load_in_4bit": False}),

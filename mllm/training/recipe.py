@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -10,15 +11,27 @@ import typing
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 
-from mllm.errors import RecipeError
+from mllm.errors import MllmError, RecipeError
 
 SUFFIX = ".yaml"
 NOT_TRAINED = ("summary", "published", "eval", "output", "tiny")
+# Keys of `train` that TrainingArguments takes at any value, and fails with later.
+COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+ABOVE_ZERO = ("learning_rate", "logging_steps", "save_steps")
 
 
 class Strict(BaseModel):
@@ -32,12 +45,13 @@ class ModelPart(Strict):
 
     `path` is a folder, a hub name, `tiny-llava` (the embedded model), or, with `stages`,
     `new:tiny-llava`: the same architecture with random weights. `reset_projector` starts from a
-    random projector.
+    random projector. `feature_cache` is a folder for what a frozen tower says of every picture.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     reset_projector: bool = False
+    feature_cache: str | None = None
     freeze_vision_tower: bool = False
     freeze_multi_modal_projector: bool = False
     freeze_language_model: bool = False
@@ -152,6 +166,39 @@ class StagePart(Strict):
     train: dict[str, Any]
 
 
+class TunePart(Strict):
+    """One stage of fine-tuning: what it has is laid over the rest of the recipe, as `tiny` is.
+
+    The first starts from `model.path`, each other from what the one before it has left.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9-]+$")
+    model: dict[str, Any] = {}
+    plan: str | None = None
+    data: list[dict[str, Any]] = []
+    method: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    learning_rates: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    parallel: dict[str, Any] = {}
+
+
+STAGES = {"scenes": StagePart, "tune": TunePart}
+
+
+def _kind_of_stage(stage: Any) -> str:
+    """Which of the two a stage is: drawn scenes have losses of their own."""
+    if isinstance(stage, dict):
+        return "scenes" if {"scenes", "losses"} & stage.keys() else "tune"
+    return "scenes" if isinstance(stage, StagePart) else "tune"
+
+
+Stage = Annotated[
+    Annotated[StagePart, Tag("scenes")] | Annotated[TunePart, Tag("tune")],
+    Discriminator(_kind_of_stage),
+]
+
+
 class ParallelPart(Strict):
     """How the run is spread over devices.
 
@@ -211,7 +258,7 @@ class Recipe(Strict):
     parallel: ParallelPart = ParallelPart()
     eval: EvalPart | None = None
     output: OutputPart
-    stages: list[StagePart] = []
+    stages: list[Stage] = []
     tiny: dict[str, Any] | None = None
     _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -224,7 +271,38 @@ class Recipe(Strict):
         content = {k: v for k, v in self._written.items() if k not in NOT_TRAINED}
         if "nproc" in (parallel := content.get("parallel") or {}):
             content["parallel"] = {k: v for k, v in parallel.items() if k != "nproc"}
+        if not content.get("parallel"):
+            content.pop("parallel", None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the stages train the embedded architecture on drawn scenes."""
+        return any(isinstance(stage, StagePart) for stage in self.stages)
+
+    def tunes(self) -> list[tuple[str, Recipe]]:
+        """Name and whole recipe of every fine-tuning stage; `("", self)` where there are none.
+
+        All have the `model.path` of this recipe: where a later one starts is known at its time.
+
+        Raises:
+            RecipeError, PlanError: a stage is no recipe; the message has its name.
+        """
+        if not self.stages or self.from_scratch:
+            return [("", self)]
+        outside = (*NOT_TRAINED, "stages")
+        shared = {k: v for k, v in self._written.items() if k not in outside}
+        shared["output"] = self._written["output"]
+        found = []
+        for stage, written in zip(self.stages, self._written["stages"], strict=True):
+            own = {key: value for key, value in written.items() if key != "name"}
+            try:
+                found.append((stage.name, validate(_laid_over(shared, own))))
+            except MllmError as error:
+                message, parts = f"stage {stage.name!r}: {error}", error.as_dict()
+                told = {key: parts[key] for key in ("argument", "given", "expected")}
+                raise type(error)(message, **told) from error
+        return found
 
     def to_yaml(self) -> str:
         """The recipe as run: overrides applied, defaults left out."""
@@ -421,9 +499,13 @@ def _index(node: list, name: str, key: str) -> int:
 
 def _readable(fault: dict[str, Any]) -> RecipeError:
     """One pydantic fault as a RecipeError."""
-    where = ".".join(str(part) for part in fault["loc"])
+    location, start = list(fault["loc"]), Recipe
+    if len(location) > 2 and location[0] == "stages":
+        start = STAGES[location.pop(2)]  # the tag, which is no key
+    where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        return _unknown_key(where, list(_part_at(fault["loc"][:-1]).model_fields))
+        inner = location[:-1] if start is Recipe else location[2:-1]
+        return _unknown_key(where, list(_part_at(inner, start).model_fields))
     if fault["type"] == "missing":
         return RecipeError(f"{where} is missing", argument=where, expected=f"a value for {where}")
     given = fault.get("input")
@@ -447,9 +529,9 @@ def _unknown_key(where: str, known: Sequence[str]) -> RecipeError:
     )
 
 
-def _part_at(location: Sequence[str | int]) -> type[BaseModel]:
+def _part_at(location: Sequence[str | int], start: type[BaseModel]) -> type[BaseModel]:
     """The model class that a validation location points into."""
-    part: type[BaseModel] = Recipe
+    part = start
     for name in location:
         if isinstance(name, str):
             kind = part.model_fields[name].annotation
@@ -464,7 +546,8 @@ def _check_train_keys(recipe: Recipe) -> None:
 
     known = [name for name in TrainingArguments.__dataclass_fields__ if not name.startswith("_")]
     parts = [("train", recipe.train)]
-    parts += [(f"stages.{i}.train", stage.train) for i, stage in enumerate(recipe.stages)]
+    if recipe.from_scratch:
+        parts += [(f"stages.{i}.train", stage.train) for i, stage in enumerate(recipe.stages)]
     for where, part in parts:
         for key in part:
             if key == "output_dir":
@@ -476,6 +559,40 @@ def _check_train_keys(recipe: Recipe) -> None:
                 )
             if key not in known:
                 raise _unknown_key(f"{where}.{key}", known)
+            _check_train_value(f"{where}.{key}", key, part[key])
+        steps = part.get("max_steps", -1)
+        if steps <= 0 and not (epochs := part.get("num_train_epochs", 3)) > 0:
+            _refuse(
+                f"{where} has neither steps nor epochs: nothing would be trained",
+                f"{where}.num_train_epochs",
+                epochs,
+                "num_train_epochs above 0, or max_steps of at least 1",
+            )
+
+
+@functools.cache
+def _train_kinds() -> dict[str, TypeAdapter]:
+    """What the plain values of TrainingArguments may be."""
+    from transformers import TrainingArguments
+
+    kinds: dict[str, TypeAdapter] = {}
+    for name, kind in typing.get_type_hints(TrainingArguments).items():
+        options = set(typing.get_args(kind) or (kind,))
+        if options <= {int, float, bool, type(None)}:
+            bounds = {"ge": 1} if name in COUNTS else {"gt": 0} if name in ABOVE_ZERO else {}
+            # pydantic takes numbers for bools and the other way round unless it is strict.
+            kinds[name] = TypeAdapter(typing.Annotated[kind, Field(strict=True, **bounds)])
+    return kinds
+
+
+def _check_train_value(where: str, key: str, value: Any) -> None:
+    if key not in _train_kinds():
+        return
+    try:
+        _train_kinds()[key].validate_python(value)
+    except ValidationError as error:
+        fault = error.errors()[0]["msg"]
+        _refuse(f"{where}={value!r}: {fault[:1].lower()}{fault[1:]}", where, value, fault)
 
 
 def _refuse(message: str, argument: str, given: Any, expected: str) -> typing.NoReturn:
@@ -485,7 +602,6 @@ def _refuse(message: str, argument: str, given: Any, expected: str) -> typing.No
 def _check_together(recipe: Recipe) -> None:
     """Parts that cannot go together."""
     from mllm.eval import sources
-    from mllm.plan import Plan
     from mllm.yardstick import TASKS
     from mllm.yardstick.scenes import KINDS
 
@@ -505,7 +621,19 @@ def _check_together(recipe: Recipe) -> None:
     if recipe.method.load_in_4bit and method != "lora":
         _refuse("a base in 4 bits cannot be trained", "method.load_in_4bit", True, "type: lora")
     new = recipe.model.path.startswith("new:")
-    if recipe.stages:
+    names = [stage.name for stage in recipe.stages]
+    if len(set(names)) < len(names):
+        _refuse("two stages have the same name", "stages", names, "different names")
+    if recipe.stages and not recipe.from_scratch:
+        _check_tunes(recipe, new)
+    elif recipe.stages:
+        if recipe.model.feature_cache:
+            _refuse(
+                "stages from scratch train the tower",
+                "model.feature_cache",
+                recipe.model.feature_cache,
+                "null",
+            )
         for key in ("data", "train", "plan", "learning_rates", "sampling", "parallel"):
             if key in recipe._written and recipe._written[key]:
                 _refuse(
@@ -524,6 +652,13 @@ def _check_together(recipe: Recipe) -> None:
                 "new:tiny-llava",
             )
         for number, stage in enumerate(recipe.stages):
+            if isinstance(stage, TunePart):
+                _refuse(
+                    f"stages.{number} has no scenes, and others have",
+                    f"stages.{number}",
+                    stage.name,
+                    "stages of one kind: all with scenes and losses, or none",
+                )
             if stage.scenes == "soup" and stage.questions:
                 _refuse(
                     f"stages.{number}: soup scenes have no questions",
@@ -547,13 +682,13 @@ def _check_together(recipe: Recipe) -> None:
                     stage.train.get("max_steps"),
                     "a number of steps",
                 )
-        names = [stage.name for stage in recipe.stages]
-        if len(set(names)) < len(names):
-            _refuse("two stages have the same name", "stages", names, "different names")
     elif new:
         _refuse("a new model needs stages", "model.path", recipe.model.path, "stages, or a model")
     elif not recipe.data:
         _refuse("there is nothing to train on", "data", None, "data, or stages")
+    if recipe.stages and not recipe.from_scratch:
+        _check_eval(recipe, new)
+        return
     model = recipe.model
     if method == "lora" and model.freeze_language_model and "target_modules" not in extra:
         _refuse(
@@ -585,6 +720,14 @@ def _check_together(recipe: Recipe) -> None:
                 part.tasks,
                 f"path: {names}; or no tasks and style",
             )
+    _check_eval(recipe, new)
+
+
+def _check_eval(recipe: Recipe, new: bool) -> None:
+    """Plans and tasks; those of stages are checked with each."""
+    from mllm.eval import sources
+    from mllm.plan import Plan
+
     plans = [recipe.plan]
     if recipe.eval:
         _check_names("eval.tasks", recipe.eval.tasks, (*sources.GROUPS, *sources.TASKS))
@@ -602,6 +745,34 @@ def _check_together(recipe: Recipe) -> None:
         # A folder with a saved plan is read when it is used.
         if plan is not None and not Path(plan).is_dir():
             Plan.from_spec(plan)
+
+
+def _check_tunes(recipe: Recipe, new: bool) -> None:
+    """Fine-tuning stages: each is a recipe of its own; what is of the whole run stands outside."""
+    if new:
+        _refuse(
+            "stages without scenes fine-tune a model that exists",
+            "model.path",
+            recipe.model.path,
+            "the path of a model, or stages with scenes and losses",
+        )
+    if recipe.model.reset_projector:
+        _refuse(
+            "every stage would start from a random projector",
+            "model.reset_projector",
+            True,
+            "reset_projector under model of one stage",
+        )
+    for number, stage in enumerate(recipe.stages):
+        for part, key in (("model", "path"), ("parallel", "nproc")):
+            if key in getattr(stage, part):
+                _refuse(
+                    f"stages.{number}.{part}.{key} is that of the whole run",
+                    f"stages.{number}.{part}.{key}",
+                    getattr(stage, part)[key],
+                    f"{part}.{key} outside of stages",
+                )
+    recipe.tunes()
 
 
 def _check_parallel(recipe: Recipe) -> None:

@@ -23,8 +23,8 @@ from mllm.plan import Plan
 from mllm.training.card import write_card, write_loss_plot
 from mllm.training.launch import World, barrier, joined, on_first, refuse_stages
 from mllm.training.recipe import EvalPart, Recipe, load
+from mllm.training.stages import RECORD, plan_of, save_whole, tune
 
-RECORD = "run.json"
 BATCH = 16  # questions answered at once
 # What a run writes, and so what `output.overwrite` may delete.
 OWN = (RECORD, "recipe.yaml", "metrics.jsonl", "loss.png", "eval.json", "README.md")
@@ -100,38 +100,19 @@ def _work(
 ) -> str:
     """Train unless that is done, then evaluate; the new status."""
     if not (folder / "model").is_dir():
-        if recipe.stages:
+        if recipe.from_scratch:
             from mllm.training.pretrain import pretrain
 
             refuse_stages(recipe, here)
-
             trained = pretrain(recipe, folder, bool(resume))
         else:
-            from mllm.training.data import load_data
-            from mllm.training.finetune import finetune
-            from mllm.training.preview import check
-
-            data, digests = load_data(recipe.data)
-            if resume and record["data_sha256"] not in ([], digests):
-                raise DataError(
-                    f"the data is not what the run in {folder} was started on",
-                    argument="data",
-                    given=digests,
-                    expected=f"files with the SHA-256 {record['data_sha256']}",
-                )
-            record["data_sha256"] = digests
-            record["samples"] = len(data)
-            record["resolved"] = check(recipe, data, here)
-            if here.first:
-                write_json(folder / RECORD, record)
-            trained = finetune(recipe, data, folder, resume)
-            record["skipped"] = {"entries": len(data.skipped), "pictures": int(data.bad.sum())}
+            trained = tune(recipe, folder, record, resume, here)
         if here.first:
             write_loss_plot(folder)
         if trained is None:
             return "stopped"
         if here.first:
-            _save_model(recipe, folder, *trained)
+            save_whole(folder, recipe.tunes()[-1][1].plan, *trained)
         del trained
     barrier()  # before the evaluation, which may take longer than the others wait
     if recipe.eval and here.first:
@@ -140,23 +121,6 @@ def _work(
             found["base"] = evaluate(recipe.model.path, recipe.eval)["rows"]
         write_json(folder / "eval.json", found)
     return "complete"
-
-
-def _save_model(recipe: Recipe, folder: Path, model: Any, processor: Any) -> None:
-    """Write `model/` by rename: weights, processor and the plan it was trained with."""
-    fresh = folder / ".saving"
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    processor.save_pretrained(fresh)
-    for path in fresh.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
-    if recipe.plan:
-        _plan(recipe.plan).save_pretrained(fresh)
-    fresh.rename(folder / "model")
-
-
-def _plan(text: str) -> Plan:
-    return Plan.from_pretrained(text) if Path(text).is_dir() else Plan.from_spec(text)
 
 
 def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
@@ -180,7 +144,7 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
             drawn = sources.samples(task, part.split, n, part.style)
             questions = Questions(processor, drawn, BATCH, model.dtype, model.device)
             for text in part.plans:
-                plan = _plan(text) if text else Plan([])
+                plan = plan_of(text) if text else Plan([])
                 with patched_with(model, plan) as patched, shared.used_by(plan):
                     answers = answer_all(model, processor, questions, patched, bar.update)
                 right = marks(questions, answers)
@@ -229,6 +193,13 @@ def _place(recipe: Recipe, resume: bool | str) -> tuple[Path, Path | None]:
 def _open(recipe: Recipe, folder: Path, resume: bool, processes: int) -> dict[str, Any]:
     """Make or reopen the run folder; its record."""
     found = folder / RECORD
+    if found.is_file() and not _own(found):
+        raise RecipeError(
+            f"{found} is no record of a run, so nothing is written there or deleted",
+            argument="output.dir",
+            given=folder,
+            expected="a new or empty folder, or one that mllm train has written",
+        )
     if resume:
         if not found.is_file():
             raise RecipeError(
@@ -295,6 +266,14 @@ def _open(recipe: Recipe, folder: Path, resume: bool, processes: int) -> dict[st
             expected="a folder that can be written",
         ) from error
     return record
+
+
+def _own(path: Path) -> bool:
+    """Whether a run of a recipe has written this record."""
+    try:
+        return "mllm_run" in json.loads(path.read_text())
+    except (ValueError, TypeError):
+        return False
 
 
 def _clear(folder: Path) -> None:

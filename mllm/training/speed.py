@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import resource
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mllm import flops
 from mllm.models import resolve as resolve_family
+from mllm.training.features import FeatureCache
+
+T = TypeVar("T")
 
 # Dense bf16 products per second, from the makers' data sheets.
 PEAKS = {
@@ -58,15 +62,35 @@ class Meter:
         model: without adapters.
         patched: the plan at work, if any.
         frozen: whether the weights of the decoder, and of the tower, are frozen.
+        features: what saves runs of the tower, if anything.
     """
 
-    def __init__(self, model: nn.Module, patched: Any, frozen: tuple[bool, bool]) -> None:
-        self.model, self.patched, self.frozen = model, patched, frozen
+    def __init__(
+        self,
+        model: nn.Module,
+        patched: Any,
+        frozen: tuple[bool, bool],
+        features: FeatureCache | None = None,
+    ) -> None:
+        self.model, self.patched, self.frozen, self.features = model, patched, frozen, features
         self.peak = peak_flops()
         self._start()
 
     def _start(self) -> None:
         self.began, self.tokens, self.batch = time.perf_counter(), 0, None
+        self.waited = 0.0
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the time until each is there counts as waiting."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - asked
+            yield batch
 
     def count(self, inputs: dict[str, Tensor]) -> None:
         """One forward and backward pass of this process."""
@@ -79,7 +103,9 @@ class Meter:
         Returns:
             `tokens_per_second` of all processes (visual tokens as the processor gives them),
             `tflops` per device and second, `mfu` where the device's peak is known, `memory_gib`:
-            the highest so far, of the device or of the process.
+            the highest so far, of the device or of the process; `data_wait`: the share of the time
+            in which this process waited for data. `feature_hits`: the share of
+            pictures that the tower did not have to see, with a cache.
         """
         if self.batch is None:
             return {}
@@ -88,6 +114,8 @@ class Meter:
         if self.patched is not None and (data := self.patched.ledger.as_dict())["batch"]:
             vision = float(sum(data["vision_flops"]))
             llm = float(sum(data["prefill_flops"])) - vision
+        hits = self._hits()
+        vision *= 1 - (hits or 0)
         decoder, tower = self.frozen
         step = llm * (2 if decoder else 3) + vision * (1 if tower else 3)
         # The newest batch stands for all since the last log.
@@ -96,11 +124,21 @@ class Meter:
             "tokens_per_second": float(f"{tokens * processes / seconds:.5g}"),
             "tflops": float(f"{rate / 1e12:.5g}"),
             "memory_gib": round(_memory() / 2**30, 3),
+            "data_wait": round(self.waited / seconds, 4),
         }
+        if hits is not None:
+            found["feature_hits"] = round(hits, 4)
         if self.peak:
             found["mfu"] = round(rate / self.peak, 4)
         self._start()
         return found
+
+    def _hits(self) -> float | None:
+        cache = self.features
+        if cache is None or not cache.pictures:
+            return None
+        share, cache.hits, cache.pictures = cache.hits / cache.pictures, 0, 0
+        return share
 
 
 def _memory() -> int:
