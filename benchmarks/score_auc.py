@@ -51,6 +51,7 @@ PLANS = (
     "btp:layers=1/2/4:keep=348/211/95:end=6",
     "sparsevlm:version=2.0:layers=1/2/4:keep=268/166/90",
     "pact:layer=2:keep=0.5",
+    "pact:layer=2:keep=0.5:queries=each",
     "topv:layer=1",
     "topv:layer=2",
     "topv:layer=1:beta=0.0",
