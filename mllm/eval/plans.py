@@ -51,8 +51,8 @@ def plan_for_budget(
     A stage before the decoder, or in the tower, keeps `budget` tokens. A stage inside the decoder
     counts the layers before its cuts, where all tokens are still there: a schedule keeps its
     layers and its shape; one cut moves down to the first layer at which the budget can be
-    reached. A stack of both gives the language model 1.5 times the budget. Stages without `keep`
-    stay as they are.
+    reached. Of `pact` the `clusters` are set. A stack of both gives the language model 1.5 times
+    the budget. Stages without `keep` stay as they are.
 
     Args:
         template: spec text with one stage before the decoder, one inside, or one of each.
