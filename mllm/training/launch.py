@@ -25,8 +25,6 @@ T = TypeVar("T")
 
 # Rank 0 writes a large model while the others wait.
 PATIENCE = timedelta(hours=2)
-# After SIGTERM: torchrun kills what has not ended after half a minute, which a checkpoint may take.
-SAVING = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -249,10 +247,7 @@ def spawn(nproc: int, arguments: Sequence[str]) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={nproc}", "-m", "mllm.cli", "train", *arguments, "--json"]
-    wait = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(SAVING.total_seconds()))}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**wait, **os.environ}
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:
         out, _ = process.communicate()
