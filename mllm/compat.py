@@ -33,6 +33,7 @@ try:
     from transformers.image_processing_utils import select_best_resolution
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.masking_utils import create_causal_mask
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -49,6 +50,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "BaseModelOutputWithPooling",
     "CONTINUOUS",
     "Cache",
     "DynamicCache",

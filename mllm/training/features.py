@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllm.compat import BaseModelOutputWithPooling
 from mllm.errors import RecipeError
 from mllm.models import resolve as resolve_family
 from mllm.training.recipe import Recipe
@@ -175,5 +175,6 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     file.parent.mkdir(exist_ok=True)
     fresh = file.with_suffix(f".{os.getpid()}.tmp")
     # Apart from each other and from the batch: safetensors refuses tensors in one memory.
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, fresh)
+    own = torch.contiguous_format
+    save_file({name: t.clone(memory_format=own) for name, t in tensors.items()}, fresh)
     os.replace(fresh, file)
