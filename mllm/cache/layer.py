@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm import compat
-from mllm.cache.segments import Dense, Packed, Segment, _gather, _stored
+from mllm.cache.segments import Dense, Packed, Segment, _gather, _headwise, _stored
 from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
@@ -141,7 +141,7 @@ class SlotTable:
         for name in self.columns:
             own = [t.columns[name] for t in parts]
             if wide:
-                own = [t if t.dim() == 3 else _wide(t, wide) for t in own]
+                own = [_headwise(t, wide) for t in own]
             columns[name] = torch.cat(own, -1)
         return SlotTable(columns, any(t.padded for t in parts))
 
@@ -503,7 +503,7 @@ class SlotLayer(DynamicLayer):
         self.remember(as_of)
         plain, segments, tables = self.segments[-1], self.segments[:-1], self._parts()[:-1]
         taken = plain.take(index, moved.valid)
-        valid = moved.valid if moved.headwise else _wide(moved.valid, self.heads)
+        valid = _headwise(moved.valid, self.heads)
         made, at, whole = make(taken.keys(), taken.values(), valid), None, None
         for i, segment in enumerate(segments):
             whole = segment.join(made) if hasattr(segment, "join") else None
@@ -636,11 +636,6 @@ class SlotLayer(DynamicLayer):
         self.shifts = {name: change(shift) for name, shift in self.shifts.items()}
         self.samples = {name: change(value) for name, value in self.samples.items()}
         self._journal = []
-
-
-def _wide(x: Tensor, heads: int) -> Tensor:
-    """`[batch, slots]` as `[batch, heads, slots]`."""
-    return x[:, None].expand(-1, heads, -1)
 
 
 def _as_wide(valid: Tensor, keep: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mllm.cache.landmarks import landmarked
 from mllm.cache.layer import LayerState, Make, SlotLayer, SlotTable, cache_bytes
 from mllm.cache.lowrank import Fit, Rank, factored
 from mllm.cache.rotary import Rotary
-from mllm.cache.segments import Offloaded, Part, Segment
+from mllm.cache.segments import Offloaded, Part, Segment, _headwise
 from mllm.errors import CacheMismatchError, PlanError
 
 if TYPE_CHECKING:
@@ -581,10 +581,6 @@ def _plain(layer: SlotLayer, leave: int) -> tuple[int, int] | None:
     if not layer.segments or not layer.segments[-1].grows or layer.segments[-1].slots <= leave:
         return None
     return layer.slots - layer.segments[-1].slots, layer.slots - leave
-
-
-def _headwise(x: Tensor, heads: int) -> Tensor:
-    return x if x.dim() == 3 else x[:, None].expand(-1, heads, -1)
 
 
 def _merged(

@@ -19,7 +19,7 @@ from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
 from mllm.cache.lowrank import LowRank, Shared
 from mllm.cache.quantised import Quantised
 from mllm.cache.rotary import Rotary
-from mllm.cache.segments import Dense, Segment, from_rows
+from mllm.cache.segments import Dense, Segment, _headwise, from_rows
 from mllm.errors import CacheMismatchError, DataError
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def _parts(
             own = {"keys": segment.keys(), "values": segment.values()}
             form = "rectangle" if isinstance(segment, Dense) else "cells"
             if form == "cells":
-                valid = layer.table.valid[..., at : at + segment.slots]
-                valid = valid if valid.dim() == 3 else valid[:, None].expand(-1, layer.heads, -1)
+                valid = _headwise(layer.table.valid[..., at : at + segment.slots], layer.heads)
                 own = {name: t[valid] for name, t in own.items()}
         at += segment.slots
         for name, tensor in own.items():
@@ -240,8 +239,7 @@ def _made(form: str, valid: Tensor, heads: int, keys: Tensor, values: Tensor) ->
     """A plain segment of a file."""
     if form == "rectangle":
         return Dense.of(keys, values)
-    valid = valid if valid.dim() == 3 else valid[:, None].expand(-1, heads, -1)
-    return from_rows(keys, values, valid)
+    return from_rows(keys, values, _headwise(valid, heads))
 
 
 def _damaged(folder: Path, why: str) -> DataError:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.cache.segments import SLACK
+from mllm.cache.segments import SLACK, _headwise
 from mllm.errors import PlanError
 
 #: Bits of a value; 16 is the identity.
@@ -263,9 +263,7 @@ class Quantised:
         return Quantised(*sides, tuple(place.shape), new)
 
     def take(self, index: Tensor, kept: Tensor) -> Quantised:
-        index, kept = (
-            t if t.dim() == 3 else t[:, None].expand(-1, self.shape[1], -1) for t in (index, kept)
-        )
+        index, kept = (_headwise(t, self.shape[1]) for t in (index, kept))
         return self._settled(self._places().gather(2, index).masked_fill(~kept, -1))
 
     def first(self, slots: int) -> Quantised:
