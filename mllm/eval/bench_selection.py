@@ -8,11 +8,12 @@ choice that costs nothing, so
 
 and the cost of a selection is spent / saved: signals, arithmetic and small kernels, but not what
 the engine does for any plan. Methods that also make the tower cheaper may come out below zero.
+What is saved is many times what is spent, so the unpatched model runs in a few of the rounds only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ from mllm.plan import MethodInfo, get_method, methods
 #: Visual tokens kept by default: 64 of 576, 320 of 2,880.
 SHARE = 0.111
 TARGET = 0.05  # of what is saved, for methods that score by attention
+BASELINES = 5  # rounds in which the unpatched model runs too
 
 
 def selection(
@@ -63,7 +65,8 @@ def selection(
 
     Args:
         plans: spec texts; None is :func:`every_method`.
-        pairs: rounds of the three models per row.
+        pairs: rounds of plan and free choice per row; in :data:`BASELINES` of them the unpatched
+            model runs as well.
         model, visual, text, batch, unequal, dtype, device, sdpa, threads, progress, on_row: as in
             :func:`mllm.eval.bench.prefill`.
 
@@ -130,20 +133,21 @@ def _row(
         if not free:
             return {**about, "status": "ok", "words": "no token leaves, so nothing is saved"}
         with mllm.patch(third, free):
-            times = _rounds(
-                (base, other, third), inputs, pairs,
+            whole, times = _rounds(
+                base, (other, third), inputs, pairs,
                 lambda done: progress and progress(label, done, pairs),
             )  # fmt: skip
-    spent, saved = times[:, 1] - times[:, 2], times[:, 0] - times[:, 2]
-    cost, *ci = median_interval(spent / np.median(saved))
+    spent, baseline = times[:, 0] - times[:, 1], float(np.median(whole))
+    saved = baseline - float(np.median(times[:, 1]))
+    cost, *ci = median_interval(spent / saved)
     return {
         **about,
-        "baseline_s": float(np.median(times[:, 0])),
+        "baseline_s": baseline,
         "spent_s": float(np.median(spent)),
-        "saved_s": float(np.median(saved)),
+        "saved_s": saved,
         "cost": cost,
         "cost_ci": ci,
-        **judge(cost, ci, float(np.median(saved)), pairs),
+        **judge(cost, ci, saved, pairs),
     }
 
 
@@ -164,17 +168,23 @@ def judge(cost: float, ci: Sequence[float], saved: float, pairs: int) -> dict[st
             f"{TARGET:.0%}"}  # fmt: skip
 
 
-def _rounds(models: Sequence[Any], inputs: Inputs, pairs: int, on_round: Any) -> np.ndarray:
-    """Seconds of whole prefills, float64 `[pairs, models]`; who is first rotates."""
-    for model in models * 2:
+def _rounds(
+    base: Any, pair: Sequence[Any], inputs: Inputs, pairs: int, on_round: Callable[[int], Any]
+) -> tuple[list[float], np.ndarray]:
+    """Seconds of whole prefills: of `base` in some rounds, and of the pair `[pairs, 2]`.
+
+    Who of the pair is first alternates.
+    """
+    for model in (base, *pair) * 2:
         bench.timed_prefill(model, inputs)
-    times = np.empty((pairs, len(models)))
+    whole, times = [], np.empty((pairs, 2))
     for turn in range(pairs):
-        for i in range(len(models)):
-            which = (turn + i) % len(models)
-            times[turn, which] = bench.timed_prefill(models[which], inputs)[0]
+        if turn % max(1, pairs // BASELINES) == 0:
+            whole.append(bench.timed_prefill(base, inputs)[0])
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            times[turn, which] = bench.timed_prefill(pair[which], inputs)[0]
         on_round(turn + 1)
-    return times
+    return whole, times
 
 
 # The choice that costs nothing
