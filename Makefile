@@ -12,6 +12,8 @@ VENV ?= none
 endif
 PYTHON ?= python3
 EXTRAS ?= train,eval,dev
+# Tests run in several processes of one thread each; `make test PARALLEL=` runs them in one.
+PARALLEL ?= -n auto --maxprocesses 4
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
@@ -24,6 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 # What `make` runs is offline; nothing here may wait for a hub.
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
+test test-all: export OMP_NUM_THREADS := 1
 
 .PHONY: help demo test test-all lint docs install clean
 
@@ -44,10 +47,10 @@ demo: install
 	$(PY) -m mllm.cli demo --output demo $(ARGS)
 
 test: install
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PY) -m pytest -q -m "not slow" $(PARALLEL) $(ARGS)
 
 test-all: install
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q $(PARALLEL) $(ARGS)
 
 lint: install
 	$(PY) -m ruff check mllm tests scripts
