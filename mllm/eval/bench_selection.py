@@ -179,7 +179,7 @@ def _rounds(
         bench.timed_prefill(model, inputs)
     whole, times = [], np.empty((pairs, 2))
     for turn in range(pairs):
-        if turn % max(1, pairs // BASELINES) == 0:
+        if turn * BASELINES % pairs < BASELINES:
             whole.append(bench.timed_prefill(base, inputs)[0])
         for which in (0, 1) if turn % 2 == 0 else (1, 0):
             times[turn, which] = bench.timed_prefill(pair[which], inputs)[0]
