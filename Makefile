@@ -58,6 +58,7 @@ lint: install
 docs: install
 	$(PY) -m scripts.make_models_doc
 	$(PY) -m scripts.make_verdicts
+	$(PY) -m scripts.make_performance
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache

@@ -1,0 +1,142 @@
+"""Write the tables of docs/performance.md, from benchmarks/results.
+
+    python -m scripts.make_performance            write them
+    python -m scripts.make_performance --check    exit 1 when the page is not up to date
+
+A part of the page between `<!-- NAMES -->` and `<!-- until here -->` is made from the result files
+of these names, all of one suite; a file that is not there has no rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+_PART = re.compile(r"(<!-- made from ([\w ,-]+) -->\n).*?(<!-- until here -->)", re.S)
+
+Row = dict[str, Any]
+
+
+def times(row: Row, name: str = "ratio") -> str:
+    """A ratio with its interval."""
+    low, high = row[f"{name}_ci"]
+    return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def kv(row: Row) -> list[str]:
+    return [
+        times(row),
+        f"{row['ideal']:.2f}",
+        row["claim"],
+        percent(row["payload_bytes"] / row["baseline_kv_bytes"]),
+        "–" if row["payload_share"] is None else f"{row['payload_share']:.3f}",
+        percent(row["scorer_share"]),
+        percent(row["peak_bytes"] / row["baseline_peak_bytes"]),
+    ]
+
+
+def selection(row: Row) -> list[str]:
+    at = [str(row["visual"]), str(row["batch"]), f"{row['visual_avg']:.0f}"]
+    if "cost" not in row:
+        return [*at, "", "", "", row["words"]]
+    low, high = (percent(x) for x in row["cost_ci"])
+    found = [f"{1e3 * row[key]:,.0f}" for key in ("spent_s", "saved_s")]
+    return [*at, *found, f"{percent(row['cost'])} ({low} to {high})", str(row["pairs"])]
+
+
+def train(row: Row) -> list[str]:
+    return [
+        row["method"], str(row["visual"]), str(row["batch"]), times(row), f"{row['ideal']:.2f}",
+        percent(row["share"]), times(row, "attainable"), row["words"],
+    ]  # fmt: skip
+
+
+#: By suite: the columns behind the plan, and a row's entries.
+TABLES: dict[str, tuple[Sequence[str], Callable[[Row], list[str]]]] = {
+    "kv": (
+        ["decode step, times as fast", "ideal", "claim", "payload of the full cache",
+         "payload of the budget", "choosing, of the prefill", "peak of a step"],
+        kv,
+    ),
+    "selection": (
+        ["visual tokens", "batch", "left per layer", "spent, ms", "saved, ms",
+         "spent of what is saved", "rounds"],
+        selection,
+    ),
+    "train": (
+        ["trained", "visual tokens", "batch", "step, times as fast", "ideal", "of the ideal",
+         "attainable", "in words"],
+        train,
+    ),
+}  # fmt: skip
+
+
+def part(names: Sequence[str], folder: Path = RESULTS) -> str:
+    """Table and conditions of some result files."""
+    files = [folder / f"{name}.json" for name in names]
+    found = [json.loads(file.read_text()) for file in files if file.is_file()]
+    if not found:
+        return "Not measured."
+    if found[0]["suite"] == "peer-kvpress":
+        return _peers(found[0])
+    head, entries = TABLES[found[0]["suite"]]
+    measured = [row for results in found for row in results["rows"] if row["status"] != "refused"]
+    body = [[f"`{row['plan']}`", *entries(row)] for row in measured]
+    return "\n".join([*_grid(["plan", *head], body), "", *map(_conditions, names, found)])
+
+
+def _peers(results: dict[str, Any]) -> str:
+    head = ["", "version", "decode step, times as fast", "unpatched step, ms", "payload, MiB"]
+    versions = {"mllm": results["versions"], "kvpress": results["kvpress"].get("versions", {})}
+    body = []
+    for name, row in (("mllm", results["ours"]), ("kvpress", results["kvpress"])):
+        if row["status"] == "skipped":
+            body.append([name, row["words"], "", "", ""])
+            continue
+        own = versions[name]
+        about = f"{own[name]}, transformers {own['transformers']}"
+        step, size = f"{1e3 * row['baseline_s']:.0f}", f"{row['payload_bytes'] / 2**20:.0f}"
+        body.append([name, about, times(row), step, size])
+    return "\n".join([*_grid(head, body), "", _conditions("peer-kvpress", results)])
+
+
+def _conditions(name: str, results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    return (
+        f"[{name}](../benchmarks/results/{name}.json): {results['model_shape']['name']}, "
+        f"{results['device']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {results['commit'][:7]}."
+    )
+
+
+def _grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *body]
+    return [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines]
+
+
+def page(text: str, folder: Path = RESULTS) -> str:
+    """The page with every part made anew."""
+
+    def anew(match: re.Match) -> str:
+        return f"{match[1]}{part(match[2].split(', '), folder)}\n{match[3]}"
+
+    return _PART.sub(anew, text)
+
+
+if __name__ == "__main__":
+    made = page(PAGE.read_text())
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text() != made:
+            sys.exit("docs/performance.md is not up to date: run make docs")
+    else:
+        PAGE.write_text(made)
