@@ -74,21 +74,33 @@ def change() -> Change | None:
     return _CHANGE.get()
 
 
-def read_only(module: nn.Module, readers: list[Callable], **arguments: Any) -> None:
-    """Call an attention module for its queries, keys and values alone.
+class _WasRead(Exception):
+    """Ends a call that was made for its taps."""
 
-    It attends to nothing and stores nothing; its output, of zeros, is thrown away.
+
+def read_only(
+    module: nn.Module,
+    readers: list[Callable],
+    rows: Tensor | None = None,
+    values: bool = True,
+    **arguments: Any,
+) -> None:
+    """Call an attention module for its queries, keys and values alone: it ends where they are known.
 
     Args:
         module: an attention module that is served by this file.
         readers: taps.
+        rows: int64 `[batch, n]`, the only rows whose queries have to be right; None is all.
+        values: whether values have to be.
         **arguments: what the module is called with.
     """
     token = _ONLY.set(readers)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), compat.projecting(module, rows, values):
             # Not through __call__: this is no forward that other hooks should see.
             module.forward(**arguments, past_key_values=None)
+    except _WasRead:
+        pass
     finally:
         _ONLY.reset(token)
 
@@ -103,7 +115,7 @@ def _served(base: str) -> Callable:
             with torch.no_grad():
                 tap(query, key, attention_mask, kwargs.get("scaling"), value)
         if only is not None:
-            return torch.zeros_like(query).transpose(1, 2), None
+            raise _WasRead
         own = change is not None and change.module is module
         if own:
             attention_mask = change.mask(query, key, attention_mask)

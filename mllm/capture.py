@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllm import attention, flops
+from mllm import attention, compat, flops
 from mllm.signals import (
     AttentionRows,
     ColumnMass,
@@ -76,6 +76,7 @@ class Captures:
         self.flops = 0.0
         self._found: dict[tuple[int, Any], tuple[Tensor, Tensor]] = {}
         self._queries: dict[tuple[int, Any], Tensor] = {}
+        self._chosen: dict[tuple[int, Any], Tensor] = {}  # while a call of its own is made
         self._texts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def taps(self) -> dict[nn.Module, list[Any]]:
@@ -111,13 +112,31 @@ class Captures:
             tables = {True: (cos, sin), False: (torch.ones_like(cos), torch.zeros_like(sin))}
             turned = [getattr(key[1], "rope", True) for key in keys]
             for rope in set(turned):
-                readers = [
-                    functools.partial(self._tap, key)
-                    for key, own in zip(keys, turned, strict=True) if own is rope
-                ]  # fmt: skip
                 given["position_embeddings"] = tables[rope]
-                attention.read_only(family.attention(layer), readers, **given)
-                self.flops += flops.attention_products(family.text_config, hidden.shape[1])
+                read = [key for key, own in zip(keys, turned, strict=True) if own is rope]
+                self._read_only(layer, read, given)
+
+    def _read_only(self, layer: int, keys: list[tuple[int, Any]], given: dict[str, Any]) -> None:
+        """Call a layer's attention for some signals, and compute no more than they need."""
+        family, table = self.patched.family, self.run.attention_table
+        module, size = family.attention(layer), given["hidden_states"].shape[1]
+        readers = [functools.partial(self._tap, key) for key in keys]
+        rows, values = None, True
+        if compat.splits_projections(module):
+            values = any(isinstance(signal, Values) for _, signal in keys)
+            if not any(isinstance(signal, Queries) for _, signal in keys):
+                for number, signal in keys:
+                    if isinstance(signal, AttentionRows | ColumnMass):
+                        self._chosen[number, signal] = self.chosen(number, signal, table)
+                first = table.index.new_zeros(len(table.index), 1)
+                rows = torch.cat([first, *self._chosen.values()], 1).clamp(min=0)
+                rows = rows if rows.shape[1] < size else None
+        attention.read_only(module, readers, rows, values, **given)
+        self._chosen.clear()
+        queries = size if rows is None else rows.shape[1]
+        self.flops += flops.attention_reading(
+            family.text_config, size, queries, size if values else 1
+        )
 
     def _tap(
         self, slot: tuple[int, Any], query: Tensor, key: Tensor, mask: Tensor | None,
@@ -141,7 +160,9 @@ class Captures:
             value = query if isinstance(signal, Queries) else key[:, :, -rows:]
             self._found[slot] = value, table.index
             return
-        chosen = self.chosen(number, signal, table)
+        chosen = self._chosen.get(slot)
+        if chosen is None:
+            chosen = self.chosen(number, signal, table)
         cost = 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
         self.flops += cost
         if isinstance(signal, ColumnMass):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -10,7 +11,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -248,3 +249,56 @@ def mask_like(seen: Tensor, mask: Tensor | None) -> Tensor:
 def tensor_parallel(model: nn.Module) -> int:
     """Ranks that the weights of each layer are spread over."""
     return getattr(model, "_tp_size", None) or 1
+
+
+def splits_projections(module: nn.Module) -> bool:
+    """Whether an attention module projects queries and values each for themselves."""
+    return hasattr(module, "q_proj") and hasattr(module, "v_proj")
+
+
+@contextlib.contextmanager
+def projecting(module: nn.Module, rows: Tensor | None, values: bool) -> Iterator[None]:
+    """While open, an attention module computes no projection that nobody reads.
+
+    Args:
+        module: one of which :func:`splits_projections` is true, unless everything is read.
+        rows: int64 `[batch, n]`, rows whose queries are read, those of others are zeros; None is
+            all.
+        values: whether values are read; otherwise all are those of the first row.
+    """
+    handles, size = [], 0
+
+    def few(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal size
+        (hidden,) = args
+        size = hidden.shape[1]
+        return (hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[2])),)
+
+    def spread(_: nn.Module, args: Any, found: Tensor) -> Tensor:
+        whole = found.new_zeros(found.shape[0], size, found.shape[2])
+        return whole.scatter(1, rows[..., None].expand_as(found), found)
+
+    def first(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal size
+        (hidden,) = args
+        size = hidden.shape[1]
+        return (hidden[:, :1],)
+
+    def repeat(_: nn.Module, args: Any, found: Tensor) -> Tensor:
+        return found.expand(-1, size, -1)
+
+    if rows is not None:
+        handles += _around(module.q_proj, few, spread)
+    if not values:
+        handles += _around(module.v_proj, first, repeat)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _around(projection: nn.Module, before: Callable, after: Callable) -> list[Any]:
+    return [
+        projection.register_forward_pre_hook(before), projection.register_forward_hook(after)
+    ]  # fmt: skip

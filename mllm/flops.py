@@ -39,6 +39,12 @@ def attention_products(config: Any, queries: float) -> float:
     return 2 * queries * config.hidden_size * head_dim * (2 * heads + 2 * kv_heads)
 
 
+def attention_reading(config: Any, rows: float, queries: float, values: float) -> float:
+    """Projections for reading a layer's attention: keys of `rows`, and so many queries and values."""
+    heads, kv_heads, head_dim = _heads(config)
+    return 2 * config.hidden_size * head_dim * (queries * heads + (rows + values) * kv_heads)
+
+
 def attention_branch(config: Any, queries: float, keys: float) -> float:
     """A decoder layer's attention on `queries` rows over `keys` slots."""
     heads, _, head_dim = _heads(config)
