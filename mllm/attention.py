@@ -85,7 +85,7 @@ def read_only(
     values: bool = True,
     **arguments: Any,
 ) -> None:
-    """Call an attention module for its queries, keys and values alone: it ends where they are known.
+    """Call an attention module for its queries, keys and values: it ends when they are read.
 
     Args:
         module: an attention module that is served by this file.

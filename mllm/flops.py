@@ -40,7 +40,7 @@ def attention_products(config: Any, queries: float) -> float:
 
 
 def attention_reading(config: Any, rows: float, queries: float, values: float) -> float:
-    """Projections for reading a layer's attention: keys of `rows`, and so many queries and values."""
+    """Projections that read a layer's attention: keys of `rows`, so many queries and values."""
     heads, kv_heads, head_dim = _heads(config)
     return 2 * config.hidden_size * head_dim * (queries * heads + (rows + values) * kv_heads)
 
