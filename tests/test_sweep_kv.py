@@ -92,6 +92,13 @@ def test_cells_have_their_protocol_and_are_compared_with_random_eviction(loaded,
     assert len(cells.read(path).rows) == len(found) + len(more)
 
 
+@pytest.mark.parametrize(("method", "said"), [("fastv", "KV cache"), ("shadowkv", "everything")])
+def test_a_protocol_that_a_method_cannot_have_is_refused_before_anything_runs(method, said):
+    with pytest.raises(PlanError, match=said) as refused:
+        sweep_file.SweepFile(model="tiny-llava", methods=("h2o", method), protocol="again")
+    assert refused.value.argument == "protocol"
+
+
 def test_cells_of_two_protocols_are_no_table(loaded, tmp_path):
     path = tmp_path / "kv.jsonl"
     both = _run(loaded, path, protocol="again") + _run(loaded, path)
@@ -181,7 +188,7 @@ def test_what_a_protocol_cannot_do_is_refused(loaded):
     ("keys", "part"),
     [
         ({"protocol": "later"}, "prompt"),
-        ({"protocol": "again"}, "not all methods are"),
+        ({"protocol": "again"}, "works before it"),
         ({"methods": ["snapkv:budget=0.5"]}, "sets budget from the kv_budgets"),
         ({"kv_budgets": [0.5, 1.5]}, "fraction"),
         ({"kv_budgets": [2]}, "fraction"),

@@ -11,7 +11,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mllm import flops
-from mllm.errors import DataError, PlanError
+from mllm.errors import DataError
+from mllm.eval.plans import check_protocol
 from mllm.models import resolve
 from mllm.tokens import split_images
 
@@ -146,23 +147,7 @@ def _read(
     model: Any, inputs: Any, patched: Patched, protocol: Protocol
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What `generate` goes on from where the answer is read after compression, and the costs."""
-    stages = patched.plan.stages
-    if other := [stage.info.name for stage in stages if stage.site != "cache"]:
-        raise PlanError(
-            f"protocol={protocol!r} is about the KV cache, and {', '.join(other)} works before it",
-            argument="protocol",
-            given=protocol,
-            expected="protocol 'prompt', or methods on the KV cache",
-        )
-    if protocol == "again" and patched.selects:
-        names = ", ".join(stage.info.name for stage in stages if stage.selects)
-        raise PlanError(
-            f"protocol='again' takes a part of the prompt back, and {names} then attends to "
-            "everything",
-            argument="protocol",
-            given=protocol,
-            expected="protocol 'context' or 'prompt'",
-        )
+    check_protocol(patched.plan, protocol)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     place = torch.arange(ids.shape[1], device=ids.device)
     last = (place * (ids == model.config.image_token_id)).amax(1).tolist()

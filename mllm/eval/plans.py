@@ -103,6 +103,27 @@ def on_cache(template: str) -> bool:
     return all(stage.site == "cache" for stage in Plan.from_spec(template).stages)
 
 
+def check_protocol(plan: Plan, protocol: str) -> None:
+    """Raises PlanError where a plan's answers cannot be read by a protocol."""
+    if protocol == "prompt":
+        return
+    if other := [stage.info.name for stage in plan.stages if stage.site != "cache"]:
+        raise PlanError(
+            f"protocol={protocol!r} is about the KV cache, and {', '.join(other)} works before it",
+            argument="protocol",
+            given=protocol,
+            expected="protocol 'prompt', or methods on the KV cache",
+        )
+    if protocol == "again" and (names := [s.info.name for s in plan.stages if s.selects]):
+        raise PlanError(
+            f"protocol='again' takes a part of the prompt back, and {', '.join(names)} then "
+            "attends to everything",
+            argument="protocol",
+            given=protocol,
+            expected="protocol 'context' or 'prompt'",
+        )
+
+
 def budgets_slots(stage: Any) -> bool:
     """Whether a stage has a `budget` of stored slots; one that evicts nothing means another."""
     return hasattr(stage, "budget") and "Evict" in stage.actions

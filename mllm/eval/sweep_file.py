@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from mllm.errors import DataError, MllmError, PlanError
-from mllm.eval.plans import budgets_slots, on_cache
+from mllm.eval.plans import budgets_slots, check_protocol, on_cache
 from mllm.plan import Plan
 
 VERSION = 1
@@ -82,13 +82,8 @@ class SweepFile:
         for name in self.seeds_of:
             _check_seeded(name, (*self.methods, *self.fixed))
         texts = (*self.methods, *self.fixed)
-        if self.protocol != "prompt" and not all(map(on_cache, texts)):
-            raise PlanError(
-                f"protocol {self.protocol!r} is about the KV cache, and not all methods are",
-                argument="protocol",
-                given=self.protocol,
-                expected="protocol prompt, or methods on the KV cache alone",
-            )
+        for text in texts:
+            check_protocol(Plan.from_spec(text), self.protocol)
         if self.workers > 1 and self.timings:
             raise MllmError(
                 f"{self.workers} workers disturb each other's timings",
