@@ -62,9 +62,9 @@ def train(
         step; `passes_ratio` leaves the optimizer out, whose time `optimizer_s` (median of the
         unpatched steps) no plan can change. `ideal` is the ratio of :func:`step_flops`, in which
         the optimizer, having no matrix products, counts nothing; `share` = ratio / ideal.
-        `attainable` is the ratio of the unpatched model's own times, its decoder at the lengths
-        that the plan leaves, optimizer included. `peak_bytes`: the largest sum of live tensors
-        during one step, weights and optimizer states included.
+        `attainable` is the ratio of the unpatched model's own times, its decoder, LM head and loss
+        at the lengths that the plan leaves, optimizer included. `peak_bytes`: the largest sum of
+        live tensors during one step, weights and optimizer states included.
 
     Raises:
         DataError: as :func:`mllm.eval.bench.prefill`; an unknown method; no PEFT for `"lora"`.
