@@ -377,9 +377,7 @@ def _listed(given: Any) -> list[Any]:
     return [given] if given else []
 
 
-def _from_llava(
-    path: Path, where: str, entry: dict
-) -> tuple[list[Message], dict[str, list[Any]]]:
+def _from_llava(path: Path, where: str, entry: dict) -> tuple[list[Message], dict[str, list[Any]]]:
     """Messages, and the names of pictures and videos by kind."""
     names = {kind: _listed(entry.get(kind)) for kind in HOLES.values()}
     messages = []
@@ -516,9 +514,7 @@ class Collator:
             given = batch["input_ids"][row]
             real = ~torch.isin(given, self._holes) & (batch["attention_mask"][row] == 1)
             places = real.nonzero()[:, 0][-len(answer) :]
-            if len(places) < len(answer) or not torch.equal(
-                given[places[answer]], tokens[answer]
-            ):
+            if len(places) < len(answer) or not torch.equal(given[places[answer]], tokens[answer]):
                 raise DataError(
                     "the processor writes words around pictures or videos behind an answer, so "
                     f"answers cannot be found in {text[:80]!r}...",
