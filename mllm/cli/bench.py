@@ -30,6 +30,14 @@ class Suite(str, Enum):
     prefill = "prefill"
     selection = "selection"
     kv = "kv"
+    train = "train"
+
+
+class Method(str, Enum):
+    """What a training step trains."""
+
+    full = "full"
+    lora = "lora"
 
 
 def command(
@@ -37,7 +45,7 @@ def command(
         Suite,
         typer.Option(
             help="prefill: speed and memory. selection: what choosing costs. kv: methods on the "
-            "KV cache, decode steps and bytes."
+            "KV cache, decode steps and bytes. train: training steps."
         ),
     ] = Suite.prefill,
     model: Annotated[
@@ -51,7 +59,9 @@ def command(
     ] = None,
     visual: Annotated[
         list[int] | None,
-        typer.Option(help="Visual tokens per sample; repeatable. Default: one and two images."),
+        typer.Option(
+            help="Visual tokens per sample; repeatable. Default: one and two images; for train one."
+        ),
     ] = None,
     text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
     length: Annotated[
@@ -71,6 +81,13 @@ def command(
     batch: Annotated[
         list[int] | None,
         typer.Option(help="Batch size; repeatable. Default: 1; for selection 1 and 8."),
+    ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="train: full trains all but the tower, lora adapters in the language model. "
+            "Default: full."
+        ),
     ] = None,
     unequal: Annotated[
         bool, typer.Option("--unequal", help="Prompts of a batch differ in length (left padded).")
@@ -100,16 +117,20 @@ def command(
     The suite "kv" reads one long prompt and compresses its cache by every plan: the bytes that are
     really stored, the time of a decode step, what choosing costs as a share of the prefill.
 
+    The suite "train" times a training step: forward, backward and optimizer.
+
     Example: mllm bench --suite prefill --visual 576 --output bench.json
 
     Example: mllm bench --suite kv --length 8192 --budget 0.25 --output kv.json
     """
 
     def measure() -> dict[str, Any]:
-        from mllm.eval import bench, bench_kv, bench_selection
+        from mllm.eval import bench, bench_kv, bench_selection, bench_train
         from mllm.eval.bench_shapes import SHAPES, cannot_measure
 
         more: dict[str, Any] = {}
+        if method and suite is not Suite.train:
+            raise cannot_measure("method", method.value, "it with --suite train")
         if suite is Suite.kv:
             more = {"length": length or None, "budgets": budget or (bench_kv.BUDGET,)}
         elif length or budget:
@@ -117,6 +138,8 @@ def command(
             raise cannot_measure(name, (length or budget)[0], "it with --suite kv")
         elif suite is Suite.selection:
             more = {"batch": (1, 8)}
+        elif suite is Suite.train and method:
+            more = {"method": method.value}
         if batch:
             more["batch"] = batch
 
@@ -139,6 +162,7 @@ def command(
                 Suite.prefill: bench.prefill,
                 Suite.selection: bench_selection.selection,
                 Suite.kv: bench_kv.kv,
+                Suite.train: bench_train.train,
             }[suite]
             results = measured(
                 model=SHAPES.get(model, model),
@@ -214,7 +238,7 @@ def _speed(row: dict[str, Any], digits: int) -> list[str]:
     ]
 
 
-def _prefill_cells(row: dict[str, Any]) -> list[str] | None:
+def _time_cells(row: dict[str, Any]) -> list[str] | None:
     return None if row["status"] == "oom" else _speed(row, 0)
 
 
@@ -252,9 +276,18 @@ def _kv_cells(row: dict[str, Any]) -> list[str] | None:
     ]
 
 
+def _train_remark(row: dict[str, Any]) -> str:
+    peak, before = row["peak_bytes"] / 2**20, row["baseline_peak_bytes"] / 2**20
+    return (
+        f"{row['words']}. The unpatched code at these lengths would reach "
+        f"{row['attainable']:.2f}x. Without the optimizer ({row['optimizer_s'] * 1e3:.0f} ms) "
+        f"{row['passes_ratio']:.2f}x; peak {peak:.0f} of {before:.0f} MiB."
+    )
+
+
 _SPEED = ("before", "after", "speed-up (95 %)", "ideal", "share")
 _LOOKS = {
-    Suite.prefill: _Look(_SPEED, _prefill_cells, _prefill_remark),
+    Suite.prefill: _Look(_SPEED, _time_cells, _prefill_remark),
     Suite.selection: _Look(
         ("layer avg", "saved", "spent", "share (95 %)"), _selection_cells, lambda row: None
     ),
@@ -263,4 +296,5 @@ _LOOKS = {
         _kv_cells,
         lambda row: f"{row['words']}.",
     ),
+    Suite.train: _Look(_SPEED, _time_cells, _train_remark),
 }

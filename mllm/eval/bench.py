@@ -252,7 +252,7 @@ def _row(
         )
     total, llm = times[..., 0], times[..., 1]
     by_length = {full: llm[:, 0], **dict(zip(shorter, short.T, strict=True))}
-    floor = total[:, 0] - llm[:, 0] + np.mean([by_length[n] for n in lengths], 0)
+    floor = unpatched_at(lengths, times, by_length)
     attainable, *attainable_ci = median_interval(total[:, 0] / floor)
     ratio, *ratio_ci = median_interval(total[:, 0] / total[:, 1])
     llm_ratio, *llm_ci = median_interval(llm[:, 0] / llm[:, 1])
@@ -276,6 +276,19 @@ def _row(
         "target_share": target,
         "words": words,
     }
+
+
+def unpatched_at(
+    lengths: Sequence[int], times: np.ndarray, by_length: dict[int, np.ndarray]
+) -> np.ndarray:
+    """Seconds of the unpatched model's tower, with its decoder at the lengths that a plan leaves.
+
+    Args:
+        lengths: rows that enter each decoder layer.
+        times: of :func:`time_pairs`.
+        by_length: seconds `[pairs]` from the decoder on, for each of the lengths.
+    """
+    return times[:, 0, 0] - times[:, 0, 1] + np.mean([by_length[n] for n in lengths], 0)
 
 
 def judge(
@@ -325,37 +338,41 @@ def time_pairs(
     on_pair: Callable[[int], Any] | None = None,
     warmup: int = 2,
     beside: Sequence[Inputs] = (),
+    timed: Callable[[Any, Inputs], tuple[float, ...]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Time two models on the same inputs in interleaved pairs, the order alternating.
 
     Args:
         beside: other inputs that `base` runs after each pair.
+        timed: what is timed: seconds of the whole, of the part from the decoder on, and of what
+            else; None is :func:`timed_prefill`.
 
     Returns:
-        Seconds, float64 `[pairs, 2, 2]`: pair, (base, other), (whole forward, from the decoder
-        on); and `[pairs, len(beside)]`, from the decoder on.
+        Seconds, float64 `[pairs, 2, parts]`: pair, (base, other), (whole, from the decoder on,
+        ...); and `[pairs, len(beside)]`, from the decoder on.
     """
-    models = (base, other)
+    models, timed = (base, other), timed or timed_prefill
     for _ in range(warmup):
         for model in models:
-            timed_prefill(model, inputs)
+            timed(model, inputs)
         for more in beside:
-            timed_prefill(base, more)
-    times, others = np.empty((pairs, 2, 2)), np.empty((pairs, len(beside)))
+            timed(base, more)
+    times: list[list[tuple[float, ...]]] = [[(), ()] for _ in range(pairs)]
+    others = np.empty((pairs, len(beside)))
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[pair, which] = timed_prefill(models[which], inputs)
+            times[pair][which] = timed(models[which], inputs)
         for i, more in enumerate(beside):
-            others[pair, i] = timed_prefill(base, more)[1]
+            others[pair, i] = timed(base, more)[1]
         if on_pair is not None:
             on_pair(pair + 1)
-    return times, others
+    return np.array(times), others
 
 
 @torch.inference_mode()
 def timed_prefill(model: Any, inputs: Inputs) -> tuple[float, float]:
     """Seconds of one prefill, and of its part from the decoder on (LM head included)."""
-    clock = _CudaClock() if model.device.type == "cuda" else _CpuClock()
+    clock = clock_of(model)
     # Prepended: what the patch does when the decoder is entered belongs to the decoder's time.
     hook = model.get_decoder().register_forward_pre_hook(lambda *_: clock.mark(), prepend=True)
     try:
@@ -366,6 +383,11 @@ def timed_prefill(model: Any, inputs: Inputs) -> tuple[float, float]:
         hook.remove()
     start, decoder, end = clock.seconds()
     return end - start, end - decoder
+
+
+def clock_of(model: Any) -> _CpuClock | _CudaClock:
+    """A clock for the device of a model: `mark()` at each moment, then `seconds()` of all."""
+    return _CudaClock() if model.device.type == "cuda" else _CpuClock()
 
 
 class _CpuClock:

@@ -138,9 +138,8 @@ class FinetuneTrainer(CheckpointTrainer):
         group, args = self.recipe.sampling.group_by, self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        lengths = [record.length for record in data.records] if group else None
-        kinds = [record.images > 0 for record in data.records] if group == "modality" else None
-        return Order(len(data), seed, batch, lengths, kinds)
+        lengths, kinds = data.sizes if group else (None, None)
+        return Order(len(data), seed, batch, lengths, kinds if group == "modality" else None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.meter is not None:

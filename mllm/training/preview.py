@@ -55,7 +55,8 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
     if recipe.method.load_in_4bit:
         check_four_bits()
     _check_reports(recipe)
-    if recipe.plan and not any(record.images for record in data.records):
+    known = not data.streamed  # else pictures may come later
+    if recipe.plan and known and not any(record.seen for record in data.sample()):
         raise DataError(
             f"none of the {len(data)} conversations has a picture: the plan has nothing to do",
             argument="data",
@@ -219,7 +220,7 @@ def _memory(
     if recipe.method.distill:
         weights += size * new
     text = config.get_text_config()
-    longest = max((record.length for record in data.records), default=0)
+    longest = max((record.length for record in data.sample()), default=0)
     rows = batch["per_device"] * longest
     layer = 34 * rows * text.hidden_size
     again = recipe.train.get("gradient_checkpointing")

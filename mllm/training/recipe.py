@@ -60,10 +60,14 @@ class ModelPart(Strict):
 class DataPart(Strict):
     """One data source: a file or folder, or a source of samples (`path: yardstick`, `mnist`, ...).
 
+    `path: tiny-clips` is four drawn videos that ship with mllm.
+
     Files are JSON, JSON Lines or parquet; a folder is one that `datasets` has saved. `limit`
     samples are taken (sources of samples: per task); `weight` 0.5 shows every second one, 2.0 each
     one twice. `skip_bad` is the share of unreadable entries and pictures that is skipped before
-    the run fails. `tasks`, `style` and `split` belong to the sources of samples.
+    the run fails. `streaming` reads an entry when it is needed, instead of all at the start. Of a
+    video, `num_frames` frames are taken, evenly over its length. `tasks`, `style` and `split`
+    belong to the sources of samples.
     """
 
     path: str
@@ -73,6 +77,8 @@ class DataPart(Strict):
     weight: float = Field(default=1.0, gt=0)
     limit: int | None = Field(default=None, ge=1)
     skip_bad: float = Field(default=0.0, ge=0, lt=1)
+    streaming: bool = False
+    num_frames: int = Field(default=8, ge=1)
     tasks: list[str] | None = None
     style: str = "plain"
 
@@ -702,6 +708,13 @@ def _check_together(recipe: Recipe) -> None:
         _refuse("everything is frozen: nothing to train", "model", "all frozen", "one part free")
     for number, part in enumerate(recipe.data):
         source = sources.SOURCES.get(part.path)
+        if part.streaming and (source or Path(part.path).suffix == ".json"):
+            _refuse(
+                f"data.{number}: {part.path} cannot be streamed",
+                f"data.{number}.streaming",
+                True,
+                "JSON Lines (.jsonl), parquet or a datasets folder, or streaming: false",
+            )
         if source:
             _check_names(f"data.{number}.tasks", part.tasks or [], source.tasks)
             _check_names(f"data.{number}.style", [part.style], source.styles)

@@ -45,10 +45,11 @@ def forward_flops(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, f
         + flops.lm_head(family.text_config, n)
         for n in lengths
     )
-    if family.pixels not in inputs:
-        return 0.0, llm
-    layouts = family.layouts(inputs)
-    return sum(family.vision_flops(layout, layout.cells) for layout in layouts), llm
+    vision = 0.0
+    for kind in (family, family.of_videos()):
+        if kind is not None and kind.pixels in inputs:
+            vision += sum(kind.vision_flops(each, each.cells) for each in kind.layouts(inputs))
+    return vision, llm
 
 
 class Meter:

@@ -116,7 +116,7 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar on stderr with the newest loss: stdout belongs to results."""
+    """One bar on stderr with the newest loss and share of waiting: stdout belongs to results."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -135,7 +135,10 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+            shown = {"loss": f"{float(logs['loss']):.3f}"}
+            if "data_wait" in logs:
+                shown["data_wait"] = f"{logs['data_wait']:.0%}"
+            self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._bar.close()
