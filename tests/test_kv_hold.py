@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mllm
 from mllm.cache import Dense, KVCache, Offloaded, Packed, load_prefix, save_prefix
 from mllm.compressors.kv_base import best
+from mllm.errors import CacheMismatchError
 from mllm.plan import Plan
 
 ONE = torch.ones(2, 1, dtype=torch.bool)
@@ -263,8 +264,13 @@ PLANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["turn", "crop", "file", "rollback", "copies"])
-@pytest.mark.parametrize("name", PLANS)
+WAYS = ["turn", "crop", "file", "rollback", "copies"]
+
+
+# What `Sinks` remembers does not follow into another batch.
+@pytest.mark.parametrize(
+    "name, way", [(n, w) for n in PLANS for w in WAYS if (n, w) != ("sinks", "copies")]
+)
 @torch.no_grad()
 def test_what_follows_held_steps(name, way, tmp_path):
     """Eight steps; then a turn of four tokens at once, behind whatever happens between them."""
@@ -306,7 +312,7 @@ def test_what_follows_held_steps(name, way, tmp_path):
         for token in range(20, 28):
             wants.append(tokens(oracle.model, cache, [token])[0])
         if way == "crop":
-            cache.crop(cache.get_seq_length() - 3)
+            cache.crop(-3)
             oracle.length -= 3
             oracle.gone = {i: gone[:, : oracle.length] for i, gone in oracle.gone.items()}
             for total in oracle.heavy.values():
@@ -343,3 +349,26 @@ def test_the_one_that_leaves_is_the_worst_and_latest(ties):
                     order = sorted(there, key=lambda i: (-score[b, h, i], key[i]))
                     want = sorted(order[: max(0, count[b, h])])
                     assert mine[b, h].nonzero()[:, 0].tolist() == want
+
+
+def test_slots_can_be_named_as_they_are_shown():
+    """`retain` is `evict` without names, and leaves candidates alone."""
+    cache, kv = held()
+    other = copy.deepcopy(cache)
+    keep = torch.rand(2, HEADS, 20, generator=torch.Generator().manual_seed(0)) < 0.7
+    kv.retain(0, keep)
+    view = KVCache(other, kv._family).view(0)
+    KVCache(other, kv._family).evict(0, keep=torch.where(keep, view.logical, -1))
+    mine, want = cache.layers[0], other.layers[0]
+    assert torch.equal(mine.table.logical, want.table.logical) and torch.equal(mine.keys, want.keys)
+    feed(cache, *torch.randn(2, 2, HEADS, 2, DIM), torch.ones(2, 2).bool())
+    certain = KVCache(cache, kv._family, length=kv.length - 2)
+    names = certain.view(1).logical
+    certain.retain(1, torch.arange(20).expand(2, -1) > 0)
+    assert kv.view(1).logical.shape[2] == 21
+    stored = kv.view(1).logical.sort(-1).values
+    assert torch.equal(stored[..., :-2], names[..., 1:].sort(-1).values)
+    for bad in (keep, torch.ones(2, 20).bool(), torch.ones(2, 3, 23).bool()):
+        with pytest.raises(CacheMismatchError) as caught:
+            kv.retain(0, bad)
+        assert caught.value.argument == "keep"

@@ -211,7 +211,7 @@ class SlotTable:
         many = keep.sum(-1).flatten().tolist()
         most, last = max(many), self.slots - 1
         padded = min(many) < most
-        if most < last or sum(many) * SLACK < len(many) * most * (SLACK - 1):
+        if not last or most < last or sum(many) * SLACK < len(many) * most * (SLACK - 1):
             return None
         if most > last:
             columns = {n: _spread(t, keep) for n, t in self.columns.items()}
