@@ -31,8 +31,8 @@ class SlotTable:
             M-RoPE `position1`, `position2` (int64). Methods may add columns of their own: they
             follow every operation, and new tokens get zero.
         padded: whether any cell is invalid; known without asking the device.
-        ordered: whether tokens lie in their order, within each segment. A step that lets one go puts
-            the new one in its place.
+        ordered: whether tokens lie in their order, within each segment. A step that lets one go
+            puts the new one in its place.
     """
 
     columns: dict[str, Tensor]
@@ -171,7 +171,7 @@ class SlotTable:
         return self._once("compact", keep, self._compact)
 
     def _once(self, way: str, keep: Tensor, make: Callable[[Tensor], T]) -> T:
-        """What `make` gives, or gave for an equal `keep`: layers that choose alike share a table."""
+        """What `make` gives, or gave for an equal `keep`: layers that choose alike share it."""
         if self._last:
             before, kept, rest, table = self._last
             alike = before == way and kept.shape == keep.shape and torch.equal(kept, keep)
@@ -393,7 +393,8 @@ class SlotLayer(DynamicLayer):
             first, moved = old.slots - hidden, place[old.slots :]
             order = torch.cat([place[:first], moved, place[first : old.slots]])
             self.table = SlotTable(
-                {n: t[..., order] for n, t in self.table.columns.items()}, self.table.padded,
+                {n: t[..., order] for n, t in self.table.columns.items()},
+                self.table.padded,
                 self.table.ordered,
             )
             last, start = self.segments[-1], self.slots - self.segments[-1].slots

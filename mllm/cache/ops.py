@@ -183,7 +183,8 @@ class KVCache:
         if any(t.dim() == 3 for t in columns.values()) or table.headwise:
             heads = stored.heads
             table = SlotTable(
-                {n: _headwise(t, heads) for n, t in table.columns.items()}, table.padded,
+                {n: _headwise(t, heads) for n, t in table.columns.items()},
+                table.padded,
                 table.ordered,
             )
             columns = {n: _headwise(t, heads) for n, t in columns.items()}

@@ -278,9 +278,7 @@ def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> list[int] | 
             counted = seen if getattr(stage, "tokens", "visual") == "visual" else length
             limit = budget if isinstance(budget, int) else max(1, round(budget * counted))
             total += min(limit, counted) + length - counted
-        totals.append(
-            [everything if stage.leaves_whole(i, depth) else total for i in range(depth)]
-        )
+        totals.append([everything if stage.leaves_whole(i, depth) else total for i in range(depth)])
     return [min(layer) for layer in zip(*totals, strict=True)] or None
 
 
