@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mllm import compat
 from mllm.errors import NoEffectError
 
-BLOCK = 128  # query rows per step of a column sum
+BLOCK = 64  # query rows per step of a column sum
 
 
 class Change(Protocol):

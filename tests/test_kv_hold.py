@@ -50,7 +50,7 @@ class Copied(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given = [x for x in args if isinstance(x, Tensor)]
-        if func.overloadpacket.__name__ in ("copy_", "scatter_"):
+        if func.overloadpacket.__name__ in ("copy_", "index_put_"):
             written = given[-1]
         else:
             written = out

@@ -180,8 +180,10 @@ class Dense:
             gap: int64 `[batch, 1]` or `[batch, kv_heads, 1]`, a column; the last one is none.
         """
         for own in (self.keys(), self.values()):
-            last = own[:, :, -1:].clone()
-            own.scatter_(2, _headwise(gap, own.shape[1])[..., None].expand(last.shape), last)
+            batch, heads = own.shape[:2]
+            place = torch.arange(max(batch, heads), device=own.device)
+            at = place[:batch, None], place[:heads], _headwise(gap, heads)[..., 0]
+            own[at] = own[:, :, -1].clone()  # many times cheaper than `scatter_`
         self.stop -= 1
 
     def take(self, index: Tensor, kept: Tensor) -> Segment:
