@@ -14,11 +14,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mllm import compat
 from mllm.errors import NoEffectError
 
-BLOCK = 128  # query rows per step of a column sum
+BLOCK = 64  # query rows per step of a column sum
 
 
 class Change(Protocol):
@@ -226,8 +227,8 @@ def column_mass(
 ) -> tuple[Tensor, Tensor]:
     """Attention that each key receives from chosen queries, causally.
 
-    A block of queries sees all keys, so that its softmax is complete: one pass over the scores,
-    O(block x keys) memory.
+    A block of queries sees all keys that are not behind it, so that its softmax is complete: one
+    pass over the scores, O(block x keys) memory.
 
     Args:
         query, key, mask, scaling: as in :func:`row_logits`.
@@ -238,15 +239,58 @@ def column_mass(
         fp32 `[batch, keys]` (`[batch, heads, keys]` for `"none"`), and int64 `[batch, keys]`,
         the chosen queries that see each key.
     """
-    total: Any = 0
-    seen = torch.zeros(key.shape[0], key.shape[2], dtype=torch.long, device=key.device)
-    for block in rows.split(BLOCK, 1):
-        logits = row_logits(query, key, block.clamp(min=0), mask, scaling)
-        real = (block >= 0)[:, None, :, None]
-        weights = reduce_heads(logits.softmax(-1), heads)
-        total = total + torch.where(real if heads == "none" else real[:, 0], weights, 0).sum(-2)
-        seen += (real & (logits != float("-inf"))).any(1).sum(1)
-    return total, seen
+    batch, count, queries, width = query.shape
+    keys, behind = key.shape[2], key.shape[2] - queries
+    wide = key.float().transpose(-1, -2)
+    scaling = width**-0.5 if scaling is None else scaling
+    total = torch.zeros(batch, 1 if heads == "max" else count, keys, device=key.device)
+    seen = torch.zeros(batch, keys, dtype=torch.long, device=key.device)
+    place = torch.arange(keys, device=key.device)
+    for number, (low, high, real) in enumerate(_spans(rows, queries)):
+        if not real:
+            continue
+        block = rows[:, number * BLOCK : (number + 1) * BLOCK]
+        there, at = block >= 0, block.clamp(min=0)
+        at = at[:, None, :, None]
+        if mask is not None and mask.dim() == 4:
+            given = mask[..., :keys].expand(batch, -1, -1, -1)
+            given = given.gather(2, at.expand(-1, mask.shape[1], -1, keys))
+            added = given.dtype != torch.bool
+            sees = given > torch.finfo(given.dtype).min / 2 if added else given
+            end = 1 + int((sees.flatten(0, 2).any(0) * place).max())
+            sees, first = sees[..., :end], 0
+        else:
+            added, first, end = False, low + behind + 1, high + behind + 1
+            sees = place[:end] <= at + behind
+            if mask is not None:
+                sees, first = sees & mask[:, None, None, :end].bool(), 0
+        q = query.gather(2, at.expand(-1, count, -1, width)).float() * scaling
+        logits = q.reshape(batch, key.shape[1], -1, width) @ wide[..., :end]
+        logits = logits.view(batch, count, -1, end)
+        if added:
+            logits += given[..., :end]
+        if first < end:
+            logits[..., first:].masked_fill_(~sees[..., first:], float("-inf"))
+        weights = logits.softmax(-1)
+        if heads == "max":
+            weights = weights.amax(1, keepdim=True)
+        if real < there.numel():
+            weights.masked_fill_(~there[:, None, :, None], 0)
+            sees = sees & there[:, None, :, None]
+        total[..., :end] += weights.sum(2)
+        seen[:, :end] += sees.any(1).sum(1)
+    if heads == "max":
+        return total[:, 0], seen
+    return reduce_heads(total, heads), seen
+
+
+def _spans(rows: Tensor, queries: int) -> list[list[int]]:
+    """Of every block of query rows the lowest one, the highest one, and how many there are."""
+    batch, count = rows.shape
+    blocks = F.pad(rows, (0, -count % BLOCK), value=-1).reshape(batch, -(-count // BLOCK), BLOCK)
+    there = blocks >= 0
+    low = blocks.masked_fill(~there, queries).amin((0, 2))
+    return torch.stack([low, blocks.amax((0, 2)), there.sum((0, 2))], 1).tolist()
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_every_cache_method_is_measured():
     assert names == registered and not [r["plan"] for r in rows if "ratio" not in r]
     assert rows[0]["payload_bytes"] == rows[0]["baseline_kv_bytes"]
     for row in rows:
-        elsewhere = row["plan"].split(":")[0] in ("plphp", "d2o")  # d2o keeps 3 of these 4 layers
+        elsewhere = row["plan"].split(":")[0] == "plphp"
         if row["payload_share"] is not None and not elsewhere:
             assert abs(row["payload_share"] - 1) <= 0.02, row["plan"]
 
@@ -128,7 +128,17 @@ def test_ragged_heads_are_a_memory_claim():
 
 def test_text_stays_and_is_expected_where_only_pictures_are_cut(model):
     stages, prompt = read(model, "snapkv:budget=0.25:tokens=visual:window=8")
-    assert bench_kv._expected(stages, prompt) == 2 * (32 + 8)
+    assert bench_kv._expected(stages, prompt) == [2 * (32 + 8)] * 4
+
+
+def test_layers_that_stay_whole_are_expected_so(model):
+    """A method says which; behind another one the smaller budget of each layer counts."""
+    stages, prompt = read(model, "d2o:budget=0.25:skip=1:skip_last=1")
+    assert bench_kv._expected(stages, prompt) == [2 * 64, 2 * 16, 2 * 16, 2 * 64]
+    stages, prompt = read(model, "snapkv:budget=0.5:window=8+d2o:budget=0.25:skip=1:skip_last=0")
+    assert bench_kv._expected(stages, prompt) == [2 * 32, *[2 * 16] * 3]
+    cache = prompt.cache
+    assert bench_kv.storage(cache, bench_kv._stages("d2o:skip=4"), prompt)["payload_share"] == 1
 
 
 def test_the_cost_of_choosing_is_that_of_its_signals_and_layers(model):

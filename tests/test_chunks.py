@@ -138,7 +138,8 @@ def test_every_chunk_sees_what_the_last_one_left(spec, family, size, attn):
         for i, layer in enumerate(cache.layers):
             view = patched.kv(cache).view(i)
             for head in range(layer.heads):
-                assert stored(view, 0, head) == oracle.alive(i, head), f"layer {i}, head {head}"
+                held = sorted(stored(view, 0, head))
+                assert held == oracle.alive(i, head), f"layer {i}, head {head}"
     for step, (a, b) in enumerate(zip(mine, want, strict=True)):
         equal(a, b, f"step {step}", 1e-5 * max(1.0, float(b.std())))
 

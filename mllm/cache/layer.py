@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mllm import compat
-from mllm.cache.segments import Dense, Packed, Segment, _gather, _headwise, _stored
+from mllm.cache.segments import SLACK, Dense, Packed, Segment, _gather, _headwise, _stored
 from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.tokens import TokenTable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +31,16 @@ class SlotTable:
             M-RoPE `position1`, `position2` (int64). Methods may add columns of their own: they
             follow every operation, and new tokens get zero.
         padded: whether any cell is invalid; known without asking the device.
+        ordered: whether tokens lie in their order, within each segment. A step that lets one go
+            puts the new one in its place.
     """
 
     columns: dict[str, Tensor]
     padded: bool
+    ordered: bool = True
     _memo: list = field(default_factory=list, repr=False)
     _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    _last: list = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, table: TokenTable, position: Tensor, padded: bool) -> SlotTable:
@@ -84,12 +91,15 @@ class SlotTable:
         return once(
             self._memo,
             key,
-            lambda: SlotTable({n: change(t) for n, t in self.columns.items()}, self.padded),
+            lambda: self._with({n: change(t) for n, t in self.columns.items()}),
         )
 
     def with_columns(self, **columns: Tensor) -> SlotTable:
         """The table with some columns exchanged or added."""
-        return SlotTable(self.columns | columns, self.padded)
+        return self._with(self.columns | columns)
+
+    def _with(self, columns: dict[str, Tensor]) -> SlotTable:
+        return SlotTable(columns, self.padded, self.ordered)
 
     def first(self, slots: int) -> SlotTable:
         return self.map(lambda t: t[..., :slots], ("first", slots))
@@ -126,7 +136,7 @@ class SlotTable:
                 if heads:
                     more = more[:, None].expand(-1, heads, -1)
                 columns[name] = torch.cat([old, more], -1)
-            table = SlotTable(columns, self.padded or new.padded)
+            table = SlotTable(columns, self.padded or new.padded, self.ordered)
             if self._known and new._known:
                 table._known["newest"] = self.newest + new.newest
             return table
@@ -143,7 +153,8 @@ class SlotTable:
             if wide:
                 own = [_headwise(t, wide) for t in own]
             columns[name] = torch.cat(own, -1)
-        return SlotTable(columns, any(t.padded for t in parts))
+        padded, ordered = any(t.padded for t in parts), all(t.ordered for t in parts)
+        return SlotTable(columns, padded, ordered)
 
     def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
         """Columns that stay, in order. Shorter lengths are filled up, first with padding.
@@ -157,17 +168,63 @@ class SlotTable:
             int64 index of the column behind every new one, shaped like the new `valid`; and the
             new table.
         """
+        return self._once("compact", keep, self._compact)
 
+    def _once(self, way: str, keep: Tensor, make: Callable[[Tensor], T]) -> T:
+        """What `make` gives, or gave for an equal `keep`: layers that choose alike share it."""
+        if self._last:
+            before, kept, rest, table = self._last
+            alike = before == way and kept.shape == keep.shape and torch.equal(kept, keep)
+            if alike and (found := table()) is not None:
+                return rest, found
+        made = make(keep)
+        if made is not None:
+            self._last[:] = [way, keep, made[0], weakref.ref(made[1])]
+        return made
+
+    def _compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
         valid = self.valid if self.valid.dim() == keep.dim() else self.valid[:, None]
         most = int(keep.sum(-1).max()) if keep.numel() else 0
         rank = torch.where(keep, 2, torch.where(valid, 0, 1))
         index = rank.argsort(dim=-1, descending=True, stable=True)[..., :most].sort(-1).values
+        if not self.ordered:
+            name = _spread(self.logical, keep).gather(-1, index)
+            index = index.gather(-1, name.argsort(dim=-1, stable=True))
         valid = keep.gather(-1, index)
-        columns = {
-            name: (t if t.dim() == keep.dim() else t[:, None].expand(keep.shape)).gather(-1, index)
-            for name, t in self.columns.items()
-        }
+        columns = {n: _spread(t, keep).gather(-1, index) for n, t in self.columns.items()}
         return index, SlotTable(columns | {"valid": valid}, not bool(valid.all()))
+
+    def closed(self, keep: Tensor) -> tuple[Tensor | None, SlotTable] | None:
+        """As :meth:`compact` where at most one column has to go: the last one fills the gaps.
+
+        Args:
+            keep: bool, of the shape of `valid` or with an axis of heads.
+
+        Returns:
+            int64, shaped like `keep` with one column: where the last column goes, its own place if
+            it goes nowhere; None if all columns are still needed. And the new table. None where
+            more columns have to go, or where more than 1/SLACK of the cells would be empty.
+        """
+        return self._once("closed", keep, self._close)
+
+    def _close(self, keep: Tensor) -> tuple[Tensor | None, SlotTable] | None:
+        many = keep.sum(-1).flatten().tolist()
+        most, last = max(many), self.slots - 1
+        padded = min(many) < most
+        if not last or most < last or sum(many) * SLACK < len(many) * most * (SLACK - 1):
+            return None
+        if most > last:
+            columns = {n: _spread(t, keep) for n, t in self.columns.items()}
+            return None, SlotTable(columns | {"valid": keep}, padded, self.ordered)
+        gap = (~keep[..., :last]).to(torch.uint8).argmax(-1, keepdim=True)
+        gap = torch.where(keep[..., last:], gap, last)
+
+        def filled(t: Tensor) -> Tensor:
+            t = _spread(t, keep)
+            return t.scatter(-1, gap, t[..., last:])[..., :last]
+
+        columns = {n: filled(t) for n, t in (self.columns | {"valid": keep}).items()}
+        return gap, SlotTable(columns, padded, ordered=False)
 
 
 @dataclass
@@ -228,6 +285,7 @@ class SlotLayer(DynamicLayer):
         self.samples: dict[str, Tensor] = {}
         self.seen = self.intact = 0
         self.compressed = self.planned = self.foreign = self.journals = self.served = False
+        self._added = 0
         self._noted: tuple[SlotTable, int, int | None] | None = None
         self._journal: list[tuple[int, LayerState]] = []
 
@@ -303,6 +361,7 @@ class SlotLayer(DynamicLayer):
         selects = self.served and self._noted is not None and new == 1 and self.selects
         self._append(key_states, value_states)
         self.table, self._noted = table, None
+        self._added = new
         self.seen += advance
         if intact is not None:
             self.intact = max(self.intact, intact)
@@ -334,7 +393,9 @@ class SlotLayer(DynamicLayer):
             first, moved = old.slots - hidden, place[old.slots :]
             order = torch.cat([place[:first], moved, place[first : old.slots]])
             self.table = SlotTable(
-                {n: t[..., order] for n, t in self.table.columns.items()}, self.table.padded
+                {n: t[..., order] for n, t in self.table.columns.items()},
+                self.table.padded,
+                self.table.ordered,
             )
             last, start = self.segments[-1], self.slots - self.segments[-1].slots
             own = (order[start:] - start).expand(len(keys), -1)
@@ -421,14 +482,55 @@ class SlotLayer(DynamicLayer):
         if self.table.headwise and keep.dim() == 2:
             keep = keep[:, None].expand(self.table.valid.shape)
         shared = {} if shared is None else shared
-        key = self.table, tuple(segment.slots for segment in self.segments)
-        if key not in shared:
-            shared[key] = self._compacted(keep)
-        parts, self.table = shared[key]
-        segments = [x.take(*part) for x, part in zip(self.segments, parts, strict=True)]
-        self.segments = [segment for segment in segments if segment.slots]
+        if not self._closed(keep, as_of, shared):
+            key = self.table, tuple(segment.slots for segment in self.segments)
+            if key not in shared:
+                shared[key] = self._compacted(keep)
+            self._take(*shared[key])
         self.compressed = True
         self.intact = self.seen if as_of is None else min(as_of, self.seen)
+
+    def _closed(self, keep: Tensor, as_of: int | None, shared: dict) -> bool:
+        """Let a column go in place, which one new token has made too many; whether that was done.
+
+        The token takes the place of the one that leaves, in every head, and nothing else moves.
+        Not in a layer with a window, which forgets from the front, and not under candidates, which
+        stay the newest.
+        """
+        certain = as_of is None or as_of >= self.seen
+        if self._added != 1 or self.window is not None or not certain or len(self.segments) > 1:
+            return False
+        (plain,) = self.segments
+        if not isinstance(plain, Dense) or not plain.writable:
+            return False
+        key = self.table, "closed"
+        if key not in shared:
+            shared[key] = self.table.closed(keep)
+        if shared[key] is None:
+            return False
+        gap, self.table = shared[key]
+        if gap is not None:
+            plain.close(gap)
+        return True
+
+    def _take(self, parts: list[tuple[Tensor, Tensor]], table: SlotTable) -> None:
+        """Of every segment the columns that stay; see :meth:`_compacted`."""
+        segments = [x.take(*part) for x, part in zip(self.segments, parts, strict=True)]
+        self.segments, self.table = [segment for segment in segments if segment.slots], table
+
+    def settle(self, shared: dict | None = None) -> None:
+        """Bring tokens back into their order, which steps that let one go give up.
+
+        Args:
+            shared: as in :meth:`retain`.
+        """
+        if self.table is None or self.table.ordered or not self.segments:
+            return
+        shared = {} if shared is None else shared
+        key = self.table, "settled"
+        if key not in shared:
+            shared[key] = self._compacted(self.table.valid)
+        self._take(*shared[key])
 
     def exchange(
         self, keys: Tensor, values: Tensor, new: Tensor, keep: Tensor, as_of: int | None = None,
@@ -641,6 +743,11 @@ class SlotLayer(DynamicLayer):
 def _as_wide(valid: Tensor, keep: Tensor) -> Tensor:
     """Validity with the axes of `keep`."""
     return valid if valid.dim() >= keep.dim() else valid[:, None]
+
+
+def _spread(t: Tensor, keep: Tensor) -> Tensor:
+    """A column with the axes of `keep`, of its shape."""
+    return t if t.dim() == keep.dim() else t[:, None].expand(keep.shape)
 
 
 @dataclass

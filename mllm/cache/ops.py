@@ -138,7 +138,8 @@ class KVCache:
     def view(self, layer: int, contents: bool = True) -> SlotView:
         """What a layer stores, as a padded rectangle.
 
-        Keys and values are zero-copy while all heads and samples hold equally many slots.
+        Keys and values are zero-copy while all heads and samples hold equally many slots: they are
+        good until the cache changes. Slots need not be in the order of tokens; see :meth:`settle`.
 
         Args:
             layer: where.
@@ -182,7 +183,9 @@ class KVCache:
         if any(t.dim() == 3 for t in columns.values()) or table.headwise:
             heads = stored.heads
             table = SlotTable(
-                {n: _headwise(t, heads) for n, t in table.columns.items()}, table.padded
+                {n: _headwise(t, heads) for n, t in table.columns.items()},
+                table.padded,
+                table.ordered,
             )
             columns = {n: _headwise(t, heads) for n, t in columns.items()}
         stored.table = table.with_columns(**columns)
@@ -201,6 +204,10 @@ class KVCache:
     def apart(self, layer: int) -> bool:
         """Whether heads of a layer hold different tokens."""
         return self.cache.layers[layer].table.headwise
+
+    def same(self, layer: int) -> Any:
+        """A key that layers have in common which hold the same tokens; not all such layers do."""
+        return self.cache.layers[layer].table, self.cache.layers[layer].window
 
     def samples(self, layer: int) -> dict[str, Tensor]:
         """What methods keep of every sample at a layer, `[batch, ...]` each.
@@ -285,6 +292,45 @@ class KVCache:
         every = stays.new_ones(stays.shape[0], layer.heads, stays.shape[2])
         every[:, heads] = stays
         return every
+
+    def retain(self, layers: Layers, keep: Tensor) -> None:
+        """Let go of slots, as `view` shows them, where :meth:`evict` names tokens.
+
+        Args:
+            layers: where; all of them show as many slots.
+            keep: bool `[batch, slots]` or `[batch, kv_heads, slots]`, what stays.
+
+        Raises:
+            CacheMismatchError, PlanError: as :meth:`evict`.
+        """
+        shared: dict = {}
+        for layer in self._chosen(layers):
+            batch, shown = layer.table.valid.shape[0], layer.slots - self._hidden
+            if keep.shape not in ((batch, shown), (batch, layer.heads, shown)):
+                raise CacheMismatchError(
+                    "the selection is not of this layer's shape",
+                    argument="keep",
+                    given=tuple(keep.shape),
+                    expected=f"batch {batch}, {shown} slots, and {layer.heads} heads, if any",
+                )
+            stays = _headwise(keep, layer.heads) if layer.table.headwise else keep
+            if stays.dim() == 3:
+                refuse_flash(self._family)
+            stays = F.pad(stays, (0, self._hidden), value=True) if self._hidden else stays
+            layer.retain(stays, self._certain, shared)
+        self._mark()
+
+    def settle(self, layers: Layers = None) -> None:
+        """Bring stored tokens into their order; a step that lets one go puts the new one there.
+
+        Costs a copy of what is out of order, and nothing otherwise.
+
+        Args:
+            layers: where.
+        """
+        shared: dict = {}
+        for layer in self._chosen(layers):
+            layer.settle(shared)
 
     def merge(
         self,
@@ -381,6 +427,8 @@ class KVCache:
         chosen: dict[Any, Tensor] = {}
         shared: dict = {}
         for layer in self._chosen(layers):
+            if blocks is None or layer.segments[-1].slots - self._hidden >= blocks:
+                layer.settle(shared)
             plain = layer.segments[-1]
             if tokens is None and blocks is None:
                 self._convert_all_but(layer, make, leave)
@@ -435,6 +483,7 @@ class KVCache:
         Returns:
             What became of the tokens, for every set of layers that are factored together.
         """
+        self.settle(layers)
         chosen, together, fits = self._chosen(layers), {}, []
         for i, layer in enumerate(self.cache.layers):
             span = _plain(layer, self._hidden) if layer in chosen else None
@@ -483,6 +532,7 @@ class KVCache:
         Returns:
             What became of the keys, for every layer that changed.
         """
+        self.settle(layers)
         chosen, fits = self._chosen(layers), []
         for i, layer in enumerate(self.cache.layers):
             span = _plain(layer, self._hidden) if layer in chosen else None

@@ -63,6 +63,9 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
             given="gates or biases",
             expected="a plan that only lets tokens go",
         )
+    shared: dict = {}
+    for layer in cache.layers:
+        layer.settle(shared)
     tensors: dict[str, Tensor] = {}
     tables = list(dict.fromkeys(layer.table for layer in cache.layers))
     for n, table in enumerate(tables):

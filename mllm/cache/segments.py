@@ -108,12 +108,17 @@ class _Buffer:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values, self.fixed = keys, values, 0
 
+    @property
+    def ours(self) -> bool:
+        """Whether it may be written here: what inference mode has made, only in it."""
+        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+
     def write(self, keys: Tensor, values: Tensor, start: int, at: int, axis: int) -> _Buffer | None:
         """Put new rows at `at`; returns a larger buffer of the rows from `start` where needed."""
         new = keys.shape[axis]
         capacity = self.keys.shape[axis]
         tracked = torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad)
-        if at + new <= capacity and at >= self.fixed and not tracked:
+        if at + new <= capacity and at >= self.fixed and not tracked and self.ours:
             self.keys.narrow(axis, at, new).copy_(keys)
             self.values.narrow(axis, at, new).copy_(values)
             return None
@@ -161,6 +166,25 @@ class Dense:
         if grown is not None:
             self.buffer, self.start, self.stop = grown, 0, self.slots
         self.stop += keys.shape[2]
+
+    @property
+    def writable(self) -> bool:
+        """Whether no snapshot and no graph of gradients holds what is stored."""
+        held = self.buffer.keys.requires_grad or self.buffer.values.requires_grad
+        return self.start >= self.buffer.fixed and self.buffer.ours and not held
+
+    def close(self, gap: Tensor) -> None:
+        """Put the last column into a gap, in place, and end before it; only if `writable`.
+
+        Args:
+            gap: int64 `[batch, 1]` or `[batch, kv_heads, 1]`, a column; the last one is none.
+        """
+        for own in (self.keys(), self.values()):
+            batch, heads = own.shape[:2]
+            place = torch.arange(max(batch, heads), device=own.device)
+            at = place[:batch, None], place[:heads], _headwise(gap, heads)[..., 0]
+            own[at] = own[:, :, -1].clone()  # many times cheaper than `scatter_`
+        self.stop -= 1
 
     def take(self, index: Tensor, kept: Tensor) -> Segment:
         keys, values = (_gather(t, index) for t in (self.keys(), self.values()))

@@ -812,6 +812,10 @@ class CacheCompressor(_Method):
     def check_depth(self, num_layers: int) -> None:
         """PlanError if the method cannot work on a model of this many decoder layers."""
 
+    def leaves_whole(self, layer: int, depth: int) -> bool:
+        """Whether nothing leaves a layer, 0-based, of `depth`: its budget is all tokens."""
+        return False
+
     def demand(self, field: str, fine: bool, expected: str) -> None:
         """PlanError unless a field is `fine`."""
         if not fine:

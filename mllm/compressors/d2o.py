@@ -88,8 +88,11 @@ class D2O(KVMethod):
             for n, layer in zip(counts, layers, strict=True)
         ]
 
+    def leaves_whole(self, layer: int, depth: int) -> bool:
+        return layer < self.skip or layer >= depth - self.skip_last
+
     def _whole(self, layer: Layer) -> bool:
-        return layer.index < self.skip or layer.index >= layer.depth - self.skip_last
+        return self.leaves_whole(layer.index, layer.depth)
 
     def prefill_end(self, event: CacheEvent) -> None:
         if event.cache.depth <= self.skip + self.skip_last:

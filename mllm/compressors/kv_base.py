@@ -7,8 +7,9 @@ tokens, batches, and the steps of a long answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Layer:
         many: int64 `[batch]`, tokens so far, or visual ones, if the budget counts these alone.
         limit: int64 `[batch]`, the budget itself, protected tokens included.
         weight: what the method's `weigh` gave.
+        others: layers that let the same tokens go.
     """
 
     index: int
@@ -47,6 +49,7 @@ class Layer:
     many: Tensor
     limit: Tensor
     weight: Tensor | None = None
+    others: Sequence[int] = ()
 
 
 @dataclass
@@ -80,6 +83,7 @@ class KVMethod(CacheCompressor):
     adds: ClassVar[bool] = False  # whether scores of an earlier turn count
     sums: ClassVar[bool] = False  # whether scores of a prompt's earlier chunks count
     remembers: ClassVar[bool] = True  # whether scores add up while decoding
+    alike: ClassVar[bool] = False  # whether layers that hold the same tokens let the same ones go
     chunks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -137,9 +141,8 @@ class KVMethod(CacheCompressor):
 
     def dispose(self, event: CacheEvent, layer: Layer, keep: Tensor) -> None:
         """Let go of what is not in `keep`: bool `[batch, heads, slots]`."""
-        named = torch.where(keep, layer.logical, -1)
-        named = named[:, 0] if layer.logical.shape[1] == 1 else named
-        event.cache.evict(layer.index, keep=named)
+        keep = keep[:, 0] if keep.shape[1] == 1 else keep
+        event.cache.retain([layer.index, *layer.others], keep)
 
     # Events
 
@@ -164,13 +167,19 @@ class KVMethod(CacheCompressor):
     def decode_step(self, event: CacheEvent) -> None:
         if not self._holds:
             return
+        alike = self.alike and event.protected is None
+        groups: dict[Any, list[int]] = {}
         for index in range(event.cache.depth):
+            # Else nothing was stored when the prompt ended.
+            if self._name("total") in event.cache.samples(index):
+                key = event.cache.same(index) if alike else index
+                groups.setdefault(key, []).append(index)
+        blind = event.phase == "verify" and self.remembers  # no rows were read
+        for index, *others in groups.values():
             known = event.cache.samples(index)
-            if self._name("total") not in known:  # nothing was stored when the prompt ended
-                continue
-            blind = event.phase == "verify" and self.remembers  # no rows were read
             score = None if blind else self.step(event, index)
             layer = self._see(event, index, score, *(known[x] for x in self._kept_samples()))
+            layer.others = others
             self.trim(event, layer, known[self._name("total")])
 
     def trim(self, event: CacheEvent, layer: Layer, total: Tensor) -> None:
@@ -205,6 +214,7 @@ class KVMethod(CacheCompressor):
     def _cut(self, event: CacheEvent, found: dict[int, tuple[Tensor, Tensor | None]]) -> None:
         layers = []
         for index, (score, weight) in found.items():
+            event.cache.settle(index)  # among equal scores the earlier token stays
             many = self._many(event, index)
             layer = self._see(event, index, score, many, self._limit(many))
             layer.weight = weight
@@ -309,7 +319,9 @@ class KVMethod(CacheCompressor):
             score = layer.score if self.watches or more else torch.zeros_like(layer.score)
             score = score[:, 0] if score.shape[1] == 1 else score
             event.cache.annotate(layer.index, **{self._name("score"): score})
-        keep = layer.stored & ~layer.free | best(self.rank(layer), layer.free, count)
+        name = None if event.phase == "prefill" else layer.logical
+        chosen = best(self.rank(layer), layer.free, count, name)
+        keep = layer.stored & ~layer.free | chosen
         self.dispose(event, layer, keep)
 
     def _note(self, event: CacheEvent) -> None:
@@ -334,16 +346,29 @@ def received(x: Tensor) -> Tensor:
     return x.sum(2) if x.dim() == 4 else x
 
 
-def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
+def best(score: Tensor, among: Tensor, count: Tensor, name: Tensor | None = None) -> Tensor:
     """The `count` best of each row; ties go to the earlier one.
 
     Args:
         score: `[..., n]`.
         among: bool `[..., n]`; the others are never taken.
         count: int64 `[...]`.
+        name: int64 `[..., n]`, lower for earlier ones; None is their order.
     """
+    over = among.sum(-1, keepdim=True) - count[..., None]
+    if score.numel() and int(over.max()) <= 1:  # a step of an answer: nothing has to be sorted
+        place = torch.arange(score.shape[-1], device=score.device) if name is None else name
+        score = score.float().masked_fill(~among, torch.inf)
+        worst = torch.where(score == score.amin(-1, keepdim=True), place, -1)
+        worst = worst.argmax(-1, keepdim=True)
+        return among & ~torch.zeros_like(among).scatter(-1, worst, over > 0)
     score = score.float().masked_fill(~among, -torch.inf)
-    order = score.argsort(dim=-1, descending=True, stable=True)
+    if name is None:
+        order = score.argsort(dim=-1, descending=True, stable=True)
+    else:
+        order = name.argsort(dim=-1, stable=True)
+        by_name = score.gather(-1, order)
+        order = order.gather(-1, by_name.argsort(dim=-1, descending=True, stable=True))
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )

@@ -156,7 +156,9 @@ class PrefixKV(Fittable, KVMethod):
         over = (stored - 1) * layer.many[:, None] >= seen * total
         place = total + self.distance if self.distance <= 0 else total * 0 + self.distance
         place = torch.where(place < 1, stored // 2, place)
-        behind = layer.stored.long().cumsum(-1) > place[..., None]
+        order = layer.logical.argsort(dim=-1, stable=True)
+        rank = layer.stored.long().gather(-1, order).cumsum(-1)
+        behind = torch.zeros_like(rank).scatter(-1, order, rank) > place[..., None]
         leaves = best(-layer.logical, layer.free & behind, over.long())
         self.dispose(event, layer, layer.stored & ~leaves)
 

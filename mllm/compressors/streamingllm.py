@@ -36,6 +36,7 @@ class StreamingLLM(KVMethod):
     hold: bool = True
 
     remembers: ClassVar[bool] = False
+    alike: ClassVar[bool] = True
 
     def score(self, event: CacheEvent) -> Tensor:
         return event.valid.long().cumsum(1)[:, None].float()

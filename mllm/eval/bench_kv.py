@@ -70,7 +70,8 @@ def kv(
         bytes that a step has to read, weights and payload. Bytes, of the whole batch:
 
         * `payload_bytes`: keys and values of stored tokens. `payload_expected_bytes` is budget x
-          slot size, None without a budget; `payload_share` is their ratio.
+          slot size, and all tokens of layers that a method leaves whole, None without a budget;
+          `payload_share` is their ratio.
         * `slack_bytes`: room to grow, and cells that stand for nothing.
         * `meta_bytes`: slot tables, indices and scales; tables that layers share count once.
         * `baseline_kv_bytes`: the whole prompt's.
@@ -226,10 +227,10 @@ def storage(
     """The bytes that :func:`kv` describes, of a cache right after the prompt."""
     held, meta = cache_bytes(cache)
     payload, others = 0, []
-    slot = 0  # bytes of one token in all layers and heads
+    slots = []  # bytes of one token in all heads of a layer
     for layer, whole in zip(cache.layers, prompt.cache.layers, strict=True):
         size = (whole.keys.shape[-1] + whole.values.shape[-1]) * whole.keys.element_size()
-        slot += whole.keys.shape[1] * size
+        slots.append(whole.keys.shape[1] * size)
         valid = layer.table.valid
         valid = valid if valid.dim() == 3 else valid[:, None].expand(-1, layer.heads, -1)
         at = 0
@@ -242,8 +243,10 @@ def storage(
                 others += segment.tensors()
     kinds = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in others}
     payload += sum(kinds.values())
-    expected = _expected(stages, prompt)
-    expected = None if expected is None else expected * slot
+    counts = _expected(stages, prompt)
+    expected = None
+    if counts is not None:
+        expected = sum(n * slot for n, slot in zip(counts, slots, strict=True))
     lengths = prompt.events[None].lengths
     return {
         "payload_bytes": payload,
@@ -251,12 +254,12 @@ def storage(
         "payload_share": None if expected is None else payload / expected,
         "slack_bytes": held - payload,
         "meta_bytes": meta,
-        "baseline_kv_bytes": sum(lengths) * slot,
+        "baseline_kv_bytes": sum(lengths) * sum(slots),
     }
 
 
-def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> int | None:
-    """Slots per layer and head, of all samples together, that the smallest budget allows.
+def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> list[int] | None:
+    """Slots of a head, by layer, of all samples together, that the smallest budget allows.
 
     None without a budget, and where a slot is not stored in as many bytes as it came in.
     """
@@ -264,6 +267,7 @@ def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> int | None:
         return None
     event = prompt.events[None]
     visual = (event.visual & event.prompt).sum(1).tolist()
+    depth, everything = len(prompt.cache.layers), sum(event.lengths)
     totals = []
     for stage in stages:
         if not budgets_slots(stage):
@@ -274,8 +278,8 @@ def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> int | None:
             counted = seen if getattr(stage, "tokens", "visual") == "visual" else length
             limit = budget if isinstance(budget, int) else max(1, round(budget * counted))
             total += min(limit, counted) + length - counted
-        totals.append(total)
-    return min(totals, default=None)
+        totals.append([everything if stage.leaves_whole(i, depth) else total for i in range(depth)])
+    return [min(layer) for layer in zip(*totals, strict=True)] or None
 
 
 def ragged(cache: Any) -> bool:
