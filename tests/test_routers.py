@@ -20,7 +20,7 @@ from mllm.routers.base import Score, choose
 from mllm.routers.schedules import ratios
 
 FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3"]
-#: Layers 1 to 3 of 4 routed, on 12, 8 and 5 of 16 tokens.
+#: Layers 1 to 3 of 4 routed, on 12, 5 and 5 of 16 tokens.
 PLAN = PMoD(max_ratio=0.8, min_ratio=0.32)
 
 
@@ -42,7 +42,7 @@ def by_hand(family, s, bank, stage=PLAN, edit=None):
         part = bank[str(layer)]
         score = x @ part.weight[0] + part.bias
         visual = s.visual.nonzero()[:, 0].tolist()
-        best = sorted(visual, key=lambda i: -float(score[i]))[: int(share * len(visual))]
+        best = sorted(visual, key=lambda i: -float(score[i].detach()))[: int(share * len(visual))]
         kept = torch.tensor([i in best for i in range(len(s.ids))])
         skipped = s.visual & ~kept
         weight = 1 + stage.scale * torch.tanh(score)
@@ -164,8 +164,8 @@ def test_ledger_is_what_torch_counts():
         with FlopCounterMode(display=False) as counter:
             net(**inputs)
         row = patched.ledger.as_dict()
-    assert row["prefill_flops"][0] == pytest.approx(counter.get_total_flops(), rel=1e-3)
-    assert row["visual_avg"] == [(16 + 12 + 8 + 5) / 4] or row["visual_avg"][0] < 16
+    assert row["prefill_flops"][0] == counter.get_total_flops()
+    assert row["visual_avg"] == [(16 + 12 + 5 + 5) / 4]
     assert row["prefill_flops"][0] < row["baseline_prefill_flops"][0]
     assert any("know nothing" in note for note in row["notes"])
 
@@ -203,7 +203,8 @@ def test_gradients(family, reentrant):
     want.backward()
     equal(loss, want, "loss", 1e-5)
     for name, p in own.named_parameters():
-        assert float(mine[name].abs().max()) > 0, name
+        # What the last layer makes of visual tokens is read by nobody.
+        assert (float(mine[name].abs().max()) > 0) == (not name.startswith("3")), name
         equal(mine[name], p.grad, name, 1e-4 * max(1.0, float(p.grad.abs().max())))
 
 

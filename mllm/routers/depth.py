@@ -59,8 +59,8 @@ class DepthRouter(LayerMethod):
                 f"{self.info.name}: "
                 + (f"layers {'/'.join(map(str, own))} of {num_layers}" if own
                    else f"its schedule routes none of {num_layers} layers"),
-                argument="layers" if own else "max_ratio",
-                given=own or getattr(self, "max_ratio", None),
+                argument="max_ratio" if self.layers is None else "layers",
+                given=getattr(self, "max_ratio", None) if self.layers is None else own,
                 expected=f"different layers from 0 to {num_layers - 1}",
             )  # fmt: skip
         return self.replace(layers=tuple(sorted(own)))
@@ -73,6 +73,13 @@ class DepthRouter(LayerMethod):
 
     def act(self, ctx: LayerContext) -> list[Any]:
         return self.route(ctx)
+
+    @staticmethod
+    def scores(ctx: LayerContext, x: Tensor, part: str | None = None) -> Tensor:
+        """What a part, by default the layer's own, makes of hidden states: fp32 `[..., out]`."""
+        score = ctx.route(str(ctx.layer) if part is None else part, x)
+        ctx.book(2.0 * x.shape[1] * x.shape[2] * score.shape[-1])
+        return score
 
     @staticmethod
     def best(ctx: LayerContext, scores: Tensor, share: float) -> Tensor:

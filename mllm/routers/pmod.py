@@ -63,7 +63,7 @@ class PMoD(DepthRouter):
 
     def route(self, ctx: LayerContext) -> list[Any]:
         x, layer = ctx["hidden"], ctx.layer
-        score = ctx.route(str(layer), x)[..., 0]
+        score = self.scores(ctx, x)[..., 0]
         share = ratio(self.schedule, layer, ctx.num_layers, self.shift)
         kept = self.best(ctx, score, min(1.0, max(share, self.min_ratio)))
         weight = 1 + self.scale * torch.tanh(score)
