@@ -12,8 +12,10 @@ import copy
 import dataclasses
 import functools
 import inspect
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import Prompts, VisionRun
+from mllm.routers import adapter
 from mllm.routers.base import NAME, RouterBank, active
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
@@ -81,6 +84,7 @@ _PROMPT: ContextVar[_Prompt | None] = ContextVar("mllm_prompt", default=None)
 _CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 
 _MISSING = object()
+UNTRAINED = "new routers, which know nothing"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -174,6 +178,39 @@ class Patched:
         self.routers = self._new_routers()
         self._check_idle()
         self._install()
+        if self.routers is not None and adapter.is_adapter(plan):
+            try:
+                self.load_adapter(plan)
+            except PlanError:
+                self.remove()
+                raise
+
+    def save_adapter(
+        self, folder: str | os.PathLike, state: dict[str, Tensor] | None = None
+    ) -> Path:
+        """Write what the plan has learnt, and the plan, into `folder`; returns its path.
+
+        :func:`mllm.patch` takes the folder in place of a plan.
+
+        Args:
+            folder: made if missing.
+            state: a state dict of the whole model, where its parameters are sharded; None reads
+                them from the model.
+
+        Raises:
+            PlanError: the plan learns nothing, or was removed.
+        """
+        return adapter.save(self, folder, state)
+
+    def load_adapter(self, folder: str | os.PathLike) -> None:
+        """Read what :meth:`save_adapter` has written.
+
+        Raises:
+            PlanError: it belongs to another plan, or to a model of another depth or width; nothing
+                is changed.
+        """
+        adapter.load(self, folder)
+        self.plan_notes = [note for note in self.plan_notes if not note.endswith(UNTRAINED)]
 
     def _new_routers(self) -> RouterBank | None:
         """What stages learn, as it starts: drawn by the plan's seed, in fp32."""
@@ -183,7 +220,7 @@ class Patched:
                 torch.manual_seed(self.plan.seed_for(number))
                 if parts := stage.parts(family.text_config.hidden_size):
                     stages[number] = parts
-                    self.plan_notes.append(f"{stage.info.name}: new routers, which know nothing")
+                    self.plan_notes.append(f"{stage.info.name}: {UNTRAINED}")
         if not stages:
             return None
         device = next(family.decoder.parameters()).device
