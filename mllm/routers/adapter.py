@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mllm.patcher import Patched
 
 HEADER, WEIGHTS = "mllm_adapter.json", "mllm_adapter.safetensors"
+FILES = (HEADER, WEIGHTS)
 #: What must be the same in the model that an adapter is loaded into, as it is called there.
 _SAME = {
     "plan_sha256": "plan",

@@ -19,7 +19,8 @@ from mllm.eval import sources
 from mllm.eval.files import write_json, write_text
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import wilson
-from mllm.plan import Plan
+from mllm.plan import PLAN_FILE, Plan
+from mllm.routers.adapter import FILES as ADAPTER_FILES
 from mllm.training.card import write_card, write_loss_plot
 from mllm.training.launch import World, barrier, joined, on_first, refuse_stages
 from mllm.training.recipe import EvalPart, Recipe, load
@@ -152,6 +153,9 @@ def _save_model(recipe: Recipe, folder: Path, model: Any, processor: Any) -> Non
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     if recipe.plan:
         _plan(recipe.plan).save_pretrained(fresh)
+    if (learnt := folder / "routers").is_dir():  # with the layers that the plan had
+        for name in (PLAN_FILE, *ADAPTER_FILES):
+            shutil.copyfile(learnt / name, fresh / name)
     fresh.rename(folder / "model")
 
 
