@@ -46,7 +46,7 @@ from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import Prompts, VisionRun
-from mllm.routers import adapter
+from mllm.routers import adapter, stats
 from mllm.routers.base import NAME, RouterBank, active
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
@@ -175,6 +175,7 @@ class Patched:
         self._handles: list[Any] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []  # (module, name, before)
         self.losses: dict[str, Tensor] = {}
+        self._states: dict[int, dict[str, Any]] = {}
         self.routers = self._new_routers()
         self._check_idle()
         self._install()
@@ -211,6 +212,13 @@ class Patched:
         """
         adapter.load(self, folder)
         self.plan_notes = [note for note in self.plan_notes if not note.endswith(UNTRAINED)]
+
+    def router_stats(self) -> list[dict[str, Any]]:
+        """What routers did in the newest forward with images; see :func:`mllm.routers.stats.rows`.
+
+        Asks the device.
+        """
+        return stats.rows(self._states)
 
     def _new_routers(self) -> RouterBank | None:
         """What stages learn, as it starts: drawn by the plan's seed, in fp32."""
@@ -872,6 +880,8 @@ class Patched:
         if run.visual is None:
             self._book_text(run)
             return output
+        if self.routers is not None:
+            self._states = {n: {stats.KEY: s.get(stats.KEY, {})} for n, s in run.states.items()}
         ran = run.ran | run.reduction.ran
         missing = [s.info.name for n, s in enumerate(self.plan.stages) if n not in ran]
         if missing:

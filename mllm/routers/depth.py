@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mllm.compressors.base import BranchRows, Hidden, LayerContext, LayerMethod
 from mllm.errors import PlanError
+from mllm.routers import stats
 from mllm.routers.base import choose
 
 
@@ -94,8 +95,10 @@ class DepthRouter(LayerMethod):
             bool `[batch, rows]`; protected rows go first.
         """
         count = torch.tensor([int(n * share) for n in ctx.counts()], device=scores.device)
-        scores = scores.masked_fill(ctx.protected, float("inf"))
-        return choose(scores, ctx.visual, count) | (ctx.visual & ctx.protected)
+        ranked = scores.masked_fill(ctx.protected, float("inf"))
+        kept = choose(ranked, ctx.visual, count) | (ctx.visual & ctx.protected)
+        stats.note(ctx.state, ctx.layer, scores, kept, ctx.visual)
+        return kept
 
     @staticmethod
     def only(layer: int, rows: Tensor) -> list[BranchRows]:

@@ -202,6 +202,14 @@ class FinetuneTrainer(CheckpointTrainer):
         if "loss" in logs:
             if self.meter is not None:
                 logs |= self.meter.read(self.args.world_size)
+            if self.patched is not None and self.patched.routers is not None:
+                found = self.patched.router_stats()
+                logs |= {
+                    f"router_{row['stage']}_{row['layer']}_std": round(row["score_std"], 5)
+                    for row in found
+                }
+                losses = self.patched.losses.items()
+                logs |= {f"loss_{name}": round(float(loss), 5) for name, loss in losses}
             soft, hidden, count = self._distilled
             if count:
                 logs["distill"] = round(float(soft) / count, 5)
