@@ -46,7 +46,8 @@ from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import Prompts, VisionRun
-from mllm.routers import adapter, stats
+from mllm.routers import adapter as adapters
+from mllm.routers import stats
 from mllm.routers.base import NAME, RouterBank, active
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
@@ -179,7 +180,7 @@ class Patched:
         self.routers = self._new_routers()
         self._check_idle()
         self._install()
-        if self.routers is not None and adapter.is_adapter(plan):
+        if self.routers is not None and adapters.is_adapter(plan):
             try:
                 self.load_adapter(plan)
             except PlanError:
@@ -201,7 +202,7 @@ class Patched:
         Raises:
             PlanError: the plan learns nothing, or was removed.
         """
-        return adapter.save(self, folder, state)
+        return adapters.save(self, folder, state)
 
     def load_adapter(self, folder: str | os.PathLike) -> None:
         """Read what :meth:`save_adapter` has written.
@@ -210,7 +211,7 @@ class Patched:
             PlanError: it belongs to another plan, or to a model of another depth or width; nothing
                 is changed.
         """
-        adapter.load(self, folder)
+        adapters.load(self, folder)
         self.plan_notes = [note for note in self.plan_notes if not note.endswith(UNTRAINED)]
 
     def router_stats(self) -> list[dict[str, Any]]:
@@ -225,7 +226,7 @@ class Patched:
         family, stages = self.family, {}
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for number, stage in self.pruners:
-                torch.manual_seed(self.plan.seed_for(number))
+                torch.default_generator.manual_seed(self.plan.seed_for(number))
                 if parts := stage.parts(family.text_config.hidden_size):
                     stages[number] = parts
                     self.plan_notes.append(f"{stage.info.name}: {UNTRAINED}")
