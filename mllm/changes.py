@@ -108,11 +108,13 @@ class Changes:
     Attributes:
         lasting: by stage number, actions of the conversation with their samples.
         counts: by (layer, branch), rows of each sample that take part.
+        passed: by layer, rows that pass it by: bool, of the layer's table.
     """
 
     def __init__(self, run: DecoderRun, lasting: dict[int, list[_Placed]]) -> None:
         self.run, self.lasting = run, dict(lasting)
         self.counts: dict[tuple[int, str], Tensor] = {}
+        self.passed: dict[int, Tensor] = {}
         self._acted: set[int] = set()
         self._placed: list[_Placed] = []
         self._pending: list[tuple[Evict, int, TokenTable]] = []
@@ -174,12 +176,14 @@ class Changes:
         """What a layer changes in its branches; None is nothing."""
         run, family = self.run, self.run.patched.family
         inside = Inside(layer, family.attention(layer), hidden.shape[1])
+        takes: list[Tensor] = []
         for branch in ("attn", "mlp"):
             self._scale(inside, branch)
             keep = self._rows(layer, branch)
             if keep is None:
                 continue
             valid = run.table.valid
+            takes.append(keep)
             rows = choose_rows(keep, valid)
             self.counts[layer, branch] = keep.sum(1)
             inside.rows[branch] = rows
@@ -187,6 +191,8 @@ class Changes:
             inside.meant[branch] = (keep | ~valid).gather(1, rows)
             if branch == "attn":
                 self._narrow(inside, keep, hidden, kwargs)
+        if len(takes) == 2:
+            self.passed[layer] = run.table.valid & ~(takes[0] | takes[1])
         self._heads(inside)
         inside.bias = [
             lambda q, k, p=p: p.where(p.action.fn(q, k), 0) for p in self._of(LogitBias, layer)

@@ -22,6 +22,7 @@ from mllm.changes import Changes
 from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
+from mllm.routers.base import NAME
 from mllm.tokens import (
     Counts,
     Layout,
@@ -85,6 +86,7 @@ class DecoderRun:
             :mod:`mllm.chunks`.
         stay: bool `[batch, rows]`, what the pre-LLM stages leave of a chunk; None is all.
         states: by stage number, what a method remembers.
+        penalties: auxiliary losses: name, scalar, coefficient.
     """
 
     patched: Patched
@@ -135,6 +137,7 @@ class DecoderRun:
     begins: bool = True
     ends: bool = True
     stay: Tensor | None = None
+    penalties: list[tuple[str, Tensor, float]] = field(default_factory=list)
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -886,7 +889,12 @@ class DecoderRun:
             images=[len(own) for own in self.images], entered=self.entered, counts=counts,
             state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
             seeds=functools.partial(self.seeds, number, len(self.images)),
+            route=functools.partial(self._route, number), penalties=self.penalties,
         )  # fmt: skip
+
+    def _route(self, number: int, x: Tensor, part: str) -> Tensor:
+        # By the model's attribute: PEFT may have put a copy in its place.
+        return getattr(self.patched.family.model, NAME)(x, number, part)
 
     def seeds(self, number: int, batch: int, *more: int) -> list[int]:
         """A seed per sample from the bits of its pictures, for stage `number` and what else."""

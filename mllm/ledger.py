@@ -114,6 +114,7 @@ class Record:
     branch_rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # that take part
     # Per chunk of the prompt, its rows of each sample and the slots of each layer before it.
     chunks: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    passed: dict[int, Tensor] = field(default_factory=dict)  # by layer, rows that pass it by
     cache_flops: float = 0.0  # of methods on the cache, which every sample pays
     decode_steps: int = 0
 
@@ -164,8 +165,8 @@ class Ledger:
         if self._record is None:
             return []
         table = self._tables[0 if layer == "llm" else layer]
+        there = table.visual & (table.valid if layer == "llm" else self._enters(layer))
         ordinal = (self._record.full.visual.long().cumsum(1) - 1).gather(1, table.index)
-        there = table.valid & table.visual
         return [o[t].sort().values.cpu() for o, t in zip(ordinal, there, strict=True)]
 
     @property
@@ -202,14 +203,24 @@ class Ledger:
 
     def tokens(self, layer: int) -> list[int]:
         """Per sample, rows (text and visual, no padding) that enter decoder layer `layer`."""
-        return [] if self._record is None else self._tables[layer].valid.sum(1).tolist()
+        return [] if self._record is None else self._enters(layer).sum(1).tolist()
+
+    def _enters(self, layer: int) -> Tensor:
+        """Rows of a layer's table that enter it: no padding, and none that passes it by."""
+        valid, passed = self._tables[layer].valid, self._record.passed.get(layer)
+        return valid if passed is None else valid & ~passed
 
     def _visual(self) -> list[list[int]]:
         """Visual rows that enter each layer, per sample."""
         counts = {
             id(t): (t.valid & t.visual).sum(1).tolist() for _, t in self._record.tables
         }
-        return [counts[id(table)] for table in self._tables]
+        return [
+            (table.visual & self._enters(i)).sum(1).tolist()
+            if i in self._record.passed
+            else counts[id(table)]
+            for i, table in enumerate(self._tables)
+        ]
 
     @property
     def visual_avg(self) -> list[float]:

@@ -12,8 +12,10 @@ import copy
 import dataclasses
 import functools
 import inspect
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,9 @@ from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import Prompts, VisionRun
+from mllm.routers import adapter as adapters
+from mllm.routers import stats
+from mllm.routers.base import NAME, RouterBank, active
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
 from mllm.validate import check_generation, check_plan, family_notes
@@ -56,6 +61,7 @@ class _Call:
     patched: Patched
     labels: Tensor | None
     logits_to_keep: Any
+    penalties: list[tuple[str, Tensor, float]] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -79,6 +85,7 @@ _PROMPT: ContextVar[_Prompt | None] = ContextVar("mllm_prompt", default=None)
 _CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 
 _MISSING = object()
+UNTRAINED = "new routers, which know nothing"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -94,6 +101,8 @@ class Patched:
         model: the model that was given.
         plan: the plan, with layers fixed for the model's depth.
         family: the adapter of the model's family.
+        routers: what the plan has learnt, a submodule of the model; None if it learns nothing.
+        losses: by name, auxiliary losses of the newest forward in training, without coefficients.
         prefill_chunk_size: rows that the decoder reads at a time where the model is called by hand,
             as `generate(prefill_chunk_size=...)` says for a call of its own; None is all.
     """
@@ -166,8 +175,65 @@ class Patched:
         self._records: list[Record] = []
         self._handles: list[Any] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []  # (module, name, before)
+        self.losses: dict[str, Tensor] = {}
+        self._states: dict[int, dict[str, Any]] = {}
+        self.routers = self._new_routers()
         self._check_idle()
         self._install()
+        if self.routers is not None and adapters.is_adapter(plan):
+            try:
+                self.load_adapter(plan)
+            except PlanError:
+                self.remove()
+                raise
+
+    def save_adapter(
+        self, folder: str | os.PathLike, state: dict[str, Tensor] | None = None
+    ) -> Path:
+        """Write what the plan has learnt, and the plan, into `folder`; returns its path.
+
+        :func:`mllm.patch` takes the folder in place of a plan.
+
+        Args:
+            folder: made if missing.
+            state: a state dict of the whole model, where its parameters are sharded; None reads
+                them from the model.
+
+        Raises:
+            PlanError: the plan learns nothing, or was removed.
+        """
+        return adapters.save(self, folder, state)
+
+    def load_adapter(self, folder: str | os.PathLike) -> None:
+        """Read what :meth:`save_adapter` has written.
+
+        Raises:
+            PlanError: it belongs to another plan, or to a model of another depth or width; nothing
+                is changed.
+        """
+        adapters.load(self, folder)
+        self.plan_notes = [note for note in self.plan_notes if not note.endswith(UNTRAINED)]
+
+    def router_stats(self) -> list[dict[str, Any]]:
+        """What routers did in the newest forward with images; see :func:`mllm.routers.stats.rows`.
+
+        Asks the device.
+        """
+        return stats.rows(self._states)
+
+    def _new_routers(self) -> RouterBank | None:
+        """What stages learn, as it starts: drawn by the plan's seed, in fp32."""
+        family, stages = self.family, {}
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            for number, stage in self.pruners:
+                torch.default_generator.manual_seed(self.plan.seed_for(number))
+                if parts := stage.parts(family.text_config.hidden_size):
+                    stages[number] = parts
+                    self.plan_notes.append(f"{stage.info.name}: {UNTRAINED}")
+        if not stages:
+            return None
+        device = next(family.decoder.parameters()).device
+        return RouterBank(stages).to(device).train(family.model.training)
 
     def positions(self, stage: Any) -> str:
         """`original` or `compact`; where nothing was asked for, what the family can do."""
@@ -277,6 +343,9 @@ class Patched:
             post(family.tower, self._tower_post)
         for i, block in enumerate(family.blocks if self.mergers else ()):
             wrap(block, "forward", functools.partial(self._tower_block, i))
+        if self.routers is not None:
+            family.model.add_module(NAME, self.routers)
+            touched[family.model] = None
         self._set(family.base, "mllm_patched", True)
         for module in touched:
             self._set(module, "__deepcopy__", functools.partial(self._plain_copy, module))
@@ -294,6 +363,8 @@ class Patched:
                 del state[name]
             elif owner is module:
                 state[name] = before
+        if self.routers is not None and module is self.family.model:
+            state["_modules"] = {k: m for k, m in state["_modules"].items() if k != NAME}
         own = {handle.id for handle in self._handles}
         for name in _HOOKS:
             hooks = [(i, hook) for i, hook in state[name].items() if i not in own]
@@ -369,6 +440,8 @@ class Patched:
             delattr(module, name)
             if before is not _MISSING:
                 setattr(module, name, before)
+        if self.routers is not None:
+            delattr(self.family.model, NAME)
         self._handles, self._attributes = [], []
 
     def __enter__(self) -> Patched:
@@ -449,11 +522,31 @@ class Patched:
         labels, outer = kwargs.get("labels"), _CALL.get()
         if labels is None and outer is not None and outer.patched is self:
             labels = outer.labels  # a PEFT wrapper's call, around this one
-        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0)))
+        call = _Call(self, labels, kwargs.get("logits_to_keep", 0))
+        token = _CALL.set(call)
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             _CALL.reset(token)
+        if call.penalties and kwargs.get("labels") is not None:
+            return self._penalised(output, call, kwargs.get("num_items_in_batch"))
+        return output
+
+    def _penalised(self, output: Any, call: _Call, items: Any) -> Any:
+        """A model's output with auxiliary losses in its loss.
+
+        Args:
+            output: as the model made it.
+            call: the call.
+            items: supervised tokens of the whole step, if the loss is a sum over this batch's that
+                is divided by it; then auxiliary losses count by the batch's share of them.
+        """
+        share = 1.0 if items is None else (call.labels[:, 1:] != -100).sum() / items
+        total = sum(share * coefficient * loss for _, loss, coefficient in call.penalties)
+        if isinstance(output, tuple):
+            return (output[0] + total.to(output[0]), *output[1:])
+        output.loss = output.loss + total.to(output.loss)
+        return output
 
     def _base_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
         # Not hooks: torch calls them after an Exception, but not after a KeyboardInterrupt.
@@ -783,9 +876,13 @@ class Patched:
         if run.cache is not None:
             carried = {name: getattr(self.family.base, name) for name in self.family.carried}
             run.cache.mllm.carried = {k: v for k, v in carried.items() if v is not None}
+        if self.routers is not None and run.call is not None and self.family.model.training:
+            self._penalise(run, output.last_hidden_state)
         if run.visual is None:
             self._book_text(run)
             return output
+        if self.routers is not None:
+            self._states = {n: {stats.KEY: s.get(stats.KEY, {})} for n, s in run.states.items()}
         ran = run.ran | run.reduction.ran
         missing = [s.info.name for n, s in enumerate(self.plan.stages) if n not in ran]
         if missing:
@@ -801,6 +898,15 @@ class Patched:
                 output.hidden_states = run.restore_states(states)
         self._book(run, self.plan_notes + run.notes)
         return output
+
+    def _penalise(self, run: DecoderRun, hidden: Tensor) -> None:
+        """Hand auxiliary losses to the call; routers of every rank need a gradient."""
+        if run.visual is None:
+            run.call.penalties.append(("idle", active(self.family.model).idle(hidden), 1.0))
+        run.call.penalties += run.penalties
+        self.losses = {}
+        for name, loss, _ in run.penalties:
+            self.losses[name] = self.losses.get(name, 0) + loss.detach()
 
     def _book_text(self, run: DecoderRun) -> None:
         """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
@@ -841,6 +947,7 @@ class Patched:
             selection_flops=run.selection_flops,
             cache_flops=0.0 if run.events is None else sum(run.events.costs),
             branch_rows=run.changes.counts,
+            passed=run.changes.passed,
             chunks=[] if _CHUNKS.get() is None else _CHUNKS.get().rows,
             notes=notes,
         )

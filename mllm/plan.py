@@ -63,9 +63,9 @@ def register(name: str, *, stage: str, **info: Any):
 
 
 def _load_methods() -> dict[str, type]:
-    package = importlib.import_module("mllm.compressors")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"mllm.compressors.{module.name}")
+    for name in ("mllm.compressors", "mllm.routers"):
+        for module in pkgutil.iter_modules(importlib.import_module(name).__path__):
+            importlib.import_module(f"{name}.{module.name}")
     return _REGISTRY
 
 

@@ -125,7 +125,14 @@ def stages(draw):
         "group_size": st.sampled_from([2, 4, 8, 16, 32]),
         "residual": st.sampled_from([32, 64, 128]),
         "every": st.integers(1, 200),
+        "schedule": st.sampled_from(["shiftedcos", "shiftedlinear", "deep", "interleave"]),
+        "max_ratio": st.floats(0.5, 1),
+        "min_ratio": st.floats(0.01, 0.5),
+        "shift": st.floats(0, 1),
+        "scale": st.floats(0.1, 0.9),
     }
+    if cls.info.name == "pmod":
+        values["positions"] = st.sampled_from([None, "original"])
     if cls.info.stage == "cache":
         values |= on_cache
     names = [f.name for f in dataclasses.fields(cls)]

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import mllm
 from mllm.errors import DataError, PlanError, RecipeError
+from mllm.loading import load_model
 from mllm.training import recipe as recipes
 from mllm.training.data import IGNORED, Collator, load_data
 from mllm.training.recipe import DataPart, load
@@ -265,6 +267,29 @@ def test_resuming_gives_the_run_that_was_never_interrupted(small_model, tmp_path
     assert run(second, resume=True)["status"] == "complete"
     weights = [load_file(tmp_path / n / "model/model.safetensors") for n in ("first", "second")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_routers_are_trained_kept_and_resumed(small_model, tmp_path, method):
+    """A trained plan: its routers learn beside the rest, and `model/` brings them along."""
+    changes = {} if method == "lora" else {"method": {"type": "full"}}
+    changes["plan"] = "pmod:shift=0.0:min_ratio=0.5"
+    run(recipe_for(small_model, tmp_path / "first", **changes))
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for name in ("checkpoint-4", "model", "routers"):
+        shutil.rmtree(tmp_path / "second" / name)
+    record = json.loads((tmp_path / "second" / "run.json").read_text())
+    (tmp_path / "second" / "run.json").write_text(json.dumps(record | {"status": "stopped"}))
+    run(recipe_for(small_model, tmp_path / "second", **changes), resume=True)
+    first, second = (
+        load_file(tmp_path / n / "model/mllm_adapter.safetensors") for n in ("first", "second")
+    )
+    assert first["mllm.0.0.weight"].any() and all(torch.equal(first[k], second[k]) for k in first)
+    assert not any("mllm" in key for key in load_file(tmp_path / "first/model/model.safetensors"))
+    model, _ = load_model(tmp_path / "first/model")
+    with mllm.patch(model, tmp_path / "first/model"):
+        assert torch.equal(model.mllm.state_dict()["0.0.weight"], first["mllm.0.0.weight"])
 
 
 def test_a_half_written_checkpoint_is_named_and_passed_over(whole_run, tmp_path):

@@ -30,7 +30,7 @@ ELSEWHERE = {
     "keytokens": "test_zoo_mustdrop.py", "mustdrop": "test_zoo_mustdrop.py",
     "zipvl_prefill": "test_zoo_zipvl.py", "kivi": "test_kv_quant.py",
     "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
-    "randomllm": "test_methods.py",
+    "randomllm": "test_methods.py", "pmod": "test_routers.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -131,7 +131,7 @@ OTHERS = {
     "vtw": "one layer",
     "pact": "the picture decides", "dualfilter": "the picture decides",
     "zipvl": "a preset", "zipvl_prefill": "the picture decides", "keytokens": "nothing leaves",
-    "cmai": "nothing leaves", "windowmerge": "a share of windows",
+    "cmai": "nothing leaves", "pmod": "tokens pass layers by", "windowmerge": "a share of windows",
     **dict.fromkeys(ON_CACHE, "slots of the cache"),
 }  # fmt: skip
 #: Averages below the layers that see everything.

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.actions import (
     BranchGate,
@@ -249,8 +249,11 @@ class LayerContext(Context):
         width: int,
         counts: list[int] | None = None,
         seeds: Callable[[], list[int]] | None = None,
+        route: Callable[[str, Tensor], Tensor] | None = None,
+        penalties: list[tuple[str, Tensor, float]] | None = None,
     ) -> None:
         super().__init__(stage, signals, counts=counts, seeds=seeds)
+        self._route, self._penalties = route, penalties
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
@@ -262,6 +265,21 @@ class LayerContext(Context):
 
     def _there(self) -> Tensor:
         return self.visual
+
+    def route(self, part: str, x: Tensor) -> Tensor:
+        """What a trained part of the stage makes of `x`; see :meth:`LayerMethod.parts`."""
+        return self._route(x, part)
+
+    def penalise(self, name: str, loss: Tensor, coefficient: float) -> None:
+        """Add an auxiliary loss to the model's, in training.
+
+        Args:
+            name: under which `patched.losses` has it.
+            loss: scalar, a mean over what it speaks of.
+            coefficient: what it is multiplied by.
+        """
+        if self._penalties is not None:
+            self._penalties.append((name, loss, coefficient))
 
     def queries(self, name: str) -> Tensor:
         """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
@@ -478,6 +496,10 @@ class LayerMethod(_Method):
     paper_positions = "original"
     first_layer: ClassVar[int] = 0
     differentiable: ClassVar[bool] = False
+
+    def parts(self, width: int) -> dict[str, nn.Module]:
+        """What the stage learns, by name, for hidden states of `width`; see `ctx.route`."""
+        return {}
 
     def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerMethod:
         """The stage with its layers fixed for a model of `num_layers` layers.

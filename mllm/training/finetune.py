@@ -30,10 +30,13 @@ from mllm.training.trainer import (
     StopOnSigterm,
     check_sealed,
     checkpoints,
+    is_peft,
     newest_checkpoint,
     training_arguments,
 )
 
+#: Folder of what a plan has learnt, in a run and in a checkpoint of LoRA.
+ROUTERS = "routers"
 # LoRA goes into every projection of the language model unless the recipe names its own targets.
 LORA_TARGETS = r".*(language|text)_model.*\.(q|k|v|o|gate|up|down)_proj"
 
@@ -106,6 +109,7 @@ class FinetuneTrainer(CheckpointTrainer):
         before: `parts.parts` of the model before adapters.
         teacher: None without distillation.
         meter: what measures the speed.
+        patched: the plan at work; None is none.
     """
 
     def __init__(
@@ -114,7 +118,24 @@ class FinetuneTrainer(CheckpointTrainer):
         self.recipe, self.before, self.teacher = recipe, before, teacher
         self.meter: Meter | None = None
         self._distilled = [0.0, 0.0, 0]
+        self.patched: Any = None
         super().__init__(*args, **kwargs)
+
+    @property
+    def _beside(self) -> bool:
+        """Whether the plan learns something that PEFT does not save."""
+        return is_peft(self.model) and self.patched is not None and bool(self.patched.routers)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._beside:
+            folder = Path(output_dir or self.args.output_dir)
+            self.patched.save_adapter(folder / ROUTERS, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._beside:
+            self.patched.load_adapter(Path(resume_from_checkpoint) / ROUTERS)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -188,6 +209,14 @@ class FinetuneTrainer(CheckpointTrainer):
         if "loss" in logs:
             if self.meter is not None:
                 logs |= self.meter.read(self.args.world_size)
+            if self.patched is not None and self.patched.routers is not None:
+                found = self.patched.router_stats()
+                logs |= {
+                    f"router_{row['stage']}_{row['layer']}_std": round(row["score_std"], 5)
+                    for row in found
+                }
+                losses = self.patched.losses.items()
+                logs |= {f"loss_{name}": round(float(loss), 5) for name, loss in losses}
             soft, hidden, count = self._distilled
             if count:
                 logs["distill"] = round(float(soft) / count, 5)
@@ -258,7 +287,10 @@ def finetune(
         features.at_work() if features else nullcontext(),
     ):
         trainer.meter = Meter(base, patched, _frozen(model, before, lora), features)
+        trainer.patched = patched
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if patched is not None and patched.routers is not None and not stop.stopped:
+            _keep_routers(recipe, trainer, patched, folder / ROUTERS)
     if stop.stopped:
         return None
     return _finished(recipe, trainer, base, folder), processor
@@ -271,6 +303,15 @@ def _frozen(model: Any, before: dict[str, str], lora: bool) -> tuple[bool, bool]
         for name, _, part in parts.trained(model, before)
     }
     return lora or "language_model" not in seats, "vision_tower" not in seats
+
+
+def _keep_routers(recipe: Recipe, trainer: FinetuneTrainer, patched: Any, folder: Path) -> None:
+    """Save what the plan has learnt before it goes; all processes take part."""
+    whole = None
+    if recipe.parallel.zero == 3:
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.should_save:
+        patched.save_adapter(folder, whole)
 
 
 def _finished(recipe: Recipe, trainer: FinetuneTrainer, base: Any, folder: Path) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 from mllm.errors import DataError
 from mllm.eval.files import write_json
-from mllm.plan import Plan
+from mllm.plan import PLAN_FILE, Plan
+from mllm.routers.adapter import FILES as ADAPTER_FILES
 from mllm.training.launch import World, anywhere, barrier
 from mllm.training.recipe import Recipe
 
@@ -30,6 +31,9 @@ def save_whole(folder: Path, plan: str | None, model: Any, processor: Any) -> No
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     if plan:
         plan_of(plan).save_pretrained(fresh)
+    if (learnt := folder / "routers").is_dir():  # with the layers that the plan had
+        for name in (PLAN_FILE, *ADAPTER_FILES):
+            shutil.copyfile(learnt / name, fresh / name)
     fresh.rename(folder / "model")
 
 

@@ -1,0 +1,130 @@
+"""Adapter folders: what routers have learnt is saved and loaded bit for bit, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from families import LAYERS, collate, model, samples
+from safetensors.torch import load_file
+from test_routers import PLAN, teach
+
+import mllm
+from mllm.errors import PlanError
+from mllm.plan import Plan
+
+
+def _logits(net, inputs):
+    with torch.no_grad():
+        return net(**inputs).logits
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_saved_and_loaded_bit_for_bit(family, tmp_path):
+    net, inputs = model(family), collate(family, samples(family))
+    with mllm.patch(net, PLAN) as patched:
+        new = _logits(net, inputs)
+        teach(net)
+        trained = _logits(net, inputs)
+        assert not torch.equal(new, trained)
+        patched.save_adapter(tmp_path / "a")
+        before = {k: v.clone() for k, v in net.mllm.state_dict().items()}
+    other = model(family)
+    with mllm.patch(other, tmp_path / "a") as patched:
+        assert torch.equal(_logits(other, inputs), trained)
+        assert all(torch.equal(before[k], v) for k, v in other.mllm.state_dict().items())
+        assert not any("know nothing" in note for note in patched.ledger.notes)
+        patched.save_adapter(tmp_path / "b")
+    for name in ("mllm_adapter.safetensors", "mllm_adapter.json", "mllm_plan.json", "README.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_the_files_are_those_of_the_contract(tmp_path):
+    net = model("llava")
+    with mllm.patch(net, PLAN) as patched:
+        patched.save_adapter(tmp_path)
+        plan = patched.plan
+    head = json.loads((tmp_path / "mllm_adapter.json").read_text())
+    assert set(head) == {
+        "base_model", "config_sha256", "hidden_size", "num_hidden_layers", "plan_sha256",
+        "trained_dtype",
+    }  # fmt: skip
+    assert head["num_hidden_layers"] == LAYERS and head["trained_dtype"] == "float32"
+    assert set(load_file(tmp_path / "mllm_adapter.safetensors")) == {
+        f"mllm.0.{i}.{p}" for i in (1, 2, 3) for p in ("weight", "bias")
+    }
+    assert Plan.from_pretrained(tmp_path).sha256 == plan.sha256 == head["plan_sha256"]
+
+
+def test_another_plan_depth_or_width_is_refused(tmp_path):
+    net = model("llava")
+    with mllm.patch(net, PLAN) as patched:
+        teach(net)
+        patched.save_adapter(tmp_path)
+    with mllm.patch(net, PLAN.replace(min_ratio=0.2)) as patched:
+        with pytest.raises(PlanError) as caught:
+            patched.load_adapter(tmp_path)
+        assert caught.value.argument == "plan"
+        assert not any(p.any() for p in net.mllm.parameters()), "nothing was loaded"
+    head = json.loads((tmp_path / "mllm_adapter.json").read_text())
+    for name, value in (("num_hidden_layers", 8), ("hidden_size", 64)):
+        (tmp_path / "mllm_adapter.json").write_text(json.dumps(head | {name: value}))
+        with pytest.raises(PlanError) as caught:
+            mllm.patch(net, tmp_path)
+        assert caught.value.argument == name and not hasattr(net, "mllm")
+    (tmp_path / "mllm_adapter.json").write_text(json.dumps(head))
+    (tmp_path / "mllm_adapter.safetensors").write_bytes(b"broken")
+    with pytest.raises(PlanError, match="cannot read"):
+        mllm.patch(net, tmp_path)
+
+
+def test_nothing_to_save(tmp_path):
+    net = model("llava")
+    with mllm.patch(net, "fastv:layer=2:keep=0.5") as patched:
+        with pytest.raises(PlanError, match="no trained parts"):
+            patched.save_adapter(tmp_path)
+    patched = mllm.patch(net, PLAN)
+    patched.remove()
+    with pytest.raises(PlanError, match="removed"):
+        patched.save_adapter(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", ["plan", "peft"])
+def test_beside_lora(first, tmp_path):
+    """LoRA trains its own, and routers whole; both are saved, each in its folder."""
+    from peft import LoraConfig, get_peft_model
+
+    net = model("llava").train()
+    inputs = collate("llava", samples("llava"))
+    options = dict(target_modules=r".*language_model.*(q_proj|v_proj)", r=2)
+    if first == "plan":
+        patched = mllm.patch(net, PLAN)
+        wrapped = get_peft_model(net, LoraConfig(**options, modules_to_save=["mllm"]))
+    else:
+        wrapped = get_peft_model(net, LoraConfig(**options))
+        patched = mllm.patch(wrapped, PLAN)
+    learnt = [p for n, p in wrapped.named_parameters() if "mllm" in n and p.requires_grad]
+    assert len(learnt) == 6
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    assert learnt[0].any() and learnt[2].any()
+    wrapped.eval()
+    trained = _logits(wrapped, inputs)
+    patched.save_adapter(tmp_path / "routers")
+    patched.save_adapter(tmp_path / "gathered", state=wrapped.state_dict())
+    wrapped.save_pretrained(tmp_path / "lora")
+    same = [load_file(tmp_path / n / "mllm_adapter.safetensors") for n in ("routers", "gathered")]
+    assert all(torch.equal(v, same[1][k]) for k, v in same[0].items())
+    patched.remove()
+    from peft import PeftModel
+
+    if first == "peft":
+        again = PeftModel.from_pretrained(model("llava"), tmp_path / "lora").eval()
+        with mllm.patch(again, tmp_path / "routers"):
+            assert torch.equal(_logits(again, inputs), trained)
