@@ -44,6 +44,8 @@ from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import Prompts, VisionRun
+from mllm.routers.experts import ROUTING, Experts, Routing
+from mllm.routers.upcycle import Upcycled, adapter_in
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
 from mllm.validate import check_generation, check_plan, family_notes
@@ -56,6 +58,7 @@ class _Call:
     patched: Patched
     labels: Tensor | None
     logits_to_keep: Any
+    routing: Routing | None = None
 
 
 @dataclass
@@ -100,14 +103,16 @@ class Patched:
 
     prefill_chunk_size: int | None = None
 
-    def __init__(self, model: nn.Module, plan: Any, *, unvalidated: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Any, *, unvalidated: bool = False, ep_size: int = 1
+    ) -> None:
         self.model = model
         self.family = resolve_family(model)
         self.kinds = {"image": self.family, "video": self.family.of_videos()}
         self.layers = list(self.family.layers)
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
         self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
-        requested = Plan.of(plan)
+        requested, adapter = Plan.of(plan), adapter_in(plan)
         asked = [applied(stage, model) for stage in requested.stages]
         self.plan = Plan(
             [
@@ -129,6 +134,7 @@ class Patched:
         self.before = [*self.mergers, *self.reducers]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerMethod)]
         self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
+        self.experts = [(i, s) for i, s in stages if isinstance(s, Experts)]
         self.signals = declared(self.pruners)
         self.reads_embeds = any(
             isinstance(signal, TextEmbeds)
@@ -167,7 +173,14 @@ class Patched:
         self._handles: list[Any] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []  # (module, name, before)
         self._check_idle()
+        self.upcycled = Upcycled(self, ep_size)
         self._install()
+        if adapter is not None:
+            try:
+                self.upcycled.load(adapter)
+            except PlanError:
+                self.remove()
+                raise
 
     def positions(self, stage: Any) -> str:
         """`original` or `compact`; where nothing was asked for, what the family can do."""
@@ -269,6 +282,9 @@ class Patched:
             pre(layer, functools.partial(self._layer_pre, i))
             if self.compressors:
                 post(layer, functools.partial(self._layer_post, i))
+        for i, experts in self.upcycled.layers.items():
+            pre(family.attention(i), self._routing_pre)  # before others change its arguments
+            wrap(family.mlp(i), "forward", functools.partial(self._run_experts, experts))
         self._install_branches(pre, post)
         if self.early or self.space is not None:
             pre(family.projector, self._projector_pre)
@@ -294,6 +310,8 @@ class Patched:
                 del state[name]
             elif owner is module:
                 state[name] = before
+        if module is self.family.model:
+            state["_modules"] = self.upcycled.without(state["_modules"])
         own = {handle.id for handle in self._handles}
         for name in _HOOKS:
             hooks = [(i, hook) for i, hook in state[name].items() if i not in own]
@@ -370,6 +388,7 @@ class Patched:
             if before is not _MISSING:
                 setattr(module, name, before)
         self._handles, self._attributes = [], []
+        self.upcycled.remove()
 
     def __enter__(self) -> Patched:
         return self
@@ -449,11 +468,25 @@ class Patched:
         labels, outer = kwargs.get("labels"), _CALL.get()
         if labels is None and outer is not None and outer.patched is self:
             labels = outer.labels  # a PEFT wrapper's call, around this one
-        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0)))
+        nested = outer is not None and outer.patched is self
+        routing = outer.routing if nested else None
+        if self.experts and not nested:
+            routing = self.upcycled.begin(self.model, labels, kwargs)
+        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0), routing))
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             _CALL.reset(token)
+        if routing is not None and routing.learns and not nested:
+            output["loss"] = routing.total(output["loss"])
+        return output
+
+    def _routing_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # A recompute finds it on the same tensor as the forward did.
+        ROUTING.set(getattr(kwargs["position_embeddings"][0], "mllm_routing", (None, None)))
+
+    def _run_experts(self, experts: nn.Module, ffn: Any, args: tuple, kwargs: dict) -> Tensor:
+        return experts(*args, **kwargs)
 
     def _base_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
         # Not hooks: torch calls them after an Exception, but not after a KeyboardInterrupt.
@@ -464,6 +497,7 @@ class Patched:
         finally:
             attention.close_taps()
             attention.set_change(None)
+            ROUTING.set((None, None))
             _CHUNKS.reset(chunks)
             _FORWARD.reset(token)
 
@@ -732,7 +766,11 @@ class Patched:
         run = self._run()
         if run is None:
             return DecoderRun.replayed(layer, args, kwargs)
-        return run.layer(layer, module.training, args, kwargs)
+        args, kwargs = run.layer(layer, module.training, args, kwargs)
+        if layer in self.upcycled.layers:
+            routing = None if run.call is None else run.call.routing
+            kwargs["position_embeddings"][0].mllm_routing = (run.table.valid, routing)
+        return args, kwargs
 
     def _layer_post(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
         run = self._run()
@@ -787,6 +825,7 @@ class Patched:
             self._book_text(run)
             return output
         ran = run.ran | run.reduction.ran
+        ran |= {n for n, _ in self.experts}  # in every row, text or not
         missing = [s.info.name for n, s in enumerate(self.plan.stages) if n not in ran]
         if missing:
             raise NoEffectError(
@@ -842,6 +881,7 @@ class Patched:
             cache_flops=0.0 if run.events is None else sum(run.events.costs),
             branch_rows=run.changes.counts,
             chunks=[] if _CHUNKS.get() is None else _CHUNKS.get().rows,
+            experts=self.upcycled.costs(None if run.call is None else run.call.routing),
             notes=notes,
         )
         self._records.append(record)

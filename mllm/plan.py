@@ -48,7 +48,8 @@ def register(name: str, *, stage: str, **info: Any):
 
     Args:
         name: the paper's name in lower case without punctuation.
-        stage: ``"pre_llm"``, ``"llm"``, ``"cache"``, or ``"preset"`` for several stages.
+        stage: ``"pre_llm"``, ``"llm"``, ``"cache"``, ``"experts"``, or ``"preset"`` for several
+            stages.
         **info: the other fields of :class:`MethodInfo`.
     """
 
@@ -63,9 +64,10 @@ def register(name: str, *, stage: str, **info: Any):
 
 
 def _load_methods() -> dict[str, type]:
-    package = importlib.import_module("mllm.compressors")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"mllm.compressors.{module.name}")
+    for name in ("mllm.compressors", "mllm.routers"):
+        package = importlib.import_module(name)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{name}.{module.name}")
     return _REGISTRY
 
 
