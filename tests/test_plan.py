@@ -123,6 +123,15 @@ def stages(draw):
         "group_size": st.sampled_from([2, 4, 8, 16, 32]),
         "residual": st.sampled_from([32, 64, 128]),
         "every": st.integers(1, 200),
+        "experts": st.integers(4, 64) | st.lists(st.integers(4, 9), min_size=1).map(tuple),
+        "top_k": st.integers(1, 4),
+        "mode": st.sampled_from(["sparse", "dense", "first_half", "second_half"]),
+        "capacity_factor": st.none() | st.floats(0.1, 9),
+        "min_capacity": st.integers(0, 9),
+        **dict.fromkeys(["balance", "z"], st.floats(0, 1)),
+        "segments": st.integers(3, 9),
+        "shared": st.integers(1, 2),
+        "start_from": st.sampled_from(["added", "split"]),
     }
     if cls.info.stage == "cache":
         values |= on_cache
@@ -282,7 +291,7 @@ def test_methods_describe_themselves():
     assert json.loads(json.dumps(rows)) == rows
     for row in rows:
         assert keys <= set(row)
-        assert row["stage"] in ("pre_llm", "llm", "cache", "preset")
+        assert row["stage"] in ("pre_llm", "llm", "cache", "experts", "preset")
         assert row["oracle"] in ("mask", "rebuild", "reference")
         assert row["positions"] in ("original", "compact")
         assert {"sdpa", "eager"} <= set(row["backends"])

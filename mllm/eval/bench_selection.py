@@ -99,11 +99,12 @@ def selection(
 def every_method() -> list[str]:
     """Every method that looks at something: at the share above if it has one, or as published.
 
-    Not those on the KV cache, which save nothing of a prefill: the suite "kv" measures them.
+    Not those on the KV cache, which save nothing of a prefill: the suite "kv" measures them. Nor
+    experts, which choose no tokens.
     """
     found = []
     for row in methods():
-        if row["stage"] == "cache":
+        if row["stage"] in ("cache", "experts"):
             continue
         cls = get_method(row["name"])
         looks = issubclass(cls, Preset) or set(row["reads"]) - {"Grid"} or row["site"] == "tower"

@@ -23,6 +23,21 @@ class DeepSeekMoE(Experts):
     zero; with `start_from="split"` the first `shared` groups are always on and the experts are
     copies of the others in turn, scaled so that a router without preference keeps the mean: not
     an identity.
+
+    Args:
+        experts: of every layer that has some, or of each of these layers in turn.
+        top_k: experts that a row goes to.
+        segments: equal groups of neurons that an FFN is cut into; an expert has the width of one.
+        shared: groups that are always on, with `start_from=split`.
+        start_from: "added" or "split", see above.
+        normalise: whether the weights of a row are made to add up to one.
+        mode: decoder layers: every second from the first ("sparse"), all ("dense"), or a half.
+        layers: 0-based decoder layers, instead of `mode`.
+        capacity_factor: room of an expert, as a multiple of an even share of the choices of a
+            sample without its padding; none is room for all.
+        min_capacity: rows that an expert has room for at least.
+        balance: coefficient of the load-balance loss, of each layer; the layers are summed.
+        z: coefficient of the router z-loss (arXiv:2202.08906), of each layer.
     """
 
     experts: int | tuple[int, ...] = 16
@@ -74,8 +89,10 @@ class DeepSeekMoE(Experts):
         always = inner if added else self.shared * part
         found = {}
         for name, w in weights.items():
-            cut = w.unflatten(-1, (self.segments, part)).movedim(-2, 0) if "down" in name else (
-                w.unflatten(0, (self.segments, part))
+            cut = (
+                w.unflatten(-1, (self.segments, part)).movedim(-2, 0)
+                if "down" in name
+                else (w.unflatten(0, (self.segments, part)))
             )
             picked = [first + e % (self.segments - first) for e in own]
             found[name] = cut[picked]

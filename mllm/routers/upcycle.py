@@ -288,7 +288,9 @@ class Upcycled:
             state = load_file(str(folder / WEIGHTS))
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
             raise PlanError(
-                f"cannot read the adapter in {folder}: {error}", argument="plan", given=folder,
+                f"cannot read the adapter in {folder}: {error}",
+                argument="plan",
+                given=folder,
                 expected=f"a folder with {PLAN_FILE}, {ADAPTER} and {WEIGHTS}",
             ) from error
         own = self._header()
@@ -311,7 +313,9 @@ class Upcycled:
                 fault = f"the adapter in {folder} has weights of other names or shapes", "weights"
         if fault is not None:
             raise PlanError(
-                fault[0], argument=fault[1], given=header.get(fault[1]),
+                fault[0],
+                argument=fault[1],
+                given=header.get(fault[1]),
                 expected=str(own.get(fault[1], "those of the plan")),
             )
         with torch.no_grad():
