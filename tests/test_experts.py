@@ -8,6 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import families
 import pytest
@@ -17,11 +21,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import mllm
-from mllm.errors import PlanError
+from mllm.errors import PlanError, RecipeError
 from mllm.plan import Plan, get_method
 from mllm.routers.dispatch import choose, combine, grouped_ffn, within_capacity
 from mllm.routers.experts import ROUTING, Experts
 
+REPOSITORY = Path(__file__).parents[1]
 EXACT = ["moe:experts=4", "moellava", "moellava:top_k=1:mode=dense", "deepseekmoe", "prmoe",
          "prmoe:experts=2/4", "vmoe:experts=5:top_k=3:layers=1/3"]  # fmt: skip
 SPLIT = "deepseekmoe:experts=6:top_k=2:start_from=split"
@@ -238,7 +243,7 @@ def trained(spec, kwargs=None, spread=True):
         loss = model(**inputs, labels=labels, use_cache=False).loss
         (2 * loss).backward()
         grads = {n: p.grad for n, p in model.named_parameters() if n.startswith("mllm.")}
-        return float(loss), grads, patched.upcycled.statistics()
+        return float(loss.detach()), grads, patched.upcycled.statistics()
 
 
 @pytest.mark.parametrize(
@@ -424,12 +429,64 @@ def test_expert_parallelism_that_does_not_fit():
     assert caught.value.argument == "ep_size"
 
 
+@pytest.mark.slow
+def test_processes_that_share_experts_train_as_one(tmp_path):
+    """Fails if a loss is of one process, gradients count twice, or rows come back wrong."""
+    pytest.importorskip("deepspeed")
+    spec = "moellava:mode=dense:balance=0.1:z=0.01"
+    one = [{"spec": spec, "ep_size": 1, "zero": 0, "out": str(tmp_path / "one")}]
+    two = [
+        {"spec": spec, "ep_size": ep, "zero": zero, "out": str(tmp_path / f"{ep}-{zero}")}
+        for ep, zero in ((1, 0), (2, 0), (2, 1), (2, 2))
+    ]
+    for processes, jobs in ((1, one), (2, two)):
+        listed = tmp_path / "jobs.json"
+        listed.write_text(json.dumps(jobs))
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [sys.executable, *launch, "tests/experts_runs.py", str(listed)],
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    want = torch.load(tmp_path / "one")
+    with mllm.upcycle(tiny.llava(), spec) as patched:
+        start = patched.upcycled.state()
+    for job in two:
+        got = torch.load(job["out"])
+        assert got.keys() == want.keys()
+        assert torch.allclose(got["losses"], want["losses"], atol=1e-4), job
+        for name, before in start.items():
+            assert (want[name] - before).norm() > 0, name
+            assert torch.allclose(got[name], want[name], atol=1e-4), (job, name)
+            change = (want[name] - before).norm()
+            assert (got[name] - want[name]).norm() < 2e-3 * change, (job, name)
+
+
 def test_parameters_in_parts_are_refused():
     """As ZeRO-3 leaves them."""
     model = tiny.llava()
     next(model.parameters()).ds_status = "NOT_AVAILABLE"
     with pytest.raises(PlanError, match="ZeRO-3 keeps parameters in parts"):
         mllm.upcycle(model, "moellava")
+
+
+def test_recipes_that_would_lose_experts_are_refused():
+    validate = pytest.importorskip("mllm.training.recipe").validate
+    written = {
+        "version": 1,
+        "model": {"path": "tiny-llava"},
+        "plan": "visionzip:keep=6+moellava",
+        "data": [{"path": "yardstick", "limit": 2}],
+        "output": {"dir": "run"},
+    }
+    with pytest.raises(RecipeError, match="do not train experts"):
+        validate(written)
+    with pytest.raises(RecipeError, match="ZeRO-3") as caught:
+        validate(written | {"parallel": {"zero": 3}})
+    assert caught.value.argument == "parallel.zero"
 
 
 def test_a_model_without_a_gated_ffn_is_refused():

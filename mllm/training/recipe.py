@@ -585,6 +585,7 @@ def _check_together(recipe: Recipe) -> None:
                 part.tasks,
                 f"path: {names}; or no tasks and style",
             )
+    _check_experts(recipe)
     plans = [recipe.plan]
     if recipe.eval:
         _check_names("eval.tasks", recipe.eval.tasks, (*sources.GROUPS, *sources.TASKS))
@@ -642,6 +643,29 @@ def _check_parallel(recipe: Recipe) -> None:
             "train.deepspeed",
             recipe.train["deepspeed"],
             "parallel.zero, and parallel.deepspeed for more",
+        )
+
+
+def _check_experts(recipe: Recipe) -> None:
+    from mllm.plan import Plan
+
+    if recipe.plan is None or Path(recipe.plan).is_dir():
+        return
+    found = [stage for stage in Plan.from_spec(recipe.plan).stages if stage.info.stage == "experts"]
+    if found and recipe.parallel.zero == 3:
+        _refuse(
+            "ZeRO-3 keeps parameters in parts, and experts start from whole ones; DeepSpeed itself "
+            "refuses native experts there",
+            "parallel.zero",
+            3,
+            "zero of 0, 1 or 2",
+        )
+    if found:
+        _refuse(
+            f"recipes do not train experts yet, and would lose them: {found[0].info.name}",
+            "plan",
+            recipe.plan,
+            "mllm.upcycle in a script (docs/experts.md), or a plan without experts",
         )
 
 
