@@ -478,6 +478,8 @@ class Patched:
         finally:
             _CALL.reset(token)
         if routing is not None and routing.learns and not nested:
+            if isinstance(output, tuple):
+                return (routing.total(output[0]), *output[1:])
             output["loss"] = routing.total(output["loss"])
         return output
 
