@@ -93,6 +93,28 @@ class Reduction:
 
 
 @dataclass
+class ExpertCost:
+    """FLOPs of a layer whose FFN is a router with experts.
+
+    Attributes:
+        row: of every row, the router and what is always on.
+        choice: of a row in one expert.
+        top_k: experts of a row.
+        dropped: per sample, choices that found no room; None is none.
+    """
+
+    row: float
+    choice: float
+    top_k: int
+    dropped: Tensor | None
+
+    def flops(self, rows: int, sample: int) -> float:
+        """Of `rows` rows of a sample."""
+        dropped = 0 if self.dropped is None else int(self.dropped[sample])
+        return rows * self.row + (rows * self.top_k - dropped) * self.choice
+
+
+@dataclass
 class Record:
     """Raw facts of one prefill, kept until somebody asks."""
 
@@ -117,6 +139,7 @@ class Record:
     passed: dict[int, Tensor] = field(default_factory=dict)  # by layer, rows that pass it by
     cache_flops: float = 0.0  # of methods on the cache, which every sample pays
     decode_steps: int = 0
+    experts: dict[int, ExpertCost] = field(default_factory=dict)  # of layers with experts
 
 
 class Ledger:
@@ -253,7 +276,12 @@ class Ledger:
             attn, mlp = own.get((i, "attn"), row), own.get((i, "mlp"), row)
             for b, queries in enumerate(attn):
                 total[b] += flops.attention_branch(record.config, queries, past[i] + queries)
-                total[b] += flops.mlp_branch(record.config, mlp[b])
+                experts = record.experts.get(i) if branch_rows is not None else None
+                total[b] += (
+                    flops.mlp_branch(record.config, mlp[b])
+                    if experts is None
+                    else experts.flops(mlp[b], b)
+                )
         return total
 
     def as_dict(self) -> dict[str, Any]:
@@ -294,7 +322,7 @@ class Ledger:
         if record.chunks:
             llm = [flops.lm_head(config, record.logit_rows)] * len(prompt)
             for rows, past in record.chunks:
-                part = self._layer_flops([rows] * layers, past)
+                part = self._layer_flops([rows] * layers, past, {})
                 llm = [x + y for x, y in zip(llm, part, strict=True)]
         stored = [_within(record.past_logical, window) for window in record.windows]
         base = self._decoder_flops([prompt] * layers, stored)

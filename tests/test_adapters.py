@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
 import torch
 from families import LAYERS, collate, model, samples
 from safetensors.torch import load_file
 from test_routers import PLAN, teach
+from torch.utils.flop_counter import FlopCounterMode
 
 import mllm
 from mllm.errors import PlanError
 from mllm.plan import Plan
+from mllm.routers import MoD, MoELLaVA
 
 
 def _logits(net, inputs):
@@ -128,3 +131,79 @@ def test_beside_lora(first, tmp_path):
         again = PeftModel.from_pretrained(model("llava"), tmp_path / "lora").eval()
         with mllm.patch(again, tmp_path / "routers"):
             assert torch.equal(_logits(again, inputs), trained)
+
+
+BOTH = [PLAN, MoELLaVA(experts=3, top_k=2, mode="dense")]
+
+
+def shake(net):
+    """Routers and experts as if they were trained."""
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in net.mllm.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
+
+
+def test_depth_and_experts_in_one_folder(tmp_path):
+    """One submodule, one file, one account of losses and statistics."""
+    net, inputs = model("llava"), collate("llava", samples("llava"))
+    with mllm.patch(net, BOTH) as patched:
+        shake(net)
+        trained, before = _logits(net, inputs), {k: v.clone() for k, v in net.state_dict().items()}
+        found = patched.router_stats()
+        patched.save_adapter(tmp_path)
+    depth = [(row["stage"], row["layer"]) for row in found if "kept" in row]
+    experts = [(row["stage"], row["layer"]) for row in found if "load" in row]
+    assert depth == [(0, 1), (0, 2), (0, 3)] and experts == [(1, i) for i in range(LAYERS)]
+    names = set(load_file(tmp_path / "mllm_adapter.safetensors"))
+    assert {"mllm.0.1.weight", "mllm.1.0.gate", "mllm.1.3.down_proj"} < names
+    other = model("llava")
+    with mllm.patch(other, Plan.of(tmp_path)):  # a plan brings what lies beside it
+        assert torch.equal(_logits(other, inputs), trained)
+        assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+    with mllm.patch(other, Plan(Plan.of(tmp_path).stages)):
+        assert not torch.equal(_logits(other, inputs), trained)
+
+
+def test_experts_work_on_the_rows_that_run_a_layer():
+    """Padded equals alone, and every expert is booked for the rows that its layer works on."""
+    net, batch = model("llava", "eager"), samples("llava")
+    inputs = collate("llava", batch)
+    with mllm.patch(net, BOTH) as patched:
+        shake(net)
+        together = tiny.per_sample(_logits(net, inputs), inputs["attention_mask"])
+        seen = [sum(layer["tokens"]) for layer in patched.ledger.as_dict()["layers"]]
+        rows = [int(patched.routing.stats[1, i]["rows"]) for i in range(LAYERS)]
+        assert rows == seen and seen[3] < seen[0]
+        for s, got in zip(batch, together, strict=True):
+            alone = _logits(net, collate("llava", [s]))[0]
+            assert torch.allclose(got, alone, atol=1e-4)
+        for layer in patched.upcycled.layers.values():
+            layer.gate.zero_()  # the first experts take all: no product is rounded up to four rows
+        with FlopCounterMode(display=False) as counter:
+            _logits(net, collate("llava", batch[:1]))
+        assert patched.ledger.as_dict()["prefill_flops"][0] == pytest.approx(
+            counter.get_total_flops(), rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_both_learn_together(again):
+    """Auxiliary losses of both kinds are in the loss once, with their gradients."""
+    net, inputs = model("llava").train(), collate("llava", samples("llava"))
+    plan = [MoD(capacity=0.5, auxiliary=0.1), MoELLaVA(experts=3, mode="dense", balance=0.2, z=0.1)]
+    if again:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    with mllm.patch(net, plan) as patched:
+        shake(net)
+        loss = net(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        losses = patched.losses
+        assert set(losses) == {"predictor", "balance", "z"}
+        added = 0.1 * losses["predictor"] + 0.2 * losses["balance"] + 0.1 * losses["z"]
+        assert float(patched.routing.added()) == pytest.approx(float(added), abs=1e-5)
+        assert float(loss.detach()) > float(added)
+        for name, p in net.mllm.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all(), name
+            if name.endswith(("gate", "weight")):
+                assert p.grad.any(), name

@@ -130,8 +130,21 @@ def stages(draw):
         "min_ratio": st.floats(0.01, 0.5),
         "shift": st.floats(0, 1),
         "scale": st.floats(0.1, 0.9),
+        "capacity": st.floats(0.01, 1),
+        "scope": st.sampled_from(["all", "visual"]),
+        "gate": st.sampled_from(["raw", "tanh"]),
+        **dict.fromkeys(["threshold", "later", "auxiliary"], st.floats(0, 0.9)),
+        "experts": st.integers(4, 64) | st.lists(st.integers(4, 9), min_size=1).map(tuple),
+        "top_k": st.integers(1, 4),
+        "mode": st.sampled_from(["sparse", "dense", "first_half", "second_half"]),
+        "capacity_factor": st.none() | st.floats(0.1, 9),
+        "min_capacity": st.integers(0, 9),
+        **dict.fromkeys(["balance", "z"], st.floats(0, 1)),
+        "segments": st.integers(3, 9),
+        "shared": st.integers(1, 2),
+        "start_from": st.sampled_from(["added", "split"]),
     }
-    if cls.info.name == "pmod":
+    if cls.info.name in ("pmod", "mod", "gammamod"):
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.stage == "cache":
         values |= on_cache
@@ -291,7 +304,7 @@ def test_methods_describe_themselves():
     assert json.loads(json.dumps(rows)) == rows
     for row in rows:
         assert keys <= set(row)
-        assert row["stage"] in ("pre_llm", "llm", "cache", "preset")
+        assert row["stage"] in ("pre_llm", "llm", "cache", "experts", "preset")
         assert row["oracle"] in ("mask", "rebuild", "reference")
         assert row["positions"] in ("original", "compact")
         assert {"sdpa", "eager"} <= set(row["backends"])

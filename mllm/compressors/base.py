@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mllm.actions import (
     Inject,
     Insert,
     Keep,
+    LayerGate,
     LogitBias,
     Merge,
     Pool,
@@ -50,6 +51,9 @@ from mllm.signals import (
 )
 from mllm.tokens import Places, TokenTable, along, locate, on_device
 
+if TYPE_CHECKING:
+    from mllm.routers.account import Routing
+
 __all__ = [
     "AttentionRows",
     "BranchGate",
@@ -72,6 +76,7 @@ __all__ = [
     "Keep",
     "Keys",
     "LayerContext",
+    "LayerGate",
     "LayerMethod",
     "LayerPruner",
     "LayerSchedule",
@@ -219,6 +224,10 @@ class LayerContext(Context):
         num_layers: decoder layers of the model.
         visual: bool `[batch, rows]`, visual rows that are still there, without separators.
         text: bool `[batch, rows]`, text of the prompt.
+        answers: bool `[batch, rows]`, rows behind the prompt: answers that are supervised, rows of
+            later steps.
+        decoding: whether there are no others, and the prompt is in the cache; only stages that set
+            `decodes` are asked then.
         prompt: bool `[batch, rows]`, visual and text; no padding, no candidates of assisted
             decoding, nothing that is supervised.
         protected: bool `[batch, rows]`, rows that an action protects.
@@ -250,13 +259,17 @@ class LayerContext(Context):
         counts: list[int] | None = None,
         seeds: Callable[[], list[int]] | None = None,
         route: Callable[[str, Tensor], Tensor] | None = None,
-        penalties: list[tuple[str, Tensor, float]] | None = None,
+        routing: Routing | None = None,
+        number: int = 0,
+        answers: Tensor | None = None,
+        decoding: bool = False,
     ) -> None:
         super().__init__(stage, signals, counts=counts, seeds=seeds)
-        self._route, self._penalties = route, penalties
+        self._route, self._routing, self._number = route, routing, number
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
+        self.answers, self.decoding = answers, decoding
         self.n_images, self.n_entered, self.state = images, entered, state
         self.images = on_device(torch.tensor(images), visual)
         self.entered = on_device(torch.tensor(entered), visual)
@@ -270,16 +283,26 @@ class LayerContext(Context):
         """What a trained part of the stage makes of `x`; see :meth:`LayerMethod.parts`."""
         return self._route(x, part)
 
+    @property
+    def learns(self) -> bool:
+        """Whether the model learns from this forward, auxiliary losses included."""
+        return self._routing is not None and self._routing.learns
+
     def penalise(self, name: str, loss: Tensor, coefficient: float) -> None:
         """Add an auxiliary loss to the model's, in training.
 
         Args:
             name: under which `patched.losses` has it.
-            loss: scalar, a mean over what it speaks of.
+            loss: scalar, a mean over what it speaks of in this process.
             coefficient: what it is multiplied by.
         """
-        if self._penalties is not None:
-            self._penalties.append((name, loss, coefficient))
+        if self.learns:
+            self._routing.penalise(self._number, self.layer, name, loss, coefficient)
+
+    def note(self, **sums: Tensor) -> None:
+        """Statistics of a router at this layer; see :mod:`mllm.routers.stats`."""
+        if self._routing is not None:
+            self._routing.note(self._number, self.layer, **sums)
 
     def queries(self, name: str) -> Tensor:
         """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
@@ -489,13 +512,15 @@ class LayerMethod(_Method):
 
     Subclasses have the field `positions`, list their `actions`, and give `at` and `act`. One
     stage may act at many layers; `ctx.layer` tells where it is. It runs without gradients unless
-    `differentiable`.
+    `differentiable`. It is asked in forwards with pictures, and if it `decodes`, of samples that
+    have had some, in those that follow: then it may read `Hidden` and must not move rows.
     """
 
     site = "decoder"
     paper_positions = "original"
     first_layer: ClassVar[int] = 0
     differentiable: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
 
     def parts(self, width: int) -> dict[str, nn.Module]:
         """What the stage learns, by name, for hidden states of `width`; see `ctx.route`."""

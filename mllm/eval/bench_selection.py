@@ -100,7 +100,7 @@ def every_method() -> list[str]:
     """Every method that looks at something: at the share above if it has one, or as published.
 
     Not those on the KV cache, which save nothing of a prefill: the suite "kv" measures them. Nor
-    trained ones, whose tokens pass some layers by and come back.
+    trained ones: tokens pass some layers by and come back, or all stay.
     """
     found = []
     for row in methods():

@@ -1,10 +1,19 @@
-"""Trained depth: routers that send rows past decoder layers; imported on first use."""
+"""Trained stages: routers over depth, and experts; imported on first use."""
 
 from __future__ import annotations
 
 import importlib
 
-_HOMES = {"PMoD": "pmod"}
+_HOMES = {
+    "DeepSeekMoE": "experts_deepseekmoe",
+    "GammaMoD": "gammamod",
+    "MoD": "mod",
+    "MoE": "experts_moe",
+    "MoELLaVA": "experts_moellava",
+    "PMoD": "pmod",
+    "PRMoE": "experts_prmoe",
+    "VMoE": "experts_vmoe",
+}
 __all__ = list(_HOMES)
 
 

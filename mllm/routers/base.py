@@ -7,6 +7,8 @@ other name of the model changes, and `remove()` takes it out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,17 +59,19 @@ class RouterBank(nn.Module):
         """What a part makes of `x`; by a call, so that sharded parameters are gathered."""
         return self._modules[str(stage)][part](x)
 
-    def idle(self, x: Tensor) -> Tensor:
-        """Zero, from all parameters: fp32 scalar.
+    def idle(self, x: Tensor, stages: Iterable[int]) -> Tensor:
+        """Zero, from all parameters of some stages: fp32 scalar.
 
-        A batch without images uses no router, and others of its step wait for their gradients.
+        A batch without images uses no router over depth, and others of its step wait for their
+        gradients.
 
         Args:
             x: `[batch, rows, width]`, what enters the decoder.
+            stages: numbers of stages that have parts.
         """
         x = x[:1, :1].detach()
-        used = [part(x).sum() for stage in self.children() for part in stage.values()]
-        return 0.0 * torch.stack(used).sum()
+        parts = [part for n in stages for part in self._modules[str(n)].values()]
+        return 0.0 * torch.stack([part(x).sum() for part in parts]).sum()
 
 
 def active(model: nn.Module) -> nn.Module:

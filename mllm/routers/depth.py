@@ -1,7 +1,7 @@
 """Routers over depth: which rows a decoder layer works on, and which pass it by.
 
 The engine gathers the rows that take part, runs the branches of the layer on these, stores only
-their keys and values in the layer's own cache, and scatters back. Text always takes part.
+their keys and values in the layer's own cache, and scatters back.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ class DepthRouter(LayerMethod):
     """A trained stage with one router per routed layer.
 
     Subclasses have the fields `layers: tuple[int, ...] | None` and `positions`, and give `routed`,
-    `parts`, and `route`.
+    `parts`, and `route`. `decides` is the field whose value routes layers where none are named.
     """
 
     differentiable = True
     oracle = "reference"
     actions: ClassVar[tuple[str, ...]] = ("BranchRows",)
+    decides: ClassVar[str] = "layers"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.demand("positions", self.positions != "compact", "original: nothing moves")
 
     def routed(self, num_layers: int) -> dict[int, float]:
-        """Share of the visual tokens that take part, by layer, of a model of `num_layers`."""
+        """Share of the rows that take part, by layer, of a model of `num_layers`."""
         raise NotImplementedError
 
     def parts(self, width: int) -> dict[str, nn.Module]:
@@ -60,8 +65,8 @@ class DepthRouter(LayerMethod):
                 f"{self.info.name}: "
                 + (f"layers {'/'.join(map(str, own))} of {num_layers}" if own
                    else f"its schedule routes none of {num_layers} layers"),
-                argument="max_ratio" if self.layers is None else "layers",
-                given=getattr(self, "max_ratio", None) if self.layers is None else own,
+                argument=self.decides if self.layers is None else "layers",
+                given=getattr(self, self.decides) if self.layers is None else own,
                 expected=f"different layers from 0 to {num_layers - 1}",
             )  # fmt: skip
         return self.replace(layers=tuple(sorted(own)))
@@ -76,6 +81,12 @@ class DepthRouter(LayerMethod):
         return self.route(ctx)
 
     @staticmethod
+    def rows(ctx: LayerContext) -> Tensor:
+        """Rows of all kinds that a router may speak of: bool `[batch, rows]`."""
+        rows = ctx.prompt | ctx.answers
+        return rows if ctx.decoding else rows & ctx.visual.any(1, keepdim=True)
+
+    @staticmethod
     def scores(ctx: LayerContext, x: Tensor, part: str | None = None) -> Tensor:
         """What a part, by default the layer's own, makes of hidden states: fp32 `[..., out]`."""
         score = ctx.route(str(ctx.layer) if part is None else part, x)
@@ -83,21 +94,28 @@ class DepthRouter(LayerMethod):
         return score
 
     @staticmethod
-    def best(ctx: LayerContext, scores: Tensor, share: float) -> Tensor:
-        """Visual rows that take part: of each sample's the best, rounded down.
+    def best(
+        ctx: LayerContext, scores: Tensor, share: float, among: Tensor | None = None
+    ) -> Tensor:
+        """Rows that take part: of each sample's the best, rounded down.
 
         Args:
             ctx: the context.
             scores: fp32 `[batch, rows]`.
-            share: of the visual rows that are there.
+            share: of the rows that are there.
+            among: bool `[batch, rows]`; None are visual rows.
 
         Returns:
             bool `[batch, rows]`; protected rows go first.
         """
-        count = torch.tensor([int(n * share) for n in ctx.counts()], device=scores.device)
+        if among is None:
+            among = ctx.visual
+            count = torch.tensor([int(n * share) for n in ctx.counts()], device=scores.device)
+        else:
+            count = (among.sum(1).double() * share).long()
         ranked = scores.masked_fill(ctx.protected, float("inf"))
-        kept = choose(ranked, ctx.visual, count) | (ctx.visual & ctx.protected)
-        stats.note(ctx.state, ctx.layer, scores, kept, ctx.visual)
+        kept = choose(ranked, among, count) | (among & ctx.protected)
+        ctx.note(**stats.depth_sums(scores, kept, among))
         return kept
 
     @staticmethod

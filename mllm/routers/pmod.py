@@ -46,6 +46,7 @@ class PMoD(DepthRouter):
 
     actions = ("BranchRows", "BranchGate", "Write")
     identity = {"max_ratio": 1.0, "min_ratio": 1.0}
+    decides = "max_ratio"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +54,6 @@ class PMoD(DepthRouter):
         fine = 0 < self.min_ratio <= self.max_ratio
         self.demand("min_ratio", fine, "over 0 and at most max_ratio, or layers would be empty")
         self.demand("scale", 0 < self.scale < 1, "between 0 and 1")
-        self.demand("positions", self.positions != "compact", "original: nothing moves")
 
     def routed(self, num_layers: int) -> dict[int, float]:
         return ratios(self.schedule, num_layers, self.shift, self.max_ratio, self.min_ratio)
