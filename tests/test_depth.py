@@ -1,0 +1,243 @@
+"""Routers that speak of all tokens, later ones too, against a decoder by hand: `mod`, `gammamod`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from families import LAYERS, collate, model, samples
+from layer_oracle import Edits, run, run_with_gradients
+from matrix import equal
+from test_routers import teach
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import check_family
+
+import mllm
+from mllm.errors import PlanError
+from mllm.routers import GammaMoD, MoD
+from mllm.routers.arank import arank
+
+FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3"]
+MORE = torch.tensor([31, 32, 33])
+#: Thresholds at which some rows run and some do not, with weights of `teach`.
+PLANS = [
+    MoD(capacity=0.5),
+    MoD(capacity=0.3, scope="visual", gate="tanh"),
+    GammaMoD(threshold=0.4, later=0.6, layers=(1, 2)),
+]
+NAMES = ["mod", "mod-visual", "gammamod"]
+each = pytest.mark.parametrize("stage", PLANS, ids=NAMES)
+
+
+def by_hand(family, s, bank, stage, more=None, learns=False):
+    """The cards' layers in loops; returns the edits, and the auxiliary losses of every row."""
+    edit, losses, prompt = Edits(), [], len(s.ids)
+    for layer in stage.at_depth(LAYERS).layers if s.pictures else ():
+        x = run_with_gradients(family, s, edit, more).hidden[layer]
+        visual = torch.zeros(len(x), dtype=torch.bool)
+        visual[:prompt] = s.visual
+        part = bank[str(layer)]
+        if isinstance(stage, GammaMoD):
+            normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            logits = normed @ part.weight.T
+            p = logits.softmax(-1)[:, 1]
+            if learns:
+                early = list(range(int(visual.nonzero()[-1]) + 1))
+                best = sorted(early, key=lambda i: -float(p[i].detach()))
+                gone = best[len(early) - int(len(early) * (1 - stage.capacity)) :]
+                take = torch.tensor([i not in gone for i in range(len(x))])
+            else:
+                limits = [stage.threshold if i < prompt else stage.later for i in range(len(x))]
+                take = p > torch.tensor(limits)
+            losses.append(F.cross_entropy(logits, take.long(), reduction="none"))
+            edit.scale[layer, "mlp"] = torch.where(take, p, 1.0)
+        else:
+            score = x @ part.weight[0] + part.bias
+            among = visual if stage.scope == "visual" else torch.ones(len(x), dtype=torch.bool)
+            ranked = [i for i in range(len(x)) if among[i] and (learns or i < prompt)]
+            count = int(stage.capacity * len(ranked))
+            best = sorted(ranked, key=lambda i: -float(score[i].detach()))[:count]
+            take = torch.tensor([i in best or not bool(among[i]) for i in range(len(x))])
+            if stage.scope == "all":
+                guess = bank[f"{layer}_later"](x.detach())[:, 0]
+                take[prompt:] |= guess[prompt:] >= 0
+                target = take.float()
+                losses.append(F.binary_cross_entropy_with_logits(guess, target, reduction="none"))
+            weight = score if stage.gate == "raw" else 1 + 0.2 * torch.tanh(score)
+            edit.whole[layer] = torch.where(take & among, weight, 1.0)
+        edit.take[layer, "attn"] = edit.take[layer, "mlp"] = take
+    return edit, losses
+
+
+@each
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_it_equals_its_description(family, attn, stage):
+    """Every sample of a padded batch; the ledger has what ran, text included."""
+    batch, net = samples(family), model(family, attn)
+    inputs = collate(family, batch)
+    with mllm.patch(net, stage) as patched:
+        bank = teach(net)._modules["0"]
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+        row = patched.ledger.as_dict()
+    for b, s in enumerate(batch):
+        edit, _ = by_hand(family, s, bank, stage)
+        want = run(family, s, edit).logits
+        equal(logits[b], want, f"sample {b}", 2e-4 * max(1.0, float(want.std())))
+        for layer in stage.at_depth(LAYERS).layers if s.pictures else ():
+            took = edit.take[layer, "mlp"]
+            seen = row["layers"][layer]
+            assert seen["tokens"][b] == int(took.sum())
+            assert seen["visual"][b] == int((took & s.visual).sum())
+
+
+@each
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_decode_is_as_without_a_cache(family, stage):
+    """Later tokens decide for themselves; those that pass a layer by are not in its cache."""
+    net, batch = model(family), samples(family)
+    inputs = collate(family, batch)
+    mask, logits = inputs["attention_mask"], []
+    with mllm.patch(net, stage) as patched:
+        bank = teach(net)._modules["0"]
+        out = net(**inputs)
+        stats = patched.router_stats()
+        for token in MORE:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            out = net(
+                input_ids=token.expand(len(batch), 1), attention_mask=mask,
+                past_key_values=out.past_key_values,
+            )
+            logits.append(out.logits[:, -1])
+        assert stats == patched.router_stats()
+    skipped = 0
+    for b, s in enumerate(batch):
+        edit, _ = by_hand(family, s, bank, stage, MORE)
+        want = run(family, s, edit, MORE).logits[-3:]
+        got = torch.stack([x[b] for x in logits])
+        equal(got, want, f"sample {b}", 2e-4 * max(1.0, float(want.std())))
+        skipped += sum(int((~take[-3:]).sum()) for take in edit.take.values())
+    assert skipped > 0 or getattr(stage, "scope", "all") == "visual"
+
+
+@each
+@torch.no_grad()
+def test_generation_with_and_without_a_cache(stage):
+    net = model("llava")
+    inputs = collate("llava", samples("llava"))
+    options = dict(max_new_tokens=5, do_sample=False)
+    with mllm.patch(net, stage):
+        teach(net)
+        cached = net.generate(**inputs, **options)
+        assert torch.equal(cached, net.generate(**inputs, **options, use_cache=False))
+        beams = net.generate(**inputs, **options, num_beams=2)
+        assert torch.equal(beams, net.generate(**inputs, **options, num_beams=2, use_cache=False))
+
+
+@each
+@pytest.mark.parametrize("family", [*FAMILIES, "llava_next"])
+@torch.no_grad()
+def test_batched_equals_alone(family, stage):
+    check_family(family, stage)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_identity_of_mod(family, attn):
+    """Everything runs, at weight 1; a predictor that knows nothing lets later tokens run."""
+    net = model(family, attn)
+    inputs = collate(family, samples(family))
+    plain, answer = net(**inputs).logits, net.generate(**inputs, max_new_tokens=4)
+    with mllm.patch(net, MoD(**MoD.identity)):
+        assert torch.equal(net(**inputs).logits, plain)
+        assert torch.equal(net.generate(**inputs, max_new_tokens=4), answer)
+
+
+@each
+@torch.no_grad()
+def test_ledger_is_what_torch_counts(stage):
+    net = model("llava", "eager")
+    inputs = collate("llava", samples("llava", "alone"))
+    with mllm.patch(net, stage) as patched:
+        teach(net)
+        with FlopCounterMode(display=False) as counter:
+            net(**inputs)
+        row = patched.ledger.as_dict()
+    assert row["prefill_flops"][0] == pytest.approx(counter.get_total_flops(), rel=1e-4)
+    assert row["prefill_flops"][0] < row["baseline_prefill_flops"][0]
+
+
+@each
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_gradients(family, checkpointed, stage):
+    """Loss, auxiliary losses and all gradients are those of the loop, checkpointing or not."""
+    batch = samples(family)
+    inputs = collate(family, batch)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    net = model(family).train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    if checkpointed:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    with mllm.patch(net, stage) as patched:
+        teach(net)
+        loss = net(**inputs, labels=labels).loss
+        loss.backward()
+        bank = net.mllm._modules["0"]
+        mine = {name: p.grad for name, p in bank.named_parameters()}
+        own = copy.deepcopy(bank).requires_grad_()
+        named = {name: float(x) for name, x in patched.losses.items()}
+    own.zero_grad()
+    answers, extra = [], {}
+    with torch.enable_grad():
+        for s in batch:
+            edit, losses = by_hand(family, s, own, stage, learns=True)
+            logits = run_with_gradients(family, s, edit).logits
+            answers.append(F.cross_entropy(logits[-4:-1], s.ids[-3:], reduction="none"))
+            for layer, found in enumerate(losses):
+                extra.setdefault(layer, []).append(found)
+    want = torch.cat(answers).mean()
+    if extra:
+        more = sum(torch.cat(rows).mean() for rows in extra.values())
+        want = want + stage.auxiliary * more
+        assert list(named.values()) == pytest.approx([float(more)], abs=1e-4)
+    want.backward()
+    equal(loss, want, "loss", 1e-5)
+    for name, p in own.named_parameters():
+        equal(mine[name], p.grad, name, 1e-4 * max(1.0, float(p.grad.abs().max())))
+        last = isinstance(stage, MoD) and stage.scope == "visual" and name.startswith("3")
+        assert (float(mine[name].abs().max()) > 0) == (not last), name
+
+
+@pytest.mark.parametrize("kind, bad, argument", [
+    (MoD, dict(capacity=0.0), "capacity"), (MoD, dict(capacity=1.5), "capacity"),
+    (MoD, dict(layers=(4,)), "layers"), (MoD, dict(auxiliary=-1.0), "auxiliary"),
+    (GammaMoD, dict(threshold=1.0), "threshold"), (GammaMoD, dict(later=-0.1), "later"),
+    (GammaMoD, dict(layers=(1, 1)), "layers"), (GammaMoD, dict(positions="compact"), "positions"),
+])  # fmt: skip
+def test_bad_values(kind, bad, argument):
+    net = model("llava")
+    with pytest.raises(PlanError) as caught:
+        mllm.patch(net, kind(**bad))
+    assert caught.value.argument == argument
+    assert not hasattr(net, "mllm")
+
+
+@torch.no_grad()
+def test_ranks_are_those_of_the_attention_maps():
+    batch, net = samples("llava"), model("llava")
+    pictured = [s for s in batch if s.pictures]
+    got = arank(net, [collate("llava", pictured)])
+    ranks = [[torch.linalg.matrix_rank(w).float().mean() for w in run("llava", s).weights]
+             for s in pictured]  # fmt: skip
+    want = torch.tensor(ranks).mean(0)
+    assert got == pytest.approx(want.tolist(), abs=0.3)
