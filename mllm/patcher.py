@@ -189,8 +189,10 @@ class Patched:
         self.routing = Routing()
         self._check_idle()
         self._check_name()
+        parts = self._new_parts()
         self.upcycled = Upcycled(self, ep_size)
-        self.routers = self._new_routers()
+        parts |= self.upcycled.parts
+        self.routers = RouterBank(parts).train(self.family.model.training) if parts else None
         self._install()
         if folder is not None:
             try:
@@ -253,19 +255,19 @@ class Patched:
         """
         return self.routing.losses if self.routing.learns else {}
 
-    def _new_routers(self) -> RouterBank | None:
-        """What stages learn, as it starts: drawn by the plan's seed."""
+    def _new_parts(self) -> dict[int, dict[str, nn.Module]]:
+        """What in-LLM stages learn, as it starts: drawn by the plan's seed."""
         family, stages = self.family, {}
+        config = family.text_config
         device = next(family.decoder.parameters()).device
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for number, stage in self.pruners:
                 torch.default_generator.manual_seed(self.plan.seed_for(number))
-                if parts := stage.parts(family.text_config.hidden_size):
+                if parts := stage.parts(config.hidden_size, config.num_attention_heads):
                     stages[number] = {name: part.to(device) for name, part in parts.items()}
                     self.plan_notes.append(f"{stage.info.name}: {UNTRAINED}")
         self.depth = list(stages)
-        stages |= self.upcycled.parts
-        return RouterBank(stages).train(family.model.training) if stages else None
+        return stages
 
     def positions(self, stage: Any) -> str:
         """`original` or `compact`; where nothing was asked for, what the family can do."""

@@ -17,7 +17,7 @@ from zoo import check_family
 
 import mllm
 from mllm.errors import PlanError
-from mllm.routers import GammaMoD, MoD
+from mllm.routers import GammaMoD, MoD, MoH
 from mllm.routers.arank import arank
 
 FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3"]
@@ -241,3 +241,105 @@ def test_ranks_are_those_of_the_attention_maps():
              for s in pictured]  # fmt: skip
     want = torch.tensor(ranks).mean(0)
     assert got == pytest.approx(want.tolist(), abs=0.3)
+
+
+# --- MoH: heads instead of rows
+
+HEADS = MoH(shared=0.25, active=0.75, balance=0.3)
+
+
+def heads_by_hand(family, s, bank, more=None):
+    """The card's gates in loops; returns the edits, and per layer the rows of its balance loss."""
+    edit, seen = Edits(), []
+    for layer in range(LAYERS) if s.pictures else ():
+        x = run_with_gradients(family, s, edit, more).hidden[layer]
+        scores = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() @ bank[str(layer)].weight.T
+        heads = scores.shape[1] - 2
+        shared = round(HEADS.shared * heads)
+        chosen = round(HEADS.active * heads) - shared
+        q, p = scores[:, :shared].softmax(-1), scores[:, shared:heads].softmax(-1)
+        kinds, gates, masks = scores[:, heads:].softmax(-1) * 2, [], []
+        for t in range(len(x)):
+            best = sorted(range(heads - shared), key=lambda e: (-float(p[t, e].detach()), e))
+            mask = torch.tensor([float(e in best[:chosen]) for e in range(heads - shared)])
+            routed = p[t] * mask / (p[t] * mask).sum() * chosen
+            gates.append(torch.cat([kinds[t, 0] * q[t] * shared, kinds[t, 1] * routed]))
+            masks.append(mask)
+        edit.heads[layer] = torch.stack(gates)
+        seen.append((p, torch.stack(masks)))
+    return edit, seen
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_moh_equals_its_description(family, attn):
+    """Of a padded batch, and of the tokens decoded behind it."""
+    net, batch = model(family, attn), samples(family)
+    inputs = collate(family, batch)
+    mask, logits = inputs["attention_mask"], []
+    with mllm.patch(net, HEADS):
+        bank = teach(net)._modules["0"]
+        out = net(**inputs)
+        prompts = tiny.per_sample(out.logits, mask)
+        for token in MORE:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            out = net(
+                input_ids=token.expand(len(batch), 1), attention_mask=mask,
+                past_key_values=out.past_key_values,
+            )
+            logits.append(out.logits[:, -1])
+    for b, s in enumerate(batch):
+        edit, _ = heads_by_hand(family, s, bank, MORE)
+        want = run(family, s, edit, MORE).logits
+        got = torch.cat([prompts[b], torch.stack([x[b] for x in logits])])
+        equal(got, want, f"sample {b}", 2e-4 * max(1.0, float(want.std())))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_moh(checkpointed):
+    batch = samples("llava")
+    inputs = collate("llava", batch)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    net = model("llava").train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    if checkpointed:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    with mllm.patch(net, HEADS):
+        teach(net)
+        loss = net(**inputs, labels=labels).loss
+        loss.backward()
+        mine = {name: p.grad for name, p in net.mllm._modules["0"].named_parameters()}
+        own = copy.deepcopy(net.mllm._modules["0"]).requires_grad_()
+    own.zero_grad()
+    answers, rows = [], {}
+    with torch.enable_grad():
+        for s in batch:
+            edit, seen = heads_by_hand("llava", s, own)
+            logits = run_with_gradients("llava", s, edit).logits
+            answers.append(F.cross_entropy(logits[-4:-1], s.ids[-3:], reduction="none"))
+            for layer, pair in enumerate(seen):
+                rows.setdefault(layer, []).append(pair)
+        want = torch.cat(answers).mean()
+        for pairs in rows.values():
+            p, mask = (torch.cat(x).mean(0) for x in zip(*pairs, strict=True))
+            want = want + HEADS.balance * (p * mask).mean() * len(p) ** 2 / LAYERS
+    want.backward()
+    equal(loss, want, "loss", 1e-5)
+    for name, p in own.named_parameters():
+        assert mine[name].abs().max() > 0, name
+        equal(mine[name], p.grad, name, 1e-4 * max(1.0, float(p.grad.abs().max())))
+
+
+@pytest.mark.parametrize("bad, argument", [
+    (dict(shared=0.0), "shared"), (dict(active=0.5), "active"), (dict(active=1.1), "active"),
+    (dict(balance=-1.0), "balance"), (dict(layers=(9,)), "layers"), (dict(shared=0.01), "shared"),
+])  # fmt: skip
+def test_bad_values_of_moh(bad, argument):
+    net = model("llava")
+    with pytest.raises(PlanError) as caught:
+        mllm.patch(net, MoH(**bad))
+    assert caught.value.argument == argument and not hasattr(net, "mllm")

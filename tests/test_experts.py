@@ -1,6 +1,6 @@
 """Experts: each routing rule against a plain loop, starts that change nothing, training, adapters.
 
-moe, moellava, deepseekmoe, prmoe, vmoe.
+moe, moellava, deepseekmoe, bigmac, prmoe, vmoe.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mllm.routers.experts import ROUTING, Experts
 
 REPOSITORY = Path(__file__).parents[1]
 EXACT = ["moe:experts=4", "moellava", "moellava:top_k=1:mode=dense", "deepseekmoe", "prmoe",
-         "prmoe:experts=2/4", "vmoe:experts=5:top_k=3:layers=1/3"]  # fmt: skip
+         "prmoe:experts=2/4", "vmoe:experts=5:top_k=3:layers=1/3", "bigmac:experts=6:top_k=2"]  # fmt: skip
 SPLIT = "deepseekmoe:experts=6:top_k=2:start_from=split"
 SHORT = ["vmoe:experts=4:capacity_factor=0.5", "moellava:capacity_factor=0.6",
          "prmoe:capacity_factor=0.5", f"{SPLIT}:capacity_factor=0.7"]  # fmt: skip
@@ -123,13 +123,17 @@ def plain_layer(layer, hidden, valid):
                 routed = stage.segments - stage.shared
                 scale = routed * stage.experts / stage.top_k
                 best = best * (scale if stage.start_from == "split" else 1)
-            else:
+            elif stage.info.name != "bigmac":
                 best = best / best.sum()
-            y = torch.zeros_like(x)
+            narrow = stage.info.name == "bigmac"
+            z = layer.descend @ x if narrow else x
+            y = torch.zeros_like(z)
             for k, e in enumerate(picks[t]):
                 if (t, k) in kept:
-                    inner = layer.act(layer.gate_proj[e] @ x) * (layer.up_proj[e] @ x)
+                    inner = layer.act((layer.up_proj if narrow else layer.gate_proj)[e] @ z)
+                    inner = inner if narrow else inner * (layer.up_proj[e] @ x)
                     y = y + best[k] * (layer.down_proj[e] @ inner)
+            y = layer.ascend @ y if narrow else y
             if hasattr(layer, "shared_up_proj"):
                 inner = layer.act(layer.shared_gate_proj @ x) * (layer.shared_up_proj @ x)
                 always = layer.shared_down_proj @ inner
@@ -205,7 +209,7 @@ def test_experts_that_agree_are_exact():
 # --- batches
 
 
-@pytest.mark.parametrize("spec", ["moellava", "deepseekmoe", SPLIT, *SHORT])
+@pytest.mark.parametrize("spec", ["moellava", "deepseekmoe", "bigmac", SPLIT, *SHORT])
 @torch.no_grad()
 def test_padded_equals_alone_in_any_order(spec):
     """Fails if padding is routed or counted, or if a sample takes another one's room."""
@@ -249,7 +253,8 @@ def trained(spec, kwargs=None, spread=True):
 
 @pytest.mark.parametrize(
     "spec",
-    ["moellava", "deepseekmoe", "prmoe:top_k=1", "moe:experts=4", "vmoe:capacity_factor=0.8"],
+    ["moellava", "deepseekmoe", "prmoe:top_k=1", "moe:experts=4", "vmoe:capacity_factor=0.8",
+     "bigmac:experts=6:top_k=2"],  # fmt: skip
 )
 def test_gradients_reach_every_router_and_expert(spec):
     """With both kinds of checkpointing, to the same numbers; auxiliary losses included."""
@@ -259,7 +264,7 @@ def test_gradients_reach_every_router_and_expert(spec):
         assert grad is not None and grad.isfinite().all(), name
         if name.endswith((".gate", "mix_weight")):
             assert (grad.abs().sum(1) > 0).all(), name
-        elif "shared" not in name and "bias" not in name:
+        elif "_proj" in name and "shared" not in name:
             reached = (grad.flatten(1).abs().sum(1) > 0).tolist()
             assert reached == busy[int(name.split(".")[2])], name
     for reentrant in (True, False):
@@ -315,7 +320,7 @@ def test_statistics_leave_padding_out():
 # --- the ledger
 
 
-@pytest.mark.parametrize("spec", ["moellava", "deepseekmoe", "prmoe", SPLIT, SHORT[0]])
+@pytest.mark.parametrize("spec", ["moellava", "deepseekmoe", "prmoe", "bigmac", SPLIT, SHORT[0]])
 @torch.no_grad()
 def test_ledger_counts_what_torch_counts(spec):
     model, inputs = tiny.llava("eager"), tiny.collate(tiny.samples("alone"))

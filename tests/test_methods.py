@@ -21,13 +21,13 @@ NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
-          "dualfilter", "mustdrop", "pmod", "mod", "gammamod"]  # fmt: skip
+          "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter", "mustdrop", "pmod", "mod", "gammamod"]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh"]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -74,6 +74,7 @@ IDENTITY = {
     "vispruner": "vispruner:keep=1.0",
     "pmod": "pmod:max_ratio=1.0:min_ratio=1.0",
     "mod": "mod:capacity=1.0:gate=tanh",
+    "moh": "moh:active=1.0",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 

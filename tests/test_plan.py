@@ -131,6 +131,8 @@ def stages(draw):
         "shift": st.floats(0, 1),
         "scale": st.floats(0.1, 0.9),
         "capacity": st.floats(0.01, 1),
+        "ratio": st.floats(0.1, 1),
+        "active": st.floats(0.5, 1),
         "scope": st.sampled_from(["all", "visual"]),
         "gate": st.sampled_from(["raw", "tanh"]),
         **dict.fromkeys(["threshold", "later", "auxiliary"], st.floats(0, 0.9)),
@@ -144,8 +146,10 @@ def stages(draw):
         "shared": st.integers(1, 2),
         "start_from": st.sampled_from(["added", "split"]),
     }
-    if cls.info.name in ("pmod", "mod", "gammamod"):
+    if cls.info.name in ("pmod", "mod", "gammamod", "moh"):
         values["positions"] = st.sampled_from([None, "original"])
+    if cls.info.name == "moh":
+        values["shared"] = st.floats(0.1, 0.4)
     if cls.info.stage == "cache":
         values |= on_cache
     names = [f.name for f in dataclasses.fields(cls)]

@@ -522,8 +522,13 @@ class LayerMethod(_Method):
     differentiable: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
 
-    def parts(self, width: int) -> dict[str, nn.Module]:
-        """What the stage learns, by name, for hidden states of `width`; see `ctx.route`."""
+    def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
+        """What the stage learns, by name; see `ctx.route`.
+
+        Args:
+            width: of hidden states.
+            heads: of queries, of a layer.
+        """
         return {}
 
     def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerMethod:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
+    "BigMac": "experts_bigmac",
     "DeepSeekMoE": "experts_deepseekmoe",
     "GammaMoD": "gammamod",
     "MoD": "mod",
     "MoE": "experts_moe",
     "MoELLaVA": "experts_moellava",
+    "MoH": "moh",
     "PMoD": "pmod",
     "PRMoE": "experts_prmoe",
     "VMoE": "experts_vmoe",

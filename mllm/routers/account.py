@@ -113,12 +113,16 @@ class Routing:
 
     def added(self) -> Tensor | float:
         """What the auxiliary losses add to the loss, without gradient."""
-        return sum(weighted for _, weighted in self._losses.values())
+        found = [weighted for _, weighted in self._losses.values()]
+        return sum(x.to(found[0].device) for x in found)
 
     def total(self, loss: Tensor) -> Tensor:
         """`loss` with the auxiliary losses."""
-        more = torch.as_tensor(self.added(), device=loss.device)
-        return _Total.apply(loss, more, self) + sum(self._outside)
+        found = _Total.apply(loss, torch.as_tensor(self.added(), device=loss.device), self)
+        for zero in self._outside:
+            found = found + zero.to(found)
+        self._outside.clear()  # so that nothing holds the graph
+        return found
 
 
 class _Inject(torch.autograd.Function):

@@ -38,8 +38,8 @@ class DepthRouter(LayerMethod):
         """Share of the rows that take part, by layer, of a model of `num_layers`."""
         raise NotImplementedError
 
-    def parts(self, width: int) -> dict[str, nn.Module]:
-        """What is learnt, by name, for hidden states of `width`; see :class:`RouterBank`."""
+    def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
+        """What is learnt, by name; see :class:`mllm.routers.base.RouterBank`."""
         raise NotImplementedError
 
     def route(self, ctx: LayerContext) -> list[Any]:

@@ -75,27 +75,29 @@ def group(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 
 def gated_ffn(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor]
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """A gated FFN on `[..., width]`."""
+    """An FFN on `[..., width]`, gated unless `gate` is None."""
+    if gate is None:
+        return F.linear(act(F.linear(x, up)), down)
     return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def grouped_ffn(
     x: Tensor,
     counts: Sequence[int],
-    gate: Tensor,
+    gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     act: Callable[[Tensor], Tensor],
     least: int = 1,
 ) -> Tensor:
-    """Every group of rows through its own gated FFN.
+    """Every group of rows through its own FFN.
 
     Args:
         x: `[rows, width]`, rows of the first expert first.
         counts: rows of each expert; they may end before `x` does.
-        gate, up: `[experts, inner, width]`.
+        gate, up: `[experts, inner, width]`; no gate is None.
         down: `[experts, width, inner]`.
         act: the activation.
         least: rows that a product has at least, where `x` has so many: a smaller group is
@@ -105,7 +107,8 @@ def grouped_ffn(
         `[sum of counts, width]`.
     """
     parts, start = [], 0
-    everyone = zip(counts, gate.unbind(), up.unbind(), down.unbind(), strict=True)
+    gates = [None] * len(counts) if gate is None else gate.unbind()
+    everyone = zip(counts, gates, up.unbind(), down.unbind(), strict=True)
     for number, (n, g, u, d) in enumerate(everyone):
         # One expert runs even on nothing, so that weights are always part of the graph.
         if n or (number == 0 and not any(counts)):

@@ -24,6 +24,8 @@ from mllm.routers.dispatch import (
     within_capacity,
 )
 
+#: Parameters that are stacked over experts.
+STACKS = ("gate_proj", "up_proj", "down_proj")
 Mode = Literal["sparse", "dense", "first_half", "second_half"]
 
 
@@ -38,7 +40,9 @@ class ExpertLayer(nn.Module):
 
     Parameters: `gate` fp32 `[experts, width]`; `gate_proj`, `up_proj` `[experts, inner, width]` and
     `down_proj` `[experts, width, inner]`; with experts that are always on, `shared_*` of the same
-    kinds, without the first dimension; `mix_weight`, `mix_bias` of a residual FFN.
+    kinds, without the first dimension; `mix_weight`, `mix_bias` of a residual FFN; `descend`
+    `[narrow, width]` and `ascend` `[width, narrow]` around experts of a narrower width, which have
+    no `gate_proj`.
 
     Args:
         stage: the method.
@@ -62,21 +66,19 @@ class ExpertLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"layer={self.layer}, experts={self.experts}, top_k={self.stage.top_k}"
 
-    @property
-    def width(self) -> int:
-        """Inner width of an expert."""
-        return self.up_proj.shape[1]
-
     def flops_row(self) -> float:
         """FLOPs of every row: the router, and what is always on."""
         cost = 2.0 * self.gate.numel()
+        if hasattr(self, "descend"):
+            cost += 4.0 * self.descend.numel()
         if hasattr(self, "shared_up_proj"):
             cost += 6.0 * self.shared_up_proj.numel()
         return cost + (2.0 * self.mix_weight.numel() if hasattr(self, "mix_weight") else 0.0)
 
     def flops_choice(self) -> float:
         """FLOPs of a row in one expert."""
-        return 6.0 * self.width * self.gate.shape[1]
+        stacks = [p for n in STACKS if (p := getattr(self, n, None)) is not None]
+        return sum(2.0 * p[0].numel() for p in stacks)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[batch, rows, width]`; rows that are padding get zeros."""
@@ -97,7 +99,10 @@ class ExpertLayer(nn.Module):
             priority = best[:, 0].detach() if stage.prioritised else None
             fits = within_capacity(expert, sample, capacity, self.experts, priority)
             weight = weight * fits
-        y = combine(self._run(x, expert, fits, hidden), weight, stage.whole)
+        narrow = F.linear(x, self.descend) if hasattr(self, "descend") else x
+        y = combine(self._run(narrow, expert, fits, hidden), weight, stage.whole)
+        if hasattr(self, "ascend"):
+            y = F.linear(y, self.ascend)
         if hasattr(self, "shared_up_proj"):
             shared = gated_ffn(
                 x, self.shared_gate_proj, self.shared_up_proj, self.shared_down_proj, self.act
@@ -123,8 +128,8 @@ class ExpertLayer(nn.Module):
         return y.index_copy(0, order, ran).view(len(x), k, -1)
 
     def _experts(self, x: Tensor, counts: list[int], least: int = 1) -> Tensor:
-        weights = (self.gate_proj, self.up_proj, self.down_proj)
-        return grouped_ffn(x, counts, *weights, self.act, least)
+        gate = getattr(self, "gate_proj", None)
+        return grouped_ffn(x, counts, gate, self.up_proj, self.down_proj, self.act, least)
 
     def _mixed(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
         if not hasattr(self, "mix_weight"):
@@ -222,7 +227,8 @@ class Experts(_Method):
         """
         if self.layers is not None:
             chosen = list(self.layers)
-            self._demand("layers", bool(chosen) and max(chosen) < depth, f"0 <= layer < {depth}")
+            self._demand("layers", bool(chosen) and 0 <= min(chosen) <= max(chosen) < depth,
+                         f"0 <= layer < {depth}")  # fmt: skip
         else:
             chosen = list({
                 "sparse": range(0, depth, 2),
@@ -291,10 +297,9 @@ class Experts(_Method):
             draw: random numbers of the router, on the CPU.
         """
         made = ExpertLayer(self, layer, experts, act)
-        first = weights["up_proj"]
-        bound = first.shape[1] ** -0.5
-        gate = torch.empty(experts, first.shape[1]).uniform_(-bound, bound, generator=draw)
-        made.gate = nn.Parameter(gate.to(first.device))
+        width = weights["up_proj"].shape[1]
+        gate = torch.empty(experts, width).uniform_(-(width**-0.5), width**-0.5, generator=draw)
+        made.gate = nn.Parameter(gate.to(weights["up_proj"].device))
         for name, stack in self.start(weights, own).items():
             setattr(made, name, nn.Parameter(stack.detach().clone()))
         return made

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mllm.errors import PlanError
 from mllm.routers.account import world
-from mllm.routers.experts import ExpertLayer
+from mllm.routers.experts import STACKS, ExpertLayer
 
 
 class Group:
@@ -59,9 +59,9 @@ class Group:
 
     def share(self, layer: ExpertLayer) -> None:
         """Mark the parameters that differ between processes, and let rows travel."""
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            parameter = getattr(layer, name)
-            parameter.allreduce, parameter.group_name = False, self.name
+        for name in STACKS:
+            if (parameter := getattr(layer, name, None)) is not None:
+                parameter.allreduce, parameter.group_name = False, self.name
         layer.deepspeed = _mark(layer.experts)
         layer.exchange = self.exchange
 

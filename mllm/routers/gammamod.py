@@ -59,7 +59,7 @@ class GammaMoD(DepthRouter):
     def routed(self, num_layers: int) -> dict[int, float]:
         return ratios("deep", num_layers, self.capacity, 1.0, 0.0)
 
-    def parts(self, width: int) -> dict[str, nn.Module]:
+    def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
         return {str(layer): Score(width, 2, bias=False, std=width**-0.5) for layer in self.layers}
 
     def route(self, ctx: LayerContext) -> list[Any]:

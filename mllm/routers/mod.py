@@ -74,7 +74,7 @@ class MoD(DepthRouter):
     def routed(self, num_layers: int) -> dict[int, float]:
         return ratios("interleave", num_layers, self.capacity, 1.0, 0.0)
 
-    def parts(self, width: int) -> dict[str, nn.Module]:
+    def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
         std = width**-0.5 if self.gate == "raw" else 0.0
         found: dict[str, nn.Module] = {str(layer): Score(width, std=std) for layer in self.layers}
         if self.scope == "all":

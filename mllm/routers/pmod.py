@@ -58,7 +58,7 @@ class PMoD(DepthRouter):
     def routed(self, num_layers: int) -> dict[int, float]:
         return ratios(self.schedule, num_layers, self.shift, self.max_ratio, self.min_ratio)
 
-    def parts(self, width: int) -> dict[str, nn.Module]:
+    def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
         return {str(layer): Score(width) for layer in self.layers}
 
     def route(self, ctx: LayerContext) -> list[Any]:

@@ -45,7 +45,7 @@ def upcycle(model: nn.Module, plan: Any, *, ep_size: int = 1) -> Patched:
             "the plan has no experts",
             argument="plan",
             given=Plan.of(plan).spec,
-            expected="moe, moellava, deepseekmoe, prmoe or vmoe",
+            expected="moe, moellava, deepseekmoe, bigmac, prmoe or vmoe",
         )
     return Patched(model, plan, ep_size=ep_size)
 
