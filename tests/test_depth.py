@@ -17,7 +17,7 @@ from zoo import check_family
 
 import mllm
 from mllm.errors import PlanError
-from mllm.routers import GammaMoD, MoD, MoH
+from mllm.routers import GammaMoD, MoD, MoH, SkipFFN
 from mllm.routers.arank import arank
 
 FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3"]
@@ -343,3 +343,92 @@ def test_bad_values_of_moh(bad, argument):
     with pytest.raises(PlanError) as caught:
         mllm.patch(net, MoH(**bad))
     assert caught.value.argument == argument and not hasattr(net, "mllm")
+
+
+# --- Skip-Vision: visual tokens that pass FFNs by
+
+SKIPS = [SkipFFN(budget=0.25), SkipFFN(budget=3, summary=False), SkipFFN(budget=0.5, evict=False)]
+
+
+def skips_by_hand(s, bank, stage, hidden):
+    """The card's layers in loops; answers do not see what has left the cache."""
+    edit = Edits()
+    if not s.pictures:
+        return edit
+    visual = s.visual.nonzero()[:, 0].tolist()
+    n = len(visual)
+    count = min(n, stage.budget) if isinstance(stage.budget, int) else round(n * stage.budget)
+    # The first token, and those at which so many more make another whole part.
+    runs = [i for place, i in enumerate(visual) if place * count % n < count]
+    assert len(runs) == count
+    skipped = s.visual & ~torch.tensor([i in runs for i in range(len(s.ids))])
+    for layer in range(LAYERS):
+        edit.take[layer, "mlp"] = ~skipped
+        if stage.evict:
+            edit.forget[layer] = skipped
+    if stage.summary:
+        x = hidden[skipped]
+        normed = (x - x.mean(-1, True)) / (x.var(-1, True, correction=0) + 1e-5).sqrt()
+        score = normed @ bank["summary"].score.weight[0] + bank["summary"].score.bias
+        edit.insert[0] = max(visual), (score.softmax(0) @ x)[None]
+    return edit
+
+
+@pytest.mark.parametrize("stage", SKIPS, ids=["all", "ffn", "summary"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_skipffn_equals_its_description(family, stage):
+    net, batch = model(family), samples(family)
+    inputs = collate(family, batch)
+    mask, logits = inputs["attention_mask"], []
+    with mllm.patch(net, stage) as patched:
+        bank = teach(net)._modules["0"] if stage.summary else None
+        out = net(**inputs)
+        prompts = tiny.per_sample(out.logits, mask)
+        row = patched.ledger.as_dict()
+        for token in MORE:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            out = net(
+                input_ids=token.expand(len(batch), 1), attention_mask=mask,
+                past_key_values=out.past_key_values,
+            )
+            logits.append(out.logits[:, -1])
+    assert row["prefill_flops"][0] < row["baseline_prefill_flops"][0]
+    for b, s in enumerate(batch):
+        edit = skips_by_hand(s, bank, stage, run(family, s).hidden[0])
+        want = run(family, s, edit, MORE).logits
+        got = torch.cat([prompts[b], torch.stack([x[b] for x in logits])])
+        equal(got, want, f"sample {b}", 2e-4 * max(1.0, float(want.std())))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_skipffn(checkpointed):
+    batch = samples("llava")
+    inputs = collate("llava", batch)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    net, stage = model("llava").train(), SKIPS[0]
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    if checkpointed:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    with mllm.patch(net, stage):
+        teach(net)
+        loss = net(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        mine = {name: p.grad for name, p in net.mllm._modules["0"].named_parameters()}
+        own = copy.deepcopy(net.mllm._modules["0"]).requires_grad_()
+    own.zero_grad()
+    answers = []
+    with torch.enable_grad():
+        for s in batch:
+            edit = skips_by_hand(s, own, stage, run("llava", s).hidden[0])
+            logits = run_with_gradients("llava", s, edit).logits
+            answers.append(F.cross_entropy(logits[-4:-1], s.ids[-3:], reduction="none"))
+        want = torch.cat(answers).mean()
+    want.backward()
+    equal(loss, want, "loss", 1e-5)
+    assert mine["summary.score.weight"].any()
+    for name, p in own.named_parameters():
+        equal(mine[name], p.grad, name, 1e-4 * max(1.0, float(p.grad.abs().max())))

@@ -21,13 +21,13 @@ NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
-          "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh"]  # fmt: skip
+          "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
-        "pllava", "tome", "vmtc", "cmai", "windowmerge"]  # fmt: skip
+        "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh"]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn"]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -75,6 +75,7 @@ IDENTITY = {
     "pmod": "pmod:max_ratio=1.0:min_ratio=1.0",
     "mod": "mod:capacity=1.0:gate=tanh",
     "moh": "moh:active=1.0",
+    "skipffn": "skipffn:budget=1.0:summary=false",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 

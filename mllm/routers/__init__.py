@@ -14,6 +14,7 @@ _HOMES = {
     "MoH": "moh",
     "PMoD": "pmod",
     "PRMoE": "experts_prmoe",
+    "SkipFFN": "skipffn",
     "VMoE": "experts_vmoe",
 }
 __all__ = list(_HOMES)
