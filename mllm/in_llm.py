@@ -913,6 +913,18 @@ class DecoderRun:
         valid = table.valid & ~table.inserted
         return valid if self.visual is None else valid & ~self.prompt.gather(1, table.index)
 
+    def _answer_loss(self, table: TokenTable, hidden: Tensor) -> Tensor:
+        """What the head would lose if `hidden`, over the rows of `table`, left the last layer."""
+        labels = self.call.labels.to(hidden.device)
+        following = F.pad(labels[:, 1:], (0, 1), value=-100).gather(1, table.index)
+        there = (following != -100) & table.valid & ~table.inserted
+        if self.pictured is not None:
+            there = there & self.pictured[:, None]
+        model = self.patched.family.model
+        logits = model.get_output_embeddings()(self.patched.family.final_norm(hidden[there]))
+        lost = F.cross_entropy(logits.float(), following[there], reduction="sum")
+        return lost / there.sum().clamp(min=1)
+
     def _route(self, number: int, x: Tensor, part: str) -> Tensor:
         # By the model's attribute: PEFT may have put a copy in its place.
         return getattr(self.patched.family.model, NAME)(x, number, part)

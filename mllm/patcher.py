@@ -586,8 +586,8 @@ class Patched:
         return output
 
     def _new_routing(self, labels: Tensor | None, items: Any) -> Routing | None:
-        """The account of a call; None where nothing is learnt."""
-        if self.routers is None:
+        """The account of a call; None where nothing needs training."""
+        if not any(stage.info.trained for stage in self.plan.stages):
             return None
         learns = self.family.model.training and labels is not None and torch.is_grad_enabled()
         return Routing(learns, loss_factor(labels, items) if learns else 1.0)

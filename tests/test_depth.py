@@ -17,7 +17,7 @@ from zoo import check_family
 
 import mllm
 from mllm.errors import PlanError
-from mllm.routers import GammaMoD, MoD, MoH, SkipFFN
+from mllm.routers import GammaMoD, LayerSkip, MoD, MoH, SkipFFN
 from mllm.routers.arank import arank
 
 FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3"]
@@ -432,3 +432,89 @@ def test_gradients_of_skipffn(checkpointed):
     assert mine["summary.score.weight"].any()
     for name, p in own.named_parameters():
         equal(mine[name], p.grad, name, 1e-4 * max(1.0, float(p.grad.abs().max())))
+
+
+# --- LayerSkip: exits, and layers left out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_exit_is_the_model_without_its_last_layers(family):
+    net, batch = model(family), samples(family)
+    inputs = collate(family, batch)
+    plain, mask, logits = net(**inputs).logits, inputs["attention_mask"], []
+    with mllm.patch(net, LayerSkip()):
+        assert torch.equal(net(**inputs).logits, plain)
+    with mllm.patch(net, LayerSkip(exit=2)) as patched:
+        out = net(**inputs)
+        prompts = tiny.per_sample(out.logits, mask)
+        assert [row["visual"][0] for row in patched.ledger.as_dict()["layers"]][2:] == [0, 0]
+        for token in MORE:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            out = net(
+                input_ids=token.expand(len(batch), 1), attention_mask=mask,
+                past_key_values=out.past_key_values,
+            )
+            logits.append(out.logits[:, -1])
+    for b, s in enumerate(batch):
+        edit, none = Edits(), torch.zeros(len(s.ids) + 3, dtype=torch.bool)
+        for layer in (2, 3) if s.pictures else ():
+            edit.take[layer, "attn"] = edit.take[layer, "mlp"] = none
+        want = run(family, s, edit, MORE).logits
+        got = torch.cat([prompts[b], torch.stack([x[b] for x in logits])])
+        equal(got, want, f"sample {b}", 2e-4 * max(1.0, float(want.std())))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_exits_learn_to_answer(checkpointed, monkeypatch):
+    """The loss and a gradient, with samples that pass layers by; every layer is an exit."""
+    batch = samples("llava")
+    inputs = collate("llava", batch)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    net, stage = model("llava").train(), LayerSkip(dropout=0.9, every=1, scale=0.5)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    if checkpointed:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    drawn = []
+    monkeypatch.setattr(torch, "rand", lambda n: drawn.append(
+        torch.empty(n).uniform_(generator=torch.Generator().manual_seed(len(drawn)))) or drawn[-1])
+    with mllm.patch(net, stage) as patched:
+        loss = net(**inputs, labels=labels).loss
+        loss.backward()
+        exits = patched.losses["exits"]
+    monkeypatch.undo()
+    passed = [(draw < stage.chance(i + 1, LAYERS)).tolist() for i, draw in enumerate(drawn)]
+    assert len(passed) == LAYERS - 1 and any(any(p[:2]) for p in passed)
+    answers, early = [], {}
+    lm = net.model.language_model
+    for b, s in enumerate(batch):
+        edit = Edits()
+        for layer in range(1, LAYERS) if s.pictures else ():
+            take = torch.full((len(s.ids),), not passed[layer - 1][b])
+            edit.take[layer, "attn"] = edit.take[layer, "mlp"] = take
+        seen = run("llava", s, edit)
+        answers.append(F.cross_entropy(seen.logits[-4:-1], s.ids[-3:], reduction="none"))
+        for layer in range(1, LAYERS) if s.pictures else ():
+            with torch.no_grad():
+                logits = net.lm_head(lm.norm(seen.hidden[layer]))[-4:-1]
+            lost = F.cross_entropy(logits, s.ids[-3:], reduction="none")
+            early.setdefault(layer - 1, []).append(lost)
+    means = {layer: torch.cat(rows).mean() for layer, rows in early.items()}
+    weights = {layer: (layer + 1) * (layer + 2) / (LAYERS * (LAYERS + 1)) for layer in means}
+    want = torch.cat(answers).mean() + 0.5 * sum(weights[i] * means[i] for i in means)
+    equal(loss, want, "loss", 1e-4)
+    equal(exits, sum(means.values()), "exits", 1e-4)
+    assert net.lm_head.weight.grad.any() and lm.layers[0].mlp.up_proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("bad, argument", [
+    (dict(dropout=1.0), "dropout"), (dict(every=0), "every"), (dict(exit=4), "exit"),
+    (dict(exit=0), "exit"), (dict(scale=-1.0), "scale"),
+])  # fmt: skip
+def test_bad_values_of_layerskip(bad, argument):
+    with pytest.raises(PlanError) as caught:
+        mllm.patch(model("llava"), LayerSkip(**bad))
+    assert caught.value.argument == argument

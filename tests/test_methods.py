@@ -21,13 +21,13 @@ NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
-          "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn"]  # fmt: skip
+          "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn", "layerskip"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
-        "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn"]  # fmt: skip
+        "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn"]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn", "layerskip"]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -76,6 +76,7 @@ IDENTITY = {
     "mod": "mod:capacity=1.0:gate=tanh",
     "moh": "moh:active=1.0",
     "skipffn": "skipffn:budget=1.0:summary=false",
+    "layerskip": "layerskip",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 

@@ -133,6 +133,8 @@ def stages(draw):
         "capacity": st.floats(0.01, 1),
         "ratio": st.floats(0.1, 1),
         "active": st.floats(0.5, 1),
+        "dropout": st.floats(0, 0.9),
+        "exit": st.none() | st.integers(1, 9),
         "scope": st.sampled_from(["all", "visual"]),
         "gate": st.sampled_from(["raw", "tanh"]),
         **dict.fromkeys(["threshold", "later", "auxiliary"], st.floats(0, 0.9)),
@@ -146,7 +148,7 @@ def stages(draw):
         "shared": st.integers(1, 2),
         "start_from": st.sampled_from(["added", "split"]),
     }
-    if cls.info.name in ("pmod", "mod", "gammamod", "moh"):
+    if cls.info.name in ("pmod", "mod", "gammamod", "moh", "layerskip"):
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.name == "moh":
         values["shared"] = st.floats(0.1, 0.4)

@@ -34,6 +34,7 @@ ELSEWHERE = {
     "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
     "randomllm": "test_methods.py", "pmod": "test_routers.py", "mod": "test_depth.py",
     "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
+    "layerskip": "test_depth.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -136,7 +137,7 @@ OTHERS = {
     "zipvl": "a preset", "zipvl_prefill": "the picture decides", "keytokens": "nothing leaves",
     "cmai": "nothing leaves", "windowmerge": "a share of windows",
     **dict.fromkeys(["pmod", "mod", "gammamod"], "tokens pass layers by"), "moh": "nothing leaves",
-    "skipffn": "FFNs are passed by",
+    "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.

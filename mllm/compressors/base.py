@@ -263,13 +263,14 @@ class LayerContext(Context):
         number: int = 0,
         answers: Tensor | None = None,
         decoding: bool = False,
+        answer_loss: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(stage, signals, counts=counts, seeds=seeds)
         self._route, self._routing, self._number = route, routing, number
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
-        self.answers, self.decoding = answers, decoding
+        self.answers, self.decoding, self._answer_loss = answers, decoding, answer_loss
         self.n_images, self.n_entered, self.state = images, entered, state
         self.images = on_device(torch.tensor(images), visual)
         self.entered = on_device(torch.tensor(entered), visual)
@@ -287,6 +288,16 @@ class LayerContext(Context):
     def learns(self) -> bool:
         """Whether the model learns from this forward, auxiliary losses included."""
         return self._routing is not None and self._routing.learns
+
+    def answer_loss(self, hidden: Tensor) -> Tensor:
+        """The answers' loss if these hidden states left the last layer: a mean over tokens.
+
+        Of samples with images; only where the model learns.
+
+        Args:
+            hidden: `[batch, rows, width]`.
+        """
+        return self._answer_loss(hidden)
 
     def penalise(self, name: str, loss: Tensor, coefficient: float) -> None:
         """Add an auxiliary loss to the model's, in training.

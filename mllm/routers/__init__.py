@@ -9,6 +9,7 @@ _HOMES = {
     "DeepSeekMoE": "experts_deepseekmoe",
     "GammaMoD": "gammamod",
     "MoD": "mod",
+    "LayerSkip": "layerskip",
     "MoE": "experts_moe",
     "MoELLaVA": "experts_moellava",
     "MoH": "moh",

@@ -216,7 +216,7 @@ class FinetuneTrainer(CheckpointTrainer):
         if "loss" in logs:
             if self.meter is not None:
                 logs |= self.meter.read(self.args.world_size)
-            if self.patched is not None and self.patched.routers is not None:
+            if self.patched is not None:
                 logs |= stats.numbers(self.patched.router_stats())
                 losses = self.patched.losses.items()
                 logs |= {f"loss_{name}": round(float(loss), 5) for name, loss in losses}
