@@ -21,6 +21,7 @@ from mllm.compat import report_targets
 from mllm.doctor import skeleton
 from mllm.errors import DataError, RecipeError
 from mllm.loading import model_path
+from mllm.plan import Plan
 from mllm.training import parts
 from mllm.training.data import Conversations, load_data
 from mllm.training.features import check_features
@@ -342,6 +343,7 @@ def rehearse(recipe: Recipe, data: Conversations) -> dict[str, Any]:
         update={
             "model": recipe.model.model_copy(update={"feature_cache": None}),
             "train": recipe.train | short,
+            "plan": recipe.plan and Plan.of(recipe.plan).spec,  # not what a folder has learnt
             "parallel": type(recipe.parallel)(),
             "method": recipe.method.model_copy(update={"load_in_4bit": False}),
         }
