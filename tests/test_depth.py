@@ -1,4 +1,4 @@
-"""Routers that speak of all tokens, later ones too, against a decoder by hand: `mod`, `gammamod`."""
+"""Trained stages that speak of all tokens, later ones too, against a decoder by hand."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ from mllm.routers.experts import ROUTING, Experts
 
 REPOSITORY = Path(__file__).parents[1]
 EXACT = ["moe:experts=4", "moellava", "moellava:top_k=1:mode=dense", "deepseekmoe", "prmoe",
-         "prmoe:experts=2/4", "vmoe:experts=5:top_k=3:layers=1/3", "bigmac:experts=6:top_k=2"]  # fmt: skip
+         "prmoe:experts=2/4", "vmoe:experts=5:top_k=3:layers=1/3",
+         "bigmac:experts=6:top_k=2"]  # fmt: skip
 SPLIT = "deepseekmoe:experts=6:top_k=2:start_from=split"
 SHORT = ["vmoe:experts=4:capacity_factor=0.5", "moellava:capacity_factor=0.6",
          "prmoe:capacity_factor=0.5", f"{SPLIT}:capacity_factor=0.7"]  # fmt: skip
@@ -312,7 +313,8 @@ def test_statistics_leave_padding_out():
     with torch.no_grad(), mllm.upcycle(model, SHORT[0]) as patched:
         model(**inputs)
         row = patched.router_stats()[0]
-        assert int(patched.routing.stats[0, 2]["rows"]) == int(inputs["attention_mask"].sum())
+        rows = patched.routing.stats[0, 2]["rows"]
+        assert int(rows) == int(inputs["attention_mask"].sum())
     assert sum(row["load"]) == pytest.approx(1) and 0 < row["dropped"] < 1
     assert 0 < row["entropy"] <= math.log(4)
 

@@ -16,18 +16,20 @@ import mllm
 from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
+#: They must be trained, and are checked against their descriptions in test_routers.py, test_depth.py.
+TRAINED = ["pmod", "mod", "gammamod", "moh", "skipffn", "layerskip"]
 NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
-          "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn", "layerskip"]  # fmt: skip
+          "dualfilter", "mustdrop", *TRAINED]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter", "mustdrop", "pmod", "mod", "gammamod", "moh", "skipffn", "layerskip"]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop", *TRAINED]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",

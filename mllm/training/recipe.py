@@ -781,14 +781,15 @@ def _check_tunes(recipe: Recipe, new: bool) -> None:
 
 def _check_parallel(recipe: Recipe) -> None:
     part = recipe.parallel
-    for key, instead in (("ep_size", "1, or mllm.upcycle(ep_size=) in a script"), ("sp_size", "1")):
+    instead = {"ep_size": "1, or mllm.upcycle(ep_size=) in a script", "sp_size": "1"}
+    for key, expected in instead.items():
         if getattr(part, key) != 1:
             _refuse(
                 f"parallel.{key}={getattr(part, key)} is not available in recipes: the processes of "
                 "a run share the batch, not experts or sequences",
                 f"parallel.{key}",
                 getattr(part, key),
-                instead,
+                expected,
             )
     if part.offload and part.zero not in (1, 2, 3):
         _refuse(
