@@ -179,7 +179,7 @@ def test_experts_work_on_the_rows_that_run_a_layer():
             alone = _logits(net, collate("llava", [s]))[0]
             assert torch.allclose(got, alone, atol=1e-4)
         for layer in patched.upcycled.layers.values():
-            layer.gate.zero_()  # the first experts take all: no product is rounded up to four rows
+            layer.gate.data.zero_()  # the first take all: no product is rounded up to four rows
         with FlopCounterMode(display=False) as counter:
             _logits(net, collate("llava", batch[:1]))
         assert patched.ledger.as_dict()["prefill_flops"][0] == pytest.approx(
