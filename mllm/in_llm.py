@@ -906,6 +906,8 @@ class DecoderRun:
             state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
             seeds=functools.partial(self.seeds, number, len(self.images)),
             route=functools.partial(self._route, number), routing=self.routing, number=number,
+            answers=self._answers(table), decoding=self.visual is None,
+            answer_loss=functools.partial(self._answer_loss, table),
         )  # fmt: skip
 
     def _answers(self, table: TokenTable) -> Tensor:
