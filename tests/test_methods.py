@@ -16,7 +16,7 @@ import mllm
 from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
-#: They must be trained, and are checked against their descriptions in test_routers.py, test_depth.py.
+#: They must be trained; test_routers.py and test_depth.py hold them against their descriptions.
 TRAINED = ["pmod", "mod", "gammamod", "moh", "skipffn", "layerskip"]
 NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",

@@ -785,7 +785,7 @@ def _check_parallel(recipe: Recipe) -> None:
     for key, expected in instead.items():
         if getattr(part, key) != 1:
             _refuse(
-                f"parallel.{key}={getattr(part, key)} is not available in recipes: the processes of "
+                f"parallel.{key}={getattr(part, key)} is not available in recipes: processes of "
                 "a run share the batch, not experts or sequences",
                 f"parallel.{key}",
                 getattr(part, key),
