@@ -356,9 +356,9 @@ def skips_by_hand(s, bank, stage, hidden):
     visual = s.visual.nonzero()[:, 0].tolist()
     n = len(visual)
     count = min(n, stage.budget) if isinstance(stage.budget, int) else round(n * stage.budget)
-    # The first token, and those at which so many more make another whole part.
-    runs = [i for place, i in enumerate(visual) if place * count % n < count]
-    assert len(runs) == count
+    # The last token, and those at which so many more make another whole part.
+    runs = [i for place, i in enumerate(visual, 1) if place * count % n < count]
+    assert len(runs) == count and runs[-1] == visual[-1]
     skipped = s.visual & ~torch.tensor([i in runs for i in range(len(s.ids))])
     for layer in range(LAYERS):
         edit.take[layer, "mlp"] = ~skipped

@@ -46,8 +46,8 @@ class SkipFFN(LayerMethod):
     """Let most visual tokens pass every FFN by, and forget them before an answer (Skip-Vision).
 
     All tokens take part in attention. Of the visual ones a few, evenly spaced, run the FFNs as text
-    does; behind the last one stands a summary of the others, their mean under a learnt softmax,
-    which starts as the plain mean. When the prompt has been read, the others leave the cache of
+    does, the last one among them. Behind it, where it stays, stands a summary of the others: their
+    mean under a learnt softmax, which starts as the plain mean. When the prompt has been read, the others leave the cache of
     every layer. The paper's models choose by scale, and have two summaries. In models that add
     features to visual tokens in their first layers, all this begins behind these.
 
@@ -113,6 +113,6 @@ class SkipFFN(LayerMethod):
             count = many.clamp(max=self.budget)
         else:
             count = (many.double() * self.budget).round().long().clamp(min=1)
-        place = visual.long().cumsum(1) - 1
-        # Every so many places this passes a multiple of `many`, `count` times in all.
+        place = visual.long().cumsum(1)
+        # Every so many places this passes a multiple of `many`, `count` times, the last at the end.
         return place * count[:, None] % many.clamp(min=1)[:, None] < count[:, None]
