@@ -32,25 +32,26 @@ NAMES = ["mod", "mod-visual", "gammamod"]
 each = pytest.mark.parametrize("stage", PLANS, ids=NAMES)
 
 
+def conversations(family):
+    """Samples to decode by hand: where positions come from pictures, one alone."""
+    return samples(family, "alone") if family == "qwen2_5_vl" else samples(family)
+
+
 def decoded(net, family, batch, patched):
     """Logits of every sample and of MORE behind it, decoded in a padded batch."""
-    # Where positions come from pictures, a padded batch is decoded by generate() alone.
-    groups, found = [[s] for s in batch] if family == "qwen2_5_vl" else [batch], []
-    for group in groups:
-        inputs = collate(family, group)
-        mask = inputs["attention_mask"]
-        out = net(**inputs)
-        prompts, steps = tiny.per_sample(out.logits, mask), []
-        stats = patched.router_stats()
-        for token in MORE:
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            given = {"attention_mask": mask} if len(group) > 1 else {}
-            cache = out.past_key_values
-            out = net(input_ids=token.expand(len(group), 1), past_key_values=cache, **given)
-            steps.append(out.logits[:, -1])
-        assert stats == patched.router_stats(), "those of the prompt"
-        found += [torch.cat([p, torch.stack([x[b] for x in steps])]) for b, p in enumerate(prompts)]
-    return found
+    inputs = collate(family, batch)
+    mask = inputs["attention_mask"]
+    out = net(**inputs)
+    prompts, steps = tiny.per_sample(out.logits, mask), []
+    stats = patched.router_stats()
+    for token in MORE:
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        given = {"attention_mask": mask} if len(batch) > 1 else {}
+        cache = out.past_key_values
+        out = net(input_ids=token.expand(len(batch), 1), past_key_values=cache, **given)
+        steps.append(out.logits[:, -1])
+    assert stats == patched.router_stats(), "those of the prompt"
+    return [torch.cat([p, torch.stack([x[b] for x in steps])]) for b, p in enumerate(prompts)]
 
 
 def by_hand(family, s, bank, stage, more=None, learns=False):
@@ -121,7 +122,7 @@ def test_it_equals_its_description(family, attn, stage):
 @torch.no_grad()
 def test_decode_is_as_without_a_cache(family, stage):
     """Later tokens decide for themselves; those that pass a layer by are not in its cache."""
-    net, batch = model(family), samples(family)
+    net, batch = model(family), conversations(family)
     with mllm.patch(net, stage) as patched:
         bank = teach(net)._modules["0"]
         logits = decoded(net, family, batch, patched)
@@ -132,6 +133,16 @@ def test_decode_is_as_without_a_cache(family, stage):
         equal(logits[b], want, f"sample {b}", 2e-4 * max(1.0, float(want.std())))
         skipped += sum(int((~take[-3:]).sum()) for take in edit.take.values())
     assert skipped > 0 or getattr(stage, "scope", "all") == "visual"
+
+
+@each
+@torch.no_grad()
+def test_text_alone_is_left_alone(stage):
+    net, inputs = model("llava"), collate("llava", samples("llava", "text"))
+    plain = net.generate(**inputs, max_new_tokens=5, do_sample=False)
+    with mllm.patch(net, stage):
+        teach(net)
+        assert torch.equal(net.generate(**inputs, max_new_tokens=5, do_sample=False), plain)
 
 
 @each
@@ -284,7 +295,7 @@ def heads_by_hand(family, s, bank, more=None):
 @torch.no_grad()
 def test_moh_equals_its_description(family, attn):
     """Of a padded batch, and of the tokens decoded behind it."""
-    net, batch = model(family, attn), samples(family)
+    net, batch = model(family, attn), conversations(family)
     with mllm.patch(net, HEADS) as patched:
         bank = teach(net)._modules["0"]
         logits = decoded(net, family, batch, patched)
@@ -376,7 +387,7 @@ def skips_by_hand(s, bank, stage, hidden):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_skipffn_equals_its_description(family, stage):
-    net, batch = model(family), samples(family)
+    net, batch = model(family), conversations(family)
     with mllm.patch(net, stage) as patched:
         bank = teach(net)._modules["0"] if stage.summary else None
         logits = decoded(net, family, batch, patched)
@@ -428,7 +439,7 @@ def test_gradients_of_skipffn(checkpointed):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_an_exit_is_the_model_without_its_last_layers(family):
-    net, batch = model(family), samples(family)
+    net, batch = model(family), conversations(family)
     inputs = collate(family, batch)
     plain = net(**inputs).logits
     with mllm.patch(net, LayerSkip()):
