@@ -470,8 +470,16 @@ def test_exits_learn_to_answer(checkpointed, monkeypatch):
     if checkpointed:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     drawn = []
-    monkeypatch.setattr(torch, "rand", lambda n: drawn.append(
-        torch.empty(n).uniform_(generator=torch.Generator().manual_seed(len(drawn)))) or drawn[-1])
+    monkeypatch.setattr(
+        torch,
+        "rand",
+        lambda n: (
+            drawn.append(
+                torch.empty(n).uniform_(generator=torch.Generator().manual_seed(len(drawn)))
+            )
+            or drawn[-1]
+        ),
+    )
     with mllm.patch(net, stage) as patched:
         loss = net(**inputs, labels=labels).loss
         loss.backward()

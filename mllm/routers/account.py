@@ -62,9 +62,7 @@ class Routing:
         """Keep sums of a layer; nothing waits for the device until they are read."""
         self.stats[stage, layer] = {name: x.detach() for name, x in sums.items()}
 
-    def penalise(
-        self, stage: int, layer: int, name: str, loss: Tensor, coefficient: float
-    ) -> None:
+    def penalise(self, stage: int, layer: int, name: str, loss: Tensor, coefficient: float) -> None:
         """Take a loss that was computed outside of layers, where no checkpoint drops its graph.
 
         Args:
