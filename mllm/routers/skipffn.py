@@ -48,8 +48,9 @@ class SkipFFN(LayerMethod):
     All tokens take part in attention. Of the visual ones a few, evenly spaced, run the FFNs as text
     does, the last one among them. Behind it, where it stays, stands a summary of the others: their
     mean under a learnt softmax, which starts as the plain mean. When the prompt has been read, the
-    others leave the cache of every layer. The paper's models choose by scale, and have two summaries.
-    In models that add features to visual tokens in their first layers, all this begins behind these.
+    others leave the cache of every layer. The paper's models choose by scale, and have two
+    summaries. In models that add features to visual tokens in their first layers, all this begins
+    behind these.
 
     Args:
         budget: visual tokens of a sample that run the FFNs: an int, or a share of them.
