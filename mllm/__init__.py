@@ -15,6 +15,7 @@ _EXPORTS = {
     "Plan": "mllm.plan",
     "methods": "mllm.plan",
     "calibrate": "mllm.calibration",
+    "upcycle": "mllm.routers.upcycle",
     "register": "mllm.plan",
     "Ledger": "mllm.ledger",
     "load_model": "mllm.loading",

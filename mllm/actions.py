@@ -114,6 +114,17 @@ class BranchGate:
 
 
 @dataclass(frozen=True)
+class LayerGate:
+    """Multiply all that layer `layer` adds to the residual, attention and MLP, by `scale`.
+
+    `scale` is `[batch, rows]`. The MLP still reads the residual with the whole attention.
+    """
+
+    layer: int
+    scale: Tensor
+
+
+@dataclass(frozen=True)
 class BranchRows:
     """Only `rows`, bool `[batch, rows]`, take part in a branch of layer `layer`.
 

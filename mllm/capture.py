@@ -149,7 +149,10 @@ class Captures:
             self._found[slot] = both.expand(len(query), -1, -1), table.index
             return
         if isinstance(signal, Values):
-            self._found[slot] = value[:, :, -rows:], table.index
+            value = value[:, :, -rows:]
+            if table is not self.run.table:
+                value = _only(value, table.valid, 2)
+            self._found[slot] = value, table.index
             return
         if getattr(signal, "rope", True) is False and not reads_before(signal):
             # Stored keys have positions that are not known here.
@@ -158,6 +161,8 @@ class Captures:
             mask = None if mask is None else mask[..., -rows:]
         if isinstance(signal, Keys):
             value = query if isinstance(signal, Queries) else key[:, :, -rows:]
+            if table is not self.run.table:
+                value = _only(value, table.valid, 2)
             self._found[slot] = value, table.index
             return
         chosen = self._chosen.get(slot)
@@ -178,7 +183,8 @@ class Captures:
             x = torch.where(real[:, None, :, None] if x.dim() == 4 else real[..., None], x, 0)
             own = table.index.gather(1, chosen.clamp(min=0))
             self._queries[slot] = torch.where(real, own, -1)
-        self._found[slot] = x[..., -rows:], table.index
+        x = x[..., -rows:]
+        self._found[slot] = x if table is self.run.table else _only(x, table.valid, -1), table.index
 
     def chosen(
         self, number: int, signal: Any, table: TokenTable, answering: bool = False
@@ -238,8 +244,9 @@ class Captures:
                 if whole and not known and self.patched.signals[slot] == here:
                     del self._found[slot]  # those of all layers are as large as the cache
                 if index is not table.index:
-                    at = locate(table.index, index, size)
-                    value = along(value, at, _AXIS[type(signal)])
+                    at, axis = locate(table.index, index, size), _AXIS[type(signal)]
+                    there = index.gather(1, at) == table.index
+                    value = _only(along(value, at, axis), there, axis)
                 signals[name] = value
                 if slot in self._queries:
                     own = self._queries[slot]
@@ -258,6 +265,19 @@ class Captures:
         embeds, valid, own = self._texts[signal.which]
         rows = locate(own, table.index, size).masked_fill(~valid, 0)
         return Text(embeds, valid, rows)
+
+
+def _only(x: Tensor, there: Tensor, axis: int) -> Tensor:
+    """`x` with zeros at rows that are not there: they took no part in a layer's attention.
+
+    Args:
+        x: `[batch, ...]`.
+        there: bool `[batch, rows]`.
+        axis: the axis of rows.
+    """
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = there.shape
+    return x.masked_fill(~there.view(shape), 0)
 
 
 def question(table: TokenTable) -> Tensor:

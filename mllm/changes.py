@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllm.actions import BranchGate, BranchRows, Evict, HeadGate, Inject, LogitBias
+from mllm.actions import BranchGate, BranchRows, Evict, HeadGate, Inject, LayerGate, LogitBias
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
 from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate
@@ -27,7 +27,7 @@ class Inside:
         length: rows that the layer is given.
         rows: by branch, int64 `[batch, n]`, rows that take part; `meant` tells fillers from them.
         given: arguments of the attention under `rows["attn"]`.
-        scale: by branch, a number or `[batch or 1, rows or 1, 1]`.
+        scale: by branch, a number or `[batch or 1, rows or 1, 1]`; `whole` is that of both.
         heads: `[batch or 1, rows or 1, heads]`.
         bias: functions of logical indices `queries` and `keys`.
     """
@@ -39,14 +39,22 @@ class Inside:
     meant: dict[str, Tensor] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
     scale: dict[str, Any] = field(default_factory=dict)
+    whole: Tensor | None = None
     heads: Tensor | None = None
     bias: list[Callable[[Tensor, Tensor], Tensor]] = field(default_factory=list)
     queries: Tensor | None = None
     keys: Tensor | None = None
+    _attended: Tensor | None = None
 
     def enter(self, branch: str, hidden: Tensor) -> Tensor:
         """The rows of a branch's input that take part."""
         return gather_rows(hidden, self.rows[branch]) if branch in self.rows else hidden
+
+    def real(self, branch: str, valid: Tensor) -> Tensor:
+        """Rows of a branch's input that take part: bool, from those of the layer that are valid."""
+        if branch not in self.rows:
+            return valid
+        return valid.gather(1, self.rows[branch]) & self.meant[branch]
 
     def leave(self, branch: str, output: Any) -> Any:
         """What the branch adds to the residual, of full length."""
@@ -60,6 +68,11 @@ class Inside:
         if branch in self.scale:
             scale = self.scale[branch]
             x = x * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
+        if self.whole is not None and branch == "attn":
+            self._attended = x
+        elif self.whole is not None:  # the residual has all of the attention by now
+            x = x * self.whole.to(x.dtype) + self._attended * (self.whole - 1).to(x.dtype)
+            self._attended = None
         return (x, *more) if isinstance(output, tuple) else x
 
     def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -108,11 +121,13 @@ class Changes:
     Attributes:
         lasting: by stage number, actions of the conversation with their samples.
         counts: by (layer, branch), rows of each sample that take part.
+        passed: by layer, rows that pass it by: bool, of the layer's table.
     """
 
     def __init__(self, run: DecoderRun, lasting: dict[int, list[_Placed]]) -> None:
         self.run, self.lasting = run, dict(lasting)
         self.counts: dict[tuple[int, str], Tensor] = {}
+        self.passed: dict[int, Tensor] = {}
         self._acted: set[int] = set()
         self._placed: list[_Placed] = []
         self._pending: list[tuple[Evict, int, TokenTable]] = []
@@ -174,12 +189,15 @@ class Changes:
         """What a layer changes in its branches; None is nothing."""
         run, family = self.run, self.run.patched.family
         inside = Inside(layer, family.attention(layer), hidden.shape[1])
+        takes: list[Tensor] = []
+        inside.whole = self._whole(layer)
         for branch in ("attn", "mlp"):
             self._scale(inside, branch)
             keep = self._rows(layer, branch)
             if keep is None:
                 continue
             valid = run.table.valid
+            takes.append(keep)
             rows = choose_rows(keep, valid)
             self.counts[layer, branch] = keep.sum(1)
             inside.rows[branch] = rows
@@ -187,6 +205,8 @@ class Changes:
             inside.meant[branch] = (keep | ~valid).gather(1, rows)
             if branch == "attn":
                 self._narrow(inside, keep, hidden, kwargs)
+        if len(takes) == 2:
+            self.passed[layer] = run.table.valid & ~(takes[0] | takes[1])
         self._heads(inside)
         inside.bias = [
             lambda q, k, p=p: p.where(p.action.fn(q, k), 0) for p in self._of(LogitBias, layer)
@@ -202,8 +222,16 @@ class Changes:
                         expected="one of them at a layer",
                     )
                 inside.keys = torch.cat([run.held[layer].logical, inside.queries], 1)
-        changed = inside.rows or inside.scale or inside.bias or inside.heads is not None
-        return inside if changed else None
+        gates = inside.scale or inside.heads is not None or inside.whole is not None
+        return inside if inside.rows or inside.bias or gates else None
+
+    def _whole(self, layer: int) -> Tensor | None:
+        """What both branches of a layer are multiplied with: `[batch, rows, 1]`."""
+        found = None
+        for placed in self._of(LayerGate, layer):
+            scale = placed.where(self._bring(placed.action.scale, placed.table, 1)[..., None], 1)
+            found = scale if found is None else found * scale
+        return found
 
     def _scale(self, inside: Inside, branch: str) -> None:
         for placed in self._of(BranchGate, inside.layer, branch):

@@ -190,6 +190,7 @@ ACTIONS: dict[str, list[type]] = {
     "Insert": [_Pruner],
     "BranchGate": [_Pruner],
     "BranchRows": [_Pruner],
+    "LayerGate": [_Pruner],
     "HeadGate": [_Pruner],
     "LogitBias": [_Pruner],
     "Inject": [_Pruner],

@@ -22,6 +22,8 @@ from mllm.changes import Changes
 from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
+from mllm.routers.account import Routing
+from mllm.routers.base import NAME
 from mllm.tokens import (
     Counts,
     Layout,
@@ -85,6 +87,7 @@ class DecoderRun:
             :mod:`mllm.chunks`.
         stay: bool `[batch, rows]`, what the pre-LLM stages leave of a chunk; None is all.
         states: by stage number, what a method remembers.
+        routing: what routers do; None if nothing is learnt.
     """
 
     patched: Patched
@@ -135,6 +138,7 @@ class DecoderRun:
     begins: bool = True
     ends: bool = True
     stay: Tensor | None = None
+    routing: Routing | None = None
 
     def start(
         self, kwargs: dict[str, Any], prompt_length: int | None, labels: Tensor | None
@@ -197,7 +201,7 @@ class DecoderRun:
         else:
             self.events = CacheEvents(self, prompt_length)
         self._drop_rows(kwargs)
-        self.entered = None if self.visual is None or self.spaced else self.seen
+        self.entered = None if self.visual is not None and self.spaced else self.seen
         self.place = self._rotated_by(kwargs.get("position_ids"))
         self.tables.append((0, self.table))
         if 0 not in self.patched.cuts:
@@ -301,9 +305,20 @@ class DecoderRun:
 
     @property
     def pictured(self) -> Tensor | None:
-        """Samples with images, which alone methods speak of: bool `[batch]`; None is all."""
+        """Samples with images, which alone methods speak of: bool `[batch]`; None is all.
+
+        Of a forward without any, those of the conversation.
+        """
+        if self.visual is None and self.past_logical:
+            return self.cache.mllm.pictured
         there = [bool(own) for own in self.images]
         return None if all(there) else torch.tensor(there, device=self.full.valid.device)
+
+    @property
+    def deciding(self) -> list[tuple[int, LayerMethod]]:
+        """Stages that also speak of rows behind a prompt, in a forward that has no others."""
+        later = self.visual is None and self.past_logical
+        return [(n, s) for n, s in self.patched.pruners if s.decodes] if later else []
 
     @property
     def spaced(self) -> bool:
@@ -478,9 +493,10 @@ class DecoderRun:
             kwargs["position_embeddings"][0].mllm_run = self
         hidden, self.reached = args[0], layer
         self.moves[layer], self.attention_table = [], self.table
-        if self.visual is not None:
+        if self.visual is not None or self.deciding:
             with _kept():  # of the last norm
                 self.captures.hidden(layer, "layer", hidden)
+        if self.visual is not None:
             self.captures.before(layer, hidden, kwargs)
         if layer in self.patched.acts:
             hidden = self._cut(layer, hidden, kwargs)
@@ -708,6 +724,9 @@ class DecoderRun:
                         cached.shifts[kind] = delta if shift is None else shift + delta
         else:
             self.position = position
+            here = [(n, s) for n, s in self.deciding if layer in s.at()]
+            for move in self._act(layer, here)[2] if here else ():
+                hidden = self._move(layer, hidden, move)
         if cut:
             self.compacted |= compact
             if self.compacted:
@@ -751,7 +770,7 @@ class DecoderRun:
             states, and new rows.
         """
         table = self.table
-        counts = None if self.spaced else self.seen
+        counts = None if self.visual is None or self.spaced else self.seen
         keep, writes, inserts = table.valid.clone(), [], []
         for number, stage in stages:
             for action in self._select(number, stage, layer, keep, counts):
@@ -886,7 +905,31 @@ class DecoderRun:
             images=[len(own) for own in self.images], entered=self.entered, counts=counts,
             state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
             seeds=functools.partial(self.seeds, number, len(self.images)),
+            route=functools.partial(self._route, number), routing=self.routing, number=number,
+            answers=self._answers(table), decoding=self.visual is None,
+            answer_loss=functools.partial(self._answer_loss, table),
         )  # fmt: skip
+
+    def _answers(self, table: TokenTable) -> Tensor:
+        """Rows behind the prompt among those of a table: bool `[batch, rows]`."""
+        valid = table.valid & ~table.inserted
+        return valid if self.visual is None else valid & ~self.prompt.gather(1, table.index)
+
+    def _answer_loss(self, table: TokenTable, hidden: Tensor) -> Tensor:
+        """What the head would lose if `hidden`, over the rows of `table`, left the last layer."""
+        labels = self.call.labels.to(hidden.device)
+        following = F.pad(labels[:, 1:], (0, 1), value=-100).gather(1, table.index)
+        there = (following != -100) & table.valid & ~table.inserted
+        if self.pictured is not None:
+            there = there & self.pictured[:, None]
+        model = self.patched.family.model
+        logits = model.get_output_embeddings()(self.patched.family.final_norm(hidden[there]))
+        lost = F.cross_entropy(logits.float(), following[there], reduction="sum")
+        return lost / there.sum().clamp(min=1)
+
+    def _route(self, number: int, x: Tensor, part: str) -> Tensor:
+        # By the model's attribute: PEFT may have put a copy in its place.
+        return getattr(self.patched.family.model, NAME)(x, number, part)
 
     def seeds(self, number: int, batch: int, *more: int) -> list[int]:
         """A seed per sample from the bits of its pictures, for stage `number` and what else."""
@@ -922,6 +965,19 @@ class DecoderRun:
             actions = stage.act(ctx)
         self.selection_flops += ctx.flops
         return actions
+
+    def remember(self) -> None:
+        """Keep which samples of the conversation have had images."""
+        if self.cache is None or not any(s.decodes for _, s in self.patched.pruners):
+            return
+        mark, batch = self.cache.mllm, self.full.valid.shape[0]
+        none = torch.zeros(batch, dtype=torch.bool, device=self.full.valid.device)
+        if self.visual is None:
+            mark.pictured = mark.pictured if self.past_logical else none
+            return
+        own = self.pictured
+        before = none if not self.past_logical else mark.pictured
+        mark.pictured = None if own is None or before is None else own | before
 
     def finish(self, hidden: Tensor) -> None:
         """The last layer has run: stages behind it, and what was put off until now."""

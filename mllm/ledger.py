@@ -93,6 +93,28 @@ class Reduction:
 
 
 @dataclass
+class ExpertCost:
+    """FLOPs of a layer whose FFN is a router with experts.
+
+    Attributes:
+        row: of every row, the router and what is always on.
+        choice: of a row in one expert.
+        top_k: experts of a row.
+        dropped: per sample, choices that found no room; None is none.
+    """
+
+    row: float
+    choice: float
+    top_k: int
+    dropped: Tensor | None
+
+    def flops(self, rows: int, sample: int) -> float:
+        """Of `rows` rows of a sample."""
+        dropped = 0 if self.dropped is None else int(self.dropped[sample])
+        return rows * self.row + (rows * self.top_k - dropped) * self.choice
+
+
+@dataclass
 class Record:
     """Raw facts of one prefill, kept until somebody asks."""
 
@@ -114,8 +136,10 @@ class Record:
     branch_rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # that take part
     # Per chunk of the prompt, its rows of each sample and the slots of each layer before it.
     chunks: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    passed: dict[int, Tensor] = field(default_factory=dict)  # by layer, rows that pass it by
     cache_flops: float = 0.0  # of methods on the cache, which every sample pays
     decode_steps: int = 0
+    experts: dict[int, ExpertCost] = field(default_factory=dict)  # of layers with experts
 
 
 class Ledger:
@@ -164,8 +188,8 @@ class Ledger:
         if self._record is None:
             return []
         table = self._tables[0 if layer == "llm" else layer]
+        there = table.visual & (table.valid if layer == "llm" else self._enters(layer))
         ordinal = (self._record.full.visual.long().cumsum(1) - 1).gather(1, table.index)
-        there = table.valid & table.visual
         return [o[t].sort().values.cpu() for o, t in zip(ordinal, there, strict=True)]
 
     @property
@@ -202,14 +226,24 @@ class Ledger:
 
     def tokens(self, layer: int) -> list[int]:
         """Per sample, rows (text and visual, no padding) that enter decoder layer `layer`."""
-        return [] if self._record is None else self._tables[layer].valid.sum(1).tolist()
+        return [] if self._record is None else self._enters(layer).sum(1).tolist()
+
+    def _enters(self, layer: int) -> Tensor:
+        """Rows of a layer's table that enter it: no padding, and none that passes it by."""
+        valid, passed = self._tables[layer].valid, self._record.passed.get(layer)
+        return valid if passed is None else valid & ~passed
 
     def _visual(self) -> list[list[int]]:
         """Visual rows that enter each layer, per sample."""
         counts = {
             id(t): (t.valid & t.visual).sum(1).tolist() for _, t in self._record.tables
         }
-        return [counts[id(table)] for table in self._tables]
+        return [
+            (table.visual & self._enters(i)).sum(1).tolist()
+            if i in self._record.passed
+            else counts[id(table)]
+            for i, table in enumerate(self._tables)
+        ]
 
     @property
     def visual_avg(self) -> list[float]:
@@ -242,7 +276,12 @@ class Ledger:
             attn, mlp = own.get((i, "attn"), row), own.get((i, "mlp"), row)
             for b, queries in enumerate(attn):
                 total[b] += flops.attention_branch(record.config, queries, past[i] + queries)
-                total[b] += flops.mlp_branch(record.config, mlp[b])
+                experts = record.experts.get(i) if branch_rows is not None else None
+                total[b] += (
+                    flops.mlp_branch(record.config, mlp[b])
+                    if experts is None
+                    else experts.flops(mlp[b], b)
+                )
         return total
 
     def as_dict(self) -> dict[str, Any]:
@@ -283,7 +322,7 @@ class Ledger:
         if record.chunks:
             llm = [flops.lm_head(config, record.logit_rows)] * len(prompt)
             for rows, past in record.chunks:
-                part = self._layer_flops([rows] * layers, past)
+                part = self._layer_flops([rows] * layers, past, {})
                 llm = [x + y for x, y in zip(llm, part, strict=True)]
         stored = [_within(record.past_logical, window) for window in record.windows]
         base = self._decoder_flops([prompt] * layers, stored)

@@ -12,8 +12,10 @@ import copy
 import dataclasses
 import functools
 import inspect
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,12 @@ from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
 from mllm.pre_llm import Prompts, VisionRun
+from mllm.routers import adapter as adapters
+from mllm.routers import stats
+from mllm.routers.account import Routing, loss_factor
+from mllm.routers.base import NAME, RouterBank, active
+from mllm.routers.experts import ROUTING, Experts
+from mllm.routers.upcycle import Upcycled
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
 from mllm.validate import check_generation, check_plan, family_notes
@@ -56,6 +64,7 @@ class _Call:
     patched: Patched
     labels: Tensor | None
     logits_to_keep: Any
+    routing: Routing | None = None
 
 
 @dataclass
@@ -79,6 +88,7 @@ _PROMPT: ContextVar[_Prompt | None] = ContextVar("mllm_prompt", default=None)
 _CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 
 _MISSING = object()
+UNTRAINED = "new routers, which know nothing"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -94,13 +104,19 @@ class Patched:
         model: the model that was given.
         plan: the plan, with layers fixed for the model's depth.
         family: the adapter of the model's family.
+        routers: what the plan learns, a submodule of the model; None if it learns nothing.
+        upcycled: experts, and the dense FFNs behind them.
+        routing: the account of the newest forward with images; with experts, of the newest that is
+            no decode step.
         prefill_chunk_size: rows that the decoder reads at a time where the model is called by hand,
             as `generate(prefill_chunk_size=...)` says for a call of its own; None is all.
     """
 
     prefill_chunk_size: int | None = None
 
-    def __init__(self, model: nn.Module, plan: Any, *, unvalidated: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Any, *, unvalidated: bool = False, ep_size: int = 1
+    ) -> None:
         self.model = model
         self.family = resolve_family(model)
         self.kinds = {"image": self.family, "video": self.family.of_videos()}
@@ -108,6 +124,9 @@ class Patched:
         self.windows = [self.family.window(i) for i in range(len(self.layers))]
         self.first_layer = {self.family.kind(i): i for i in range(len(self.layers))[::-1]}
         requested = Plan.of(plan)
+        folder = requested.folder if adapters.is_adapter(requested.folder) else None
+        if folder is not None:
+            adapters.check_model(folder, self.family)
         asked = [applied(stage, model) for stage in requested.stages]
         self.plan = Plan(
             [
@@ -129,6 +148,7 @@ class Patched:
         self.before = [*self.mergers, *self.reducers]
         self.pruners = [(i, s) for i, s in stages if isinstance(s, LayerMethod)]
         self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
+        self.experts = [(i, s) for i, s in stages if isinstance(s, Experts)]
         self.signals = declared(self.pruners)
         self.reads_embeds = any(
             isinstance(signal, TextEmbeds)
@@ -166,8 +186,88 @@ class Patched:
         self._records: list[Record] = []
         self._handles: list[Any] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []  # (module, name, before)
+        self.routing = Routing()
         self._check_idle()
+        self._check_name()
+        parts = self._new_parts()
+        self.upcycled = Upcycled(self, ep_size)
+        parts |= self.upcycled.parts
+        self.routers = RouterBank(parts).train(self.family.model.training) if parts else None
         self._install()
+        if folder is not None:
+            try:
+                self.load_adapter(folder)
+            except PlanError:
+                self.remove()
+                raise
+
+    def save_adapter(
+        self, folder: str | os.PathLike, state: dict[str, Tensor] | None = None
+    ) -> Path:
+        """Write what the plan has learnt, and the plan, into `folder`; returns its path.
+
+        :func:`mllm.patch` takes the folder in place of a plan. Where processes share experts, all
+        of them must ask, and the first one writes.
+
+        Args:
+            folder: made if missing.
+            state: a state dict of the whole model, where its parameters are sharded; None reads
+                them from the model.
+
+        Raises:
+            PlanError: the plan learns nothing, or was removed.
+        """
+        return adapters.save(self, folder, state)
+
+    def load_adapter(self, folder: str | os.PathLike) -> None:
+        """Read what :meth:`save_adapter` has written.
+
+        Raises:
+            PlanError: it belongs to another plan, or to a model of another depth or width; nothing
+                is changed.
+        """
+        adapters.load(self, folder)
+        self.plan_notes = [note for note in self.plan_notes if not note.endswith(UNTRAINED)]
+
+    def train_routers(self, alone: bool = False) -> None:
+        """Let what the plan learns be trained, for example after PEFT has frozen the model.
+
+        Args:
+            alone: freeze the rest of the model.
+        """
+        if alone:
+            self.family.model.requires_grad_(False)
+        if self.routers is not None:
+            active(self.family.model).requires_grad_(True)
+
+    def router_stats(self) -> list[dict[str, Any]]:
+        """What routers did in the forward of `routing`; see :func:`mllm.routers.stats.rows`.
+
+        Asks the device.
+        """
+        return stats.rows(self.routing.stats)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """By name, auxiliary losses of `routing` in training, before coefficients.
+
+        Sums over layers; where several processes train, this one's share.
+        """
+        return self.routing.losses if self.routing.learns else {}
+
+    def _new_parts(self) -> dict[int, dict[str, nn.Module]]:
+        """What in-LLM stages learn, as it starts: drawn by the plan's seed."""
+        family, stages = self.family, {}
+        config = family.text_config
+        device = next(family.decoder.parameters()).device
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            for number, stage in self.pruners:
+                torch.default_generator.manual_seed(self.plan.seed_for(number))
+                if parts := stage.parts(config.hidden_size, config.num_attention_heads):
+                    stages[number] = {name: part.to(device) for name, part in parts.items()}
+                    self.plan_notes.append(f"{stage.info.name}: {UNTRAINED}")
+        self.depth = list(stages)
+        return stages
 
     def positions(self, stage: Any) -> str:
         """`original` or `compact`; where nothing was asked for, what the family can do."""
@@ -269,6 +369,9 @@ class Patched:
             pre(layer, functools.partial(self._layer_pre, i))
             if self.compressors:
                 post(layer, functools.partial(self._layer_post, i))
+        for i in self.upcycled.places:
+            pre(family.attention(i), self._routing_pre)  # before others change its arguments
+            wrap(family.mlp(i), "forward", functools.partial(self._run_experts, i))
         self._install_branches(pre, post)
         if self.early or self.space is not None:
             pre(family.projector, self._projector_pre)
@@ -277,6 +380,9 @@ class Patched:
             post(family.tower, self._tower_post)
         for i, block in enumerate(family.blocks if self.mergers else ()):
             wrap(block, "forward", functools.partial(self._tower_block, i))
+        if self.routers is not None:
+            family.model.add_module(NAME, self.routers)
+            touched[family.model] = None
         self._set(family.base, "mllm_patched", True)
         for module in touched:
             self._set(module, "__deepcopy__", functools.partial(self._plain_copy, module))
@@ -294,6 +400,8 @@ class Patched:
                 del state[name]
             elif owner is module:
                 state[name] = before
+        if self.routers is not None and module is self.family.model:
+            state["_modules"] = {k: m for k, m in state["_modules"].items() if k != NAME}
         own = {handle.id for handle in self._handles}
         for name in _HOOKS:
             hooks = [(i, hook) for i, hook in state[name].items() if i not in own]
@@ -311,6 +419,16 @@ class Patched:
                 expected="patch and remove between forward passes",
             )
 
+    def _check_name(self) -> None:
+        learns = bool(self.experts) or any(s.info.trained for _, s in self.pruners)
+        if learns and NAME in self.family.model._modules:
+            raise PlanError(
+                f"the model has a submodule {NAME!r} already",
+                argument="model",
+                given=NAME,
+                expected="a plain model",
+            )
+
     def _first_hooked(self) -> int:
         """The first decoder layer whose arguments a plan may change or look at."""
         if self.apart:
@@ -325,7 +443,7 @@ class Patched:
     def _install_branches(self, pre: Any, post: Any) -> None:
         """Hooks inside of decoder layers, where actions or signals need them."""
         family = self.family
-        changed = self._layers_of({"BranchGate", "BranchRows", *IN_ATTENTION})
+        changed = self._layers_of({"BranchGate", "BranchRows", "LayerGate", *IN_ATTENTION})
         read = {(s.layer, s.of) for _, s in self.signals if isinstance(s, Hidden)}
         for i in range(len(self.layers)):
             for branch, module in (("attn", family.attention(i)), ("mlp", family.mlp(i))):
@@ -369,7 +487,10 @@ class Patched:
             delattr(module, name)
             if before is not _MISSING:
                 setattr(module, name, before)
+        if self.routers is not None:
+            delattr(self.family.model, NAME)
         self._handles, self._attributes = [], []
+        self.upcycled.remove()
 
     def __enter__(self) -> Patched:
         return self
@@ -449,11 +570,44 @@ class Patched:
         labels, outer = kwargs.get("labels"), _CALL.get()
         if labels is None and outer is not None and outer.patched is self:
             labels = outer.labels  # a PEFT wrapper's call, around this one
-        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0)))
+        nested = outer is not None and outer.patched is self
+        items = kwargs.get("num_items_in_batch")
+        routing = outer.routing if nested else self._new_routing(labels, items)
+        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0), routing))
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             _CALL.reset(token)
+        if nested or routing is None or not routing.learns:
+            return output
+        if isinstance(output, tuple):
+            return (routing.total(output[0]), *output[1:])
+        output["loss"] = routing.total(output["loss"])
+        return output
+
+    def _new_routing(self, labels: Tensor | None, items: Any) -> Routing | None:
+        """The account of a call; None where nothing needs training."""
+        if not any(stage.info.trained for stage in self.plan.stages):
+            return None
+        learns = self.family.model.training and labels is not None and torch.is_grad_enabled()
+        return Routing(learns, loss_factor(labels, items) if learns else 1.0)
+
+    def _routing_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # A recompute finds it on the same tensor as the forward did.
+        ROUTING.set(getattr(kwargs["position_embeddings"][0], "mllm_routing", (None, None)))
+
+    def _run_experts(self, layer: int, ffn: Any, args: tuple, kwargs: dict) -> Tensor:
+        (hidden,) = args
+        (valid, routing), inside = ROUTING.get(), attention.change()
+        if valid is not None and inside is not None and inside.layer == layer:
+            valid = inside.real("mlp", valid)
+        token = ROUTING.set((valid, routing))
+        try:
+            # By the model's attribute: PEFT may have put a copy in its place.
+            bank = getattr(self.family.model, NAME)
+            return bank(hidden, self.upcycled.places[layer], str(layer))
+        finally:
+            ROUTING.reset(token)
 
     def _base_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
         # Not hooks: torch calls them after an Exception, but not after a KeyboardInterrupt.
@@ -464,6 +618,7 @@ class Patched:
         finally:
             attention.close_taps()
             attention.set_change(None)
+            ROUTING.set((None, None))
             _CHUNKS.reset(chunks)
             _FORWARD.reset(token)
 
@@ -515,6 +670,7 @@ class Patched:
         return DecoderRun(
             self, visual, None, mask, call=call, prompts=prompts,
             counts=counts, answering=answering, marks=marks, layouts=layouts,
+            routing=self._new_routing(None, None) if call is None else call.routing,
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
 
@@ -732,7 +888,10 @@ class Patched:
         run = self._run()
         if run is None:
             return DecoderRun.replayed(layer, args, kwargs)
-        return run.layer(layer, module.training, args, kwargs)
+        args, kwargs = run.layer(layer, module.training, args, kwargs)
+        if layer in self.upcycled.places:
+            kwargs["position_embeddings"][0].mllm_routing = run.table.valid, run.routing
+        return args, kwargs
 
     def _layer_post(self, layer: int, module: nn.Module, args: tuple, output: Any) -> None:
         run = self._run()
@@ -783,10 +942,14 @@ class Patched:
         if run.cache is not None:
             carried = {name: getattr(self.family.base, name) for name in self.family.carried}
             run.cache.mllm.carried = {k: v for k, v in carried.items() if v is not None}
+        run.remember()
+        if run.routing is not None:
+            self._keep_account(run, output.last_hidden_state)
         if run.visual is None:
             self._book_text(run)
             return output
         ran = run.ran | run.reduction.ran
+        ran |= {n for n, _ in self.experts}  # in every row, text or not
         missing = [s.info.name for n, s in enumerate(self.plan.stages) if n not in ran]
         if missing:
             raise NoEffectError(
@@ -802,6 +965,13 @@ class Patched:
         self._book(run, self.plan_notes + run.notes)
         return output
 
+    def _keep_account(self, run: DecoderRun, hidden: Tensor) -> None:
+        """Keep what routers did; those of every rank need a gradient."""
+        if run.visual is not None or (self.experts and not run.past_logical):
+            self.routing = run.routing
+        if run.routing.learns and run.visual is None and self.depth:
+            run.routing.reach(active(self.family.model).idle(hidden, self.depth))
+
     def _book_text(self, run: DecoderRun) -> None:
         """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
         if self._prompt().drafts:
@@ -810,7 +980,8 @@ class Patched:
         # Within generate(), several rows behind the prompt are candidates to verify.
         new_turn = rows > 1 if length is None else past < length
         if not past or new_turn:
-            idle = [] if self.compressors else ["no visual tokens: the plan had nothing to do"]
+            busy = self.compressors or self.experts
+            idle = [] if busy else ["no visual tokens: the plan had nothing to do"]
             self._book(run, run.notes + idle)
         elif self._records:
             self._records[-1].decode_steps += 1
@@ -841,7 +1012,9 @@ class Patched:
             selection_flops=run.selection_flops,
             cache_flops=0.0 if run.events is None else sum(run.events.costs),
             branch_rows=run.changes.counts,
+            passed=run.changes.passed,
             chunks=[] if _CHUNKS.get() is None else _CHUNKS.get().rows,
+            experts=self.upcycled.costs(run.routing),
             notes=notes,
         )
         self._records.append(record)

@@ -48,7 +48,8 @@ def register(name: str, *, stage: str, **info: Any):
 
     Args:
         name: the paper's name in lower case without punctuation.
-        stage: ``"pre_llm"``, ``"llm"``, ``"cache"``, or ``"preset"`` for several stages.
+        stage: ``"pre_llm"``, ``"llm"``, ``"cache"``, ``"experts"``, or ``"preset"`` for several
+            stages.
         **info: the other fields of :class:`MethodInfo`.
     """
 
@@ -63,9 +64,9 @@ def register(name: str, *, stage: str, **info: Any):
 
 
 def _load_methods() -> dict[str, type]:
-    package = importlib.import_module("mllm.compressors")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"mllm.compressors.{module.name}")
+    for name in ("mllm.compressors", "mllm.routers"):
+        for module in pkgutil.iter_modules(importlib.import_module(name).__path__):
+            importlib.import_module(f"{name}.{module.name}")
     return _REGISTRY
 
 
@@ -287,7 +288,10 @@ class Plan:
     Attributes:
         written: what was given; spec text and plan files have it.
         stages: what runs, presets expanded.
+        folder: where it was read; what is learnt may lie beside it, and belongs to it.
     """
+
+    folder: Path | None = None
 
     def __init__(self, stages: Iterable[Any], seed: int = 0) -> None:
         self.written = list(stages)
@@ -423,12 +427,14 @@ class Plan:
         """Read a folder written by :meth:`save_pretrained`."""
         path = Path(folder) / PLAN_FILE
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            plan = cls.from_dict(json.loads(path.read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise PlanError(
                 f"cannot read {path}: {error}", argument="plan", given=path,
                 expected=f"a folder with {PLAN_FILE}",
             ) from error
+        plan.folder = Path(folder)
+        return plan
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.to_dict() == other.to_dict()

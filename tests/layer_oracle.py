@@ -27,6 +27,7 @@ class Edits:
         scale: by (layer, branch), a number for every token, or `[n]` for the prompt.
         heads: `[heads]` for every token, or `[n, heads]` for the prompt.
         bias: a function of the number of tokens: `[heads or 1, tokens, tokens]`.
+        whole: `[n]`, a factor of all that a layer adds.
         add: `[n, width]`, added to what enters the layer.
         write: a function of what enters the layer: what stands there instead.
         forget: bool `[n]`, rows that tokens behind the prompt do not see.
@@ -36,6 +37,7 @@ class Edits:
     drop: dict[int, Tensor] = field(default_factory=dict)
     take: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     scale: dict[tuple[int, str], Any] = field(default_factory=dict)
+    whole: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     bias: dict[int, Callable[[int], Tensor]] = field(default_factory=dict)
     add: dict[int, Tensor] = field(default_factory=dict)
@@ -170,6 +172,8 @@ def run_with_gradients(
         out = out * take[:, None]
         scale = there(edits.scale.get((i, "mlp"), 1.0), 1.0)
         h = h + out * (scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale)
+        if i in edits.whole:
+            h = seen.hidden[i] + there(edits.whole[i], 1.0)[:, None] * (h - seen.hidden[i])
         if i < len(added):
             h[visual[own] & ~inserted] += added[i]
     h, seen.alive = h[~inserted], alive[~inserted]

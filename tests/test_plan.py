@@ -125,7 +125,33 @@ def stages(draw):
         "group_size": st.sampled_from([2, 4, 8, 16, 32]),
         "residual": st.sampled_from([32, 64, 128]),
         "every": st.integers(1, 200),
+        "schedule": st.sampled_from(["shiftedcos", "shiftedlinear", "deep", "interleave"]),
+        "max_ratio": st.floats(0.5, 1),
+        "min_ratio": st.floats(0.01, 0.5),
+        "shift": st.floats(0, 1),
+        "scale": st.floats(0.1, 0.9),
+        "capacity": st.floats(0.01, 1),
+        "ratio": st.floats(0.1, 1),
+        "active": st.floats(0.5, 1),
+        "dropout": st.floats(0, 0.9),
+        "exit": st.none() | st.integers(1, 9),
+        "scope": st.sampled_from(["all", "visual"]),
+        "gate": st.sampled_from(["raw", "tanh"]),
+        **dict.fromkeys(["threshold", "later", "auxiliary"], st.floats(0, 0.9)),
+        "experts": st.integers(4, 64) | st.lists(st.integers(4, 9), min_size=1).map(tuple),
+        "top_k": st.integers(1, 4),
+        "mode": st.sampled_from(["sparse", "dense", "first_half", "second_half"]),
+        "capacity_factor": st.none() | st.floats(0.1, 9),
+        "min_capacity": st.integers(0, 9),
+        **dict.fromkeys(["balance", "z"], st.floats(0, 1)),
+        "segments": st.integers(3, 9),
+        "shared": st.integers(1, 2),
+        "start_from": st.sampled_from(["added", "split"]),
     }
+    if cls.info.name in ("pmod", "mod", "gammamod", "moh", "layerskip"):
+        values["positions"] = st.sampled_from([None, "original"])
+    if cls.info.name == "moh":
+        values["shared"] = st.floats(0.1, 0.4)
     if cls.info.stage == "cache":
         values |= on_cache
     names = [f.name for f in dataclasses.fields(cls)]
@@ -284,7 +310,7 @@ def test_methods_describe_themselves():
     assert json.loads(json.dumps(rows)) == rows
     for row in rows:
         assert keys <= set(row)
-        assert row["stage"] in ("pre_llm", "llm", "cache", "preset")
+        assert row["stage"] in ("pre_llm", "llm", "cache", "experts", "preset")
         assert row["oracle"] in ("mask", "rebuild", "reference")
         assert row["positions"] in ("original", "compact")
         assert {"sdpa", "eager"} <= set(row["backends"])

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import mllm
 from mllm.errors import DataError, PlanError, RecipeError
+from mllm.loading import load_model
 from mllm.training import recipe as recipes
 from mllm.training.data import IGNORED, Collator, load_data
 from mllm.training.recipe import DataPart, load
@@ -265,6 +267,75 @@ def test_resuming_gives_the_run_that_was_never_interrupted(small_model, tmp_path
     assert run(second, resume=True)["status"] == "complete"
     weights = [load_file(tmp_path / n / "model/model.safetensors") for n in ("first", "second")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+DEPTH, EXPERTS = "pmod:shift=0.0:min_ratio=0.5", "moellava:experts=3:layers=0"
+
+
+def of_layers(folder, part):
+    """Weights of decoder layers whose name has `part`."""
+    weights = load_file(folder / "model.safetensors")
+    return {k: v for k, v in weights.items() if "language_model" in k and part in k}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, plan, moves", [
+    ({"type": "lora", "r": 4}, DEPTH, ("self_attn", "mlp")),
+    ({"type": "full"}, DEPTH, ("self_attn", "mlp")),
+    ({"type": "router"}, DEPTH, ()),
+    ({"type": "moe"}, EXPERTS, ()),
+    ({"type": "moe", "r": 4}, EXPERTS, ("self_attn",)),
+    ({"type": "moe", "dense_ffn": True}, EXPERTS, ("layers.1.mlp",)),
+    ({"type": "full"}, f"{DEPTH}+{EXPERTS}", ("self_attn", "layers.1.mlp")),
+], ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else None)  # fmt: skip
+def test_what_a_plan_learns_is_trained_kept_and_resumed(
+    small_model, tmp_path, method, plan, moves
+):
+    """It learns with any method; `model/` brings it along; of the rest only what is meant moves."""
+    changes = {"method": method, "plan": plan}
+    run(recipe_for(small_model, tmp_path / "first", **changes))
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for name in ("checkpoint-4", "model", "routers"):
+        shutil.rmtree(tmp_path / "second" / name)
+    record = json.loads((tmp_path / "second" / "run.json").read_text())
+    (tmp_path / "second" / "run.json").write_text(json.dumps(record | {"status": "stopped"}))
+    run(recipe_for(small_model, tmp_path / "second", **changes), resume=True)
+    first, second = (
+        load_file(tmp_path / n / "model/mllm_adapter.safetensors") for n in ("first", "second")
+    )
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not any("mllm" in key for key in load_file(tmp_path / "first/model/model.safetensors"))
+    assert (tmp_path / "first/routers.png").stat().st_size > 1000
+    model, _ = load_model(tmp_path / "first/model")
+    with mllm.patch(model, plan):
+        start = {f"mllm.{k}": v.clone() for k, v in model.mllm.state_dict().items()}
+    for name, value in first.items():
+        idle = name.startswith("mllm.0.1.")  # of p-MoD: nothing reads what its last layer makes
+        assert torch.equal(start[name], value) == idle, name
+    with mllm.patch(model, tmp_path / "first/model"):
+        assert all(torch.equal(first[f"mllm.{k}"], v) for k, v in model.mllm.state_dict().items())
+    for part in ("self_attn", "layers.0.mlp", "layers.1.mlp"):
+        before, after = of_layers(small_model, part), of_layers(tmp_path / "first/model", part)
+        moved = not all(torch.equal(after[k], before[k]) for k in before)
+        assert before and moved == any(m in part for m in moves), part
+
+
+@pytest.mark.slow
+def test_a_model_goes_on_with_what_its_plan_has_learnt(small_model, tmp_path):
+    """As stages do: the next run starts from the experts, not from new copies of the FFNs."""
+    method = {"type": "moe"}
+    run(recipe_for(small_model, tmp_path / "first", method=method, plan=EXPERTS))
+    start = tmp_path / "first/model"
+    with pytest.raises(RecipeError, match="would lose it"):
+        run(recipe_for(start, tmp_path / "without"))
+    with pytest.raises(PlanError, match="another plan"):
+        run(recipe_for(start, tmp_path / "other", method=method, plan="moe:experts=3:layers=0"))
+    still = {"max_steps": 1, "learning_rate": 1e-12}
+    run(recipe_for(start, tmp_path / "second", method=method, plan=EXPERTS, train=still))
+    one, two = (
+        load_file(tmp_path / n / "model/mllm_adapter.safetensors") for n in ("first", "second")
+    )
+    assert all(torch.allclose(one[k], two[k], atol=1e-9) for k in one)
 
 
 def test_a_half_written_checkpoint_is_named_and_passed_over(whole_run, tmp_path):

@@ -23,14 +23,18 @@ PLAIN = {"random", "randomllm", "randomkv", "stride", "avgpool", "downsample", "
          "pyramid"}  # fmt: skip
 #: What lets stored tokens go: no token of these leaves a layer.
 ON_CACHE = {name for name, row in METHODS.items() if row["stage"] == "cache"}
+#: They choose an FFN for every token; none leaves.
+EXPERTS = {name for name, row in METHODS.items() if row["stage"] == "experts"}
 #: What the matrix does not hold: where it is checked instead, against a reference of its own.
 ELSEWHERE = {
-    **dict.fromkeys(ON_CACHE, "test_kv.py"),
+    **dict.fromkeys(ON_CACHE, "test_kv.py"), **dict.fromkeys(EXPERTS, "test_experts.py"),
     "tome": "test_tower.py", "cmai": "test_zoo_vmtc.py", "zipvl": "test_kv_quant.py",
     "keytokens": "test_zoo_mustdrop.py", "mustdrop": "test_zoo_mustdrop.py",
     "zipvl_prefill": "test_zoo_zipvl.py", "kivi": "test_kv_quant.py",
     "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
-    "randomllm": "test_methods.py",
+    "randomllm": "test_methods.py", "pmod": "test_routers.py", "mod": "test_depth.py",
+    "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
+    "layerskip": "test_depth.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -132,7 +136,9 @@ OTHERS = {
     "pact": "the picture decides", "dualfilter": "the picture decides",
     "zipvl": "a preset", "zipvl_prefill": "the picture decides", "keytokens": "nothing leaves",
     "cmai": "nothing leaves", "windowmerge": "a share of windows",
-    **dict.fromkeys(ON_CACHE, "slots of the cache"),
+    **dict.fromkeys(["pmod", "mod", "gammamod"], "tokens pass layers by"), "moh": "nothing leaves",
+    "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
+    **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.
 UNREACHABLE = {

@@ -761,6 +761,7 @@ class CacheMark:
         carried: attributes of the base model that belong to the conversation.
         state: what methods remember about the conversation.
         lasting: by stage number, actions that hold for the conversation.
+        pictured: bool `[batch]`, samples that have had images, where methods ask; None is all.
     """
 
     config_sha256: str
@@ -769,6 +770,7 @@ class CacheMark:
     carried: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     lasting: dict[int, list[Any]] = field(default_factory=dict)
+    pictured: Tensor | None = None
 
 
 def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:

@@ -56,7 +56,7 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
             given=type(cache).__name__,
             expected="past_key_values of a forward or generate() under the patch",
         )
-    if any(cache.mllm.lasting.values()):
+    if any(cache.mllm.lasting.values()) or mark.pictured is not None:
         raise CacheMismatchError(
             "a plan whose actions last for the conversation cannot be saved with its cache",
             argument="cache",

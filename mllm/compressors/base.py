@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm.actions import (
     BranchGate,
@@ -24,6 +24,7 @@ from mllm.actions import (
     Inject,
     Insert,
     Keep,
+    LayerGate,
     LogitBias,
     Merge,
     Pool,
@@ -50,6 +51,9 @@ from mllm.signals import (
 )
 from mllm.tokens import Places, TokenTable, along, locate, on_device
 
+if TYPE_CHECKING:
+    from mllm.routers.account import Routing
+
 __all__ = [
     "AttentionRows",
     "BranchGate",
@@ -72,6 +76,7 @@ __all__ = [
     "Keep",
     "Keys",
     "LayerContext",
+    "LayerGate",
     "LayerMethod",
     "LayerPruner",
     "LayerSchedule",
@@ -219,6 +224,10 @@ class LayerContext(Context):
         num_layers: decoder layers of the model.
         visual: bool `[batch, rows]`, visual rows that are still there, without separators.
         text: bool `[batch, rows]`, text of the prompt.
+        answers: bool `[batch, rows]`, rows behind the prompt: answers that are supervised, rows of
+            later steps.
+        decoding: whether there are no others, and the prompt is in the cache; only stages that set
+            `decodes` are asked then.
         prompt: bool `[batch, rows]`, visual and text; no padding, no candidates of assisted
             decoding, nothing that is supervised.
         protected: bool `[batch, rows]`, rows that an action protects.
@@ -249,11 +258,19 @@ class LayerContext(Context):
         width: int,
         counts: list[int] | None = None,
         seeds: Callable[[], list[int]] | None = None,
+        route: Callable[[str, Tensor], Tensor] | None = None,
+        routing: Routing | None = None,
+        number: int = 0,
+        answers: Tensor | None = None,
+        decoding: bool = False,
+        answer_loss: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(stage, signals, counts=counts, seeds=seeds)
+        self._route, self._routing, self._number = route, routing, number
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
+        self.answers, self.decoding, self._answer_loss = answers, decoding, answer_loss
         self.n_images, self.n_entered, self.state = images, entered, state
         self.images = on_device(torch.tensor(images), visual)
         self.entered = on_device(torch.tensor(entered), visual)
@@ -262,6 +279,41 @@ class LayerContext(Context):
 
     def _there(self) -> Tensor:
         return self.visual
+
+    def route(self, part: str, x: Tensor) -> Tensor:
+        """What a trained part of the stage makes of `x`; see :meth:`LayerMethod.parts`."""
+        return self._route(x, part)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the model learns from this forward, auxiliary losses included."""
+        return self._routing is not None and self._routing.learns
+
+    def answer_loss(self, hidden: Tensor) -> Tensor:
+        """The answers' loss if these hidden states left the last layer: a mean over tokens.
+
+        Of samples with images; only where the model learns.
+
+        Args:
+            hidden: `[batch, rows, width]`.
+        """
+        return self._answer_loss(hidden)
+
+    def penalise(self, name: str, loss: Tensor, coefficient: float) -> None:
+        """Add an auxiliary loss to the model's, in training.
+
+        Args:
+            name: under which `patched.losses` has it.
+            loss: scalar, a mean over what it speaks of in this process.
+            coefficient: what it is multiplied by.
+        """
+        if self.learns:
+            self._routing.penalise(self._number, self.layer, name, loss, coefficient)
+
+    def note(self, **sums: Tensor) -> None:
+        """Statistics of a router at this layer; see :mod:`mllm.routers.stats`."""
+        if self._routing is not None:
+            self._routing.note(self._number, self.layer, **sums)
 
     def queries(self, name: str) -> Tensor:
         """Rows of the queries of an AttentionRows signal: int64 `[batch, queries]`, -1 fills up."""
@@ -471,13 +523,24 @@ class LayerMethod(_Method):
 
     Subclasses have the field `positions`, list their `actions`, and give `at` and `act`. One
     stage may act at many layers; `ctx.layer` tells where it is. It runs without gradients unless
-    `differentiable`.
+    `differentiable`. It is asked in forwards with pictures, and if it `decodes`, of samples that
+    have had some, in those that follow: then it may read `Hidden` and must not move rows.
     """
 
     site = "decoder"
     paper_positions = "original"
     first_layer: ClassVar[int] = 0
     differentiable: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
+
+    def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
+        """What the stage learns, by name; see `ctx.route`.
+
+        Args:
+            width: of hidden states.
+            heads: of queries, of a layer.
+        """
+        return {}
 
     def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerMethod:
         """The stage with its layers fixed for a model of `num_layers` layers.

@@ -102,11 +102,12 @@ def selection(
 def every_method() -> list[str]:
     """Every method that looks at something: at the share above if it has one, or as published.
 
-    Not those on the KV cache, which save nothing of a prefill: the suite "kv" measures them.
+    Not those on the KV cache, which save nothing of a prefill: the suite "kv" measures them. Nor
+    trained ones: tokens pass some layers by and come back, or all stay.
     """
     found = []
     for row in methods():
-        if row["stage"] == "cache":
+        if row["stage"] == "cache" or row["trained"]:
             continue
         cls = get_method(row["name"])
         looks = issubclass(cls, Preset) or set(row["reads"]) - {"Grid"} or row["site"] == "tower"

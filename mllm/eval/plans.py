@@ -30,7 +30,7 @@ def make_plan(plan: str | Plan | None, seed: int = 0) -> Plan:
     if isinstance(plan, Plan):
         return plan
     made = Plan.of(plan)
-    return Plan(made.stages, seed or made.seed)
+    return Plan(made.stages, seed) if seed and seed != made.seed else made
 
 
 @contextlib.contextmanager

@@ -15,6 +15,9 @@ import mllm
 from mllm import compat
 from mllm.errors import DataError, RecipeError
 from mllm.loading import load_model
+from mllm.plan import Plan
+from mllm.routers import adapter as adapters
+from mllm.routers import stats
 from mllm.training import parts
 from mllm.training.data import Collator, Conversations
 from mllm.training.distill import Teacher, distill_loss
@@ -23,6 +26,7 @@ from mllm.training.launch import deepspeed_config
 from mllm.training.ordering import Order
 from mllm.training.recipe import Recipe
 from mllm.training.speed import Meter
+from mllm.training.stages import ROUTERS
 from mllm.training.trainer import (
     CheckpointTrainer,
     MetricsFile,
@@ -30,12 +34,15 @@ from mllm.training.trainer import (
     StopOnSigterm,
     check_sealed,
     checkpoints,
+    is_peft,
     newest_checkpoint,
     training_arguments,
 )
 
-# LoRA goes into every projection of the language model unless the recipe names its own targets.
+# LoRA goes into every projection of the language model unless the recipe names its own targets;
+# beside experts into those of the attention: FFNs are experts there.
 LORA_TARGETS = r".*(language|text)_model.*\.(q|k|v|o|gate|up|down)_proj"
+ATTENTION_TARGETS = r".*(language|text)_model.*\.(q|k|v|o)_proj"
 
 
 def wrap_lora(model: Any, recipe: Recipe) -> Any:
@@ -46,7 +53,10 @@ def wrap_lora(model: Any, recipe: Recipe) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    options = {"target_modules": LORA_TARGETS, **(recipe.method.model_extra or {})}
+    stages = Plan.of(recipe.plan).stages if recipe.plan else []
+    experts = any(stage.info.stage == "experts" for stage in stages)
+    targets = ATTENTION_TARGETS if experts else LORA_TARGETS
+    options = {"target_modules": targets, **(recipe.method.model_extra or {})}
     try:
         return get_peft_model(model, LoraConfig(**options))
     except (TypeError, ValueError) as error:
@@ -106,6 +116,7 @@ class FinetuneTrainer(CheckpointTrainer):
         before: `parts.parts` of the model before adapters.
         teacher: None without distillation.
         meter: what measures the speed.
+        patched: the plan at work; None is none.
     """
 
     def __init__(
@@ -114,7 +125,24 @@ class FinetuneTrainer(CheckpointTrainer):
         self.recipe, self.before, self.teacher = recipe, before, teacher
         self.meter: Meter | None = None
         self._distilled = [0.0, 0.0, 0]
+        self.patched: Any = None
         super().__init__(*args, **kwargs)
+
+    @property
+    def _beside(self) -> bool:
+        """Whether the plan learns something that PEFT does not save."""
+        return is_peft(self.model) and self.patched is not None and bool(self.patched.routers)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._beside:
+            folder = Path(output_dir or self.args.output_dir)
+            self.patched.save_adapter(folder / ROUTERS, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._beside:
+            self.patched.load_adapter(Path(resume_from_checkpoint) / ROUTERS)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -187,6 +215,10 @@ class FinetuneTrainer(CheckpointTrainer):
         if "loss" in logs:
             if self.meter is not None:
                 logs |= self.meter.read(self.args.world_size)
+            if self.patched is not None:
+                logs |= stats.numbers(self.patched.router_stats())
+                losses = self.patched.losses.items()
+                logs |= {f"loss_{name}": round(float(loss), 5) for name, loss in losses}
             soft, hidden, count = self._distilled
             if count:
                 logs["distill"] = round(float(soft) / count, 5)
@@ -233,7 +265,7 @@ def finetune(
         parts.reset_projector(base)
     parts.freeze(base, recipe)
     teacher = Teacher(base) if recipe.method.distill else None
-    lora = recipe.method.type == "lora"
+    lora = recipe.with_lora
     model = wrap_lora(base, recipe) if lora else base
     if teacher is not None:
         teacher.part_from(model)
@@ -257,7 +289,12 @@ def finetune(
         features.at_work() if features else nullcontext(),
     ):
         trainer.meter = Meter(base, patched, _frozen(model, before, lora), features)
+        trainer.patched = patched
+        if loaded is None:
+            _go_on(recipe, patched)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if patched is not None and patched.routers is not None and not stop.stopped:
+            _keep_routers(recipe, trainer, patched, folder / ROUTERS)
     if stop.stopped:
         return None
     return _finished(recipe, trainer, base, folder), processor
@@ -272,9 +309,34 @@ def _frozen(model: Any, before: dict[str, str], lora: bool) -> tuple[bool, bool]
     return lora or "language_model" not in seats, "vision_tower" not in seats
 
 
+def _keep_routers(recipe: Recipe, trainer: FinetuneTrainer, patched: Any, folder: Path) -> None:
+    """Save what the plan has learnt before it goes; all processes take part."""
+    whole = None
+    if recipe.parallel.zero == 3:
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.should_save:
+        patched.save_adapter(folder, whole)
+        stats.plot(patched.router_stats(), folder.with_suffix(".png"))
+
+
+def _go_on(recipe: Recipe, patched: Any) -> None:
+    """Take up what the plan of the model's folder has learnt, as an earlier stage has left it."""
+    path = recipe.model.path
+    if not adapters.is_adapter(path) or adapters.is_adapter(recipe.plan):
+        return
+    if patched is None or patched.routers is None:
+        raise RecipeError(
+            f"{path} has what its plan has learnt, and this run would lose it",
+            argument="plan",
+            given=recipe.plan,
+            expected=f"plan: {Plan.of(path).spec}",
+        )
+    patched.load_adapter(path)
+
+
 def _finished(recipe: Recipe, trainer: FinetuneTrainer, base: Any, folder: Path) -> Any:
     """The trained model in one piece, adapters merged in; all processes take part."""
-    lora, model = recipe.method.type == "lora", trainer.model
+    lora, model = recipe.with_lora, trainer.model
     gathered = None
     if recipe.parallel.zero == 3:
         gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -40,12 +40,16 @@ def parts(model: nn.Module) -> dict[str, str]:
 
 
 def freeze(model: nn.Module, recipe: Recipe) -> None:
-    """Apply the `freeze_*` flags of `recipe.model`."""
+    """Freeze what the `freeze_*` flags of the recipe name, and what its method does not train."""
     found = parts(model)
     frozen = {part for part in PARTS if getattr(recipe.model, f"freeze_{part}")}
     for name, parameter in model.named_parameters():
-        if found[name] in frozen:
+        if found[name] in frozen or recipe.method.type in ("router", "moe"):
             parameter.requires_grad_(False)
+    if recipe.method.dense_ffn:
+        family = resolve_family(model)
+        for layer in range(len(family.layers)):
+            family.mlp(layer).requires_grad_(True)
 
 
 def reset_projector(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from mllm.compat import report_targets
 from mllm.doctor import skeleton
 from mllm.errors import DataError, RecipeError
 from mllm.loading import model_path
+from mllm.plan import Plan
 from mllm.training import parts
 from mllm.training.data import Conversations, load_data
 from mllm.training.features import check_features
@@ -64,9 +65,6 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             expected="data with pictures, or plan: null",
         )
     model = skeleton(recipe.model.path)
-    with mllm.patch(model, recipe.plan) if recipe.plan else nullcontext() as patched:
-        if recipe.model.feature_cache:
-            check_features(recipe, model, patched, _tower_learns(recipe, model))
     _check_layers(recipe, model.config.get_text_config().num_hidden_layers)
     before = parts.parts(model)
     parts.freeze(model, recipe)
@@ -74,9 +72,15 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         totals[before[name]] += parameter.numel()
     config = model.config
-    wrapped = wrap_lora(model, recipe) if recipe.method.type == "lora" else model
+    wrapped = wrap_lora(model, recipe) if recipe.with_lora else model
+    with mllm.patch(model, recipe.plan) if recipe.plan else nullcontext() as patched:
+        found = list(parts.trained(wrapped, before))
+        if recipe.model.feature_cache:
+            seats = [parts.seat(n, before) if part == parts.NEW else part for n, _, part in found]
+            check_features(recipe, model, patched, "vision_tower" in seats)
+        rates = _rates(recipe, found, before)
     learnt = {part: 0 for part in (*parts.PARTS, parts.NEW)}
-    for _, parameter, part in parts.trained(wrapped, before):
+    for _, parameter, part in found:
         learnt[part] += parameter.numel()
     totals[parts.NEW] = learnt[parts.NEW]
     if not sum(learnt.values()):
@@ -96,7 +100,6 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             given=f"zero={recipe.parallel.zero}, {here.size} processes",
             expected="a higher parallel.zero, more processes, parallel.offload, LoRA, or bfloat16",
         )
-    rates = _rates(recipe, wrapped, before)
     described = {
         part: {
             "parameters": totals[part],
@@ -131,20 +134,9 @@ def _check_layers(recipe: Recipe, layers: int) -> None:
             )
 
 
-def _tower_learns(recipe: Recipe, model: nn.Module) -> bool:
-    if recipe.method.type == "full":
-        return not recipe.model.freeze_vision_tower
-    from mllm.training.finetune import wrap_lora
-
-    model = copy.deepcopy(model)  # adapters stay
-    before = parts.parts(model)
-    parts.freeze(model, recipe)
-    found = parts.trained(wrap_lora(model, recipe), before)
-    seats = (parts.seat(name, before) if part == parts.NEW else part for name, _, part in found)
-    return "vision_tower" in seats
-
-
-def _rates(recipe: Recipe, model: nn.Module, before: dict[str, str]) -> dict[str, float]:
+def _rates(
+    recipe: Recipe, trained: list[tuple[str, nn.Parameter, str]], before: dict[str, str]
+) -> dict[str, float]:
     """Learning rate of every part that is trained; of new modules, that of most parameters.
 
     Raises:
@@ -154,7 +146,7 @@ def _rates(recipe: Recipe, model: nn.Module, before: dict[str, str]) -> dict[str
     rate = recipe.train.get("learning_rate", 5e-5)
     found: dict[str, Counter[float]] = {}
     used = set()
-    for name, parameter, part in parts.trained(model, before):
+    for name, parameter, part in trained:
         source = part
         if part == parts.NEW and part not in given:
             source = parts.seat(name, before)
@@ -352,6 +344,7 @@ def rehearse(recipe: Recipe, data: Conversations) -> dict[str, Any]:
         update={
             "model": recipe.model.model_copy(update={"feature_cache": None}),
             "train": recipe.train | short,
+            "plan": recipe.plan and Plan.of(recipe.plan).spec,  # not what a folder has learnt
             "parallel": type(recipe.parallel)(),
             "method": recipe.method.model_copy(update={"load_in_4bit": False}),
         }

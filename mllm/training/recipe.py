@@ -108,7 +108,11 @@ class DistillPart(Strict):
 
 
 class MethodPart(BaseModel):
-    """What is trained. The other keys of `lora` are those of PEFT's LoraConfig.
+    """What is trained: `full` and `lora` beside what the plan learns, `router` that alone.
+
+    `moe` trains the experts of the plan and their routers; with `dense_ffn` also the FFNs of the
+    other decoder layers, as MoE-LLaVA does. The other keys are those of PEFT's LoraConfig; with
+    `moe` they put LoRA beside the experts, by default into the attention.
 
     `load_in_4bit` is QLoRA: a frozen base in nf4 (bitsandbytes, on a GPU).
     """
@@ -116,14 +120,15 @@ class MethodPart(BaseModel):
     model_config = ConfigDict(extra="allow")
     type: Literal["full", "lora", "router", "moe"] = "full"
     load_in_4bit: bool = False
+    dense_ffn: bool = False
     distill: DistillPart | None = None
 
 
 class LearningRates(Strict):
     """Learning rates of parts, where they differ from `train.learning_rate`.
 
-    `new_modules` are parameters that the model did not have before: adapters and the like; without
-    it they have the rate of the part they sit in.
+    `new_modules` are parameters that the model did not have before: adapters, routers, experts;
+    without it they have the rate of the part they sit in.
     """
 
     vision_tower: float | None = Field(default=None, gt=0)
@@ -280,6 +285,11 @@ class Recipe(Strict):
         if not content.get("parallel"):
             content.pop("parallel", None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def with_lora(self) -> bool:
+        """Whether PEFT puts adapters into the model."""
+        return self.method.type == "lora" or bool(self.method.model_extra)
 
     @property
     def from_scratch(self) -> bool:
@@ -613,13 +623,7 @@ def _check_together(recipe: Recipe) -> None:
 
     _check_parallel(recipe)
     method = recipe.method.type
-    if method in ("router", "moe"):
-        _refuse(
-            f"method.type={method!r} is not available yet",
-            "method.type",
-            method,
-            "full or lora",
-        )
+    _check_learnt(recipe)
     extra = recipe.method.model_extra or {}
     if extra:
         _check_method_keys(method, extra)
@@ -696,7 +700,7 @@ def _check_together(recipe: Recipe) -> None:
         _check_eval(recipe, new)
         return
     model = recipe.model
-    if method == "lora" and model.freeze_language_model and "target_modules" not in extra:
+    if recipe.with_lora and model.freeze_language_model and "target_modules" not in extra:
         _refuse(
             "LoRA goes into the language model by default, which is frozen",
             "model.freeze_language_model",
@@ -790,14 +794,15 @@ def _check_tunes(recipe: Recipe, new: bool) -> None:
 
 def _check_parallel(recipe: Recipe) -> None:
     part = recipe.parallel
-    for key in ("ep_size", "sp_size"):
+    instead = {"ep_size": "1, or mllm.upcycle(ep_size=) in a script", "sp_size": "1"}
+    for key, expected in instead.items():
         if getattr(part, key) != 1:
             _refuse(
-                f"parallel.{key}={getattr(part, key)} is not available yet: the processes of a run "
-                "share the batch, not experts or sequences",
+                f"parallel.{key}={getattr(part, key)} is not available in recipes: processes of "
+                "a run share the batch, not experts or sequences",
                 f"parallel.{key}",
                 getattr(part, key),
-                "1",
+                expected,
             )
     if part.offload and part.zero not in (1, 2, 3):
         _refuse(
@@ -826,6 +831,47 @@ def _check_parallel(recipe: Recipe) -> None:
             "train.deepspeed",
             recipe.train["deepspeed"],
             "parallel.zero, and parallel.deepspeed for more",
+        )
+
+
+def _check_learnt(recipe: Recipe) -> None:
+    """What a method trains, the plan has; and what the plan learns can be trained so."""
+    from mllm.plan import Plan
+
+    method = recipe.method
+    stages = [] if recipe.plan is None else Plan.of(recipe.plan).stages
+    learns = [stage for stage in stages if stage.info.trained]
+    experts = [stage for stage in stages if stage.info.stage == "experts"]
+    for kind, there, such in (("router", learns, "pmod"), ("moe", experts, "moellava")):
+        if method.type == kind and not there and not recipe.stages:
+            what = "what its plan learns" if kind == "router" else "the experts of its plan"
+            _refuse(
+                f"method.type={kind!r} trains {what}, and there are none in plan={recipe.plan!r}",
+                "plan",
+                recipe.plan,
+                f"a plan such as {such}, or another method.type",
+            )
+    if experts and recipe.parallel.zero == 3:
+        _refuse(
+            "ZeRO-3 keeps parameters in parts, and experts start from whole ones; DeepSpeed itself "
+            "refuses native experts there",
+            "parallel.zero",
+            3,
+            "zero of 0, 1 or 2",
+        )
+    if experts and method.load_in_4bit:
+        _refuse(
+            f"{experts[0].info.name} copies FFNs, which are not whole numbers in 4 bits",
+            "method.load_in_4bit",
+            True,
+            "false",
+        )
+    if method.dense_ffn and (method.type != "moe" or recipe.with_lora):
+        _refuse(
+            "method.dense_ffn trains the FFNs beside experts as they are",
+            "method.dense_ffn",
+            True,
+            "type: moe without LoRA",
         )
 
 
@@ -864,12 +910,12 @@ def _check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None
 
 
 def _check_method_keys(method: str, extra: dict[str, Any]) -> None:
-    if method != "lora":
+    if method not in ("lora", "moe"):
         _refuse(
             f"method.{next(iter(extra))} belongs to lora",
             f"method.{next(iter(extra))}",
             method,
-            "method.type=lora",
+            "method.type=lora, or moe with LoRA beside the experts",
         )
     from peft import LoraConfig
 

@@ -27,8 +27,8 @@ from mllm.training.stages import RECORD, plan_of, save_whole, tune
 
 BATCH = 16  # questions answered at once
 # What a run writes, and so what `output.overwrite` may delete.
-OWN = (RECORD, "recipe.yaml", "metrics.jsonl", "loss.png", "eval.json", "README.md")
-OWN_FOLDERS = ("model", "adapter", "checkpoint-*", "stage-*", ".saving", "runs")
+OWN = (RECORD, "recipe.yaml", "metrics.jsonl", "eval.json", "README.md", "loss.png", "routers.png")
+OWN_FOLDERS = ("model", "adapter", "routers", "checkpoint-*", "stage-*", ".saving", "runs")
 
 
 def run(recipe: Recipe, resume: bool | str = False) -> dict[str, Any]:
@@ -133,6 +133,7 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
     from mllm.eval.asking import Questions, SharedTower, answer_all, marks
     from mllm.eval.plans import patched_with
     from mllm.loading import load_model
+    from mllm.routers import adapter as adapters
 
     names = dict.fromkeys(task for name in part.tasks for task in sources.expand(name))
     sizes = {task: sources.at_most(task, part.split, part.limit) for task in names}
@@ -146,6 +147,8 @@ def evaluate(path: str | Path, part: EvalPart) -> dict[str, Any]:
             for text in part.plans:
                 plan = plan_of(text) if text else Plan([])
                 with patched_with(model, plan) as patched, shared.used_by(plan):
+                    if patched is not None and adapters.belongs(path, patched):
+                        patched.load_adapter(path)
                     answers = answer_all(model, processor, questions, patched, bar.update)
                 right = marks(questions, answers)
                 tokens = [given.efficiency["visual_avg"] for given in answers] if text else None

@@ -8,11 +8,14 @@ from typing import Any
 
 from mllm.errors import DataError
 from mllm.eval.files import write_json
-from mllm.plan import Plan
+from mllm.plan import PLAN_FILE, Plan
+from mllm.routers.adapter import FILES as ADAPTER_FILES
 from mllm.training.launch import World, anywhere, barrier
 from mllm.training.recipe import Recipe
 
 RECORD = "run.json"
+#: Folder of what a plan has learnt, in a run and in a checkpoint of LoRA.
+ROUTERS = "routers"
 
 
 def plan_of(text: str) -> Plan:
@@ -30,6 +33,9 @@ def save_whole(folder: Path, plan: str | None, model: Any, processor: Any) -> No
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     if plan:
         plan_of(plan).save_pretrained(fresh)
+    if (learnt := folder / ROUTERS).is_dir():  # with the layers that the plan had
+        for name in (PLAN_FILE, *ADAPTER_FILES):
+            shutil.copyfile(learnt / name, fresh / name)
     fresh.rename(folder / "model")
 
 
@@ -93,7 +99,16 @@ def tune(
                 del trained  # before the next one is read
                 barrier()
         start = str(home / "model")
+    if home != folder and here.first:
+        _bring_routers(home, folder)
     return trained
+
+
+def _bring_routers(stage: Path, folder: Path) -> None:
+    """What the last stage has learnt belongs to the run."""
+    if (stage / ROUTERS).is_dir():
+        shutil.copytree(stage / ROUTERS, folder / ROUTERS, dirs_exist_ok=True)
+        shutil.copyfile(stage / f"{ROUTERS}.png", folder / f"{ROUTERS}.png")
 
 
 def _starting_from(recipe: Recipe, path: str) -> Recipe:

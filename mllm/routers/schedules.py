@@ -1,0 +1,42 @@
+"""How the share of tokens that a layer works on falls with depth."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Shape = Literal["shiftedcos", "shiftedlinear", "deep", "interleave"]
+
+
+def ratio(shape: Shape, layer: int, num_layers: int, shift: float) -> float:
+    """Share of tokens of one layer, before its limits.
+
+    Args:
+        shape: `shiftedcos` is half a cosine wave from 1/2 to -1/2 over the layers, and
+            `shiftedlinear` a line; both plus `shift`. `deep` (all layers but the first two and the
+            last) and `interleave` (odd layers) are `shift`, and 2 in other layers.
+        layer: 0-based decoder layer of `num_layers`.
+        num_layers: decoder layers of the model.
+        shift: see `shape`.
+    """
+    share = layer / max(1, num_layers - 1)
+    if shape == "shiftedcos":
+        return 0.5 * math.cos(math.pi * share) + shift
+    if shape == "shiftedlinear":
+        return 0.5 - share + shift
+    inside = 2 <= layer <= num_layers - 2 if shape == "deep" else layer % 2 == 1
+    return shift if inside else 2.0
+
+
+def ratios(
+    shape: Shape, num_layers: int, shift: float, most: float, least: float
+) -> dict[int, float]:
+    """Share of tokens by layer, of the layers where tokens are routed.
+
+    Args:
+        shape, num_layers, shift: see :func:`ratio`.
+        most: a layer with a larger share works on all tokens, and has no router.
+        least: smallest share.
+    """
+    raw = {layer: ratio(shape, layer, num_layers, shift) for layer in range(num_layers)}
+    return {layer: max(r, least) for layer, r in raw.items() if r <= most}
