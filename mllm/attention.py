@@ -228,7 +228,8 @@ def column_mass(
     """Attention that each key receives from chosen queries, causally.
 
     A block of queries sees all keys that are not behind it, so that its softmax is complete: one
-    pass over the scores, O(block x keys) memory.
+    pass over the scores, O(block x keys) memory. Keys behind it are left out where finding them
+    makes nobody wait, on a CPU.
 
     Args:
         query, key, mask, scaling: as in :func:`row_logits`.
@@ -246,7 +247,8 @@ def column_mass(
     total = torch.zeros(batch, 1 if heads == "max" else count, keys, device=key.device)
     seen = torch.zeros(batch, keys, dtype=torch.long, device=key.device)
     place = torch.arange(keys, device=key.device)
-    for number, (low, high, real) in enumerate(_spans(rows, queries)):
+    trims = _trims(key.device)
+    for number, (low, high, real) in enumerate(_spans(rows, queries, trims)):
         if not real:
             continue
         block = rows[:, number * BLOCK : (number + 1) * BLOCK]
@@ -257,7 +259,7 @@ def column_mass(
             given = given.gather(2, at.expand(-1, mask.shape[1], -1, keys))
             added = given.dtype != torch.bool
             sees = given > torch.finfo(given.dtype).min / 2 if added else given
-            end = 1 + int((sees.flatten(0, 2).any(0) * place).max())
+            end = 1 + int((sees.flatten(0, 2).any(0) * place).max()) if trims else keys
             sees, first = sees[..., :end], 0
         else:
             added, first, end = False, low + behind + 1, high + behind + 1
@@ -284,10 +286,20 @@ def column_mass(
     return reduce_heads(total, heads), seen
 
 
-def _spans(rows: Tensor, queries: int) -> list[list[int]]:
-    """Of every block of query rows the lowest one, the highest one, and how many there are."""
+def _trims(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _spans(rows: Tensor, queries: int, read: bool) -> list[list[int]]:
+    """Of every block of query rows the lowest one, the highest one, and how many there are.
+
+    Without `read` these are bounds that hold for any block.
+    """
     batch, count = rows.shape
-    blocks = F.pad(rows, (0, -count % BLOCK), value=-1).reshape(batch, -(-count // BLOCK), BLOCK)
+    number = -(-count // BLOCK)
+    if not read:
+        return [[0, queries - 1, 1]] * number
+    blocks = F.pad(rows, (0, -count % BLOCK), value=-1).reshape(batch, number, BLOCK)
     there = blocks >= 0
     low = blocks.masked_fill(~there, queries).amin((0, 2))
     return torch.stack([low, blocks.amax((0, 2)), there.sum((0, 2))], 1).tolist()

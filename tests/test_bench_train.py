@@ -179,6 +179,6 @@ def test_command(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert json.loads(output.read_text()) == json.loads(result.stdout)["data"]
     shown = CliRunner().invoke(app, words)
-    assert shown.exit_code == 0 and "Without the optimizer" in shown.stdout
+    assert shown.exit_code == 0 and "Without the optimizer" in " ".join(shown.stdout.split())
     refused = CliRunner().invoke(app, ["bench", "--suite", "kv", "--method", "lora"])
     assert refused.exit_code == 2 and "--suite train" in refused.stderr

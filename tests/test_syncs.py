@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mllm
+from mllm import attention
 
 #: Operators whose result has a shape or a value that only the device knows.
 READS = {
@@ -146,6 +147,12 @@ PREFILL = {
     # Which rows are visual and which are text, once for every layer that is read.
     ("llava", "fitprune:layers=1/2:keep=0.5/0.25"): (5, 9),
 }
+
+
+@pytest.fixture(autouse=True)
+def without_free_reads(monkeypatch):
+    """As on a GPU: a CPU is asked for values that cost nothing there."""
+    monkeypatch.setattr(attention, "_trims", lambda device: False)
 
 
 def forward(net, inputs) -> int:

@@ -112,7 +112,7 @@ def test_every_shipped_recipe_is_valid(name):
         ("method.distill={weight: 2}", "less than or equal to 1"),
         ("method={type: full, load_in_4bit: true}", "cannot be trained"),
         ("sampling.group_by=size", "'length' or 'modality'"),
-        ("method.type=router", "not available"),
+        ("method.type=router", "what its plan learns"),
         ("method.type=full", "belongs to lora"),
         ("model.path=new:tiny-llava", "needs stages"),
         ("version=2", "version=2"),
