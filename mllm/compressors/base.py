@@ -851,6 +851,7 @@ class CacheCompressor(_Method):
         lowrank: whether it stores tokens in low-rank factors; see :meth:`KVCache.lowrank`.
         selects: whether one new token may attend to some of what is stored; see
             :class:`mllm.cache.segments.Selecting`.
+        exact: whether it stores its budget, and not more or less where the input asks for it.
     """
 
     site = "cache"
@@ -864,6 +865,7 @@ class CacheCompressor(_Method):
     chunks: ClassVar[bool] = False
     lowrank: ClassVar[bool] = False
     selects: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
 
     def fits(self, head_dim: int) -> None:
         """PlanError where a model's heads, of so many channels, cannot be stored so."""

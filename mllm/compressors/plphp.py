@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ class PLPHP(KVMethod):
     attentive: float = 0.25
     indifferent: float = 0.1
     skip: int = 2
+
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -261,9 +261,10 @@ def storage(
 def _expected(stages: Sequence[CacheCompressor], prompt: Prompt) -> list[int] | None:
     """Slots of a head, by layer, of all samples together, that the smallest budget allows.
 
-    None without a budget, and where a slot is not stored in as many bytes as it came in.
+    None without a budget, with one that depends on the input, and where a slot is not stored in as
+    many bytes as it came in.
     """
-    if any(stage.stores or stage.lowrank for stage in stages):
+    if any(stage.stores or stage.lowrank or not stage.exact for stage in stages):
         return None
     event = prompt.events[None]
     visual = (event.visual & event.prompt).sum(1).tolist()
