@@ -97,7 +97,9 @@ def read_only(
     """
     token = _ONLY.set(readers)
     try:
-        with torch.no_grad(), compat.projecting(module, rows, values):
+        with torch.no_grad(), compat.projecting(
+            module, arguments["hidden_states"].shape[1], rows, values
+        ):
             # Not through __call__: this is no forward that other hooks should see.
             module.forward(**arguments, past_key_values=None)
     except _WasRead:

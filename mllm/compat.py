@@ -257,32 +257,29 @@ def splits_projections(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def projecting(module: nn.Module, rows: Tensor | None, values: bool) -> Iterator[None]:
+def projecting(
+    module: nn.Module, size: int, rows: Tensor | None, values: bool
+) -> Iterator[None]:
     """While open, an attention module computes no projection that nobody reads.
 
     Args:
         module: one of which :func:`splits_projections` is true, unless everything is read.
+        size: rows of its input.
         rows: int64 `[batch, n]`, rows whose queries are read, those of others are zeros; None is
             all.
         values: whether values are read; otherwise all are those of the first row.
     """
-    handles, size = [], 0
+    handles: list[Any] = []
 
-    def few(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        nonlocal size
-        (hidden,) = args
-        size = hidden.shape[1]
-        return (hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[2])),)
+    def few(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return args[0].gather(1, rows[..., None].expand(-1, -1, args[0].shape[2]))
 
     def spread(_: nn.Module, args: Any, found: Tensor) -> Tensor:
         whole = found.new_zeros(found.shape[0], size, found.shape[2])
         return whole.scatter(1, rows[..., None].expand_as(found), found)
 
-    def first(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        nonlocal size
-        (hidden,) = args
-        size = hidden.shape[1]
-        return (hidden[:, :1],)
+    def first(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return args[0][:, :1]
 
     def repeat(_: nn.Module, args: Any, found: Tensor) -> Tensor:
         return found.expand(-1, size, -1)
