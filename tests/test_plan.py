@@ -132,7 +132,7 @@ def stages(draw):
         "scale": st.floats(0.1, 0.9),
         "capacity": st.floats(0.01, 1),
         "ratio": st.floats(0.1, 1),
-        "active": st.floats(0.5, 1),
+        "active": st.floats(0.51, 1),  # over the shared heads, half of all by default
         "dropout": st.floats(0, 0.9),
         "exit": st.none() | st.integers(1, 9),
         "scope": st.sampled_from(["all", "visual"]),
