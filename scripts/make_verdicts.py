@@ -1,4 +1,6 @@
-"""Write what was measured into docs/methods.md and docs/yardstick.md, from benchmarks/results.
+"""Write what was measured into docs/methods.md, yardstick.md and outside-data.md.
+
+They are made from benchmarks/results:
 
     python -m scripts.make_verdicts            write it
     python -m scripts.make_verdicts --check    exit 1 when a page is not up to date
@@ -30,7 +32,9 @@ from mllm.yardstick import ADMITTED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-METHODS, YARDSTICK = ROOT / "docs" / "methods.md", ROOT / "docs" / "yardstick.md"
+METHODS, YARDSTICK, OUTSIDE = (
+    ROOT / "docs" / f"{name}.md" for name in ("methods", "yardstick", "outside-data")
+)
 OPEN, CLOSE = "<!-- made by scripts/make_verdicts.py -->", "<!-- until here -->"
 MARK = "*Measured"
 BASELINES = (*SANITY, "randomllm")
@@ -218,6 +222,24 @@ def results(known: Measured) -> str:
     return "\n\n".join(parts)
 
 
+def outside(folder: Path) -> str:
+    """The part of docs/outside-data.md between the two marks."""
+    found = json.loads((folder / "easyvqa.json").read_text())
+    known = measured(folder, found["about"]["weights_sha256"], found["tasks"])
+    full = known.rows[UNPATCHED, None]
+    tasks = " and ".join(f"`{task}`" for task in full["tasks"])
+    intro = (
+        f"Accuracy on {tasks}, {full['n'] // len(full['tasks'])} test questions each, and in "
+        "brackets the paired difference to `random` in points with its 95 % interval; the "
+        f"unpatched model answers {_percent(full)} %. Rows, empty entries and verdicts as in "
+        "[the yardstick](yardstick.md#results)."
+    )
+    body = [
+        [f"`{m}`", *_entries(m, known, _beside_random), _verdict(m, known)] for m in ranked(known)
+    ]
+    return f"{_filled(intro)}\n\n{_grid(['method', *_tokens(known), 'verdict'], body)}"
+
+
 def ranked(known: Measured) -> list[str]:
     """Sanity rows first, then methods: what reaches the smallest budget, by its accuracy there."""
 
@@ -300,7 +322,7 @@ def between_marks(page: str, text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Both pages as they should be."""
+    """The pages as they should be."""
     data = json.loads((Path(model_path("tiny-llava")) / "yardstick.json").read_text())
     known = measured(RESULTS, data["weights_sha256"], ADMITTED)
     for name in known.ignored:
@@ -309,6 +331,7 @@ def pages() -> dict[Path, str]:
     return {
         METHODS: between_marks(methods, scores(RESULTS, data["weights_sha256"])),
         YARDSTICK: between_marks(YARDSTICK.read_text(), results(known)),
+        OUTSIDE: between_marks(OUTSIDE.read_text(), outside(RESULTS)),
     }
 
 

@@ -221,6 +221,16 @@ def test_the_engine_leaves_what_the_plan_says(spec):
     assert seen == entering(spec, 576)
 
 
+@pytest.mark.parametrize("version", ["1.5", "2.0"])
+@torch.no_grad()
+def test_an_average_counts_clusters(version):
+    model = tiny.llava(layers=DEPTH, side=24, hidden=16)
+    stage = get_method("sparsevlm")(version=version).for_average(192, 576, DEPTH)
+    with mllm.patch(model, stage) as patched:
+        model(**tiny.collate(tiny.samples("alone", side=24)), logits_to_keep=1)
+        assert patched.ledger.as_dict()["visual_avg"][0] == pytest.approx(192, abs=1)
+
+
 #: Cells of the largest grids within the budgets: 13 x 14, 11 x 11, 8 x 8, and pyramids of grids.
 POOLED = {
     ("avgpool", 192): 182, ("avgpool", 128): 121, ("avgpool", 64): 64, ("pyramid", 192): 190,

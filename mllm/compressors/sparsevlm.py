@@ -23,6 +23,7 @@ from mllm.compressors.base import (
     merge_rows,
     on_device,
     register,
+    resolve,
     top_k,
 )
 from mllm.errors import PlanError
@@ -115,6 +116,32 @@ class SparseVLM(LayerSchedule):
                 expected=", ".join(map(str, published)) + ", or keep=a/b/c",
             )
         return tuple(n / PAPER_TOKENS for n in published[self.budget])
+
+    def for_average(self, average: float, tokens: int, num_layers: int) -> SparseVLM:
+        """As in :class:`LayerSchedule`, clusters included."""
+        found, aim = self, average
+        for _ in range(8):
+            found = super().for_average(aim, tokens, num_layers)
+            off = average - found._average(tokens, num_layers)
+            if abs(off) < 0.5:
+                break
+            aim += off
+        return found
+
+    def _average(self, tokens: int, num_layers: int) -> float:
+        """Tokens of an image that layers see, clusters included."""
+        there, ends = tokens, [*self.layers[1:], num_layers]
+        seen = tokens * self.layers[0]
+        for layer, keep, end in zip(self.layers, self.budgets(), ends, strict=True):
+            kept = min(there, resolve(keep, tokens))
+            there = kept + self._recycled(there - kept)[1]
+            seen += there * (end - layer)
+        return seen / num_layers
+
+    def _recycled(self, gone: int) -> tuple[int, int]:
+        """Of tokens that go, how many are clustered, and into how many clusters."""
+        taken = min(gone, int(self.share * gone) + 1) if gone and self.share else 0
+        return taken, min(taken, taken // self.cluster + 1)
 
     @property
     def new(self) -> bool:
@@ -211,10 +238,9 @@ class SparseVLM(LayerSchedule):
         kept = self.select(ctx)
         ctx.book(ctx.state.pop("flops", 0.0))
         go = [there - n for there, n in zip(ctx.counts(), kept.counts, strict=True)]
-        taken = [min(n, int(self.share * n) + 1) if n and self.share else 0 for n in go]
+        taken, clusters = zip(*(self._recycled(n) for n in go), strict=True)
         if not max(taken):
             return kept, None, None
-        clusters = [min(n, n // self.cluster + 1) for n in taken]
         gone = ctx.visual & ~kept.mask
         count, many = (on_device(torch.tensor(n), gone) for n in (taken, clusters))
         recycled = top_k(self.score(ctx), gone & ~ctx.protected, count)
