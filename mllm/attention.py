@@ -161,21 +161,23 @@ def row_logits(
     kv_heads, keys = key.shape[1], key.shape[2]
     at = rows[:, None, :, None]
     q = query.gather(2, at.expand(-1, heads, -1, width)).float()
+    q = q * (width**-0.5 if scaling is None else scaling)
     q = q.reshape(batch, kv_heads, -1, width)  # heads of one group share their keys
-    logits = q @ key.float().transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
-    logits = logits.view(batch, heads, rows.shape[1], keys)
+    logits = (q @ key.float().transpose(-1, -2)).view(batch, heads, rows.shape[1], keys)
     if mask is not None and mask.dim() == 4:
         mask = mask[..., :keys].expand(batch, -1, -1, -1)
         seen = mask.gather(2, at.expand(-1, mask.shape[1], -1, keys))
         if seen.dtype == torch.bool:
-            return logits.masked_fill(~seen, float("-inf"))
+            return logits.masked_fill_(~seen, float("-inf"))
         hidden = seen <= torch.finfo(seen.dtype).min / 2
-        return (logits + seen.float()).masked_fill(hidden, float("-inf"))
+        return logits.add_(seen).masked_fill_(hidden, float("-inf"))
     if causal:
         last = (rows + keys - queries)[:, None, :, None]
-        logits = logits.masked_fill(torch.arange(keys, device=key.device) > last, float("-inf"))
+        first = 1 + int(last.min()) if rows.numel() and free_to_read(key.device) else 0
+        behind = torch.arange(first, keys, device=key.device) > last
+        logits[..., first:].masked_fill_(behind, float("-inf"))
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None, :keys].bool(), float("-inf"))
+        logits.masked_fill_(~mask[:, None, None, :keys].bool(), float("-inf"))
     return logits
 
 
@@ -249,7 +251,7 @@ def column_mass(
     total = torch.zeros(batch, 1 if heads == "max" else count, keys, device=key.device)
     seen = torch.zeros(batch, keys, dtype=torch.long, device=key.device)
     place = torch.arange(keys, device=key.device)
-    trims = _trims(key.device)
+    trims = free_to_read(key.device)
     for number, (low, high, real) in enumerate(_spans(rows, queries, trims)):
         if not real:
             continue
@@ -288,7 +290,8 @@ def column_mass(
     return reduce_heads(total, heads), seen
 
 
-def _trims(device: torch.device) -> bool:
+def free_to_read(device: torch.device) -> bool:
+    """Whether a value can be read without anybody waiting for it."""
     return device.type == "cpu"
 
 

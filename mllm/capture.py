@@ -180,7 +180,7 @@ class Captures:
             x = read(query, key, chosen.clamp(min=0), mask, scaling)
             x = attention.reduce_heads(x, signal.heads)
             real = chosen >= 0
-            x = torch.where(real[:, None, :, None] if x.dim() == 4 else real[..., None], x, 0)
+            x.masked_fill_(~(real[:, None, :, None] if x.dim() == 4 else real[..., None]), 0)
             own = table.index.gather(1, chosen.clamp(min=0))
             self._queries[slot] = torch.where(real, own, -1)
         x = x[..., -rows:]

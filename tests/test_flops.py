@@ -31,7 +31,7 @@ def counted(call) -> int:
 @pytest.fixture(autouse=True)
 def without_free_reads(monkeypatch):
     """As on a GPU: the ledger books the keys behind a block of queries too."""
-    monkeypatch.setattr(attention, "_trims", lambda device: False)
+    monkeypatch.setattr(attention, "free_to_read", lambda device: False)
 
 
 @pytest.mark.parametrize("last", [0, 1])

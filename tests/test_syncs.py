@@ -152,7 +152,7 @@ PREFILL = {
 @pytest.fixture(autouse=True)
 def without_free_reads(monkeypatch):
     """As on a GPU: a CPU is asked for values that cost nothing there."""
-    monkeypatch.setattr(attention, "_trims", lambda device: False)
+    monkeypatch.setattr(attention, "free_to_read", lambda device: False)
 
 
 def forward(net, inputs) -> int:

@@ -104,7 +104,7 @@ class CacheEvents:
             read = attention.row_attention if signal.softmax else attention.row_logits
             x = attention.reduce_heads(read(query, key, chosen.clamp(min=0), mask, scaling), each)
             real = (chosen >= 0)[..., None]
-            x = torch.where(real[:, None] if x.dim() == 4 else real, x, 0)
+            x.masked_fill_(~(real[:, None] if x.dim() == 4 else real), 0)
         x = self._by_token(x, signal.layer)
         if each != signal.heads:
             x = attention.reduce_heads(x, signal.heads)
@@ -121,6 +121,10 @@ class CacheEvents:
                 old = old.repeat_interleave(x.shape[1] // old.shape[1], 1)
                 at = at[:, None].expand(-1, x.shape[1], -1)
             at = torch.cat([old, at], -1)
+        elif attention.free_to_read(x.device) and torch.equal(
+            at, torch.arange(length).expand(len(at), -1)
+        ):
+            return x
         at = at.view(*at.shape[:-1], *[1] * (x.dim() - at.dim()), at.shape[-1])
         found = x.new_zeros(*x.shape[:-1], length + 1)
         return found.scatter(-1, at.expand(x.shape), x)[..., :length]

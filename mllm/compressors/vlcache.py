@@ -11,6 +11,8 @@ from torch import Tensor
 from mllm.compressors.base import AttentionRows, Budget, CacheEvent, LayerContext, register
 from mllm.compressors.kv_base import KVMethod, Layer, portions
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 @register("vlcache", paper="arXiv:2410.23317", stage="cache")
 @dataclass
@@ -63,12 +65,12 @@ class VLCache(KVMethod):
     def weigh(self, event: CacheEvent) -> Tensor:
         """Density of the queries' attention: fp32 `[batch]`."""
         x, view = event["attention"], event.cache.view(event.layer, contents=False)
-        counts = (x >= self.threshold * x.amax(-1, keepdim=True)) & (x > 0)
+        least = (self.threshold * x.amax(-1, keepdim=True)).clamp(min=TINY)
         rates = torch.zeros_like(event.valid)
         rates[:, event.start :] = self._behind(event.prompt, event.visual)
         later = rates.flip(1).long().cumsum(1).flip(1)[:, None]
         seen = later.expand(-1, view.logical.shape[1], -1).gather(-1, view.logical) * view.valid
-        return counts.float().sum((2, 3)).mean(1) / seen.float().sum(2).mean(1).clamp(min=1)
+        return (x >= least).float().sum((2, 3)).mean(1) / seen.float().sum(2).mean(1).clamp(min=1)
 
     def allocate(self, layers: list[Layer]) -> list[Tensor]:
         density = torch.stack([layer.weight for layer in layers], -1)
