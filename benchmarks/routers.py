@@ -98,7 +98,7 @@ def page(data: dict[str, Any]) -> str:
         "# Trained routers against random routing",
         "",
         f"LoRA and routers (of `moellava`: experts and routers) on held-back scenes, "
-        f"{data['steps']} steps of {data['batch']}; {data['n']} test questions a seed. The pair has "
+        f"{data['steps']} steps of {data['batch']}; {data['n']} test questions a seed. A pair has "
         "the same parameters, data, order and FLOPs.",
         "",
         "| method | seeds | learnt | random | difference (points) | verdict |",
