@@ -908,6 +908,7 @@ class DecoderRun:
             route=functools.partial(self._route, number), routing=self.routing, number=number,
             answers=self._answers(table), decoding=self.visual is None,
             answer_loss=functools.partial(self._answer_loss, table),
+            seed_for=functools.partial(self.patched.plan.seed_for, number),
         )  # fmt: skip
 
     def _answers(self, table: TokenTable) -> Tensor:

@@ -108,10 +108,13 @@ class Patched:
         upcycled: experts, and the dense FFNs behind them.
         routing: the account of the newest forward with images; with experts, of the newest that is
             no decode step.
+        learnt: forwards that the model has learnt from, by which stages draw. Set it when training
+            goes on after a stop, and they draw what they would have drawn; recipes do.
         prefill_chunk_size: rows that the decoder reads at a time where the model is called by hand,
             as `generate(prefill_chunk_size=...)` says for a call of its own; None is all.
     """
 
+    learnt: int = 0
     prefill_chunk_size: int | None = None
 
     def __init__(
@@ -590,7 +593,10 @@ class Patched:
         if not any(stage.info.trained for stage in self.plan.stages):
             return None
         learns = self.family.model.training and labels is not None and torch.is_grad_enabled()
-        return Routing(learns, loss_factor(labels, items) if learns else 1.0)
+        if not learns:
+            return Routing()
+        self.learnt += 1
+        return Routing(True, loss_factor(labels, items), self.learnt - 1)
 
     def _routing_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # A recompute finds it on the same tensor as the forward did.
@@ -847,6 +853,10 @@ class Patched:
         if run is None:
             return None
         kwargs = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
+        position, rows = kwargs.get("position_ids"), kwargs["inputs_embeds"].shape[1]
+        if position is not None and position.shape[-1] > rows:
+            # Called by hand with a mask, Qwen-VL counts stored tokens as well.
+            kwargs["position_ids"] = position[..., -rows:]
         length, labels = self._prompt().length, None if run.call is None else run.call.labels
         size = self._chunk_size(run, kwargs)
         if size is not None:

@@ -32,10 +32,6 @@ NAMES = ["mod", "mod-visual", "gammamod"]
 each = pytest.mark.parametrize("stage", PLANS, ids=NAMES)
 
 
-def conversations(family):
-    """Samples to decode by hand: where positions come from pictures, one alone."""
-    return samples(family, "alone") if family == "qwen2_5_vl" else samples(family)
-
 
 def decoded(net, family, batch, patched):
     """Logits of every sample and of MORE behind it, decoded in a padded batch."""
@@ -122,7 +118,7 @@ def test_it_equals_its_description(family, attn, stage):
 @torch.no_grad()
 def test_decode_is_as_without_a_cache(family, stage):
     """Later tokens decide for themselves; those that pass a layer by are not in its cache."""
-    net, batch = model(family), conversations(family)
+    net, batch = model(family), samples(family)
     with mllm.patch(net, stage) as patched:
         bank = teach(net)._modules["0"]
         logits = decoded(net, family, batch, patched)
@@ -295,7 +291,7 @@ def heads_by_hand(family, s, bank, more=None):
 @torch.no_grad()
 def test_moh_equals_its_description(family, attn):
     """Of a padded batch, and of the tokens decoded behind it."""
-    net, batch = model(family, attn), conversations(family)
+    net, batch = model(family, attn), samples(family)
     with mllm.patch(net, HEADS) as patched:
         bank = teach(net)._modules["0"]
         logits = decoded(net, family, batch, patched)
@@ -387,7 +383,7 @@ def skips_by_hand(s, bank, stage, hidden):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_skipffn_equals_its_description(family, stage):
-    net, batch = model(family), conversations(family)
+    net, batch = model(family), samples(family)
     with mllm.patch(net, stage) as patched:
         bank = teach(net)._modules["0"] if stage.summary else None
         logits = decoded(net, family, batch, patched)
@@ -439,7 +435,7 @@ def test_gradients_of_skipffn(checkpointed):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_an_exit_is_the_model_without_its_last_layers(family):
-    net, batch = model(family), conversations(family)
+    net, batch = model(family), samples(family)
     inputs = collate(family, batch)
     plain = net(**inputs).logits
     with mllm.patch(net, LayerSkip()):
@@ -457,7 +453,7 @@ def test_an_exit_is_the_model_without_its_last_layers(family):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_exits_learn_to_answer(checkpointed, monkeypatch):
+def test_exits_learn_to_answer(checkpointed):
     """The loss and a gradient, with samples that pass layers by; every layer is an exit."""
     batch = samples("llava")
     inputs = collate("llava", batch)
@@ -469,24 +465,14 @@ def test_exits_learn_to_answer(checkpointed, monkeypatch):
             module.eval()
     if checkpointed:
         net.gradient_checkpointing_enable({"use_reentrant": False})
-    drawn = []
-    monkeypatch.setattr(
-        torch,
-        "rand",
-        lambda n: (
-            drawn.append(
-                torch.empty(n).uniform_(generator=torch.Generator().manual_seed(len(drawn)))
-            )
-            or drawn[-1]
-        ),
-    )
     with mllm.patch(net, stage) as patched:
+        patched.learnt = 6
         loss = net(**inputs, labels=labels).loss
         loss.backward()
-        exits = patched.losses["exits"]
-    monkeypatch.undo()
-    passed = [(draw < stage.chance(i + 1, LAYERS)).tolist() for i, draw in enumerate(drawn)]
-    assert len(passed) == LAYERS - 1 and any(any(p[:2]) for p in passed)
+        exits, seed = patched.losses["exits"], patched.plan.seed_for(0, 6, 0)
+    drawn = torch.rand(LAYERS, len(batch), generator=torch.Generator().manual_seed(seed))
+    passed = [(drawn[i] < stage.chance(i, LAYERS)).tolist() for i in range(1, LAYERS)]
+    assert any(any(p[:2]) for p in passed)
     answers, early = [], {}
     lm = net.model.language_model
     for b, s in enumerate(batch):

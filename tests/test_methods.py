@@ -16,8 +16,9 @@ import mllm
 from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
-#: They must be trained; test_routers.py and test_depth.py hold them against their descriptions.
-TRAINED = ["pmod", "mod", "gammamod", "moh", "skipffn", "layerskip"]
+#: They must be trained; held against their descriptions in test_routers.py, test_depth.py and
+#: test_mor.py.
+TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip"]
 NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
@@ -76,6 +77,7 @@ IDENTITY = {
     "vispruner": "vispruner:keep=1.0",
     "pmod": "pmod:max_ratio=1.0:min_ratio=1.0",
     "mod": "mod:capacity=1.0:gate=tanh",
+    "mor": "mor:least=1.0",
     "moh": "moh:active=1.0",
     "skipffn": "skipffn:budget=1.0:summary=false",
     "layerskip": "layerskip",

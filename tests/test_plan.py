@@ -135,6 +135,9 @@ def stages(draw):
         "active": st.floats(0.51, 1),  # over the shared heads, half of all by default
         "dropout": st.floats(0, 0.9),
         "exit": st.none() | st.integers(1, 9),
+        "recursions": st.integers(2, 9),
+        "routing": st.sampled_from(["expert", "token"]),
+        "least": st.none() | st.floats(0.01, 1),
         "scope": st.sampled_from(["all", "visual"]),
         "gate": st.sampled_from(["raw", "tanh"]),
         **dict.fromkeys(["threshold", "later", "auxiliary"], st.floats(0, 0.9)),
@@ -148,7 +151,7 @@ def stages(draw):
         "shared": st.integers(1, 2),
         "start_from": st.sampled_from(["added", "split"]),
     }
-    if cls.info.name in ("pmod", "mod", "gammamod", "moh", "layerskip"):
+    if cls.info.name in ("pmod", "mod", "mor", "gammamod", "moh", "layerskip"):
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.name == "moh":
         values["shared"] = st.floats(0.1, 0.4)

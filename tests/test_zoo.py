@@ -34,7 +34,7 @@ ELSEWHERE = {
     "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
     "randomllm": "test_methods.py", "pmod": "test_routers.py", "mod": "test_depth.py",
     "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
-    "layerskip": "test_depth.py",
+    "layerskip": "test_depth.py", "mor": "test_mor.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -136,7 +136,8 @@ OTHERS = {
     "pact": "the picture decides", "dualfilter": "the picture decides",
     "zipvl": "a preset", "zipvl_prefill": "the picture decides", "keytokens": "nothing leaves",
     "cmai": "nothing leaves", "windowmerge": "a share of windows",
-    **dict.fromkeys(["pmod", "mod", "gammamod"], "tokens pass layers by"), "moh": "nothing leaves",
+    **dict.fromkeys(["pmod", "mod", "mor", "gammamod"], "tokens pass layers by"),
+    "moh": "nothing leaves",
     "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip

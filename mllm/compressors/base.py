@@ -264,9 +264,11 @@ class LayerContext(Context):
         answers: Tensor | None = None,
         decoding: bool = False,
         answer_loss: Callable[[Tensor], Tensor] | None = None,
+        seed_for: Callable[..., int] | None = None,
     ) -> None:
         super().__init__(stage, signals, counts=counts, seeds=seeds)
         self._route, self._routing, self._number = route, routing, number
+        self._seed_for = seed_for
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
@@ -288,6 +290,15 @@ class LayerContext(Context):
     def learns(self) -> bool:
         """Whether the model learns from this forward, auxiliary losses included."""
         return self._routing is not None and self._routing.learns
+
+    @property
+    def learnt(self) -> int:
+        """Forwards that the model has learnt from before this one; see `Patched.learnt`."""
+        return self._routing.learnt
+
+    def seed_for(self, *more: int) -> int:
+        """A seed that the plan's seed, the stage's place in the plan, and `more` decide."""
+        return self._seed_for(*more)
 
     def answer_loss(self, hidden: Tensor) -> Tensor:
         """The answers' loss if these hidden states left the last layer: a mean over tokens.

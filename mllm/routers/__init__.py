@@ -13,6 +13,7 @@ _HOMES = {
     "MoE": "experts_moe",
     "MoELLaVA": "experts_moellava",
     "MoH": "moh",
+    "MoR": "mor",
     "PMoD": "pmod",
     "PRMoE": "experts_prmoe",
     "SkipFFN": "skipffn",

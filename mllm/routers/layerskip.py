@@ -19,6 +19,8 @@ from mllm.compressors.base import (
     register,
 )
 from mllm.errors import PlanError
+from mllm.routers.account import rank
+from mllm.routers.schedules import draw
 
 
 @register("layerskip", paper="arXiv:2404.16710", stage="llm", trained=True)
@@ -29,7 +31,7 @@ class LayerSkip(LayerMethod):
     In training a sample passes a layer by with a probability that grows with depth, from 0 to
     `dropout`; and what leaves some layers is read by the last norm and the head as if it were the
     last, and has to answer too. These exits are every `every`-th layer, from another one in each
-    step; the deeper, the more they count; the answers' own loss keeps the weight 1. At inference
+    forward; the deeper, the more they count; the answers' own loss keeps the weight 1. At inference
     nothing changes, unless `exit` is set: then no layer from that one on is run, for prompts with
     pictures and what follows them. Adds no parameters.
 
@@ -88,13 +90,16 @@ class LayerSkip(LayerMethod):
         if not ctx.learns:
             gone = range(self.exit, ctx.num_layers) if self.exit == ctx.layer else ()
             return [BranchGate(layer, branch, 0.0) for layer in gone for branch in branches]
-        if "offset" not in ctx.state:
-            ctx.state["offset"] = int(torch.randint(self.every, ()))
+        if not ctx.state:  # exits are those of all processes, and each drops samples of its own
+            ctx.state["offset"] = draw(range(self.every), None, ctx.seed_for(), ctx.learnt)
+            generator = torch.Generator().manual_seed(ctx.seed_for(ctx.learnt, rank()))
+            size = ctx.num_layers, len(ctx.visual)
+            ctx.state["drawn"] = torch.rand(size, generator=generator)
         before = ctx.layer - 1  # the layer that has just run
         if before % self.every == ctx.state["offset"] and self.scale:
             share = self.counts(before) / self.counts(ctx.num_layers - 1)
             ctx.penalise("exits", ctx.answer_loss(ctx["hidden"]), self.scale * share)
-        passes = torch.rand(len(ctx.visual)) < self.chance(ctx.layer, ctx.num_layers)
+        passes = ctx.state["drawn"][ctx.layer] < self.chance(ctx.layer, ctx.num_layers)
         rows = ~passes.to(ctx.visual.device)[:, None].expand_as(ctx.visual)
         return [BranchRows(ctx.layer, branch, rows) for branch in branches]
 

@@ -170,6 +170,9 @@ class FinetuneTrainer(CheckpointTrainer):
         return Order(len(data), seed, batch, lengths, kinds if group == "modality" else None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.patched is not None:  # a step begins, perhaps the first one after a stop
+            before = self.state.global_step * self.args.gradient_accumulation_steps
+            self.patched.learnt = before
         if self.meter is not None:
             epoch_iterator = self.meter.timed(epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
