@@ -15,6 +15,11 @@ def world() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
+def rank() -> int:
+    """The number of this process among those that train together."""
+    return torch.distributed.get_rank() if world() > 1 else 0
+
+
 def summed(x: Tensor) -> Tensor:
     """The sum over all processes, without gradient."""
     x = x.detach().clone()
@@ -46,12 +51,14 @@ class Routing:
     Attributes:
         learns: whether the auxiliary losses of this pass are part of its loss.
         factor: what they are multiplied with: see :func:`loss_factor`.
+        learnt: passes that the model has learnt from before this one.
         stats: by stage and layer, sums that :mod:`mllm.routers.stats` reads.
         scale: the gradient of the loss, once its backward has begun.
     """
 
     learns: bool = False
     factor: Any = 1.0
+    learnt: int = 0
     stats: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     scale: Tensor | None = None
     # By stage, layer and name, as they are and as they count; a recompute writes them again.

@@ -1,9 +1,11 @@
-"""How the share of tokens that a layer works on falls with depth."""
+"""How the share of tokens that a layer works on falls with depth; and draws alike everywhere."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
 
 Shape = Literal["shiftedcos", "shiftedlinear", "deep", "interleave"]
 
@@ -40,3 +42,18 @@ def ratios(
     """
     raw = {layer: ratio(shape, layer, num_layers, shift) for layer in range(num_layers)}
     return {layer: max(r, least) for layer, r in raw.items() if r <= most}
+
+
+def draw(choices: Sequence[Any], weights: Sequence[float] | None, seed: int, step: int) -> Any:
+    """One of `choices` at random, which `seed` and `step` alone decide.
+
+    So all processes draw alike without telling each other, and a run that goes on after a stop
+    draws what it would have drawn. No generator of anybody is touched.
+
+    Args:
+        choices: at least one.
+        weights: how often each is drawn, from 0 and not all 0; None is equally often.
+        seed: for example the plan's.
+        step: of the training; each draws anew.
+    """
+    return random.Random(f"{seed}/{step}").choices(choices, weights)[0]

@@ -170,6 +170,9 @@ class FinetuneTrainer(CheckpointTrainer):
         return Order(len(data), seed, batch, lengths, kinds if group == "modality" else None)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.patched is not None:  # a step begins, perhaps the first one after a stop
+            before = self.state.global_step * self.args.gradient_accumulation_steps
+            self.patched.learnt = before
         if self.meter is not None:
             epoch_iterator = self.meter.timed(epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -316,7 +319,8 @@ def _keep_routers(recipe: Recipe, trainer: FinetuneTrainer, patched: Any, folder
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.should_save:
         patched.save_adapter(folder, whole)
-        stats.plot(patched.router_stats(), folder.with_suffix(".png"))
+        if rows := patched.router_stats():  # learned tokens have none
+            stats.plot(rows, folder.with_suffix(".png"))
 
 
 def _go_on(recipe: Recipe, patched: Any) -> None:
