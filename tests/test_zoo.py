@@ -35,6 +35,7 @@ ELSEWHERE = {
     "randomllm": "test_methods.py", "pmod": "test_routers.py", "mod": "test_depth.py",
     "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
     "layerskip": "test_depth.py",
+    **dict.fromkeys(["m3", "mqt", "tokenflex", "tokenpacker"], "test_learned.py"),
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -138,6 +139,8 @@ OTHERS = {
     "cmai": "nothing leaves", "windowmerge": "a share of windows",
     **dict.fromkeys(["pmod", "mod", "gammamod"], "tokens pass layers by"), "moh": "nothing leaves",
     "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
+    "m3": "whole grids", "tokenflex": "whole grids", "tokenpacker": "whole grids",
+    "mqt": "as many queries",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.
