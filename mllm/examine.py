@@ -166,6 +166,8 @@ SIGNALS: list[tuple[type, Any]] = [
     (_Reducer, base.VisionAttention(query="received")),
     (_Reducer, base.VisionKeys()),
     (_Reducer, base.Features()),
+    (_Reducer, base.Unprojected()),
+    (_Reducer, base.BlockFeatures((0,))),
     (_Reducer, base.Joint()),
     (_Pruner, base.Grid()),
     (_Pruner, base.TextEmbeds()),

@@ -12,9 +12,10 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mllm.calibration import applied
 from mllm.capture import declared
 from mllm.chunks import Chunks, check_chunks
 from mllm.compressors.base import (
+    BlockFeatures,
     CacheCompressor,
     Hidden,
     Joint,
@@ -36,6 +38,7 @@ from mllm.compressors.base import (
     TextEmbeds,
     TokenReducer,
     TowerReducer,
+    Unprojected,
     VisionAttention,
     VisionKeys,
 )
@@ -45,7 +48,7 @@ from mllm.ledger import Ledger, Record
 from mllm.models import resolve as resolve_family
 from mllm.models.base import Family
 from mllm.plan import Plan
-from mllm.pre_llm import Prompts, VisionRun
+from mllm.pre_llm import Prompts, VisionRun, idle
 from mllm.routers import adapter as adapters
 from mllm.routers import stats
 from mllm.routers.account import Routing, loss_factor
@@ -65,6 +68,7 @@ class _Call:
     labels: Tensor | None
     logits_to_keep: Any
     routing: Routing | None = None
+    stages: dict[int, TokenReducer] = field(default_factory=dict)  # in training, by number
 
 
 @dataclass
@@ -89,6 +93,7 @@ _CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 
 _MISSING = object()
 UNTRAINED = "new routers, which know nothing"
+UNTRAINED_PROJECTOR = "a new projector, which knows nothing"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -164,6 +169,10 @@ class Patched:
         self.early = bool(self.mergers) or any(
             self.site(s) == "pre_projector" for _, s in self.reducers
         )
+        self.replaces = any(s.replaces for _, s in self.reducers)
+        self.before_projecting = any(isinstance(x, Unprojected) for x in read)
+        inner = [b for x in read if isinstance(x, BlockFeatures) for b in x.blocks]
+        self.tower_blocks = sorted({self.family.block(block) for block in inner})
         self.acts = sorted({layer for _, s in self.pruners for layer in s.at()})
         self.cuts = sorted(
             {
@@ -230,7 +239,8 @@ class Patched:
                 is changed.
         """
         adapters.load(self, folder)
-        self.plan_notes = [note for note in self.plan_notes if not note.endswith(UNTRAINED)]
+        new = UNTRAINED, UNTRAINED_PROJECTOR
+        self.plan_notes = [note for note in self.plan_notes if not note.endswith(new)]
 
     def train_routers(self, alone: bool = False) -> None:
         """Let what the plan learns be trained, for example after PEFT has frozen the model.
@@ -259,17 +269,27 @@ class Patched:
         return self.routing.losses if self.routing.learns else {}
 
     def _new_parts(self) -> dict[int, dict[str, nn.Module]]:
-        """What in-LLM stages learn, as it starts: drawn by the plan's seed."""
+        """What stages in and before the LLM learn, as it starts: drawn by the plan's seed."""
         family, stages = self.family, {}
         config = family.text_config
         device = next(family.decoder.parameters()).device
+        beside = next(family.projector.parameters()).device
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for number, stage in self.pruners:
                 torch.default_generator.manual_seed(self.plan.seed_for(number))
                 if parts := stage.parts(config.hidden_size, config.num_attention_heads):
                     stages[number] = {name: part.to(device) for name, part in parts.items()}
                     self.plan_notes.append(f"{stage.info.name}: {UNTRAINED}")
-        self.depth = list(stages)
+            self.depth = list(stages)
+            for number, stage in self.reducers:
+                torch.default_generator.manual_seed(self.plan.seed_for(number))
+                if parts := stage.parts(config.hidden_size, family.tower_widths):
+                    # What has the work of a projector has its precision.
+                    stages[number] = {
+                        name: part.to(beside, family.model.dtype) for name, part in parts.items()
+                    }
+                    self.plan_notes.append(f"{stage.info.name}: {UNTRAINED_PROJECTOR}")
+        self.projectors = [(n, s) for n, s in self.reducers if n in stages]
         return stages
 
     def positions(self, stage: Any) -> str:
@@ -376,11 +396,14 @@ class Patched:
             pre(family.attention(i), self._routing_pre)  # before others change its arguments
             wrap(family.mlp(i), "forward", functools.partial(self._run_experts, i))
         self._install_branches(pre, post)
-        if self.early or self.space is not None:
+        if self.early or self.before_projecting or self.space is not None:
             pre(family.projector, self._projector_pre)
-        if self.early:
+        if self.early or self.replaces:
             post(family.projector, self._projector_post)
+        if self.early:
             post(family.tower, self._tower_post)
+        for i in self.tower_blocks:
+            post(family.blocks[i], functools.partial(self._tower_block_post, i))
         for i, block in enumerate(family.blocks if self.mergers else ()):
             wrap(block, "forward", functools.partial(self._tower_block, i))
         if self.routers is not None:
@@ -423,8 +446,7 @@ class Patched:
             )
 
     def _check_name(self) -> None:
-        learns = bool(self.experts) or any(s.info.trained for _, s in self.pruners)
-        if learns and NAME in self.family.model._modules:
+        if any(s.info.trained for s in self.plan.stages) and NAME in self.family.model._modules:
             raise PlanError(
                 f"the model has a submodule {NAME!r} already",
                 argument="model",
@@ -574,26 +596,42 @@ class Patched:
         if labels is None and outer is not None and outer.patched is self:
             labels = outer.labels  # a PEFT wrapper's call, around this one
         nested = outer is not None and outer.patched is self
-        items = kwargs.get("num_items_in_batch")
-        routing = outer.routing if nested else self._new_routing(labels, items)
-        token = _CALL.set(_Call(self, labels, kwargs.get("logits_to_keep", 0), routing))
-        try:
-            output = forward(*args, **kwargs)
-        finally:
-            _CALL.reset(token)
-        if nested or routing is None or not routing.learns:
-            return output
+        items, keep = kwargs.get("num_items_in_batch"), kwargs.get("logits_to_keep", 0)
+        losses = []
+        for stages in [outer.stages] if nested else self._in_training(labels):
+            routing = outer.routing if nested else self._new_routing(labels, items)
+            token = _CALL.set(_Call(self, labels, keep, routing, stages))
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                _CALL.reset(token)
+            if nested or routing is None or not routing.learns:
+                return output
+            losses.append(routing.total(output[0]))
+        loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         if isinstance(output, tuple):
-            return (routing.total(output[0]), *output[1:])
-        output["loss"] = routing.total(output["loss"])
+            return (loss, *output[1:])
+        output["loss"] = loss
         return output
+
+    def _learns(self, labels: Tensor | None) -> bool:
+        """Whether the model learns from a call with these labels."""
+        return self.family.model.training and labels is not None and torch.is_grad_enabled()
+
+    def _in_training(self, labels: Tensor | None) -> list[dict[int, TokenReducer]]:
+        """The stages before the LLM, by number, of every forward that stands for one of a call."""
+        if not self._learns(labels):
+            return [{}]
+        seed_for = self.plan.seed_for
+        ways = [s.in_training(seed_for(n), self.learnt) for n, s in self.reducers]
+        numbers = [n for n, _ in self.reducers]
+        return [dict(zip(numbers, way, strict=True)) for way in itertools.product(*ways)]
 
     def _new_routing(self, labels: Tensor | None, items: Any) -> Routing | None:
         """The account of a call; None where nothing needs training."""
         if not any(stage.info.trained for stage in self.plan.stages):
             return None
-        learns = self.family.model.training and labels is not None and torch.is_grad_enabled()
-        if not learns:
+        if not self._learns(labels):
             return Routing()
         self.learnt += 1
         return Routing(True, loss_factor(labels, items), self.learnt - 1)
@@ -816,7 +854,9 @@ class Patched:
         if decoder_run is None and self.reads_prompts and given is not None:
             marks, counts, _ = self._placeholders(given["input_ids"], given, drafts=False)
             prompts = self._prompts(given, marks, counts)
-        run = VisionRun(self, self.kinds[kind], inputs, known, prompts.get(kind))
+        call = _CALL.get()
+        stages = call.stages if call is not None and call.patched is self else None
+        run = VisionRun(self, self.kinds[kind], inputs, known, prompts.get(kind), stages)
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
@@ -833,13 +873,19 @@ class Patched:
     def _projector_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if (run := _VISION.get()) is None:
             return None
-        run.unprojected = args[0].detach()
+        run.unprojected = args[0]
+        if self.replaces:
+            return (args[0][:0], *args[1:]), kwargs
         if self.early:
             return (run.before_projector(args[0]), *args[1:]), kwargs
 
     def _projector_post(self, module: nn.Module, args: tuple, output: Tensor) -> Any:
         if (run := _VISION.get()) is not None:
-            return run.after_projector(output)
+            return run.not_projected(output) if self.replaces else run.after_projector(output)
+
+    def _tower_block_post(self, block: int, module: nn.Module, args: tuple, output: Any) -> None:
+        if (run := _VISION.get()) is not None:
+            run.blocks[block] = output[0] if isinstance(output, tuple) else output
 
     def _tower_post(self, module: nn.Module, args: tuple, output: Any) -> None:
         run = _VISION.get()
@@ -979,8 +1025,12 @@ class Patched:
         """Keep what routers did; those of every rank need a gradient."""
         if run.visual is not None or (self.experts and not run.past_logical):
             self.routing = run.routing
-        if run.routing.learns and run.visual is None and self.depth:
+        if not run.routing.learns or run.visual is not None:
+            return
+        if self.depth:
             run.routing.reach(active(self.family.model).idle(hidden, self.depth))
+        for number, stage in self.projectors:
+            run.routing.reach(idle(self, number, stage, hidden))
 
     def _book_text(self, run: DecoderRun) -> None:
         """A decode step, or a text-only prefill: the first turn's, or a later turn's."""

@@ -402,9 +402,19 @@ class Plan:
     @property
     def sha256(self) -> str:
         """Hash of what the plan does (the version of mllm is left out)."""
+        return self._hash(whole=True)
+
+    @property
+    def learnt_sha256(self) -> str:
+        """Hash of what the plan's learnt parts depend on: :attr:`sha256` without `free` fields."""
+        return self._hash(whole=False)
+
+    def _hash(self, whole: bool) -> str:
         data = {k: v for k, v in self.to_dict().items() if k != "mllm_version"}
         data["stages"] = _rows(self.stages)
         for stage, row in zip(self.stages, data["stages"], strict=True):
+            for name in () if whole else stage.free:
+                del row["params"][name]
             if "positions" in row["params"]:
                 row["params"]["positions"] = stage.positions or stage.paper_positions
             if row["params"].get("calibration"):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mllm import attention
 from mllm.capture import pick
 from mllm.compressors.base import (
+    BlockFeatures,
     Context,
     Features,
     Grid,
@@ -26,12 +27,14 @@ from mllm.compressors.base import (
     Resize,
     TextEmbeds,
     TokenReducer,
+    Unprojected,
     VisionAttention,
     VisionKeys,
     Write,
 )
 from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
+from mllm.routers.base import NAME, active
 from mllm.signals import Compared, Text
 from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of, split_images
 from mllm.tower import TowerRun
@@ -89,21 +92,23 @@ class VisionRun:
         inputs: Mapping[str, Any],
         layouts: list[Layout] | None = None,
         prompts: Prompts | None = None,
+        stages: Mapping[int, TokenReducer] | None = None,
     ) -> None:
         self.patched, self.family, self.inputs = patched, family, inputs
-        self.prompts = prompts
+        self.prompts, self.stages = prompts, stages or {}  # by number, in training
         pixels = inputs[family.pixels]
         if layouts is None:
             family.check(inputs)
             layouts = family.layouts(inputs)
         full = [self.family.vision_flops(x, x.cells) for x in layouts]
+        own = [self.family.vision_flops(x, 0) for x in layouts] if patched.replaces else full
         into = on_device(torch.cat([torch.arange(x.tokens) for x in layouts]), pixels)
         self.reduction = Reduction(
             layouts=layouts,
             keep=torch.ones_like(into, dtype=torch.bool),
             into=into,
-            vision_flops=full,
-            baseline_vision_flops=list(full),
+            vision_flops=list(own),
+            baseline_vision_flops=full,
             selection_flops=[0.0] * len(layouts),
             counts=[x.cells for x in layouts],
         )
@@ -115,6 +120,7 @@ class VisionRun:
         self.signals: dict[Any, Tensor] = {}
         self.texts: dict[TextEmbeds, Text] = {}
         self.unprojected: Tensor | None = None
+        self.blocks: dict[int, Tensor] = {}  # what tower blocks have made
         self.compared: tuple[Tensor, Tensor, Tensor] | None = None
         self.cls: Tensor | None = None
         self.resized: list[tuple[int, int]] = []
@@ -138,7 +144,8 @@ class VisionRun:
         ]
 
     def _at(self, site: str) -> list[tuple[int, TokenReducer]]:
-        return [(n, s) for n, s in self.patched.reducers if self.patched.site(s) == site]
+        stages = [(n, self.stages.get(n, s)) for n, s in self.patched.reducers]
+        return [(n, s) for n, s in stages if self.patched.site(s) == site]
 
     # Signals of the tower
 
@@ -199,6 +206,19 @@ class VisionRun:
                     left -= patches
         return self.signals[signal]
 
+    def _of_tower(self, signal: Unprojected | BlockFeatures) -> Tensor:
+        """Features before the projector per visual token: `[tokens, width]`."""
+        if signal not in self.signals:
+            family, layouts = self.family, self.reduction.layouts
+            if isinstance(signal, Unprojected):
+                found = family.unprojected(self.unprojected, layouts)
+            else:
+                made = [self.blocks[family.block(block)] for block in signal.blocks]
+                patches = torch.cat([x[..., family.prefix :, :] for x in made], -1)
+                found = family.to_rows(patches.flatten(0, -2), layouts)
+            self.signals[signal] = found.to(self.unprojected.dtype)  # resized in fp32
+        return self.signals[signal]
+
     def _question(self, which: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of text of each prompt, which of them there are, and their ids: `[batch, text]`."""
         prompts = self.prompts
@@ -241,7 +261,7 @@ class VisionRun:
             ids = [
                 row[:n] for row, n in zip(ids.tolist(), there.sum(1).tolist(), strict=True)
             ]
-            patches = space.patches(self.unprojected.flatten(0, 1))
+            patches = space.patches(self.unprojected.detach().flatten(0, 1))
             text, valid = space.texts(ids)
             self.compared = self.family.to_rows(patches, layouts), text, valid
             width, dim = self.unprojected.shape[-1], text.shape[2]
@@ -295,6 +315,8 @@ class VisionRun:
                 signals[name] = self._text(signal, group, stage.info.name)
             elif isinstance(signal, Joint):
                 signals[name] = self._joint(group, stage.info.name)
+            elif isinstance(signal, Unprojected | BlockFeatures):
+                signals[name] = self._of_tower(signal)[group.at]
             else:
                 signals[name] = self._signal(signal, stage.info.name)[group.at]
         counts = [self.reduction.counts[i] for i in group.images]
@@ -302,8 +324,10 @@ class VisionRun:
             stage, signals, grid=group.layout.grids[0] if group.layout.plain else None,
             valid=self.reduction.keep[group.at], counts=None if None in counts else counts,
             seeds=functools.partial(self._seeds, number, group),
+            route=functools.partial(_route, self.patched, number, booked := []),
         )
         actions = stage.reduce(ctx)
+        ctx.book(sum(booked))
         self.reduction.ran.add(number)
         costs = np.broadcast_to(ctx.flops, len(group.images)).tolist()
         for image, cost in zip(group.images, costs, strict=True):
@@ -416,6 +440,16 @@ class VisionRun:
         self.reduction.vision_flops = [self.family.vision_flops(group.layout, n) for n in own]
         return gather_rows(features, self.rows)
 
+    def not_projected(self, nothing: Tensor) -> Tensor:
+        """Zeros for the tokens of a projector that was given nothing.
+
+        Args:
+            nothing: what it has made of that, so that its parameters have a gradient.
+        """
+        flat = sum(layout.cells for layout in self.reduction.layouts)
+        count = len(self.unprojected) if nothing.dim() == 3 else flat
+        return nothing.new_zeros(count, *nothing.shape[1:]) + nothing.sum()
+
     def after_projector(self, projected: Tensor) -> Tensor:
         """Spread the projected tokens over their rows again."""
         tokens = self.groups[0].layout.tokens
@@ -484,3 +518,33 @@ class VisionRun:
             tokens = at[:, :1] + on_device(behind, at)  # an image begins with a cell
             reduction.keep[tokens] = stay
             reduction.into[tokens] = torch.where(stay, reduction.into[tokens], -1)
+
+
+def _route(
+    patched: Patched, number: int, booked: list[float], x: Tensor, part: str, *more: Any
+) -> Tensor:
+    model = patched.family.model
+    booked.append(active(model)._modules[str(number)][part].flops(x, *more))
+    # By the model's attribute: PEFT may have put a copy in its place.
+    return getattr(model, NAME)(x, number, part, *more)
+
+
+def idle(patched: Patched, number: int, stage: TokenReducer, like: Tensor) -> Tensor:
+    """Zero, from all that a stage learns, by an empty picture of 2 x 2 tokens: fp32 scalar.
+
+    A batch without pictures uses none of it, and others of its step wait for its gradients.
+    """
+    width, block = patched.family.tower_widths
+    signals: dict[str, Any] = {}
+    for name, signal in stage.reads().items():
+        if isinstance(signal, Grid):
+            signals[name] = Layout(((2, 2),)).places
+        else:
+            wide = width if isinstance(signal, Unprojected) else block * len(signal.blocks)
+            signals[name] = like.new_zeros(1, 4, wide)
+    ctx = Context(
+        stage, signals, valid=like.new_ones(1, 4, dtype=torch.bool),
+        route=functools.partial(_route, patched, number, []),
+    )  # fmt: skip
+    made = [action.values for action in stage.reduce(ctx) if isinstance(action, Write)]
+    return 0.0 * made[0].float().sum()

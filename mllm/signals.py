@@ -63,6 +63,26 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Unprojected:
+    """What the model's projector is given, before the LLM: `[images, tokens, width]`.
+
+    One row per visual token, with its gradient. Where the projector joins patches by itself a
+    row is the mean of its patches.
+    """
+
+
+@dataclass(frozen=True)
+class BlockFeatures:
+    """What tower blocks have made, side by side: `[images, tokens, blocks x width]`, as above.
+
+    Attributes:
+        blocks: tower blocks; a float is a share of the tower's depth.
+    """
+
+    blocks: tuple[int | float, ...]
+
+
+@dataclass(frozen=True)
 class Grid:
     """Where tokens are in their picture.
 

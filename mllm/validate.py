@@ -113,7 +113,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
         budgets = getattr(stage, "keep", None)
         budgets = budgets if isinstance(budgets, tuple) else (budgets,)
         keep = max((k for k in budgets if isinstance(k, int)), default=0)
-        if grid and keep > grid[0] * grid[1]:
+        if grid and keep > grid[0] * grid[1] and not stage.info.trained:
             raise PlanError(
                 f"{stage.info.name}: keep={keep} is more than the {grid[0] * grid[1]} visual "
                 "tokens of an image",
@@ -180,7 +180,9 @@ def _check_tower(patched: Patched) -> None:
     """Refuse merging in a tower that cannot do it, or before what needs all its tokens."""
     for _, stage in patched.mergers:
         name, family = type(patched.family.model).__name__, patched.family
-        others = [s for _, s in patched.reducers if patched.site(s) == "pre_projector"]
+        others = [
+            s for _, s in patched.reducers if s.replaces or patched.site(s) == "pre_projector"
+        ]
         blocks = [family.block_attention(b) for b in stage.blocks(family.block(None) + 1)]
         backends = {compat.attention_name(block) for block in blocks}
         if not family.per_token or len(family.feature_blocks()) > 1:

@@ -24,10 +24,10 @@ NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
-          "dualfilter", "mustdrop", *TRAINED]  # fmt: skip
+          "dualfilter", "mustdrop", *TRAINED, "m3", "mqt", "tokenflex", "tokenpacker"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
-        "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip"]  # fmt: skip
+        "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip", "m3"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
          "keytokens", "dualfilter", "mustdrop", *TRAINED]  # fmt: skip
@@ -81,6 +81,7 @@ IDENTITY = {
     "moh": "moh:active=1.0",
     "skipffn": "skipffn:budget=1.0:summary=false",
     "layerskip": "layerskip",
+    "m3": "m3:keep=576",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 
@@ -96,7 +97,8 @@ def test_declared_identity_is_the_one_tested(name):
     """What a method declares as its identity is a plan of this file."""
     declared = get_method(name).identity
     if declared is None:
-        assert name in ("vtw", "gammamod"), "methods that never keep everything"
+        learnt = ("mqt", "tokenflex", "tokenpacker")  # tokens of their own
+        assert name in ("vtw", "gammamod", *learnt), "methods that never keep everything"
         return
     stage = Plan.from_spec(IDENTITY[name]).written[0]
     assert all(getattr(stage, k) == v for k, v in declared.items())

@@ -150,7 +150,15 @@ def stages(draw):
         "segments": st.integers(3, 9),
         "shared": st.integers(1, 2),
         "start_from": st.sampled_from(["added", "split"]),
+        "train": st.sampled_from(["draw", "keep"]),
+        "scales": st.just((576, 144, 36, 9)),
+        "counts": st.just((64, 256, 400)),
+        "weights": st.none(),
     }
+    learned = {"m3": (9, 36), "tokenflex": (64, 256), "mqt": (1, 64), "tokenpacker": (36, 144)}
+    if cls.info.name in learned:
+        values["keep"] = st.sampled_from(learned[cls.info.name])
+        values["heads"], values["queries"] = st.integers(1, 16), st.sampled_from([256, 400])
     if cls.info.name in ("pmod", "mod", "mor", "gammamod", "moh", "layerskip"):
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.name == "moh":

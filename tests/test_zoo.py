@@ -35,6 +35,7 @@ ELSEWHERE = {
     "randomllm": "test_methods.py", "pmod": "test_routers.py", "mod": "test_depth.py",
     "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
     "layerskip": "test_depth.py", "mor": "test_mor.py",
+    **dict.fromkeys(["m3", "mqt", "tokenflex", "tokenpacker"], "test_learned.py"),
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -139,6 +140,8 @@ OTHERS = {
     **dict.fromkeys(["pmod", "mod", "mor", "gammamod"], "tokens pass layers by"),
     "moh": "nothing leaves",
     "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
+    "m3": "whole grids", "tokenflex": "whole grids", "tokenpacker": "whole grids",
+    "mqt": "as many queries",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.

@@ -35,6 +35,10 @@ def command(
     device: DeviceOption = None,
     attn_implementation: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
     seed: Annotated[int, typer.Option(help="Seed of the plans.")] = 0,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Folder with what the plans have learnt, perhaps at another budget."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Score a model under one or more plans with lmms-eval.
@@ -61,6 +65,7 @@ def command(
             attn_implementation=attn_implementation,
             seed=seed,
             output=output,
+            adapter=adapter,
         )
         return [{k: v for k, v in record.items() if k != "results"} for record in records]
 

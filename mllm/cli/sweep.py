@@ -119,6 +119,10 @@ def command(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU when there is one.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Folder with what the methods have learnt, for all of their budgets."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run and what it costs, and stop.")
     ] = False,
@@ -152,6 +156,7 @@ def command(
         "workers": workers,
         "dtype": dtype,
         "device": device,
+        "adapter": adapter,
     }
     run_command(
         "sweep",
@@ -199,6 +204,7 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
             sanity_positions=chosen.sanity_positions,
             kv_budgets=chosen.kv_budgets,
             fixed=chosen.fixed,
+            adapter=chosen.adapter,
         )
         about = describe_run(loaded[0])
         _, todo = sweep.split_cells(entries, tasks, output, about, asked)

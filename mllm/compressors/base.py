@@ -36,6 +36,7 @@ from mllm.errors import PlanError
 from mllm.plan import Budget, check_fields, register, resolve, schedule_for_average
 from mllm.signals import (
     AttentionRows,
+    BlockFeatures,
     ColumnMass,
     Features,
     Grid,
@@ -45,6 +46,7 @@ from mllm.signals import (
     Queries,
     Rotary,
     TextEmbeds,
+    Unprojected,
     Values,
     VisionAttention,
     VisionKeys,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionRows",
+    "BlockFeatures",
     "BranchGate",
     "BranchRows",
     "Budget",
@@ -94,6 +97,7 @@ __all__ = [
     "TokenReducer",
     "TowerContext",
     "TowerReducer",
+    "Unprojected",
     "Values",
     "VisionAttention",
     "VisionKeys",
@@ -129,9 +133,10 @@ class Context:
         valid: Tensor | None = None,
         seeds: Callable[[], list[int]] | None = None,
         counts: list[int] | None = None,
+        route: Callable[..., Tensor] | None = None,
     ) -> None:
         self.stage, self._signals, self._seeds = stage, signals, seeds
-        self.grid, self.valid, self._counts = grid, valid, counts
+        self.grid, self.valid, self._counts, self._route = grid, valid, counts, route
         self.flops: Any = 0.0
 
     def __getitem__(self, name: str) -> Any:
@@ -146,6 +151,10 @@ class Context:
 
     def __contains__(self, name: str) -> bool:
         return name in self._signals
+
+    def route(self, part: str, x: Tensor, *more: Any) -> Tensor:
+        """What a trained part of the stage makes of `x`; see `parts` of the kinds of stages."""
+        return self._route(x, part, *more)
 
     def generators(self) -> list[torch.Generator]:
         """One CPU generator per image (in the LLM: per sample), seeded by plan and pictures.
@@ -258,7 +267,7 @@ class LayerContext(Context):
         width: int,
         counts: list[int] | None = None,
         seeds: Callable[[], list[int]] | None = None,
-        route: Callable[[str, Tensor], Tensor] | None = None,
+        route: Callable[..., Tensor] | None = None,
         routing: Routing | None = None,
         number: int = 0,
         answers: Tensor | None = None,
@@ -266,9 +275,8 @@ class LayerContext(Context):
         answer_loss: Callable[[Tensor], Tensor] | None = None,
         seed_for: Callable[..., int] | None = None,
     ) -> None:
-        super().__init__(stage, signals, counts=counts, seeds=seeds)
-        self._route, self._routing, self._number = route, routing, number
-        self._seed_for = seed_for
+        super().__init__(stage, signals, counts=counts, seeds=seeds, route=route)
+        self._routing, self._number, self._seed_for = routing, number, seed_for
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
@@ -281,10 +289,6 @@ class LayerContext(Context):
 
     def _there(self) -> Tensor:
         return self.visual
-
-    def route(self, part: str, x: Tensor) -> Tensor:
-        """What a trained part of the stage makes of `x`; see :meth:`LayerMethod.parts`."""
-        return self._route(x, part)
 
     @property
     def learns(self) -> bool:
@@ -472,6 +476,8 @@ class _Method:
     draws: ClassVar[bool] = False
     #: Fields that texts and tables name even at their defaults.
     named: ClassVar[tuple[str, ...]] = ()
+    #: Fields that what is learnt does not depend on: an adapter serves all their values.
+    free: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -490,11 +496,33 @@ class TokenReducer(_Method):
 
     `site` is where it works: `"pixels"`, `"pre_projector"` or `"post_projector"`.
     `first` marks a method that must be the first pre-LLM stage (it needs the full grid).
+    `replaces` marks one that projects by itself: the model's projector is given nothing.
     """
 
     site = "post_projector"
     paper_positions = "compact"
     first: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+
+    def parts(self, width: int, tower: tuple[int, int]) -> dict[str, nn.Module]:
+        """What the stage learns, by name; see `ctx.route`.
+
+        A part has a method `flops` of the arguments of its forward: its cost for one image.
+
+        Args:
+            width: of the language model's hidden states.
+            tower: widths of :class:`Unprojected` and of one block of :class:`BlockFeatures`.
+        """
+        return {}
+
+    def in_training(self, seed: int, step: int) -> list[TokenReducer]:
+        """The stages that training runs in place of this one; their losses are averaged.
+
+        Args:
+            seed: of the stage.
+            step: forwards learnt from before, the same in all processes.
+        """
+        return [self]
 
     def reduce(self, ctx: Context) -> list[Any]:
         """Actions for a group of images with the same grid. See :class:`Context`."""

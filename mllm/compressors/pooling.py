@@ -119,31 +119,65 @@ class Pooling(TokenReducer):
         """`[images, width, frames, rows, cols]` at another size."""
         return F.adaptive_avg_pool3d(x, size)
 
+    def source(self, ctx: Context) -> Tensor:
+        """What is pooled: `[images, tokens, width]`."""
+        return ctx["features"]
+
+    def made(self, ctx: Context, x: Tensor, size: Size) -> Tensor:
+        """The tokens of one level, in order: `[images, pooled, width]`.
+
+        Args:
+            ctx: the context.
+            x: `[images, width, frames, rows, cols]`, one grid.
+            size: of the level.
+        """
+        return self.mean(x.float(), size).flatten(2).transpose(1, 2).to(x)
+
     def reduce(self, ctx: Context) -> list:
-        x = ctx["features"]
-        images, tokens, _ = x.shape
-        at, into, cells = [], [], []
-        grids = stacks(ctx["grid"])
+        x, grids = self.source(ctx), stacks(ctx["grid"])
+        at, into, made = [], [], []
         for grid, levels in zip(grids, self.levels(grids), strict=True):
-            own = x[:, grid.start : grid.start + grid.tokens].float()
+            own = x[:, grid.start : grid.start + grid.tokens]
             own = own.transpose(1, 2).unflatten(2, grid.size)
-            cells += [self.mean(own, size).flatten(2).transpose(1, 2) for size in levels]
+            made += [self.made(ctx, own, size) for size in levels]
             seat, goes = seats(grid.size, tuple(levels))
             at.append(seat + grid.start)
             into.append(torch.where(goes < 0, -1, goes + grid.start))
-        seat = torch.cat(at)
-        count, place = len(seat), torch.zeros(tokens, dtype=torch.long)
-        place[seat] = torch.arange(count)
-        seat, into, place = (
-            t.to(x.device, non_blocking=True) for t in (seat, torch.cat(into), place)
-        )
-        values = x.index_copy(1, seat, torch.cat(cells, 1).to(x))
-        keep = torch.zeros_like(ctx.valid).index_fill(1, seat, True)
-        return [
-            Keep(keep, [count] * images),
-            Merge(into.expand(images, -1)),
-            Write(values, order=place.expand(images, -1)),
-        ]
+        return placed(ctx, torch.cat(at), torch.cat(into), torch.cat(made, 1))
+
+
+def placed(ctx: Context, seat: Tensor, into: Tensor, made: Tensor) -> list:
+    """Actions that put new tokens in the seats of old ones.
+
+    Args:
+        ctx: the context.
+        seat: int64 `[new]`, on the CPU: tokens at which the new ones stand, in their order.
+        into: int64 `[tokens]`, on the CPU: the seat that each token goes to, or -1.
+        made: `[images, new, width]`.
+    """
+    images, tokens = ctx.valid.shape
+    place = torch.zeros(tokens, dtype=torch.long)
+    place[seat] = torch.arange(len(seat))
+    seat, into, place = (t.to(made.device, non_blocking=True) for t in (seat, into, place))
+    values = made.new_zeros(images, tokens, made.shape[2]).index_copy(1, seat, made)
+    return [
+        Keep(torch.zeros_like(ctx.valid).index_fill(1, seat, True), [len(seat)] * images),
+        Merge(into.expand(images, -1)),
+        Write(values, order=place.expand(images, -1)),
+    ]
+
+
+class PoolingWithin(Pooling):
+    """Pools every grid once, to the largest size of its shape within its share of `keep`."""
+
+    def levels(self, grids: list[Stack]) -> list[list[Size]]:
+        budget = resolve(self.keep, sum(g.tokens for g in grids))
+        found = []
+        for n, g in zip(shares(budget, [g.tokens for g in grids]), grids, strict=True):
+            frames = min(g.size[0], n)
+            small = grid_within(n // frames, g.size[1:]) if n else ()
+            found.append([(frames, *small)] if n else [])
+        return found
 
 
 def _fit(size: Sequence[int], grid: Size) -> Size:
@@ -244,7 +278,7 @@ class Pyramid(Pooling):
 
 @register("ggem", paper="arXiv:2212.04114", stage="pre_llm")
 @dataclass
-class GGeM(Pooling):
+class GGeM(PoolingWithin):
     """Pool the grid by generalised means, one exponent for each group of channels (GGeM).
 
     A cell becomes ``mean(x ** p) ** (1 / p)``: the average at p = 1, towards the maximum as p
@@ -269,15 +303,6 @@ class GGeM(Pooling):
             raise PlanError(
                 f"ggem: p={self.p} must be positive", argument="p", given=self.p, expected="p > 0"
             )
-
-    def levels(self, grids: list[Stack]) -> list[list[Size]]:
-        budget = resolve(self.keep, sum(g.tokens for g in grids))
-        found = []
-        for n, g in zip(shares(budget, [g.tokens for g in grids]), grids, strict=True):
-            frames = min(g.size[0], n)
-            small = grid_within(n // frames, g.size[1:]) if n else ()
-            found.append([(frames, *small)] if n else [])
-        return found
 
     def mean(self, x: Tensor, size: Size) -> Tensor:
         group = torch.arange(x.shape[1], device=x.device) * len(self.p) // x.shape[1]

@@ -20,6 +20,7 @@ from mllm.eval.answer import Answer, Protocol, answer
 from mllm.eval.scoring import is_correct
 from mllm.loading import build_inputs
 from mllm.plan import Plan
+from mllm.signals import BlockFeatures
 from mllm.yardstick import prompt
 
 MAX_NEW_TOKENS = 12
@@ -169,8 +170,12 @@ def _bytes(value: Any) -> int:
 
 
 def shares_tower(plan: Plan) -> bool:
-    """Whether a plan leaves pictures and tower as they are, and only reads there."""
-    return all(stage.site not in ("pixels", "tower") for stage in plan.stages)
+    """Whether a plan leaves pictures and tower as they are, and reads attention there at most."""
+    return not any(
+        stage.site in ("pixels", "tower")
+        or any(isinstance(signal, BlockFeatures) for signal in stage.reads().values())
+        for stage in plan.stages
+    )
 
 
 def answer_all(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mllm
@@ -30,7 +31,34 @@ def make_plan(plan: str | Plan | None, seed: int = 0) -> Plan:
     if isinstance(plan, Plan):
         return plan
     made = Plan.of(plan)
-    return Plan(made.stages, seed) if seed and seed != made.seed else made
+    if seed and seed != made.seed:
+        made, made.folder = Plan(made.stages, seed), made.folder
+    return made
+
+
+def with_adapter(plans: Sequence[Plan], folder: str | None) -> list[Plan]:
+    """`plans`, with what a folder holds in those that have something to learn.
+
+    Args:
+        plans: changed in place.
+        folder: written by `save_adapter`, perhaps under another budget; None is none.
+
+    Raises:
+        PlanError: no plan learns, or this is no such folder.
+    """
+    from mllm.routers.adapter import HEADER, is_adapter
+
+    learn = [plan for plan in plans if any(stage.info.trained for stage in plan.stages)]
+    if folder is not None and not (learn and is_adapter(folder)):
+        raise PlanError(
+            f"{folder} is no adapter" if learn else "no plan has something to learn",
+            argument="adapter",
+            given=folder,
+            expected=f"a folder with {HEADER}, and a plan such as tokenflex",
+        )
+    for plan in learn if folder is not None else ():
+        plan.folder = Path(folder)
+    return list(plans)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm.errors import DataError, MllmError
 from mllm.eval import files, sources, stats, tasks
-from mllm.eval.plans import UNPATCHED, make_plan
+from mllm.eval.plans import UNPATCHED, make_plan, with_adapter
 
 _SUMS = ("kept_llm", "visual_in", "visual_avg", "prefill_flops", "kv_bytes")
 
@@ -31,6 +31,7 @@ def evaluate(
     attn_implementation: str = "sdpa",
     seed: int = 0,
     output: str | os.PathLike | None = None,
+    adapter: str | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate one model under several plans.
 
@@ -46,6 +47,7 @@ def evaluate(
         seed: seed of the plans.
         output: folder for `<time>_results.json` and `<time>_samples_<task>.jsonl`, in one folder
             per plan.
+        adapter: folder with what the plans have learnt, perhaps under another budget.
 
     Returns:
         One record per plan: `{plan, rows, mllm, files, results}`; `results` is what lmms-eval
@@ -56,7 +58,7 @@ def evaluate(
         DataError: `output` cannot be written, or data cannot be fetched.
         PlanError: a plan that cannot run on the model; found before anything is evaluated.
     """
-    made = [make_plan(plan, seed) for plan in plans]
+    made = with_adapter([make_plan(plan, seed) for plan in plans], adapter)
     if output is not None:
         output = files.ensure_writable(output)
     _need_lmms_eval()
@@ -69,6 +71,7 @@ def evaluate(
     from mllm.eval.plans import patched_with
     from mllm.eval.provenance import describe_run
     from mllm.loading import load_model
+    from mllm.routers import adapter as adapters
 
     loaded = load_model(
         pretrained, dtype=dtype, device=device, attn_implementation=attn_implementation
@@ -102,7 +105,8 @@ def evaluate(
                 expected="a network, cached data, or the yardstick tasks",
             ) from error
         results["config"]["model"] = "mllm"
-        records.append(_record(plan, results, about | {"seed": plan.seed}, model.seconds, output))
+        own = {"seed": plan.seed, **adapters.digest(plan.folder)}
+        records.append(_record(plan, results, about | own, model.seconds, output))
     return records
 
 

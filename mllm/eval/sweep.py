@@ -22,10 +22,12 @@ from mllm.eval.plans import (
     patched_with,
     plan_for_budget,
     plan_for_share,
+    with_adapter,
 )
 from mllm.eval.provenance import describe_run
 from mllm.eval.scoring import normalise
 from mllm.plan import Plan
+from mllm.routers import adapter as adapters
 
 SANITY = ("random", "downsample", "stride", "avgpool")
 METHODS = (*SANITY, "visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
@@ -95,6 +97,7 @@ def grid(
     sanity_positions: Sequence[str] = ("compact",),
     kv_budgets: Sequence[float] = KV_BUDGETS,
     fixed: Mapping[str, int] | None = None,
+    adapter: str | None = None,
 ) -> tuple[list[Entry], list[Skipped]]:
     """The plans of a sweep, sanity rows first: others are compared with them.
 
@@ -114,9 +117,10 @@ def grid(
             shares of the slots per layer and KV head.
         fixed: whole plans that keep what they keep, by spec text; the budget says only which rows
             they stand beside.
+        adapter: folder with what the trained ones have learnt, under any of their budgets.
 
     Raises:
-        PlanError: a template or budget that cannot be meant.
+        PlanError: a template, budget or adapter that cannot be meant.
     """
     cached = [method for method in dict.fromkeys(methods) if on_cache(method)]
     methods = [method for method in methods if method not in cached]
@@ -135,7 +139,7 @@ def grid(
             try:
                 plan = plan_for_budget(method, budget, tokens=tokens, num_layers=num_layers)
             except PlanError as error:
-                if error.argument != "tokens_avg":
+                if error.argument not in ("tokens_avg", "keep"):  # or a budget not trained
                     raise
                 skipped.append(Skipped(method, budget, str(error)))
                 continue
@@ -152,6 +156,7 @@ def grid(
             if seeded.sha256 not in planned:
                 planned.add(seeded.sha256)
                 entries.append(Entry(method, budget, seeded))
+    with_adapter([entry.plan for entry in entries], adapter)
     return entries, skipped
 
 
@@ -179,6 +184,7 @@ def visual_tokens(model: Any) -> int:
 def key(entry: Entry, task: str, split: str, weights_sha256: str) -> str:
     """Name of a cell: what it depends on, hashed."""
     parts = [entry.plan.sha256, task, split, entry.plan.seed, weights_sha256]
+    parts += adapters.digest(entry.plan.folder).values()
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

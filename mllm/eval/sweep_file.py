@@ -43,6 +43,7 @@ class SweepFile:
         timings: single prefills timed per cell; None is 8 with one worker, else 0.
         workers: processes that share the tasks.
         dtype, device: how to load the model.
+        adapter: folder with what trained methods have learnt, for all of their budgets.
         output: JSON Lines file, relative to the working directory.
     """
 
@@ -64,6 +65,7 @@ class SweepFile:
     workers: int = 1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
+    adapter: str | None = None
     output: str = "sweep.jsonl"
 
     def __post_init__(self) -> None:

@@ -163,6 +163,15 @@ class Family:
             return min(len(self.blocks) - 1, round(block * len(self.blocks)))
         return block % len(self.blocks)
 
+    @property
+    def tower_widths(self) -> tuple[int, int]:
+        """Widths of a row of :meth:`unprojected`, and of what a tower block makes."""
+        return (self.vision_config.hidden_size,) * 2
+
+    def unprojected(self, features: Tensor, layouts: list[Layout]) -> Tensor:
+        """What the projector is given as one row per visual token: `[tokens, width]`."""
+        return self.to_rows(features.flatten(0, -2), layouts)
+
     def native_grid(self) -> tuple[int, int] | None:
         """(rows, cols) of every image, if the family has one size for all."""
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mllm import flops
 from mllm.errors import PlanError
@@ -40,6 +40,14 @@ class InternVL(Shuffled):
         # hidden_states[0] is the embedding; -1 is the last block.
         layer = self.model.config.vision_feature_layer
         return [(layer if layer >= 0 else len(self.blocks) + 1 + layer) - 1]
+
+    @property
+    def tower_widths(self) -> tuple[int, int]:
+        width = self.vision_config.hidden_size
+        return width * self.join**2, width
+
+    def unprojected(self, features: Tensor, layouts: list[Layout]) -> Tensor:
+        return features.flatten(0, 1)  # patches are joined before the projector
 
     def native_grid(self) -> tuple[int, int]:
         side = self.vision_config.image_size[0] // self.patch // self.join

@@ -54,6 +54,11 @@ class Llava(Family):
         depth = len(self.blocks)
         return [(i if i >= 0 else depth + 1 + i) - 1 for i in self._feature_layers()]
 
+    @property
+    def tower_widths(self) -> tuple[int, int]:
+        width = self.vision_config.hidden_size
+        return width * len(self.feature_blocks()), width
+
     def cls_feature(self, tower_output: Any) -> Tensor:
         hidden = tower_output.hidden_states
         return torch.cat([hidden[i][:, :1] for i in self._feature_layers()], dim=-1)

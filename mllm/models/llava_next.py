@@ -103,7 +103,7 @@ class LlavaNext(Llava):
         width = config.hidden_size * len(self.feature_blocks())
         tower = flops.vision_tower(config, self._side**2, self.prefix)
         return patches // self._side**2 * tower + flops.projector(
-            width, self.text_config.hidden_size, patches
+            width, self.text_config.hidden_size, patches if projected else 0
         )
 
 

@@ -62,6 +62,10 @@ class Qwen2VL(Family):
             for frames, height, width in inputs[self.sizes].tolist()
         ]
 
+    @property
+    def tower_widths(self) -> tuple[int, int]:
+        return (self._width()[0],) * 2
+
     def patches(self, layout: Layout) -> int:
         return layout.cells * self.merge**2
 
@@ -202,5 +206,6 @@ class Qwen3VL(Qwen2VL):
         config = self.vision_config
         return config.hidden_size, config.intermediate_size, config.out_hidden_size
 
-    def _merger_flops(self, tokens: int) -> float:
-        return super()._merger_flops(tokens) * (1 + self.first_cut)
+    def vision_flops(self, layout: Layout, projected: int) -> float:
+        inner = self.first_cut * self._merger_flops(layout.cells)
+        return super().vision_flops(layout, projected) + inner

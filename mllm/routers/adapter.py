@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from mllm import compat
 from mllm.errors import PlanError
-from mllm.plan import PLAN_FILE
+from mllm.plan import PLAN_FILE, Plan
 from mllm.routers.base import NAME, active
 
 if TYPE_CHECKING:
@@ -23,12 +25,8 @@ if TYPE_CHECKING:
 
 HEADER, WEIGHTS = "mllm_adapter.json", "mllm_adapter.safetensors"
 FILES = (HEADER, WEIGHTS)
-#: What must be the same in the model that an adapter is loaded into, as it is called there.
-_SAME = {
-    "plan_sha256": "plan",
-    "num_hidden_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-}
+#: What must be the same in the model that an adapter is loaded into, as far as its header has it.
+_WIDTHS = ("hidden_size", "num_hidden_layers", "tower_width")
 
 
 def is_adapter(folder: Any) -> bool:
@@ -42,11 +40,19 @@ def check_model(folder: str | os.PathLike, family: Family) -> None:
     Raises:
         PlanError: says what differs, or that the folder cannot be read.
     """
-    given, text = _header_of(folder), family.text_config
-    own = {"num_hidden_layers": len(family.layers), "hidden_size": text.hidden_size}
-    for name in ("hidden_size", "num_hidden_layers"):
-        if given.get(name) != own[name]:
-            raise _another(name, given.get(name), own[name])
+    _check_widths(_header_of(folder), family)
+
+
+def _check_widths(given: dict[str, Any], family: Family) -> None:
+    own = _widths(family)
+    for name in _WIDTHS:
+        if given.get(name, own[name]) != own[name]:
+            raise _another(name, given[name], own[name])
+
+
+def _widths(family: Family) -> dict[str, int]:
+    depth, width = len(family.layers), family.text_config.hidden_size
+    return dict(zip(_WIDTHS, (width, depth, family.tower_widths[0]), strict=True))
 
 
 def _header_of(folder: str | os.PathLike) -> dict[str, Any]:
@@ -76,16 +82,20 @@ def _another(argument: str, given: Any, expected: Any) -> PlanError:
 
 def header(patched: Patched) -> dict[str, Any]:
     """The content of `mllm_adapter.json` (contracts)."""
-    model, config = patched.family.model, patched.family.text_config
+    model, plan, widths = patched.family.model, patched.plan, _widths(patched.family)
     kinds = {str(p.dtype).removeprefix("torch.") for p in active(model).parameters()}
-    return {
+    if not patched.projectors:
+        del widths["tower_width"]
+    found = {
         "base_model": model.config._name_or_path,
         "config_sha256": compat.config_sha256(model),
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": len(patched.layers),
-        "plan_sha256": patched.plan.sha256,
+        **widths,
+        "plan_sha256": plan.sha256,
         "trained_dtype": "/".join(sorted(kinds)),
     }
+    if any(stage.free for stage in plan.stages):
+        found["learnt_sha256"] = plan.learnt_sha256
+    return dict(sorted(found.items()))
 
 
 def save(
@@ -181,17 +191,36 @@ def check(patched: Patched, given: dict[str, Any]) -> None:
     Raises:
         PlanError: says what differs.
     """
-    own = header(patched)
-    for name, argument in reversed(_SAME.items()):
-        if given.get(name) != own[name]:
-            raise _another(argument, given.get(name), own[name])
+    _check_widths(given, patched.family)
+    if not _of_plan(given, patched.plan):
+        raise _another("plan", given.get("plan_sha256"), patched.plan.sha256)
+
+
+def _of_plan(given: dict[str, Any], plan: Plan) -> bool:
+    """Whether a header is of this plan, or of one that differs in `free` fields alone."""
+    if (learnt := given.get("learnt_sha256")) is not None:
+        return learnt == plan.learnt_sha256
+    return given.get("plan_sha256") == plan.sha256
+
+
+def digest(folder: Any) -> dict[str, str]:
+    """SHA-256 of what a plan has learnt, as `adapter_sha256`; nothing where there is no adapter."""
+    if not is_adapter(folder):
+        return {}
+    path = Path(folder) / WEIGHTS
+    return {"adapter_sha256": _sha256(path, path.stat().st_mtime_ns)}
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: Path, changed: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def belongs(folder: Any, patched: Patched) -> bool:
     """Whether a folder has what the plan of a patched model has learnt."""
     if patched.routers is None or not is_adapter(folder):
         return False
-    return _header_of(folder).get("plan_sha256") == patched.plan.sha256
+    return _of_plan(_header_of(folder), patched.plan)
 
 
 def _check_trained(patched: Patched) -> None:

@@ -8,6 +8,7 @@ other name of the model changes, and `remove()` takes it out.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,9 @@ class RouterBank(nn.Module):
         for number, parts in stages.items():
             self.add_module(str(number), nn.ModuleDict(parts))
 
-    def forward(self, x: Tensor, stage: int, part: str) -> Tensor:
+    def forward(self, x: Tensor, stage: int, part: str, *more: Any) -> Tensor:
         """What a part makes of `x`; by a call, so that sharded parameters are gathered."""
-        return self._modules[str(stage)][part](x)
+        return self._modules[str(stage)][part](x, *more)
 
     def idle(self, x: Tensor, stages: Iterable[int]) -> Tensor:
         """Zero, from all parameters of some stages: fp32 scalar.

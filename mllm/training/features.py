@@ -42,8 +42,8 @@ def check_features(recipe: Recipe, model: nn.Module, patched: Any, tower_learns:
         reason, expected = "the vision tower is trained", "model.freeze_vision_tower: true"
     elif patched is not None and patched.mergers:
         reason, expected = "the plan acts inside the tower", "a plan that acts behind it"
-    elif patched is not None and inside & set(patched.tapped()):
-        reason = "the plan reads attention or keys inside the tower, which are not kept"
+    elif patched is not None and (patched.tower_blocks or inside & set(patched.tapped())):
+        reason = "the plan reads attention or keys or blocks inside the tower, which are not kept"
         expected = "no cache, or a plan that reads features alone, such as divprune"
     elif family.packed:
         reason = "this tower takes all pictures of a batch as one sequence"

@@ -319,7 +319,8 @@ def _keep_routers(recipe: Recipe, trainer: FinetuneTrainer, patched: Any, folder
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.should_save:
         patched.save_adapter(folder, whole)
-        stats.plot(patched.router_stats(), folder.with_suffix(".png"))
+        if rows := patched.router_stats():  # learned tokens have none
+            stats.plot(rows, folder.with_suffix(".png"))
 
 
 def _go_on(recipe: Recipe, patched: Any) -> None:

@@ -108,7 +108,8 @@ def _bring_routers(stage: Path, folder: Path) -> None:
     """What the last stage has learnt belongs to the run."""
     if (stage / ROUTERS).is_dir():
         shutil.copytree(stage / ROUTERS, folder / ROUTERS, dirs_exist_ok=True)
-        shutil.copyfile(stage / f"{ROUTERS}.png", folder / f"{ROUTERS}.png")
+        if (picture := stage / f"{ROUTERS}.png").is_file():
+            shutil.copyfile(picture, folder / picture.name)
 
 
 def _starting_from(recipe: Recipe, path: str) -> Recipe:
