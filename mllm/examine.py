@@ -178,6 +178,8 @@ SIGNALS: list[tuple[type, Any]] = [
     (_Pruner, base.Rotary()),
     (_Pruner, base.Values()),
     (_Pruner, base.Hidden()),
+    (_Pruner, base.Unreduced()),
+    (_Pruner, base.Views()),
 ]
 #: Where every action is returned: the kind of stage, and the place in words.
 ACTIONS: dict[str, list[type]] = {
@@ -194,6 +196,7 @@ ACTIONS: dict[str, list[type]] = {
     "HeadGate": [_Pruner],
     "LogitBias": [_Pruner],
     "Inject": [_Pruner],
+    "Attend": [_Pruner],
     "Evict": [_Pruner, _Compressor],
 }
 PLACES = {

@@ -147,8 +147,19 @@ def stages(draw):
         "segments": st.integers(3, 9),
         "shared": st.integers(1, 2),
         "start_from": st.sampled_from(["added", "split"]),
+        "pools": st.lists(st.sampled_from(["1x1", "2x3"]), min_size=3, max_size=4).map(tuple),
+        "pool": st.sampled_from(["max", "avg"]),
+        "choice": st.none() | st.tuples(*[st.integers(0, 2)] * cuts),
+        "query": st.sampled_from(["last", "text", "router"]),
+        "router": st.sampled_from(["mlp", "linear"]),
+        "weight": st.sampled_from(["straight", "probability"]),
+        "temperature": st.floats(0.1, 20),
+        "least": st.integers(1, 64),
+        "target": st.floats(0, 2),
+        "start": st.none() | st.integers(0, 9),
+        "interval": st.integers(1, 4),
     }
-    if cls.info.name in ("pmod", "mod", "gammamod", "moh", "layerskip"):
+    if cls.info.name in ("pmod", "mod", "gammamod", "moh", "layerskip", "deepstack", "slowfast"):
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.name == "moh":
         values["shared"] = st.floats(0.1, 0.4)

@@ -34,7 +34,8 @@ ELSEWHERE = {
     "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
     "randomllm": "test_methods.py", "pmod": "test_routers.py", "mod": "test_depth.py",
     "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
-    "layerskip": "test_depth.py",
+    "layerskip": "test_depth.py", "dpn": "test_dpn.py", "deepstack": "test_deepstack.py",
+    "slowfast": "test_slowfast.py",
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -138,6 +139,7 @@ OTHERS = {
     "cmai": "nothing leaves", "windowmerge": "a share of windows",
     **dict.fromkeys(["pmod", "mod", "gammamod"], "tokens pass layers by"), "moh": "nothing leaves",
     "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
+    "dpn": "a router decides", "deepstack": "nothing leaves", "slowfast": "nothing leaves",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.actions import (
+    Attend,
     BranchGate,
     BranchRows,
     Evict,
@@ -45,7 +46,9 @@ from mllm.signals import (
     Queries,
     Rotary,
     TextEmbeds,
+    Unreduced,
     Values,
+    Views,
     VisionAttention,
     VisionKeys,
 )
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from mllm.routers.account import Routing
 
 __all__ = [
+    "Attend",
     "AttentionRows",
     "BranchGate",
     "BranchRows",
@@ -94,7 +98,9 @@ __all__ = [
     "TokenReducer",
     "TowerContext",
     "TowerReducer",
+    "Unreduced",
     "Values",
+    "Views",
     "VisionAttention",
     "VisionKeys",
     "Write",
@@ -264,9 +270,11 @@ class LayerContext(Context):
         answers: Tensor | None = None,
         decoding: bool = False,
         answer_loss: Callable[[Tensor], Tensor] | None = None,
+        attention_input: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(stage, signals, counts=counts, seeds=seeds)
         self._route, self._routing, self._number = route, routing, number
+        self._attention_input = attention_input
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
@@ -283,6 +291,10 @@ class LayerContext(Context):
     def route(self, part: str, x: Tensor) -> Tensor:
         """What a trained part of the stage makes of `x`; see :meth:`LayerMethod.parts`."""
         return self._route(x, part)
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What this layer's attention would be given if `x` `[batch, n, width]` entered it."""
+        return self._attention_input(x)
 
     @property
     def learns(self) -> bool:
@@ -541,6 +553,15 @@ class LayerMethod(_Method):
             heads: of queries, of a layer.
         """
         return {}
+
+    def parts_of(self, family: Any) -> dict[str, nn.Module]:
+        """:meth:`parts` of a model; a stage whose parts start as the model's own overrides it.
+
+        Args:
+            family: the adapter of the model's family.
+        """
+        config = family.text_config
+        return self.parts(config.hidden_size, config.num_attention_heads)
 
     def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerMethod:
         """The stage with its layers fixed for a model of `num_layers` layers.
