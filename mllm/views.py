@@ -12,8 +12,10 @@ def tiled(processor: Any, images: Sequence[Any], grid: tuple[int, int] = (2, 2))
     """What a model under `deepstack` is given beside the pictures themselves.
 
     ```python
+    from mllm.views import tiled
+
     inputs = processor(images=images, text=text, return_tensors="pt")
-    model.generate(**inputs, **mllm.views.tiled(processor, images))
+    model.generate(**inputs, **tiled(processor, images))
     ```
 
     Every tile is brought to the size of its picture, so that it has as many visual tokens. A

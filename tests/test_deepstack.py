@@ -260,7 +260,7 @@ def test_tiles_of_a_picture():
     for i, colour in enumerate(colours):
         picture.paste(colour, (i % 2 * 20, i // 2 * 20, i % 2 * 20 + 20, i // 2 * 20 + 20))
     processor = type("Processor", (), {"image_processor": _Pictures()})
-    (name, made), = tiled(processor, [picture, picture], grid=(3, 2)).items()
+    ((name, made),) = tiled(processor, [picture, picture], grid=(3, 2)).items()
     assert name == "view_pixel_values" and len(made) == 12
     assert {tile.size for tile in made} == {(40, 60)}
     assert [tile.getpixel((20, 30)) for tile in made[:6]] == colours

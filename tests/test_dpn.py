@@ -201,8 +201,10 @@ def training(family, stage, drawn, monkeypatch, checkpointed=False, **more):
         torch.Tensor, "multinomial", lambda p, n: torch.tensor([[e] for e in next(calls)])
     )
     rows = []
-    handle = net.get_decoder().layers[-1].input_layernorm.register_forward_pre_hook(
-        lambda _, args: rows.append(args[0].shape[1])
+    handle = (
+        net.get_decoder()
+        .layers[-1]
+        .input_layernorm.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     )
     with mllm.patch(net, stage) as patched:
         teach(net)
@@ -225,9 +227,7 @@ def test_gradients(family, checkpointed, stage, monkeypatch):
     """Loss and all gradients are those of the loop; rows leave in training too."""
     count = len(stage.at_depth(LAYERS).layers)
     drawn = [(1, 2, 0)[:count], (2, 0, 1)[:count], (0, 0, 0)[:count]]
-    batch, loss, mine, named, own, rows = training(
-        family, stage, drawn, monkeypatch, checkpointed
-    )
+    batch, loss, mine, named, own, rows = training(family, stage, drawn, monkeypatch, checkpointed)
     answers, reached = [], [[] for _ in range(count)]
     with torch.enable_grad():
         for s, choices in zip(batch, drawn, strict=True):
@@ -338,8 +338,10 @@ def test_batches_are_padded_to_the_longest_alone():
     net, batch = model("llava"), samples("llava")
     inputs = collate("llava", batch)
     rows = []
-    handle = net.get_decoder().layers[3].input_layernorm.register_forward_pre_hook(
-        lambda _, args: rows.append(args[0].shape[1])
+    handle = (
+        net.get_decoder()
+        .layers[3]
+        .input_layernorm.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     )
     with torch.no_grad(), mllm.patch(net, DPN(choice=(2, 2, 0))) as patched:
         teach(net)

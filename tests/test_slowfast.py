@@ -48,6 +48,7 @@ def decoded(net, family, batch):
 def by_hand(family, s, bank, stage, edit=None):
     """What heads give in hybrid layers; later tokens meet the slow tokens as text does."""
     edit, stage, net = edit or Edits(), stage.at_depth(LAYERS), reference(family)
+    first = int(s.visual.nonzero()[0]) if s.pictures else 0
     for layer in stage.layers if s.pictures else ():
         module, gate = bank[f"{layer}_kv"], bank[f"{layer}_gate"]
         block = net.get_decoder().layers[layer]
@@ -57,7 +58,6 @@ def by_hand(family, s, bank, stage, edit=None):
         keys, values = (x.view(len(x), -1, dim) for x in both.chunk(2, 1))
         if module.norm is not None:
             keys = module.norm(keys)
-        first = int(s.visual.nonzero()[0])
 
         def beside(q, out, keys=keys, values=values, gate=gate, scaling=block.self_attn.scaling):
             found, group = out.clone(), len(q) // keys.shape[1]

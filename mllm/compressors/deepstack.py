@@ -15,12 +15,12 @@ from mllm.errors import PlanError
 class DeepStack(LayerMethod):
     """Show finer views of pictures to the first layers, without a longer sequence (DeepStack-L).
 
-    A picture is in the sequence as ever. Its tiles, which :func:`mllm.views.tiled` cuts, are read by
-    the same tower and projector and put together to a map; the map is sampled with the grid's own
-    stride, so that each of `rows * columns` samples has one token at the place of every token of
-    the picture. One sample after another is added to the hidden states of these tokens, before the
-    layers `start`, `start + interval` and so on. Nothing is learnt, though the paper tunes the model
-    with it. All pictures of a call have tiles, or none; the paper chooses a grid for each picture.
+    A picture is in the sequence as ever. Its tiles, which :func:`mllm.views.tiled` cuts, are read
+    by the same tower and projector and put together to a map; the map is sampled with the grid's
+    own stride, so that each of `rows * columns` samples has one token at the place of every token
+    of the picture. One sample after another is added to the hidden states of these tokens, before
+    the layers `start`, `start + interval` and so on. Nothing is learnt, though the paper tunes the
+    model with it. All pictures of a call have tiles, or none; the paper chooses a grid for each.
 
     Args:
         grid: rows and columns of tiles.

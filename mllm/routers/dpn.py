@@ -285,6 +285,6 @@ def _seats(table: TokenTable, visual: Tensor, stride: Tensor, size: tuple[int, i
     cell = torch.empty_like(number).scatter(1, order, number)
     # Of early ones the last, of others the first.
     rank = torch.where(early, place, -1 - place)
-    best = rank.new_full(rank.shape, -SIDE**2).scatter_reduce(1, cell, rank, "amax")
+    best = rank.new_full(rank.shape, -(SIDE**2)).scatter_reduce(1, cell, rank, "amax")
     best = best.gather(1, cell)
     return torch.where(best < 0, -1 - best, best)
