@@ -6,8 +6,8 @@ engine carries them to later layers, where some of these rows may have left.
 Actions speak of the samples that have images; the others of a batch run as in the unpatched model.
 
 Values per row hold for the forward in which they were given: later tokens run as in the unpatched
-model. Values per sample (a number, `[batch]`, `[heads]`) and `LogitBias` hold for the
-conversation: they live on its KV cache until their method acts again.
+model. Values per sample (a number, `[batch]`, `[heads]`), `LogitBias` and `Attend` hold for
+the conversation: they live on its KV cache until their method acts again.
 """
 
 from __future__ import annotations
@@ -179,6 +179,31 @@ class Inject:
 
 
 @dataclass(frozen=True)
+class Attend:
+    """Rows of layer `layer` attend to keys and values beside the sequence too.
+
+    With the queries that they have, to all that are `valid`, whatever the order. What this gives is
+    multiplied by a gate and added to what the heads give, before the output projection. Tokens
+    behind this forward attend as well.
+
+    Attributes:
+        layer: decoder layer.
+        rows: bool `[batch, rows]`; None is all.
+        keys, values: `[batch, n, kv_heads * head_dim]`.
+        valid: bool `[batch, n]`.
+        gate: the trained part of the stage that makes `[batch, rows, 1]` of what the heads give,
+            `[batch, rows, heads * head_dim]`.
+    """
+
+    layer: int
+    rows: Tensor | None
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    gate: str
+
+
+@dataclass(frozen=True)
 class Evict:
     """Let stored tokens go from the caches of `layers`, earlier ones too.
 
@@ -196,4 +221,4 @@ MOVES_ROWS = {"Keep", "Merge", "Insert"}
 #: Actions after which the layers of one stage may hold different slots.
 SETS_APART = {"BranchGate", "BranchRows", "Evict", "Insert"}
 #: Actions that work inside the attention function.
-IN_ATTENTION = {"HeadGate", "LogitBias"}
+IN_ATTENTION = {"Attend", "HeadGate", "LogitBias"}

@@ -26,7 +26,9 @@ class Change(Protocol):
     """What a plan changes inside one call of an attention module."""
 
     module: nn.Module
-    heads: Tensor | None
+
+    def finish(self, query: Tensor, output: Tensor, scaling: float | None) -> Tensor:
+        """What the heads give, with what the plan does to it."""
 
     def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask with the plan's bias."""
@@ -125,8 +127,8 @@ def _served(base: str) -> Callable:
         output, weights = compat.base_attention(module, base)(
             module, query, key, value, attention_mask, **kwargs
         )
-        if own and change.heads is not None:
-            output = output * change.heads.to(output.dtype)[..., None]
+        if own:
+            output = change.finish(query, output, kwargs.get("scaling"))
         return output, weights
 
     return attention

@@ -19,7 +19,9 @@ from mllm.signals import (
     Rotary,
     Text,
     TextEmbeds,
+    Unreduced,
     Values,
+    Views,
 )
 from mllm.tokens import TokenTable, along, locate
 
@@ -235,6 +237,10 @@ class Captures:
                 signals[name] = table
             elif isinstance(signal, TextEmbeds):
                 signals[name] = self._text(signal, table)
+            elif isinstance(signal, Unreduced):
+                signals[name] = self.run.unreduced()
+            elif isinstance(signal, Views):
+                signals[name] = self._views(table, stage.info.name)
             else:
                 slot = number, signal.at(here)
                 if known and slot not in self._found:
@@ -253,6 +259,13 @@ class Captures:
                     at = locate(own.clamp(min=0), table.index, size)
                     queries[name] = torch.where(own < 0, -1, at)
         return signals, queries
+
+    def _views(self, table: TokenTable, method: str) -> Tensor | None:
+        views = self.run.reduction.views
+        if views is None:
+            self.run.notes.append(f"{method}: no tiles of the pictures came, nothing is added")
+            return None
+        return along(self.run.spread(views), table.index, 1)
 
     def _text(self, signal: TextEmbeds, table: TokenTable) -> Text:
         size = self.run.full.valid.shape[1]

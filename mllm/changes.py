@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mllm.actions import BranchGate, BranchRows, Evict, HeadGate, Inject, LayerGate, LogitBias
+from mllm import flops
+from mllm.actions import (
+    Attend,
+    BranchGate,
+    BranchRows,
+    Evict,
+    HeadGate,
+    Inject,
+    LayerGate,
+    LogitBias,
+)
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
 from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate
 
 if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
+
+
+@dataclass
+class _Beside:
+    """Keys and values beside the sequence, as a layer attends to them.
+
+    Attributes:
+        keys, values: `[batch, n, kv_heads * head_dim]`.
+        valid: bool `[batch, n]`, some of every sample.
+        rows: bool `[batch, rows]`, which attend; None is all.
+        gate: of what the heads give.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    rows: Tensor | None
+    gate: Callable[[Tensor], Tensor]
+
+    def add(self, query: Tensor, output: Tensor, scaling: float | None) -> Tensor:
+        """What the heads give, `[batch, rows, heads, head_dim]`, with what they find here."""
+        heads, width = query.shape[1], query.shape[3]
+        keys, values = (
+            x.to(query.dtype).unflatten(2, (-1, width)).transpose(1, 2)
+            for x in (self.keys, self.values)
+        )
+        keys, values = (x.repeat_interleave(heads // x.shape[1], 1) for x in (keys, values))
+        found = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=self.valid[:, None, None], scale=scaling
+        )
+        gate = self.gate(output.flatten(2))
+        if self.rows is not None:
+            gate = gate.masked_fill(~self.rows[..., None], 0)
+        return output + (gate[..., None] * found.transpose(1, 2)).to(output.dtype)
 
 
 @dataclass
@@ -30,6 +77,7 @@ class Inside:
         scale: by branch, a number or `[batch or 1, rows or 1, 1]`; `whole` is that of both.
         heads: `[batch or 1, rows or 1, heads]`.
         bias: functions of logical indices `queries` and `keys`.
+        beside: keys and values beside the sequence.
     """
 
     layer: int
@@ -42,6 +90,7 @@ class Inside:
     whole: Tensor | None = None
     heads: Tensor | None = None
     bias: list[Callable[[Tensor, Tensor], Tensor]] = field(default_factory=list)
+    beside: list[_Beside] = field(default_factory=list)
     queries: Tensor | None = None
     keys: Tensor | None = None
     _attended: Tensor | None = None
@@ -75,6 +124,14 @@ class Inside:
             self._attended = None
         return (x, *more) if isinstance(output, tuple) else x
 
+    def finish(self, query: Tensor, output: Tensor, scaling: float | None) -> Tensor:
+        """What heads give, `[batch, rows, heads, head_dim]`, for the output projection."""
+        if self.heads is not None:
+            output = output * self.heads.to(output.dtype)[..., None]
+        for beside in self.beside:
+            output = beside.add(query, output, scaling)
+        return output
+
     def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         """The attention mask with the bias, additive."""
         if not self.bias:
@@ -102,11 +159,20 @@ class _Placed:
         action: the action.
         on: bool `[batch]`, samples with images then; None is all of them.
         table: the rows, if it speaks of rows.
+        number: of its stage in the plan.
     """
 
     action: Any
     on: Tensor | None
     table: TokenTable | None = None
+    number: int = 0
+
+    def later(self) -> _Placed:
+        """The action as tokens behind this forward know it: it holds for all rows."""
+        if self.table is None:
+            return self
+        action = dataclasses.replace(self.action, rows=None)
+        return dataclasses.replace(self, action=action, table=None)
 
     def where(self, x: Tensor, other: Any) -> Tensor:
         """`x` `[batch or 1, ...]` for its samples, `other` for the rest."""
@@ -142,11 +208,12 @@ class Changes:
             self._acted.add(number)
             old = self.lasting.get(number, [])
             self.lasting[number] = [
-                _Placed(p.action, ~on if p.on is None else p.on & ~on)
+                dataclasses.replace(p, on=~on if p.on is None else p.on & ~on)
                 for p in old if on is not None
             ]  # fmt: skip
         if _lasts(action):
-            self.lasting[number].append(_Placed(action, on))
+            by_row = table if isinstance(action, Attend) else None
+            self.lasting[number].append(_Placed(action, on, by_row, number))
         elif isinstance(action, Evict):
             for layer in action.layers:
                 if layer < self.run.reached:
@@ -208,6 +275,7 @@ class Changes:
         if len(takes) == 2:
             self.passed[layer] = run.table.valid & ~(takes[0] | takes[1])
         self._heads(inside)
+        inside.beside = [self._beside(p, inside) for p in self._of(Attend, layer)]
         inside.bias = [
             lambda q, k, p=p: p.where(p.action.fn(q, k), 0) for p in self._of(LogitBias, layer)
         ]
@@ -223,7 +291,8 @@ class Changes:
                     )
                 inside.keys = torch.cat([run.held[layer].logical, inside.queries], 1)
         gates = inside.scale or inside.heads is not None or inside.whole is not None
-        return inside if inside.rows or inside.bias or gates else None
+        changed = inside.rows or inside.bias or inside.beside or gates
+        return inside if changed else None
 
     def _whole(self, layer: int) -> Tensor | None:
         """What both branches of a layer are multiplied with: `[batch, rows, 1]`."""
@@ -319,6 +388,26 @@ class Changes:
             g = placed.where(g, 1)
             inside.heads = g if inside.heads is None else inside.heads * g
 
+    def _beside(self, placed: _Placed, inside: Inside) -> _Beside:
+        run, action = self.run, placed.action
+        rows = action.rows
+        if rows is not None:
+            rows = self._bring(rows, placed.table, False)
+        if placed.on is not None:
+            there = torch.ones_like(run.table.valid) if rows is None else rows
+            rows = placed.where(there, False)
+        if rows is not None and "attn" in inside.rows:
+            rows = rows.gather(1, inside.rows["attn"])
+        config = run.patched.family.text_config
+        width = config.num_attention_heads * flops.head_dim(config)
+        queries = run.attention_table.valid.shape[1]
+        run.selection_flops += 2.0 * queries * width * (2 * action.keys.shape[1] + 1)
+        return _Beside(
+            action.keys, action.values,
+            action.valid | ~action.valid.any(1, keepdim=True),  # no softmax over nothing
+            rows, functools.partial(run.route, placed.number, part=action.gate),
+        )  # fmt: skip
+
     # Stored tokens
 
     def finish(self) -> None:
@@ -326,7 +415,9 @@ class Changes:
         for action, layer, table in self._pending:
             self._let_go(action, layer, table)
         if self.run.cache is not None:
-            self.run.cache.mllm.lasting = self.lasting
+            self.run.cache.mllm.lasting = {
+                number: [p.later() for p in placed] for number, placed in self.lasting.items()
+            }
 
     def _let_go(self, action: Evict, layer: int, table: TokenTable) -> None:
         run = self.run
@@ -346,7 +437,7 @@ def _lasts(action: Any) -> bool:
         return not isinstance(action.scale, Tensor) or action.scale.dim() < 2
     if isinstance(action, HeadGate):
         return action.g.dim() < 3
-    return isinstance(action, LogitBias)
+    return isinstance(action, LogitBias | Attend)
 
 
 def _store_nothing(cache: Any, layer: int, hidden: Tensor, config: Any) -> None:

@@ -180,6 +180,8 @@ SIGNALS: list[tuple[type, Any]] = [
     (_Pruner, base.Rotary()),
     (_Pruner, base.Values()),
     (_Pruner, base.Hidden()),
+    (_Pruner, base.Unreduced()),
+    (_Pruner, base.Views()),
 ]
 #: Where every action is returned: the kind of stage, and the place in words.
 ACTIONS: dict[str, list[type]] = {
@@ -196,6 +198,7 @@ ACTIONS: dict[str, list[type]] = {
     "HeadGate": [_Pruner],
     "LogitBias": [_Pruner],
     "Inject": [_Pruner],
+    "Attend": [_Pruner],
     "Evict": [_Pruner, _Compressor],
 }
 PLACES = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm import compat
@@ -24,6 +24,7 @@ from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
 from mllm.routers.account import Routing
 from mllm.routers.base import NAME
+from mllm.signals import Beside
 from mllm.tokens import (
     Counts,
     Layout,
@@ -217,9 +218,23 @@ class DecoderRun:
 
     def protects(self) -> Tensor:
         """Rows that the pre-LLM stages protect: bool `[batch, rows]`."""
-        rows = torch.zeros_like(self.full.valid)
-        own = self.reduction.protected[self._tokens()]
-        return rows.flatten().index_copy(0, self.at, own).view_as(rows)
+        return self.spread(self.reduction.protected)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What visual tokens have, `[tokens, ...]`, over all rows: `[batch, rows, ...]`."""
+        rows = values.new_zeros(*self.full.valid.shape, *values.shape[1:])
+        own = values[self._tokens()]
+        return rows.flatten(0, 1).index_copy(0, self.at, own).view_as(rows)
+
+    def unreduced(self) -> Beside:
+        """The visual tokens of each sample as they were before any stage."""
+        parts = self.reduction.features.split(self.reduction.sizes)
+        none = self.reduction.features[:0]
+        own = [torch.cat([none, *(parts[i] for i in images)]) for images in self.images]
+        counts = on_device(torch.tensor([len(x) for x in own]), none)
+        embeds = nn.utils.rnn.pad_sequence(own, batch_first=True)
+        place = torch.arange(embeds.shape[1], device=none.device)
+        return Beside(embeds, place < counts[:, None])
 
     @staticmethod
     def _check_foreign(cache: Any) -> None:
@@ -905,10 +920,11 @@ class DecoderRun:
             images=[len(own) for own in self.images], entered=self.entered, counts=counts,
             state=self.states.setdefault(number, {}), width=self.full.valid.shape[1],
             seeds=functools.partial(self.seeds, number, len(self.images)),
-            route=functools.partial(self._route, number), routing=self.routing, number=number,
+            route=functools.partial(self.route, number), routing=self.routing, number=number,
             answers=self._answers(table), decoding=self.visual is None,
             answer_loss=functools.partial(self._answer_loss, table),
             seed_for=functools.partial(self.patched.plan.seed_for, number),
+            attention_input=functools.partial(self.patched.family.attention_input, layer),
         )  # fmt: skip
 
     def _answers(self, table: TokenTable) -> Tensor:
@@ -928,7 +944,8 @@ class DecoderRun:
         lost = F.cross_entropy(logits.float(), following[there], reduction="sum")
         return lost / there.sum().clamp(min=1)
 
-    def _route(self, number: int, x: Tensor, part: str) -> Tensor:
+    def route(self, number: int, x: Tensor, part: str) -> Tensor:
+        """What a trained part of stage `number` makes of `x`."""
         # By the model's attribute: PEFT may have put a copy in its place.
         return getattr(self.patched.family.model, NAME)(x, number, part)
 

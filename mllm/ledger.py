@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ class Reduction:
         protected: bool `[tokens]`, tokens that no stage may drop; None is none.
         counts: kept tokens of each image without separators, where the methods have said so.
         bits: sum of the bits of each picture, for stages in the LLM that draw at random.
+        features: `[tokens, width]`, before any stage, where a stage in the LLM reads them.
+        views: `[tokens, n, width]`, what finer views show at each token; None is none.
     """
 
     layouts: list[Layout]
@@ -43,17 +46,23 @@ class Reduction:
     protected: Tensor | None = None
     counts: list[int | None] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)
+    features: Tensor | None = None
+    views: Tensor | None = None
 
     @classmethod
     def join(cls, parts: list[Reduction]) -> Reduction:
         """Pictures and videos of one prompt, one kind after the other."""
         orders = [part.order for part in parts]
-        guarded = [part.protected for part in parts]
-        if any(x is not None for x in guarded):
-            guarded = [
-                torch.zeros_like(part.keep) if x is None else x
-                for x, part in zip(guarded, parts, strict=True)
-            ]
+
+        def whole(name: str) -> Tensor | None:
+            """A field by token, zero where a part has none."""
+            found = [getattr(part, name) for part in parts]
+            like = next((x for x in found if x is not None), None)
+            return None if like is None else torch.cat([
+                like.new_zeros(len(part.keep), *like.shape[1:]) if x is None else x
+                for x, part in zip(found, parts, strict=True)
+            ])  # fmt: skip
+
         return cls(
             layouts=[x for part in parts for x in part.layouts],
             keep=torch.cat([part.keep for part in parts]),
@@ -65,8 +74,14 @@ class Reduction:
             ran=set.intersection(*(part.ran for part in parts)),
             counts=[n for part in parts for n in part.counts],
             bits=[n for part in parts for n in part.bits],
-            protected=None if None in guarded else torch.cat(guarded),
+            protected=whole("protected"),
+            features=whole("features"),
+            views=whole("views"),
         )
+
+    def account(self) -> Reduction:
+        """What a ledger needs of it: no features, which are large and hold a graph."""
+        return dataclasses.replace(self, features=None, views=None)
 
     @property
     def kept(self) -> list[int] | None:

@@ -39,6 +39,8 @@ from mllm.compressors.base import (
     TokenReducer,
     TowerReducer,
     Unprojected,
+    Unreduced,
+    Views,
     VisionAttention,
     VisionKeys,
 )
@@ -69,6 +71,7 @@ class _Call:
     logits_to_keep: Any
     routing: Routing | None = None
     stages: dict[int, TokenReducer] = field(default_factory=dict)  # in training, by number
+    views: dict[str, Any] = field(default_factory=dict)  # tiles of its pictures
 
 
 @dataclass
@@ -83,6 +86,7 @@ class _Prompt:
     drafts: bool
     given: dict[str, Any] | None = None  # arguments, with the ids
     chunk: int | None = None  # rows of the prompt that the decoder reads at a time
+    views: dict[str, Any] = field(default_factory=dict)  # tiles of its pictures
 
 
 _FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
@@ -94,6 +98,8 @@ _CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 _MISSING = object()
 UNTRAINED = "new routers, which know nothing"
 UNTRAINED_PROJECTOR = "a new projector, which knows nothing"
+#: What the names of arguments begin with that have the tiles of pictures.
+VIEW = "view_"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -158,11 +164,10 @@ class Patched:
         self.compressors = [(i, s) for i, s in stages if isinstance(s, CacheCompressor)]
         self.experts = [(i, s) for i, s in stages if isinstance(s, Experts)]
         self.signals = declared(self.pruners)
-        self.reads_embeds = any(
-            isinstance(signal, TextEmbeds)
-            for _, s in self.pruners
-            for signal in s.reads().values()
-        )
+        inside = [signal for _, s in self.pruners for signal in s.reads().values()]
+        self.reads_embeds = any(isinstance(signal, TextEmbeds) for signal in inside)
+        self.reads_unreduced = Unreduced() in inside
+        self.view_grids = list(dict.fromkeys(x.grid for x in inside if isinstance(x, Views)))
         read = [signal for _, s in self.reducers for signal in s.reads().values()]
         self.reads_prompts = any(isinstance(x, TextEmbeds | Joint) for x in read)
         self.space = joint.space_of(self.family.model) if Joint() in read else None
@@ -271,19 +276,18 @@ class Patched:
     def _new_parts(self) -> dict[int, dict[str, nn.Module]]:
         """What stages in and before the LLM learn, as it starts: drawn by the plan's seed."""
         family, stages = self.family, {}
-        config = family.text_config
         device = next(family.decoder.parameters()).device
         beside = next(family.projector.parameters()).device
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for number, stage in self.pruners:
                 torch.default_generator.manual_seed(self.plan.seed_for(number))
-                if parts := stage.parts(config.hidden_size, config.num_attention_heads):
+                if parts := stage.parts_of(family):
                     stages[number] = {name: part.to(device) for name, part in parts.items()}
                     self.plan_notes.append(f"{stage.info.name}: {UNTRAINED}")
             self.depth = list(stages)
             for number, stage in self.reducers:
                 torch.default_generator.manual_seed(self.plan.seed_for(number))
-                if parts := stage.parts(config.hidden_size, family.tower_widths):
+                if parts := stage.parts(family.text_config.hidden_size, family.tower_widths):
                     # What has the work of a projector has its precision.
                     stages[number] = {
                         name: part.to(beside, family.model.dtype) for name, part in parts.items()
@@ -553,6 +557,7 @@ class Patched:
     def _generate(self, generate: Any, args: tuple, kwargs: dict) -> Any:
         config = kwargs.get("generation_config") or self.family.model.generation_config
         check_generation(config, kwargs)
+        views = self._take_views(kwargs)
         chunk = kwargs.pop("prefill_chunk_size", None)
         chunk = config.prefill_chunk_size if chunk is None else chunk
         if chunk is not None:  # not transformers' own way, which takes pictures apart
@@ -571,7 +576,7 @@ class Patched:
         if ids is not None:  # what is stored has been read
             past = 0 if cache is None else cache.get_seq_length()
             given = {**kwargs, "input_ids": ids[:, past if past < length else 0 :]}
-        token = _PROMPT.set(_Prompt(self, length, drafts, given, chunk))
+        token = _PROMPT.set(_Prompt(self, length, drafts, given, chunk, views))
         try:
             return generate(*args, **kwargs)
         finally:
@@ -592,15 +597,16 @@ class Patched:
         return prompt if here else _Prompt(self, None, False)
 
     def _top_forward(self, forward: Any, args: tuple, kwargs: dict) -> Any:
-        labels, outer = kwargs.get("labels"), _CALL.get()
+        labels, outer, views = kwargs.get("labels"), _CALL.get(), self._take_views(kwargs)
         if labels is None and outer is not None and outer.patched is self:
             labels = outer.labels  # a PEFT wrapper's call, around this one
         nested = outer is not None and outer.patched is self
+        views = outer.views if nested else views or self._prompt().views
         items, keep = kwargs.get("num_items_in_batch"), kwargs.get("logits_to_keep", 0)
         losses = []
         for stages in [outer.stages] if nested else self._in_training(labels):
             routing = outer.routing if nested else self._new_routing(labels, items)
-            token = _CALL.set(_Call(self, labels, keep, routing, stages))
+            token = _CALL.set(_Call(self, labels, keep, routing, stages, views))
             try:
                 output = forward(*args, **kwargs)
             finally:
@@ -626,6 +632,23 @@ class Patched:
         ways = [s.in_training(seed_for(n), self.learnt) for n, s in self.reducers]
         numbers = [n for n, _ in self.reducers]
         return [dict(zip(numbers, way, strict=True)) for way in itertools.product(*ways)]
+
+    def _take_views(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the tiles of pictures out of the arguments of a call; see :class:`Views`."""
+        names = [name for name in kwargs if self.view_grids and name.startswith(VIEW)]
+        return {name.removeprefix(VIEW): kwargs.pop(name) for name in names}
+
+    def _add_views(self, run: VisionRun, features: Any, inputs: dict[str, Any]) -> None:
+        """Let the tiles of a call's pictures through the tower."""
+        call = _CALL.get()
+        here = call is not None and call.patched is self
+        views = call.views if here else self._prompt().views
+        if run.family.pixels in views:
+            run.family.check(views)
+            taken = inspect.signature(features).parameters
+            inputs = {**inputs, **{name: x for name, x in views.items() if name in taken}}
+            made = features(**inputs).pooler_output
+            run.add_views(made, run.family.layouts(views), self.view_grids[0])
 
     def _new_routing(self, labels: Tensor | None, items: Any) -> Routing | None:
         """The account of a call; None where nothing needs training."""
@@ -864,6 +887,8 @@ class Patched:
                 output = original(**inputs)
         finally:
             _VISION.reset(token)
+        if self.view_grids:
+            self._add_views(run, original, inputs)
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
         if decoder_run is not None:
@@ -1063,7 +1088,7 @@ class Patched:
             past_logical=run.past_logical,
             windows=self.windows,
             images=run.images,
-            reduction=run.reduction,
+            reduction=None if run.reduction is None else run.reduction.account(),
             logit_rows=min(asked, rows) if asked else rows,
             kv_bytes=stored,
             kv_meta_bytes=meta,

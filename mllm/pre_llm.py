@@ -470,6 +470,8 @@ class VisionRun:
         made = [rows * cols for rows, cols in self.resized] or sizes
         stacked = isinstance(features, Tensor)
         flat = features.flatten(0, 1) if stacked else torch.cat(list(features))
+        if self.patched.reads_unreduced:
+            self.reduction.features = flat
         flat = self._reduce(flat, made)
         if stacked:
             return flat.view(len(sizes), -1, flat.shape[1])
@@ -480,6 +482,49 @@ class VisionRun:
                 left, length, image = left - made[image], length + sizes[image], image + 1
             lengths.append(length)
         return list(flat.split(lengths))
+
+    def add_views(
+        self, features: Tensor | Sequence[Tensor], layouts: list[Layout], grid: tuple[int, int]
+    ) -> None:
+        """Keep what tiles show at the tokens of their pictures.
+
+        Args:
+            features: of the tiles, as the model made them.
+            layouts: of the tiles, picture after picture in reading order.
+            grid: rows and columns of tiles.
+
+        Raises:
+            DataError: they are not so many tiles for each picture, as large as itself.
+        """
+        own, (rows, cols) = self.reduction.layouts, grid
+        name = f"view_{self.family.pixels}"
+        if layouts != [layout for layout in own for _ in range(rows * cols)]:
+            raise DataError(
+                f"{len(layouts)} tiles for {len(own)} pictures, or of other sizes than these",
+                argument=name,
+                given=[layout.grids for layout in layouts[:4]],
+                expected=f"{rows * cols} tiles for each picture, as large as itself",
+            )
+        if not all(layout.plain for layout in own):
+            raise DataError(
+                "tiles have a place in pictures of one grid only",
+                argument=name,
+                given=[layout.grids for layout in own[:4]],
+                expected="no video, and no picture that the processor cuts up",
+            )
+        flat = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
+        found, parts = [], iter(flat.split([layout.tokens for layout in layouts]))
+        for layout in own:
+            (high, wide), width = layout.grids[0], flat.shape[1]
+            x = torch.cat([next(parts) for _ in range(rows * cols)])
+            # One map of all tiles, then the cells of the map at every token.
+            x = x.view(rows, cols, high, wide, width).transpose(1, 2)
+            x = x.reshape(high, rows, wide, cols, width).transpose(1, 2)
+            found.append(x.reshape(high * wide, rows * cols, width))
+        self.reduction.views = torch.cat(found)
+        for image, layout in enumerate(own):
+            cost = self.family.vision_flops(layout, layout.cells) * rows * cols
+            self.reduction.vision_flops[image] += cost
 
     def _reduce(self, features: Tensor, made: list[int]) -> Tensor:
         """:meth:`after` on `[tokens of all images, width]`, `made` of them for each image."""

@@ -143,6 +143,43 @@ class Compared:
     valid: Tensor
 
 
+@dataclass(frozen=True)
+class Views:
+    """What finer views of the pictures show at each token, in the LLM: `[batch, rows, n, width]`.
+
+    The caller gives the tiles of every picture, rows by columns, as arguments that begin with
+    `view_` (see :func:`mllm.views.tiled`); the tower and the projector make features of them. Put
+    together they are a map in which every token of the picture has `n = rows * columns` tokens at
+    its place, in reading order. Zero elsewhere; None where no tiles were given.
+
+    Attributes:
+        grid: rows and columns of tiles.
+    """
+
+    grid: tuple[int, int] = (2, 2)
+
+
+@dataclass(frozen=True)
+class Unreduced:
+    """All visual tokens of each sample, before any stage took some away: a :class:`Beside`.
+
+    In the LLM. Stages on pixels, in the tower or before the projector cannot stand beside it.
+    """
+
+
+@dataclass
+class Beside:
+    """Tokens beside the sequence, filled up to a rectangle.
+
+    Attributes:
+        embeds: `[batch, tokens, width]`, as they would enter the decoder, with their gradient.
+        valid: bool `[batch, tokens]`, false for fillers.
+    """
+
+    embeds: Tensor
+    valid: Tensor
+
+
 class _AtLayer:
     """A signal of a decoder layer."""
 

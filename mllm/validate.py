@@ -14,6 +14,8 @@ from mllm.compressors.base import (
     Hidden,
     Joint,
     TokenReducer,
+    Unreduced,
+    Views,
     VisionAttention,
 )
 from mllm.errors import PlanError
@@ -104,6 +106,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 expected="a layer that has run",
             )
     _check_tower(patched)
+    _check_beside(patched)
     _check_writers(patched)
     _check_lowrank(patched)
     _check_storage(patched)
@@ -201,6 +204,33 @@ def _check_tower(patched: Patched) -> None:
             given=patched.plan.spec,
             expected="a stage behind the projector",
         )
+
+
+def _check_beside(patched: Patched) -> None:
+    """Refuse stages that read what others have taken away, or what the family has no place for."""
+    plan, name = patched.plan, type(patched.family.model).__name__
+    for _, stage in patched.pruners:
+        signals = list(stage.reads().values())
+        views = any(isinstance(signal, Views) for signal in signals)
+        early = patched.early or any(patched.site(s) == "pixels" for _, s in patched.reducers)
+        if (views or Unreduced() in signals) and early:
+            raise PlanError(
+                f"{stage.info.name} needs all visual tokens behind the projector, and a stage "
+                "before it takes some away",
+                argument="plan",
+                given=plan.spec,
+                expected="stages behind the projector",
+            )
+        if views and (patched.family.first_cut or len(patched.view_grids) > 1):
+            reason = "has tiles in two grids"
+            if patched.family.first_cut:
+                reason = "adds features of inner tower blocks to the same rows by itself"
+            raise PlanError(
+                f"{stage.info.name} cannot add finer views: {name} {reason}",
+                argument="plan",
+                given=plan.spec,
+                expected="another model, or one grid for all stages",
+            )
 
 
 def _check_writers(patched: Patched) -> None:

@@ -32,6 +32,9 @@ class Edits:
         write: a function of what enters the layer: what stands there instead.
         forget: bool `[n]`, rows that tokens behind the prompt do not see.
         insert: (row that they stand behind, `[m, width]`).
+        compact: layers from which positions run on without gaps.
+        beside: a function of rotated queries and of what heads give, `[heads, tokens, dim]` each:
+            what they give instead.
     """
 
     drop: dict[int, Tensor] = field(default_factory=dict)
@@ -44,6 +47,8 @@ class Edits:
     write: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     forget: dict[int, Tensor] = field(default_factory=dict)
     insert: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+    compact: set[int] = field(default_factory=set)
+    beside: dict[int, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -112,6 +117,7 @@ def run_with_gradients(
     added, seen = deepstack(family, sample), Seen(h, alive)
     own = torch.arange(n)  # the token of each row; inserted rows have that of their neighbour
     inserted = torch.zeros(n, dtype=torch.bool)
+    place = position
 
     def there(x: Any, neutral: float | bool) -> Any:
         """A value by token, for the rows."""
@@ -134,6 +140,9 @@ def run_with_gradients(
             at = (order * 2 + new).argsort(stable=True)
             h, alive = torch.cat([h, vectors])[at], torch.cat([alive, new[inserted.numel() :]])[at]
             own, inserted = order[at], new[at]
+            place = position[..., own]
+        if i in edits.compact:
+            place = alive.long().cumsum(0) - 1
         if i in edits.add:
             h = h + there(edits.add[i], 0)
         rows = len(own)
@@ -146,7 +155,6 @@ def run_with_gradients(
         take = there(edits.take.get((i, "attn"), torch.ones(n, dtype=torch.bool)), True)
         see = (see & take[None]) | torch.eye(rows, dtype=torch.bool)
         kind = (lm.config.layer_types[i],) if family == "gemma3" else ()
-        place = position[..., own]
         cos, sin = lm.rotary_emb(
             h[None], place[:, None] if place.dim() == 2 else place[None], *kind
         )
@@ -208,6 +216,8 @@ def _attend(a, x, cos, sin, see, i, edits, there, rows, seen) -> Tensor:
     weights = logits.masked_fill(~see, hidden).softmax(-1)
     seen.weights.append(weights)
     out = weights @ v
+    if i in edits.beside:
+        out = edits.beside[i](q, out)
     if i in edits.heads:
         g = edits.heads[i]
         g = g[:, None] if g.dim() == 1 else there(g, 1.0).T

@@ -16,21 +16,22 @@ import mllm
 from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
-#: They must be trained; held against their descriptions in test_routers.py, test_depth.py and
-#: test_mor.py.
-TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip"]
+#: They must be trained; files of their own, or test_depth.py, hold them against their descriptions.
+TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip", "dpn", "slowfast"]
 NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
-          "dualfilter", "mustdrop", *TRAINED, "m3", "mqt", "tokenflex", "tokenpacker"]  # fmt: skip
+          "dualfilter", "mustdrop", "deepstack", *TRAINED, "m3", "mqt", "tokenflex",
+          "tokenpacker"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
-        "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip", "m3"]  # fmt: skip
+        "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip", "m3",
+        "deepstack"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter", "mustdrop", *TRAINED]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop", "deepstack", *TRAINED]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -82,6 +83,9 @@ IDENTITY = {
     "skipffn": "skipffn:budget=1.0:summary=false",
     "layerskip": "layerskip",
     "m3": "m3:keep=576",
+    "dpn": "dpn:choice=0/0/0",
+    "deepstack": "deepstack",
+    "slowfast": "slowfast",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 

@@ -154,12 +154,25 @@ def stages(draw):
         "scales": st.just((576, 144, 36, 9)),
         "counts": st.just((64, 256, 400)),
         "weights": st.none(),
+        "pools": st.lists(st.sampled_from(["1x1", "2x3"]), min_size=3, max_size=4).map(tuple),
+        "pool": st.sampled_from(["max", "avg"]),
+        "choice": st.none() | st.tuples(*[st.integers(0, 2)] * cuts),
+        "query": st.sampled_from(["last", "text", "router"]),
+        "router": st.sampled_from(["mlp", "linear"]),
+        "weight": st.sampled_from(["straight", "probability"]),
+        "temperature": st.floats(0.1, 20),
+        "target": st.floats(0, 2),
+        "start": st.none() | st.integers(0, 9),
+        "interval": st.integers(1, 4),
     }
     learned = {"m3": (9, 36), "tokenflex": (64, 256), "mqt": (1, 64), "tokenpacker": (36, 144)}
     if cls.info.name in learned:
         values["keep"] = st.sampled_from(learned[cls.info.name])
         values["heads"], values["queries"] = st.integers(1, 16), st.sampled_from([256, 400])
-    if cls.info.name in ("pmod", "mod", "mor", "gammamod", "moh", "layerskip"):
+    if cls.info.name == "dpn":
+        values["least"] = st.integers(1, 64)
+    still = ("pmod", "mod", "mor", "gammamod", "moh", "layerskip", "deepstack", "slowfast")
+    if cls.info.name in still:
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.name == "moh":
         values["shared"] = st.floats(0.1, 0.4)

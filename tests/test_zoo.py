@@ -34,7 +34,8 @@ ELSEWHERE = {
     "zipvl_cache": "test_kv_quant.py", "outputaware": "test_zoo_mustdrop.py",
     "randomllm": "test_methods.py", "pmod": "test_routers.py", "mod": "test_depth.py",
     "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
-    "layerskip": "test_depth.py", "mor": "test_mor.py",
+    "layerskip": "test_depth.py", "mor": "test_mor.py", "dpn": "test_dpn.py",
+    "deepstack": "test_deepstack.py", "slowfast": "test_slowfast.py",
     **dict.fromkeys(["m3", "mqt", "tokenflex", "tokenpacker"], "test_learned.py"),
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
@@ -142,6 +143,7 @@ OTHERS = {
     "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
     "m3": "whole grids", "tokenflex": "whole grids", "tokenpacker": "whole grids",
     "mqt": "as many queries",
+    "dpn": "a router decides", "deepstack": "nothing leaves", "slowfast": "nothing leaves",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mllm import compat
+from mllm.actions import Attend
 from mllm.cache.segments import SLACK, Dense, Packed, Segment, _gather, _headwise, _stored
 from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -872,6 +873,9 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
     layers = [] if cache is None else cache.layers
     segments = [segment for layer in layers for segment in layer.segments]
     stored = [t for segment in segments for t in segment.tensors()]
+    lasting = getattr(getattr(cache, "mllm", None), "lasting", {})
+    for action in (p.action for placed in lasting.values() for p in placed):
+        stored += [action.keys, action.values] if isinstance(action, Attend) else []
     meta = [t for segment in segments for t in segment.meta()]
     meta += [t for x in layers if x.table is not None for t in x.table.columns.values()]
     meta += [t for x in layers for t in (*x.shifts.values(), *x.samples.values())]

@@ -66,6 +66,7 @@ _HOMES = {
     "Stride": "sanity",
     "AvgPool": "sanity",
     "Downsample": "sanity",
+    "DeepStack": "deepstack",
 }
 __all__ = list(_HOMES)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.actions import (
+    Attend,
     BranchGate,
     BranchRows,
     Evict,
@@ -47,7 +48,9 @@ from mllm.signals import (
     Rotary,
     TextEmbeds,
     Unprojected,
+    Unreduced,
     Values,
+    Views,
     VisionAttention,
     VisionKeys,
 )
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from mllm.routers.account import Routing
 
 __all__ = [
+    "Attend",
     "AttentionRows",
     "BlockFeatures",
     "BranchGate",
@@ -98,7 +102,9 @@ __all__ = [
     "TowerContext",
     "TowerReducer",
     "Unprojected",
+    "Unreduced",
     "Values",
+    "Views",
     "VisionAttention",
     "VisionKeys",
     "Write",
@@ -274,9 +280,11 @@ class LayerContext(Context):
         decoding: bool = False,
         answer_loss: Callable[[Tensor], Tensor] | None = None,
         seed_for: Callable[..., int] | None = None,
+        attention_input: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(stage, signals, counts=counts, seeds=seeds, route=route)
         self._routing, self._number, self._seed_for = routing, number, seed_for
+        self._attention_input = attention_input
         self.layer, self.num_layers = layer, num_layers
         self.visual, self.prompt, self.protected = visual, prompt, protected
         self.text = prompt & ~table.visual
@@ -289,6 +297,10 @@ class LayerContext(Context):
 
     def _there(self) -> Tensor:
         return self.visual
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What this layer's attention would be given if `x` `[batch, n, width]` entered it."""
+        return self._attention_input(x)
 
     @property
     def learns(self) -> bool:
@@ -580,6 +592,15 @@ class LayerMethod(_Method):
             heads: of queries, of a layer.
         """
         return {}
+
+    def parts_of(self, family: Any) -> dict[str, nn.Module]:
+        """:meth:`parts` of a model; a stage whose parts start as the model's own overrides it.
+
+        Args:
+            family: the adapter of the model's family.
+        """
+        config = family.text_config
+        return self.parts(config.hidden_size, config.num_attention_heads)
 
     def at_depth(self, num_layers: int, first_cut: int = 0) -> LayerMethod:
         """The stage with its layers fixed for a model of `num_layers` layers.

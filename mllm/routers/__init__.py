@@ -6,6 +6,7 @@ import importlib
 
 _HOMES = {
     "BigMac": "experts_bigmac",
+    "DPN": "dpn",
     "DeepSeekMoE": "experts_deepseekmoe",
     "GammaMoD": "gammamod",
     "MoD": "mod",
@@ -17,6 +18,7 @@ _HOMES = {
     "PMoD": "pmod",
     "PRMoE": "experts_prmoe",
     "SkipFFN": "skipffn",
+    "SlowFast": "slowfast",
     "VMoE": "experts_vmoe",
 }
 __all__ = list(_HOMES)

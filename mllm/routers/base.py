@@ -68,11 +68,17 @@ class RouterBank(nn.Module):
 
         Args:
             x: `[batch, rows, width]`, what enters the decoder.
-            stages: numbers of stages that have parts.
+            stages: numbers of stages that have parts; a part that does not take hidden states
+                says in `width` what it takes.
         """
         x = x[:1, :1].detach()
         parts = [part for n in stages for part in self._modules[str(n)].values()]
-        return 0.0 * torch.stack([part(x).sum() for part in parts]).sum()
+        widths = [getattr(part, "width", x.shape[-1]) for part in parts]
+        found = [
+            part(x[..., :1].expand(-1, -1, width)).sum()
+            for part, width in zip(parts, widths, strict=True)
+        ]
+        return 0.0 * torch.stack(found).sum()
 
 
 def active(model: nn.Module) -> nn.Module:

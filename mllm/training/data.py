@@ -26,6 +26,7 @@ from mllm.loading import PLACEHOLDER, chat_content, load_image
 from mllm.training.reading import read
 from mllm.training.recipe import DataPart
 from mllm.training.video import Clip, check_decoder, read_clip
+from mllm.views import tiled
 from mllm.yardstick import prompt
 
 IGNORED = -100
@@ -468,7 +469,12 @@ class Collator:
     Padding is on the right: positions of a plain forward count from the left edge. Videos go
     through the processor's own part for videos, or, where it has none, as pictures in a row, as in
     PLLaVA (arXiv:2404.16994).
+
+    Attributes:
+        tiles: rows and columns of tiles that pictures come with (:mod:`mllm.views`); None is none.
     """
+
+    tiles: tuple[int, int] | None = None
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -498,6 +504,8 @@ class Collator:
             return_tensors="pt",
             **self._clips([clip for item in items for clip in item.get("videos", ())]),
         )
+        if self.tiles and images:
+            batch.update(tiled(self.processor, images, self.tiles))
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for row, (text, spans) in enumerate(zip(texts, learnt, strict=True)):
             # The processor repeats only placeholders, so all other tokens are those of the text.
