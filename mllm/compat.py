@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import re
@@ -69,6 +70,7 @@ __all__ = [
     "dynamic_cache",
     "encodes_first",
     "mask_like",
+    "part",
     "reentrant",
     "register_attention",
     "report_targets",
@@ -103,6 +105,23 @@ def warn_if_untested() -> None:
             f"'transformers=={TESTED[1]}.*'",
             stacklevel=2,
         )
+
+
+#: Building blocks of models, and the module of each under `transformers.models`.
+_PARTS = {
+    "Blip2QFormerModel": "blip_2.modeling_blip_2",
+    "ConvNextLayerNorm": "convnext.modeling_convnext",
+    "ConvNextStage": "convnext.modeling_convnext",
+    "ConvNextV2Stage": "convnextv2.modeling_convnextv2",
+    "DeepseekVLSamVisionProj": "deepseek_vl_hybrid.modeling_deepseek_vl_hybrid",
+    "LlavaMultiModalProjector": "llava.modeling_llava",
+    "RegNetStage": "regnet.modeling_regnet",
+}
+
+
+def part(name: str) -> type[nn.Module]:
+    """A building block of a model of transformers, by the name of its class."""
+    return getattr(importlib.import_module(f"transformers.models.{_PARTS[name]}"), name)
 
 
 def report_targets() -> list[str]:
