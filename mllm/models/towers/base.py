@@ -376,7 +376,7 @@ class Tower(PreTrainedModel):
             config = copy.deepcopy(self.config)
             config._attn_implementation = "eager"
             with torch.device("meta"), FlopCounterMode(display=False) as counter, asking(None):
-                twin = type(self)(config).eval()
+                twin = type(self)(config).eval().requires_grad_(False)
                 twin(torch.empty(1, config.num_channels, *size, dtype=twin.dtype))
             self._counted[size] = float(counter.get_total_flops())
         return self._counted[size]

@@ -106,7 +106,7 @@ class Brave(Tower):
             for encoder, project in zip(self.encoders, self.project, strict=True)
         ]
         kept = self._kept(len(pixels), [x.shape[1] for x in said], pixels.device)
-        asked, seen = self.query.expand(len(pixels), -1, -1), None
+        asked, seen = self.query.repeat(len(pixels), 1, 1), None
         question = self.question(pixels)
         if question is not None:
             words, valid = question
