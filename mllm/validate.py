@@ -283,8 +283,8 @@ def _check_fit(patched: Patched, stage: Any) -> None:
     for signal in stage.reads().values():
         if isinstance(signal, VisionAttention | VisionKeys) and not len(family.blocks):
             raise PlanError(
-                f"{stage.info.name} cannot work on {name}: it reads attention in the tower, which has "
-                "none over the visual tokens",
+                f"{stage.info.name} cannot work on {name}: it reads attention in the tower, which "
+                "has none over the visual tokens",
                 argument="plan",
                 given=stage.info.name,
                 expected="a method that reads features, or works in the LLM",

@@ -42,6 +42,8 @@ from mllm.models.towers import (
 )
 from mllm.models.towers.base import Question, asking
 from mllm.training import parts
+from mllm.training.launch import World
+from mllm.training.preview import preview
 from mllm.training.recipe import load, validate
 
 CLIP = CLIPVisionConfig(
@@ -579,3 +581,30 @@ def test_recipes_name_towers():
             validate(changed)
     with pytest.raises(RecipeError, match="parallel.zero=3"):
         validate(written | {"parallel": {"zero": 3}})
+
+
+@pytest.mark.slow
+@names
+def test_a_dry_run_tries_the_tower(name):
+    found = preview(load(name, tiny=True), World())["stages"]
+    new = [stage["parts"]["multi_modal_projector"] for stage in found]
+    assert all(math.isfinite(stage["step"]["loss"]) for stage in found)
+    assert all(part["trained"] == part["parameters"] > 3000 for part in new)
+
+
+@pytest.mark.slow
+def test_a_dry_run_takes_a_folder_with_a_tower(small, tmp_path):
+    model, processor = towered(small, "brave")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    written = {
+        "version": 1,
+        "model": {"path": str(tmp_path), "freeze_vision_tower": True},
+        "data": [{"path": "yardstick", "tasks": ["exist"], "limit": 4}],
+        "train": {"max_steps": 1, "per_device_train_batch_size": 2},
+        "output": {"dir": "x"},
+    }
+    assert math.isfinite(preview(validate(written), World())["step"]["loss"])
+    written["model"]["feature_cache"] = str(tmp_path)
+    with pytest.raises(RecipeError, match="trained with the projector, or read the question"):
+        preview(validate(written), World())

@@ -48,9 +48,7 @@ class TowerFamily(Family):
             grid = tuple(side // self.vision_config.patch_size for side in pixels.shape[-2:])
         return [Layout((grid,))] * pixels.shape[0]
 
-    def resized(
-        self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
-    ) -> dict[str, Any]:
+    def resized(self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
         pixels, patch = inputs["pixel_values"], self.vision_config.patch_size
         size = (grids[0][0] * patch, grids[0][1] * patch)
         same = tuple(pixels.shape[-2:]) == size

@@ -120,8 +120,9 @@ class Attend(nn.Module):
         super().__init__()
         self.heads, self.side = heads, side
         self.norm, self.read_norm = nn.LayerNorm(width), nn.LayerNorm(read)
-        self.q, self.k, self.v = nn.Linear(width, width), *(
-            nn.Linear(read, width) for _ in range(2)
+        self.q, self.k, self.v = (
+            nn.Linear(width, width),
+            *(nn.Linear(read, width) for _ in range(2)),
         )
         self.inner_norm, self.out = nn.LayerNorm(width), ZeroLinear(width, width)
 
