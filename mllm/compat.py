@@ -62,12 +62,14 @@ __all__ = [
     "SERVED",
     "TESTED",
     "arguments",
+    "as_eager",
     "attention_name",
     "base_attention",
     "best_resolution",
     "causal_mask",
     "config_sha256",
     "dynamic_cache",
+    "eager_like",
     "encodes_first",
     "mask_like",
     "part",
@@ -146,6 +148,19 @@ def arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[s
 def attention_name(module: nn.Module) -> str:
     """The attention implementation that a module dispatches to."""
     return module.config._attn_implementation or "eager"
+
+
+def eager_like(config: Any) -> dict[str, str]:
+    """How a part is asked for eager attention where `config` has it; else it chooses its own."""
+    eager = config._attn_implementation == "eager"
+    return {"attn_implementation": "eager"} if eager else {}
+
+
+def as_eager(config: Any) -> Any:
+    """A copy of a configuration, with eager attention."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    return config
 
 
 def base_attention(module: nn.Module, name: str) -> Callable:

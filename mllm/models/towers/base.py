@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from mllm import compat
 from mllm.compat import BaseModelOutputWithPooling
 from mllm.errors import DataError, PlanError
 from mllm.models.base import shrink
@@ -114,11 +115,6 @@ class TowerConfig(PreTrainedConfig):
         """Visual tokens of a picture."""
         return self.grid[0] * self.grid[1]
 
-    def attention(self) -> dict[str, str]:
-        """How parts are asked for eager attention; else they choose what they can do."""
-        eager = self._attn_implementation == "eager"
-        return {"attn_implementation": "eager"} if eager else {}
-
     def inner(self, number: int) -> PreTrainedConfig:
         """The configuration of an encoder."""
         return AutoConfig.for_model(**self.encoders[number]["config"])
@@ -180,7 +176,7 @@ class Encoder(nn.Module):
     def __init__(self, config: TowerConfig, number: int, any_size: bool = False) -> None:
         super().__init__()
         spec, inner = config.encoders[number], config.inner(number)
-        self.model = AutoModel.from_config(inner, **config.attention())
+        self.model = AutoModel.from_config(inner, **compat.eager_like(config))
         if hasattr(inner, "hidden_sizes"):  # without attention, any implementation will do
             self.model._supports_sdpa = self.model._supports_flash_attn = True
         self.given, self.spec = config, spec
@@ -373,8 +369,7 @@ class Tower(PreTrainedModel):
         """FLOPs of one picture, without those of reading a question: torch counts them."""
         size = (height, width)
         if size not in self._counted:
-            config = copy.deepcopy(self.config)
-            config._attn_implementation = "eager"
+            config = compat.as_eager(self.config)
             with torch.device("meta"), FlopCounterMode(display=False) as counter, asking(None):
                 twin = type(self)(config).eval().requires_grad_(False)
                 twin(torch.empty(1, config.num_channels, *size, dtype=twin.dtype))

@@ -87,7 +87,7 @@ class Brave(Tower):
                 encoder_hidden_size=config.width,
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
-                **config.attention(),
+                **compat.eager_like(config),
             )
         )
         if config.text_width is not None:

@@ -117,7 +117,7 @@ def with_tower(model: nn.Module, tower: Tower, processor: Any) -> tuple[TowerLla
     left = ("model_type", "text_config", "vision_config", "architectures", "transformers_version")
     kept = {k: v for k, v in model.config.to_dict().items() if k not in left}
     kept |= {
-        "attn_implementation": model.config._attn_implementation,  # else it is reset in all parts
+        "attn_implementation": compat.attention_name(model),  # else it is reset in all parts
         "image_seq_length": tower.config.tokens,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
