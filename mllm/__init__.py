@@ -17,6 +17,7 @@ _EXPORTS = {
     "calibrate": "mllm.calibration",
     "upcycle": "mllm.routers.upcycle",
     "register": "mllm.plan",
+    "with_tower": "mllm.models.towers",
     "Ledger": "mllm.ledger",
     "load_model": "mllm.loading",
     "load_image": "mllm.loading",

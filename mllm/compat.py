@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import re
@@ -61,14 +62,17 @@ __all__ = [
     "SERVED",
     "TESTED",
     "arguments",
+    "as_eager",
     "attention_name",
     "base_attention",
     "best_resolution",
     "causal_mask",
     "config_sha256",
     "dynamic_cache",
+    "eager_like",
     "encodes_first",
     "mask_like",
+    "part",
     "reentrant",
     "register_attention",
     "report_targets",
@@ -105,6 +109,23 @@ def warn_if_untested() -> None:
         )
 
 
+#: Building blocks of models, and the module of each under `transformers.models`.
+_PARTS = {
+    "Blip2QFormerModel": "blip_2.modeling_blip_2",
+    "ConvNextLayerNorm": "convnext.modeling_convnext",
+    "ConvNextStage": "convnext.modeling_convnext",
+    "ConvNextV2Stage": "convnextv2.modeling_convnextv2",
+    "DeepseekVLSamVisionProj": "deepseek_vl_hybrid.modeling_deepseek_vl_hybrid",
+    "LlavaMultiModalProjector": "llava.modeling_llava",
+    "RegNetStage": "regnet.modeling_regnet",
+}
+
+
+def part(name: str) -> type[nn.Module]:
+    """A building block of a model of transformers, by the name of its class."""
+    return getattr(importlib.import_module(f"transformers.models.{_PARTS[name]}"), name)
+
+
 def report_targets() -> list[str]:
     """What `TrainingArguments(report_to=)` can name, of what is installed."""
     from transformers.integrations import integration_utils
@@ -127,6 +148,19 @@ def arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[s
 def attention_name(module: nn.Module) -> str:
     """The attention implementation that a module dispatches to."""
     return module.config._attn_implementation or "eager"
+
+
+def eager_like(config: Any) -> dict[str, str]:
+    """How a part is asked for eager attention where `config` has it; else it chooses its own."""
+    eager = config._attn_implementation == "eager"
+    return {"attn_implementation": "eager"} if eager else {}
+
+
+def as_eager(config: Any) -> Any:
+    """A copy of a configuration, with eager attention."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    return config
 
 
 def base_attention(module: nn.Module, name: str) -> Callable:

@@ -140,6 +140,7 @@ def skeleton(path: str | os.PathLike) -> nn.Module:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    import mllm.models.towers  # noqa: F401 - transformers is told of our towers
     from mllm.loading import model_path
     from mllm.models import family_of
 

@@ -37,7 +37,7 @@ def examine(model: nn.Module) -> Report:
     family = resolve(model)
     backends = {
         "decoder": compat.attention_name(family.attention(0)),
-        "tower": compat.attention_name(family.block_attention(0)),
+        "tower": compat.attention_name(family.block_attention(0)) if len(family.blocks) else "none",
     }
     Patched(model, []).remove()  # what is wrong with the model as a whole is no verdict
     return Report(
@@ -285,7 +285,9 @@ def _facts(family: Family) -> dict[str, Any]:
     grid, windows = family.native_grid(), [family.window(i) for i in range(len(family.layers))]
     return {
         "tower": f"{path[id(family.tower)]} ({type(family.tower).__name__})",
-        "tower_blocks": f"{path[id(family.blocks)]} ({len(family.blocks)})",
+        "tower_blocks": f"{path[id(family.blocks)]} ({len(family.blocks)})"
+        if len(family.blocks)
+        else "none",
         "projector": f"{path[id(family.projector)]} ({type(family.projector).__name__})",
         "decoder": f"{path[id(family.decoder)]} ({type(family.decoder).__name__})",
         "layers": f"{path[id(family.layers)]} ({len(family.layers)})",

@@ -65,6 +65,8 @@ def load_model(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    import mllm.models.towers  # noqa: F401 - transformers is told of our towers
+
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise DataError(
             f"dtype={dtype!r} is not known",

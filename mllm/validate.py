@@ -17,6 +17,7 @@ from mllm.compressors.base import (
     Unreduced,
     Views,
     VisionAttention,
+    VisionKeys,
 )
 from mllm.errors import PlanError
 from mllm.plan import Plan
@@ -186,9 +187,11 @@ def _check_tower(patched: Patched) -> None:
         others = [
             s for _, s in patched.reducers if s.replaces or patched.site(s) == "pre_projector"
         ]
-        blocks = [family.block_attention(b) for b in stage.blocks(family.block(None) + 1)]
-        backends = {compat.attention_name(block) for block in blocks}
-        if not family.per_token or len(family.feature_blocks()) > 1:
+        blocks = stage.blocks(family.block(None) + 1) if len(family.blocks) else []
+        backends = {compat.attention_name(family.block_attention(block)) for block in blocks}
+        if not len(family.blocks):
+            reason = f"that of {name} has no blocks with the visual tokens"
+        elif not family.per_token or len(family.feature_blocks()) > 1:
             reason = f"the projector of {name} joins tower tokens, or reads several blocks"
         elif others:
             reason = f"{others[0].info.name} needs all tokens of the tower"
@@ -310,6 +313,14 @@ def _check_fit(patched: Patched, stage: Any) -> None:
     """Refuse a stage that the family cannot do."""
     family, name = patched.family, type(patched.family.model).__name__
     for signal in stage.reads().values():
+        if isinstance(signal, VisionAttention | VisionKeys) and not len(family.blocks):
+            raise PlanError(
+                f"{stage.info.name} cannot work on {name}: it reads attention in the tower, which "
+                "has none over the visual tokens",
+                argument="plan",
+                given=stage.info.name,
+                expected="a method that reads features, or works in the LLM",
+            )
         if isinstance(signal, VisionAttention) and signal.query == "cls" and not family.prefix:
             raise PlanError(
                 f"{stage.info.name} reads the attention of [CLS], and the tower of {name} has none",
@@ -380,7 +391,7 @@ def check_generation(config: Any, given: Mapping[str, Any]) -> None:
 
 def family_notes(patched: Patched) -> list[str]:
     """What a plan does otherwise on this family than on the paper's model."""
-    notes, name = [], type(patched.family.model).__name__
+    notes, name = patched.family.notes(), type(patched.family.model).__name__
     for stage in patched.plan.stages:
         if not stage.positions and patched.positions(stage) != stage.paper_positions:
             notes.append(f"{stage.info.name}: positions=original, as {name} needs")

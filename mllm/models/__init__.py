@@ -20,6 +20,7 @@ def families() -> dict[str, type[Family]]:
     from mllm.models.llava import Llava
     from mllm.models.llava_next import LlavaNext, LlavaOnevision
     from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+    from mllm.models.towers.family import TowerFamily
 
     return {
         "llava": Llava,
@@ -32,6 +33,7 @@ def families() -> dict[str, type[Family]]:
         "gemma3": Gemma3,
         "idefics3": Idefics3,
         "smolvlm": SmolVLM,
+        "mllm_llava": TowerFamily,
     }
 
 

@@ -48,7 +48,8 @@ class Family:
         model: the conditional-generation model.
         base: the module that merges features into embeddings and calls the decoder.
         decoder: the language model without its head; `layers` are its decoder layers.
-        tower: the vision tower; `blocks` are its transformer blocks.
+        tower: the vision tower; `blocks` are its transformer blocks over the visual tokens, none
+            where it has no such attention.
         projector: the module from tower width to LLM width.
         image_token_id: placeholder of visual tokens.
         prefix: tower tokens before the patches ([CLS]).
@@ -97,6 +98,14 @@ class Family:
     def vision_config(self) -> Any:
         """Config of the tower."""
         return self.model.config.vision_config
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the tower that came with the projector: they are trained with it."""
+        return []
+
+    def notes(self) -> list[str]:
+        """What a ledger of this model should say."""
+        return []
 
     def of_videos(self) -> Family | None:
         """The adapter of the same model for the inputs of `get_video_features`, if it has any."""

@@ -40,6 +40,9 @@ def check_features(recipe: Recipe, model: nn.Module, patched: Any, tower_learns:
     reason = expected = None
     if tower_learns:
         reason, expected = "the vision tower is trained", "model.freeze_vision_tower: true"
+    elif family.new_parameters():
+        reason = "parts of the tower are trained with the projector, or read the question"
+        expected = "no cache, or a model with a tower of its own"
     elif patched is not None and patched.mergers:
         reason, expected = "the plan acts inside the tower", "a plan that acts behind it"
     elif patched is not None and (patched.tower_blocks or inside & set(patched.tapped())):

@@ -92,7 +92,7 @@ def _load(recipe: Recipe, device: str) -> tuple[Any, Any]:
     """The model and its processor as training starts from them."""
     path, dtype = recipe.model.path, recipe.model.dtype
     if not recipe.method.load_in_4bit:
-        return load_model(path, dtype=dtype, device=device)
+        return parts.with_tower(recipe, *load_model(path, dtype=dtype, device=device))
     check_four_bits()
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from mllm.models import resolve as resolve_family
@@ -25,7 +26,7 @@ def parts(model: nn.Module) -> dict[str, str]:
     """
     family = resolve_family(model)
     tower = {id(p) for p in family.tower.parameters()}
-    projector = {id(p) for p in family.projector.parameters()}
+    projector = {id(p) for p in (*family.projector.parameters(), *family.new_parameters())}
     head = model.get_output_embeddings()
     language = {id(p) for module in (family.decoder, head) for p in module.parameters()}
 
@@ -50,6 +51,38 @@ def freeze(model: nn.Module, recipe: Recipe) -> None:
         family = resolve_family(model)
         for layer in range(len(family.layers)):
             family.mlp(layer).requires_grad_(True)
+
+
+def with_tower(
+    recipe: Recipe, model: nn.Module, processor: Any = None, weights: bool = True
+) -> tuple[Any, Any]:
+    """The model with the recipe's tower, and its processor; as they are where it names none.
+
+    Args:
+        recipe: the recipe.
+        model: on the meta device for a tower without weights.
+        processor: the model's own; None where only the model is wanted.
+        weights: whether the encoders' weights are read; otherwise they are small and random, or on
+            the meta device with the model.
+
+    Raises:
+        PlanError, DataError: see :func:`mllm.with_tower`.
+    """
+    part = recipe.model.tower
+    if part is None:
+        return model, processor
+    from mllm.models.towers import TOWERS, with_tower
+
+    kind, fields = TOWERS[part.type], part.model_extra or {}
+    torch.manual_seed(recipe.train.get("seed", 42))
+    if weights:
+        tower = kind.of(*part.encoders, **fields)
+    else:
+        with torch.device("meta"):
+            tower = kind.of(*part.encoders, weights=False, **fields)
+        if model.device.type != "meta":
+            tower = kind(tower.config.narrow())
+    return with_tower(model, tower, processor)
 
 
 def reset_projector(model: nn.Module) -> None:

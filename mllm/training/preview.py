@@ -64,7 +64,7 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             given="text only",
             expected="data with pictures, or plan: null",
         )
-    model = skeleton(recipe.model.path)
+    model, _ = parts.with_tower(recipe, skeleton(recipe.model.path), weights=False)
     _check_layers(recipe, model.config.get_text_config().num_hidden_layers)
     before = parts.parts(model)
     parts.freeze(model, recipe)
@@ -306,13 +306,19 @@ def small_like(path: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from mllm.models.towers import TowerConfig
+
     config = copy.deepcopy(AutoConfig.from_pretrained(model_path(path)))
     text, vision = config.get_text_config(), config.vision_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     narrow = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 2 * head}
     text.update(narrow | {"head_dim": head, "intermediate_size": 64})
     heads = "num_heads" if hasattr(vision, "num_heads") else "num_attention_heads"
-    vision.update({"hidden_size": 64, "intermediate_size": 64, heads: 4})
+    if isinstance(vision, TowerConfig):
+        config.vision_config = vision.narrow()
+        config.vision_config.text_width = vision.text_width and text.hidden_size
+    else:
+        vision.update({"hidden_size": 64, "intermediate_size": 64, heads: 4})
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = text.hidden_size
     return AutoModelForImageTextToText.from_config(
@@ -337,6 +343,7 @@ def rehearse(recipe: Recipe, data: Conversations) -> dict[str, Any]:
         ) from error
     torch.manual_seed(0)
     model = small_like(recipe.model.path)
+    model, processor = parts.with_tower(recipe, model, processor, weights=False)
     short = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
     short |= {"logging_steps": 1, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0}
     short |= {"bf16": False, "fp16": False, "tf32": None}

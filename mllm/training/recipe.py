@@ -40,15 +40,30 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class TowerPart(BaseModel):
+    """Another vision tower for a LLaVA: `docs/towers.md` has the types and their keys.
+
+    An encoder is the name or folder of one, or a mapping with `path` or `config` (a configuration
+    with `model_type`: random weights).
+    """
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+    encoders: list[str | dict[str, Any]] = Field(min_length=1)
+
+
 class ModelPart(Strict):
     """Which model, in which type, and what stays frozen.
 
     `path` is a folder, a hub name, `tiny-llava` (the embedded model), or, with `stages`,
     `new:tiny-llava`: the same architecture with random weights. `reset_projector` starts from a
     random projector. `feature_cache` is a folder for what a frozen tower says of every picture.
+    `tower` takes the place of the model's own; what is new in it is trained and frozen with the
+    projector.
     """
 
     path: str
+    tower: TowerPart | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     reset_projector: bool = False
     feature_cache: str | None = None
@@ -628,6 +643,7 @@ def _check_together(recipe: Recipe) -> None:
     if extra:
         _check_method_keys(method, extra)
     _check_distill(recipe)
+    _check_tower(recipe)
     if recipe.method.load_in_4bit and method != "lora":
         _refuse("a base in 4 bits cannot be trained", "method.load_in_4bit", True, "type: lora")
     new = recipe.model.path.startswith("new:")
@@ -899,6 +915,33 @@ def _check_distill(recipe: Recipe) -> None:
             3,
             "0, 1 or 2",
         )
+
+
+def _check_tower(recipe: Recipe) -> None:
+    part = recipe.model.tower
+    if part is None:
+        return
+    from mllm.models.towers import TOWERS
+
+    _check_names("model.tower.type", [part.type], tuple(TOWERS))
+    known = TOWERS[part.type].fields()
+    for key in part.model_extra or ():
+        if key not in known:
+            raise _unknown_key(f"model.tower.{key}", known)
+    outside = {
+        "parallel.zero": (recipe.parallel.zero == 3, 3, "0, 1 or 2"),
+        "method.load_in_4bit": (recipe.method.load_in_4bit, True, "false"),
+        "stages": (recipe.from_scratch, "scenes", "stages without scenes"),
+    }
+    for argument, (given, value, expected) in outside.items():
+        if given:
+            _refuse(
+                f"model.tower cannot be put into a model that is in parts, in 4 bits or yet to be "
+                f"drawn: {argument}={value!r}",
+                argument,
+                value,
+                expected,
+            )
 
 
 def _check_names(where: str, given: Iterable[str], known: Sequence[str]) -> None:

@@ -113,4 +113,8 @@ def _bring_routers(stage: Path, folder: Path) -> None:
 
 
 def _starting_from(recipe: Recipe, path: str) -> Recipe:
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
+    """The recipe of a stage; what an earlier one has left has the recipe's tower."""
+    update: dict[str, Any] = {"path": path}
+    if path != recipe.model.path:
+        update["tower"] = None
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=update)})
