@@ -61,6 +61,13 @@ def train(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
+def routers(row: Row) -> list[str]:
+    return [
+        row["part"], str(row["visual"]), str(row["batch"]), row["dtype"], times(row),
+        f"{row['ideal']:.2f}", percent(row["share"]), row["words"],
+    ]  # fmt: skip
+
+
 #: By suite: the columns behind the plan, and a row's entries.
 TABLES: dict[str, tuple[Sequence[str], Callable[[Row], list[str]]]] = {
     "kv": (
@@ -77,6 +84,10 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[Row], list[str]]]] = {
         ["trained", "visual tokens", "batch", "step, times as fast", "ideal", "of the ideal",
          "attainable", "in words"],
         train,
+    ),
+    "routers": (
+        ["part", "rows", "batch", "dtype", "times as fast", "ideal", "of the ideal", "in words"],
+        routers,
     ),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from train_tiny import save_small
 import mllm
 from mllm.errors import DataError, PlanError, RecipeError
 from mllm.loading import load_model
+from mllm.routers.adapter import is_adapter
 from mllm.training import parts, preview, speed
 from mllm.training.data import Collator, Conversations, load_data
 from mllm.training.distill import Teacher, distill_loss
@@ -105,9 +106,13 @@ def test_a_tiny_part_is_laid_over_and_not_hashed():
 def test_every_tiny_part_runs(name, tmp_path):
     if name == "pllava":
         pytest.importorskip("av")
-    record = run(load(name, [f"output.dir={tmp_path / 'run'}"], tiny=True))
-    assert record["status"] == "complete"
-    assert (tmp_path / "run/model/model.safetensors").is_file()
+    recipe = load(name, [f"output.dir={tmp_path / 'run'}"], tiny=True)
+    assert run(recipe)["status"] == "complete"
+    model, _ = load_model(tmp_path / "run/model")
+    if plan := recipe.tunes()[-1][1].plan:
+        with mllm.patch(model, plan) as patched:
+            learns = patched.routers is not None
+        assert is_adapter(tmp_path / "run/routers") == learns
 
 
 # --- data

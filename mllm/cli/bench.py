@@ -31,6 +31,7 @@ class Suite(str, Enum):
     selection = "selection"
     kv = "kv"
     train = "train"
+    routers = "routers"
 
 
 class Method(str, Enum):
@@ -45,7 +46,8 @@ def command(
         Suite,
         typer.Option(
             help="prefill: speed and memory. selection: what choosing costs. kv: methods on the "
-            "KV cache, decode steps and bytes. train: training steps."
+            "KV cache, decode steps and bytes. train: training steps. routers: routers over depth, "
+            "and experts."
         ),
     ] = Suite.prefill,
     model: Annotated[
@@ -60,7 +62,8 @@ def command(
     visual: Annotated[
         list[int] | None,
         typer.Option(
-            help="Visual tokens per sample; repeatable. Default: one and two images; for train one."
+            help="Visual tokens per sample; repeatable. Default: one and two images; for train and "
+            "routers one."
         ),
     ] = None,
     text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
@@ -119,13 +122,16 @@ def command(
 
     The suite "train" times a training step: forward, backward and optimizer.
 
+    The suite "routers" times prefill and training step of a router over depth, and the experts of a
+    layer against its FFN at as many FLOPs.
+
     Example: mllm bench --suite prefill --visual 576 --output bench.json
 
     Example: mllm bench --suite kv --length 8192 --budget 0.25 --output kv.json
     """
 
     def measure() -> dict[str, Any]:
-        from mllm.eval import bench, bench_kv, bench_selection, bench_train
+        from mllm.eval import bench, bench_kv, bench_routers, bench_selection, bench_train
         from mllm.eval.bench_shapes import SHAPES, cannot_measure
 
         more: dict[str, Any] = {}
@@ -163,6 +169,7 @@ def command(
                 Suite.selection: bench_selection.selection,
                 Suite.kv: bench_kv.kv,
                 Suite.train: bench_train.train,
+                Suite.routers: bench_routers.routers,
             }[suite]
             results = measured(
                 model=SHAPES.get(model, model),
@@ -251,6 +258,10 @@ def _prefill_remark(row: dict[str, Any]) -> str:
     )
 
 
+def _routers_cells(row: dict[str, Any]) -> list[str] | None:
+    return None if row["status"] == "oom" else [row["part"], *_speed(row, 1)]
+
+
 def _selection_cells(row: dict[str, Any]) -> list[str] | None:
     if "cost" not in row:
         return None
@@ -297,4 +308,5 @@ _LOOKS = {
         lambda row: f"{row['words']}.",
     ),
     Suite.train: _Look(_SPEED, _time_cells, _train_remark),
+    Suite.routers: _Look(("part", *_SPEED), _routers_cells, lambda row: f"{row['words']}."),
 }

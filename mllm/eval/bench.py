@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ PREFILL_PLANS = {
 def prefill(
     *,
     model: str | Shape = BENCH_CPU,
-    plans: Sequence[str] | None = None,
+    plans: Sequence[str] | Mapping[str, float | None] | None = None,
     visual: Sequence[int] | None = None,
     text: int = 63,
     batch: Sequence[int] = (1,),
@@ -78,7 +78,7 @@ def prefill(
 
     Args:
         model: a shape to build with random weights, or a path for `mllm.load_model`.
-        plans: spec texts; None for `PREFILL_PLANS`.
+        plans: spec texts, perhaps with targets (shares of the ideal); None for `PREFILL_PLANS`.
         visual: visual tokens per sample: whole images where the model has one size of image, one
             image of that size where it takes any; None for the shape's own.
         text: text tokens per sample.
@@ -113,7 +113,7 @@ def prefill(
         pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
     )  # fmt: skip
     rows = results["rows"]
-    targets = PREFILL_PLANS if plans is None else {p: PREFILL_PLANS.get(p) for p in plans}
+    targets = targets_of(plans, PREFILL_PLANS)
     for size, count, inputs in draw:
         with kernel(sdpa):
             base_peak = peak_bytes(base, inputs)
@@ -131,19 +131,28 @@ def prefill(
     return results
 
 
+def targets_of(
+    plans: Sequence[str] | Mapping[str, float | None] | None, own: Mapping[str, float | None]
+) -> Mapping[str, float | None]:
+    """Plans with their targets: what is given, with the targets of a suite's own plans."""
+    if isinstance(plans, Mapping):
+        return plans
+    return own if plans is None else {plan: own.get(plan) for plan in plans}
+
+
 def opened(
     suite: str,
     *,
     model: str | Shape,
     visual: Sequence[int] | None,
-    text: int,
-    batch: Sequence[int],
-    unequal: bool,
-    pairs: int,
-    dtype: str,
-    device: str | None,
-    sdpa: str | None,
-    threads: int | None,
+    text: int = 63,
+    batch: Sequence[int] = (1,),
+    unequal: bool = False,
+    pairs: int = CLAIM_PAIRS,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    sdpa: str | None = None,
+    threads: int | None = None,
     length: Sequence[int] | None = None,
 ) -> tuple[Any, list[tuple[int, int, Inputs]], dict[str, Any]]:
     """What a suite needs before its first row; arguments as in :func:`prefill`.
@@ -294,11 +303,7 @@ def unpatched_at(
 def judge(
     ratio: float, ci: Sequence[float], ideal: float, target: float | None, pairs: int
 ) -> tuple[str, str]:
-    """Status and a sentence for one row.
-
-    A target (share of the ideal) holds if the interval contains or beats it; it is unresolved if
-    the interval is wider than the margin that the target leaves below the ideal.
-    """
+    """Status and a sentence for one row."""
     low, high = ci
     if low > 1:
         words = f"{ratio:.2f}x faster"
@@ -306,19 +311,28 @@ def judge(
         words = f"no real speed-up: {1 / ratio:.2f}x slower"
     else:
         words = "no real speed-up: the interval contains 1"
-    status = "ok"
+    status, more = against(ci, ideal, target, pairs)
+    return status, words + more
+
+
+def against(
+    ci: Sequence[float], ideal: float, target: float | None, pairs: int
+) -> tuple[str, str]:
+    """Status of one row, and what is to be said of its target.
+
+    A target (share of the ideal) holds if the interval contains or beats it; it is unresolved if
+    the interval is wider than the margin that the target leaves below the ideal.
+    """
+    low, high = ci
     if pairs < CLAIM_PAIRS:
-        status = "unresolved"
-        words += f"; {pairs} pairs are too few for a claim ({CLAIM_PAIRS})"
-    elif target is not None:
-        if (high - low) / ideal > 1 - target:
-            status = "unresolved"
-            words += f"; unresolved against the target of {target:.2f} of the ideal"
-        elif high / ideal >= target:
-            words += f"; reaches the target of {target:.2f} of the ideal"
-        else:
-            words += f"; misses the target of {target:.2f} of the ideal"
-    return status, words
+        return "unresolved", f"; {pairs} pairs are too few for a claim ({CLAIM_PAIRS})"
+    if target is None:
+        return "ok", ""
+    if (high - low) / ideal > 1 - target:
+        return "unresolved", f"; unresolved against the target of {target:.2f} of the ideal"
+    if high / ideal >= target:
+        return "ok", f"; reaches the target of {target:.2f} of the ideal"
+    return "ok", f"; misses the target of {target:.2f} of the ideal"
 
 
 def twin(model: Any) -> Any:

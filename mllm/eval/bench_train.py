@@ -7,7 +7,7 @@ A step is what the Trainer does with one batch: forward, loss, backward, AdamW. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ IGNORED = -100
 def train(
     *,
     model: str | Shape = BENCH_CPU,
-    plans: Sequence[str] | None = None,
+    plans: Sequence[str] | Mapping[str, float | None] | None = None,
     method: str = "full",
     visual: Sequence[int] | None = None,
     text: int = 63,
@@ -50,7 +50,8 @@ def train(
     (no gradient checkpointing).
 
     Args:
-        plans: spec texts; None for :data:`PLANS`, the second of which keeps everything.
+        plans: spec texts, perhaps with targets (shares of the ideal); None for :data:`PLANS`, the
+            second of which keeps everything.
         method: `"full"` trains projector and language model, `"lora"` adapters of rank 8 in every
             projection of the language model alone.
         visual: as in :func:`mllm.eval.bench.prefill`; None for one picture of the shape, or 576.
@@ -79,7 +80,7 @@ def train(
         dtype=dtype, device=device, sdpa=sdpa, threads=threads,
     )  # fmt: skip
     optimizer = prepare(base, method)
-    targets = PLANS if plans is None else {plan: PLANS.get(plan) for plan in plans}
+    targets = bench.targets_of(plans, PLANS)
     for size, count, inputs in draw:
         inputs = supervised(inputs, text)
         peak = None

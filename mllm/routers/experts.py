@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -170,13 +171,34 @@ class ExpertLayer(nn.Module):
         return routing.collect(self.number, self.layer, losses, y)
 
 
-class Experts(_Method):
+@dataclass
+class Choice(_Method):
+    """What the fields of a method stand behind: how many experts there are, and how many run.
+
+    Args:
+        experts: of every layer that has some, or of each of these layers in turn.
+        top_k: experts that a row goes to.
+    """
+
+    experts: int | tuple[int, ...] = 8
+    top_k: int = 2
+
+
+@dataclass
+class Experts(Choice):
     """A trained stage that puts experts in place of the FFNs of decoder layers.
 
     The weights start from the model's own FFNs, and live in a submodule `mllm` of the model.
-    Subclasses have the fields `experts` (of every layer, or of each of the layers in turn),
-    `top_k`, `mode` or `layers`, `capacity_factor`, `min_capacity`, `balance` and `z`, and may
-    differ in the rest.
+
+    Args:
+        experts, top_k: as in :class:`Choice`.
+        mode: decoder layers: every second from the first ("sparse"), all ("dense"), or a half.
+        layers: 0-based decoder layers, instead of `mode`.
+        capacity_factor: room of an expert, as a multiple of an even share of the choices of a
+            sample without its padding; none is room for all.
+        min_capacity: rows that an expert has room for at least.
+        balance: coefficient of the load-balance loss, of each layer; the layers are summed.
+        z: coefficient of the router z-loss (arXiv:2202.08906), of each layer.
 
     Attributes:
         whole: the weights of a row add up to one.
@@ -184,6 +206,13 @@ class Experts(_Method):
         first_only: the balance loss counts first choices, not all of them.
         per_sequence: the balance loss is that of every sample, then the mean.
     """
+
+    mode: Mode = "sparse"
+    layers: tuple[int, ...] | None = None
+    capacity_factor: float | None = None
+    min_capacity: int = 0
+    balance: float = 0.01
+    z: float = 0.0
 
     site = "experts"
     paper_positions = "original"

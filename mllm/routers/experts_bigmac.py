@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from mllm.plan import register
-from mllm.routers.experts import ExpertLayer, Experts, Mode
+from mllm.routers.experts import Choice, ExpertLayer, Experts, Mode
+
+
+@dataclass
+class _Narrow(Choice):
+    """A base of its own, so that its field stands where it always has: before `mode`."""
+
+    ratio: float = 0.25
 
 
 @register("bigmac", paper="arXiv:2502.16927", stage="experts", trained=True)
 @dataclass
-class BigMac(Experts):
+class BigMac(Experts, _Narrow):
     """Experts on narrow tokens, beside the whole FFN: descend once, dispatch, ascend once.
 
     Every token is projected to `ratio` of its width before it goes to experts, and back behind
@@ -23,27 +30,13 @@ class BigMac(Experts):
     FFN stays as it is, and the way back starts at zero.
 
     Args:
-        experts: of every layer that has some, or of each of these layers in turn.
-        top_k: experts that a row goes to.
         ratio: width of the tokens that experts see, as a share.
-        mode: decoder layers: every second from the first ("sparse"), all ("dense"), or a half.
-        layers: 0-based decoder layers, instead of `mode`.
-        capacity_factor: room of an expert, as a multiple of an even share of the choices of a
-            sample without its padding; none is room for all.
-        min_capacity: rows that an expert has room for at least.
-        balance: coefficient of the load-balance loss, of each layer; the layers are summed.
-        z: coefficient of the router z-loss (arXiv:2202.08906), of each layer.
     """
 
     experts: int | tuple[int, ...] = 16
     top_k: int = 4
-    ratio: float = 0.25
     mode: Mode = "dense"
-    layers: tuple[int, ...] | None = None
-    capacity_factor: float | None = None
-    min_capacity: int = 0
     balance: float = 0.001
-    z: float = 0.0
 
     first_only = False
     whole = False

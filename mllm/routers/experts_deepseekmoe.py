@@ -10,12 +10,22 @@ from torch import Tensor
 
 from mllm.errors import PlanError
 from mllm.plan import register
-from mllm.routers.experts import Experts, Mode
+from mllm.routers.experts import Choice, Experts, Mode
+
+
+@dataclass
+class _Segmented(Choice):
+    """A base of their own, so that these fields stand where they always have: before `mode`."""
+
+    segments: int = 8
+    shared: int = 2
+    start_from: Literal["added", "split"] = "added"
+    normalise: bool = False
 
 
 @register("deepseekmoe", paper="arXiv:2401.06066", stage="experts", trained=True)
 @dataclass
-class DeepSeekMoE(Experts):
+class DeepSeekMoE(Experts, _Segmented):
     """FFNs cut into narrow experts, of which a token chooses `top_k`, beside shared ones.
 
     The FFN is cut into `segments` equal groups of neurons. How a dense model becomes this is not in
@@ -25,33 +35,16 @@ class DeepSeekMoE(Experts):
     an identity.
 
     Args:
-        experts: of every layer that has some, or of each of these layers in turn.
-        top_k: experts that a row goes to.
         segments: equal groups of neurons that an FFN is cut into; an expert has the width of one.
         shared: groups that are always on, with `start_from=split`.
         start_from: "added" or "split", see above.
         normalise: whether the weights of a row are made to add up to one.
-        mode: decoder layers: every second from the first ("sparse"), all ("dense"), or a half.
-        layers: 0-based decoder layers, instead of `mode`.
-        capacity_factor: room of an expert, as a multiple of an even share of the choices of a
-            sample without its padding; none is room for all.
-        min_capacity: rows that an expert has room for at least.
-        balance: coefficient of the load-balance loss, of each layer; the layers are summed.
-        z: coefficient of the router z-loss (arXiv:2202.08906), of each layer.
     """
 
     experts: int | tuple[int, ...] = 16
     top_k: int = 4
-    segments: int = 8
-    shared: int = 2
-    start_from: Literal["added", "split"] = "added"
-    normalise: bool = False
     mode: Mode = "dense"
-    layers: tuple[int, ...] | None = None
-    capacity_factor: float | None = None
-    min_capacity: int = 0
     balance: float = 0.001
-    z: float = 0.0
 
     first_only = False
     per_sequence = True

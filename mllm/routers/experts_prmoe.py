@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm.plan import register
-from mllm.routers.experts import ExpertLayer, Experts, Mode
+from mllm.routers.experts import ExpertLayer, Experts
 
 
 @register("prmoe", paper="arXiv:2201.05596", stage="experts", trained=True)
@@ -20,27 +20,10 @@ class PRMoE(Experts):
     `experts` may rise with the layers (`experts=4/4/8/8`). The weight of the one expert is 1 in
     value and the score in gradient, so that a model starts as it was; the paper multiplies with the
     score itself.
-
-    Args:
-        experts: of every layer that has some, or of each of these layers in turn.
-        top_k: experts that a row goes to.
-        mode: decoder layers: every second from the first ("sparse"), all ("dense"), or a half.
-        layers: 0-based decoder layers, instead of `mode`.
-        capacity_factor: room of an expert, as a multiple of an even share of the choices of a
-            sample without its padding; none is room for all.
-        min_capacity: rows that an expert has room for at least.
-        balance: coefficient of the load-balance loss, of each layer; the layers are summed.
-        z: coefficient of the router z-loss (arXiv:2202.08906), of each layer.
     """
 
     experts: int | tuple[int, ...] = 4
     top_k: int = 1
-    mode: Mode = "sparse"
-    layers: tuple[int, ...] | None = None
-    capacity_factor: float | None = None
-    min_capacity: int = 0
-    balance: float = 0.01
-    z: float = 0.0
 
     def build(
         self, layer: int, experts: int, own: range, weights: dict[str, Tensor],
