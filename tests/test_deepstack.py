@@ -11,7 +11,7 @@ from invariants import SILENT
 from layer_oracle import Edits, run
 from matrix import PRECOMPUTED, equal
 from PIL import Image
-from test_depth import MORE, conversations
+from test_depth import MORE
 from torch.utils.flop_counter import FlopCounterMode
 from train_tiny import save_small
 
@@ -77,7 +77,7 @@ def split(found, batch):
 def test_it_equals_its_description(family, stage):
     """Of a padded batch; and of tokens decoded behind a prompt, to which nothing is added."""
     kind = "alone" if family == "qwen2_5_vl" else "padded"
-    net, batch, found = model(family), conversations(family), tiles(family, kind, stage.grid)
+    net, batch, found = model(family), samples(family), tiles(family, kind, stage.grid)
     inputs = collate(family, batch)
     mask = inputs["attention_mask"]
     with mllm.patch(net, stage) as patched:

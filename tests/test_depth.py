@@ -32,7 +32,6 @@ NAMES = ["mod", "mod-visual", "gammamod"]
 each = pytest.mark.parametrize("stage", PLANS, ids=NAMES)
 
 
-
 def decoded(net, family, batch, patched):
     """Logits of every sample and of MORE behind it, decoded in a padded batch."""
     inputs = collate(family, batch)

@@ -10,7 +10,7 @@ import torch
 from families import KITS, LAYERS, collate, model, samples
 from layer_oracle import Edits, run, run_with_gradients
 from matrix import equal
-from test_depth import MORE, conversations, decoded
+from test_depth import MORE, decoded
 from test_routers import teach
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,7 +108,7 @@ def by_hand(family, s, bank, stage, more=None, prompt=None, drawn=None):
 @torch.no_grad()
 def test_it_equals_its_description(family, attn, stage):
     """Of a padded batch, and of the tokens decoded behind it; rows really leave."""
-    net, batch = model(family, attn), conversations(family)
+    net, batch = model(family, attn), samples(family)
     with mllm.patch(net, stage) as patched:
         bank = teach(net)._modules["0"]
         logits = decoded(net, family, batch, patched)
