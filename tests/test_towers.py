@@ -41,6 +41,7 @@ from mllm.models.towers import (
     TowerLlava,
 )
 from mllm.models.towers.base import Question, asking
+from mllm.plan import get_method
 from mllm.training import parts
 from mllm.training.launch import World
 from mllm.training.preview import preview
@@ -290,11 +291,24 @@ def test_the_ledger_counts_the_tower(small, name, tmp_path):
 
 @pytest.mark.slow
 @names
-def test_doctor_has_a_verdict_on_everything(small, name):
-    report = mllm.doctor(towered(small, name)[0])
+@torch.no_grad()
+def test_what_doctor_promises_runs(small, name):
+    model, processor = towered(small, name)
+    inputs = build_inputs(processor, SAMPLES[:2])
+    report = mllm.doctor(model)
+    assert report.facts["tower_blocks"] == "none" and report.backends["tower"] == "none"
     verdicts = {check.name: check.verdict for check in report.methods}
-    assert verdicts["visionzip"] == "no" and verdicts["fastv"] != "no"
-    assert report.facts["tower_blocks"] == "none"
+    assert verdicts["visionzip"] == verdicts["tome"] == "no"
+    assert verdicts["fastv"] != "no" and verdicts["divprune"] != "no"
+    for check in report.methods:
+        method = get_method(check.name)
+        stage = method(**method.identity) if check.verdict == "adjust" else method()
+        if check.verdict == "no":
+            with pytest.raises(PlanError):
+                mllm.patch(model, [stage])
+            continue
+        with mllm.patch(model, [stage]):
+            model(**inputs)
 
 
 # --- the towers themselves
