@@ -10,6 +10,7 @@ from mllm.actions import MOVES_ROWS
 from mllm.capture import reads_before
 from mllm.compressors.base import (
     AttentionRows,
+    BlockFeatures,
     CacheCompressor,
     Hidden,
     Joint,
@@ -313,10 +314,11 @@ def _check_fit(patched: Patched, stage: Any) -> None:
     """Refuse a stage that the family cannot do."""
     family, name = patched.family, type(patched.family.model).__name__
     for signal in stage.reads().values():
-        if isinstance(signal, VisionAttention | VisionKeys) and not len(family.blocks):
+        inside = isinstance(signal, BlockFeatures | VisionAttention | VisionKeys)
+        if inside and not len(family.blocks):
             raise PlanError(
-                f"{stage.info.name} cannot work on {name}: it reads attention in the tower, which "
-                "has none over the visual tokens",
+                f"{stage.info.name} cannot work on {name}: it reads blocks of the tower, which has "
+                "none over the visual tokens",
                 argument="plan",
                 given=stage.info.name,
                 expected="a method that reads features, or works in the LLM",

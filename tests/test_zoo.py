@@ -67,16 +67,18 @@ def test_the_page_has_no_other_sections():
     assert set(re.findall(r"^### `(.*?)`$", PAGE, re.M)) == set(METHODS)
 
 
+def _documented(cls) -> set[str]:
+    """Parameters that a class's docstring explains."""
+    args = "".join((cls.__doc__ or "").split("Args:")[1:]).split("Attributes:")[0]
+    lines = re.findall(r"^        ?([a-z_, ]+):", args, re.M)
+    return {word.strip() for line in lines for word in line.split(",")}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_documented_defaults(name):
-    """Every parameter has a default, and the docstring says what it is."""
+    """Every parameter has a default, and its docstring, or one of its bases', says what it is."""
     cls = get_method(name)
-    args = cls.__doc__.split("Args:")[1]
-    said = {
-        word.strip()
-        for line in re.findall(r"^        ?([a-z_, ]+):", args, re.M)
-        for word in line.split(",")
-    }
+    said = set().union(*(_documented(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)))
     fields = {f.name for f in dataclasses.fields(cls)}
     assert all(f.default is not dataclasses.MISSING for f in dataclasses.fields(cls))
     assert said == fields
