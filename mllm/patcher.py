@@ -278,7 +278,9 @@ class Patched:
         family, stages = self.family, {}
         device = next(family.decoder.parameters()).device
         beside = next(family.projector.parameters()).device
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # Nothing is drawn for a model without weights.
+        home = beside.type if beside.type == "meta" else "cpu"
+        with torch.random.fork_rng(devices=[]), torch.device(home):
             for number, stage in self.pruners:
                 torch.default_generator.manual_seed(self.plan.seed_for(number))
                 if parts := stage.parts_of(family):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 
 import matrix
 import oracles
@@ -13,10 +14,14 @@ import tiny
 import torch
 from families import collate, model, samples
 from matrix import Case, check_generate, check_logits, equal
+from safetensors.torch import load_file
+from test_distributed import alone, check_as_one, needs_deepspeed, small  # noqa: F401
+from test_recipes import recipe_for
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from train_tiny import save_small
 from zoo import check_family, context
 
 import mllm
@@ -27,6 +32,7 @@ from mllm.eval.plans import make_plan, with_adapter
 from mllm.plan import Plan
 from mllm.routers.schedules import draw
 from mllm.tokens import Layout
+from mllm.training.run import run as train
 
 FLEX = TokenFLEX(keep=4, counts=(1, 4, 9, 16))
 QUERIES = MQT(keep=5, queries=9, heads=4)
@@ -98,14 +104,14 @@ def flex(part, x, rows, cols):
 def pack(part, x, rows, cols, width=WIDTH):
     height, wide, _ = x.shape
     features, levels = x[..., :width], x[..., width:]
-    small = F.interpolate(
+    coarse = F.interpolate(
         features.permute(2, 0, 1)[None], (rows, cols), mode="bilinear", align_corners=False
     )[0].permute(1, 2, 0)
     found = []
     for r, rr in enumerate(windows(height, rows)):
         for c, cc in enumerate(windows(wide, cols)):
             around = torch.stack([levels[i, j] for i in rr for j in cc])
-            query = norm(linear(small[r, c], part.query), part.norm_query)
+            query = norm(linear(coarse[r, c], part.query), part.norm_query)
             key = norm(two(around, part.key), part.norm_key)
             value = norm(two(around, part.value), part.norm_value)
             found.append(two(attend(part.attention, query, key, value), part.project))
@@ -425,11 +431,12 @@ def test_beside_stages_behind_it(taught):
 
 @pytest.mark.parametrize("make, words", [
     (lambda: M3(keep=64), "36 or 144"), (lambda: TokenFLEX(keep=100), "64 or 144"),
-    (lambda: MQT(keep=300), "not a trained budget: 256"),
+    (lambda: MQT(keep=300), "not a trained budget; nearest: 256"),
     (lambda: M3(weights=(1.0,)), "5 weights"),
     (lambda: TokenFLEX(weights=(0.0, 0.0, 0.0)), "3 weights"),
     (lambda: TokenFLEX(weights=(-1.0, 1.0, 1.0)), "3 weights"),
     (lambda: MQT(keep=2, queries=10), "a square number"),
+    (lambda: MQT(queries=0), "nearest: none"), (lambda: M3(scales=()), "nearest: none"),
     (lambda: mllm.patch(model("llava"), MQT(heads=5)), "do not divide the width 32"),
     (lambda: mllm.patch(model("llava"), TokenPacker(keep=4, heads=3)), "do not divide"),
     (lambda: mllm.patch(model("llava"), [FLEX, QUERIES]), "needs the full grid"),
@@ -658,3 +665,35 @@ def test_a_sweep_takes_the_trained_budgets_and_names_the_others(tmp_path):
     names = [sweep.key(own[0], "color", "test", "x")]
     own[0].plan.folder = None
     assert sweep.key(own[0], "color", "test", "x") not in names
+
+
+# Runs
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_its_draws(tmp_path):
+    """To the same weights, of the model and of what the plan learns."""
+    own = save_small(tmp_path / "small")
+    plan = "tokenflex:counts=1/4/9/16"
+    changes = {"plan": plan, "method": {"type": "full"}}
+    train(recipe_for(own, tmp_path / "first", **changes))
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for name in ("checkpoint-2", "model", "routers"):
+        shutil.rmtree(tmp_path / "second" / name)
+    record = json.loads((tmp_path / "second/run.json").read_text())
+    (tmp_path / "second/run.json").write_text(json.dumps(record | {"status": "stopped"}))
+    train(recipe_for(own, tmp_path / "second", **changes), resume=True)
+    for name in ("mllm_adapter.safetensors", "model.safetensors"):
+        first, second = (load_file(tmp_path / n / "model" / name) for n in ("first", "second"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (tmp_path / "first/routers.png").exists(), "there is nothing to draw"
+    seed = Plan.from_spec(plan).seed_for(0)
+    assert len({draw((1, 4, 9, 16), None, seed, step) for step in range(2)}) == 2
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_two_processes_draw_and_train_as_one(small, tmp_path, alone):  # noqa: F811
+    plan = "tokenflex:counts=4/9/16"
+    cases = [(None, "full", plan), (3, "full", plan), (2, "lora", plan)]
+    check_as_one(cases, 2, small, tmp_path, alone)

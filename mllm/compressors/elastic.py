@@ -28,12 +28,12 @@ class Elastic:
         super().__post_init__()
         trained, weights = self.trained(), self.weights
         if self.keep is None:
-            self.keep = max(self.served())
+            self.keep = max(self.served(), default=0)
         if self.keep not in self.served():
             below = [n for n in trained if n < self.keep]
             near = [max(below, default=None), min(set(trained) - set(below), default=None)]
             near = " or ".join(str(n) for n in near if n is not None)
-            raise self._wrong("keep", "a trained budget", near)
+            raise self._wrong("keep", "a trained budget; nearest", near or "none")
         whole = weights is None or (len(weights) == len(trained) and min(weights) >= 0)
         if not whole or (weights and not sum(weights)):
             raise self._wrong("weights", f"{len(trained)} weights", "one from 0 for each budget")
@@ -62,16 +62,15 @@ class Elastic:
         )  # fmt: skip
 
 
-def check_widths(name: str, heads: int, *widths: int) -> None:
-    """PlanError unless heads divide widths."""
-    for width in widths:
-        if heads < 1 or width % heads:
-            raise PlanError(
-                f"{name}: {heads} heads do not divide the width {width} of this model",
-                argument="heads",
-                given=heads,
-                expected=f"a divisor of {width}",
-            )
+def check_heads(name: str, heads: int, width: int) -> None:
+    """PlanError unless heads divide a width."""
+    if heads < 1 or width % heads:
+        raise PlanError(
+            f"{name}: {heads} heads do not divide the width {width} of this model",
+            argument="heads",
+            given=heads,
+            expected=f"a divisor of {width}",
+        )
 
 
 class Attention(nn.Module):
@@ -105,15 +104,14 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(x.transpose(1, 2).flatten(2))
 
-    def flops(self, queries: int, keys: int, sources: int) -> float:
-        """Of one sample whose keys and values come from so many tokens."""
+    def flops(self, queries: int, keys: int) -> float:
+        """Of one sample."""
         width = self.out.in_features
-        products = 2 * width**2 * (2 * queries + 2 * sources)
-        return products + 4 * queries * keys * width
+        return 4.0 * width * ((queries + keys) * width + queries * keys)
 
 
 def start(module: nn.Module) -> None:
-    """Draw linear layers as CLIP's and Qwen-VL's resamplers do: truncated normal, 0.02."""
+    """Draw linear layers as the authors do: from a truncated normal of 0.02, without biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)

@@ -21,7 +21,14 @@ from mllm.compressors.base import (
     register,
     resolve,
 )
-from mllm.compressors.elastic import Attention, Elastic, check_widths, spread, start
+from mllm.compressors.elastic import (
+    Attention,
+    Elastic,
+    check_heads,
+    linear_flops,
+    spread,
+    start,
+)
 from mllm.compressors.pooling import placed, shares, stacks
 from mllm.errors import PlanError
 
@@ -68,8 +75,8 @@ class Resampler(nn.Module):
 
     def flops(self, x: Tensor, size: tuple[int, int], count: int) -> float:
         """Of one image."""
-        projecting = 2.0 * count * self.project.weight.numel()
-        return self.attention.flops(count, x.shape[1], x.shape[1]) + projecting
+        projecting = linear_flops(self.project, count)
+        return self.attention.flops(count, x.shape[1]) + projecting
 
 
 @register("mqt", paper="arXiv:2405.19315", stage="pre_llm", trained=True)
@@ -114,7 +121,7 @@ class MQT(Elastic, TokenReducer):
         return {"features": Unprojected(), "grid": Grid()}
 
     def parts(self, width: int, tower: tuple[int, int]) -> dict[str, nn.Module]:
-        check_widths("mqt", self.heads, tower[0])
+        check_heads("mqt", self.heads, tower[0])
         if tower[0] % 4:
             raise PlanError(
                 f"mqt: places take four parts of the width, and {tower[0]} has not",

@@ -18,7 +18,7 @@ from mllm.compressors.base import (
     Unprojected,
     register,
 )
-from mllm.compressors.elastic import Attention, check_widths, linear_flops, mlp, start
+from mllm.compressors.elastic import Attention, check_heads, linear_flops, mlp, start
 from mllm.compressors.pooling import PoolingWithin, Size
 
 # Blocks 11, 15, 21 and 22 of 24 are the released model's (CLIP's hidden states 12, 16, 22, 23).
@@ -90,7 +90,7 @@ class Packer(nn.Module):
         cells, most = at.shape
         around = linear_flops(self.query, cells) + linear_flops(self.project, cells)
         levels = linear_flops(self.key, fine.shape[1]) + linear_flops(self.value, fine.shape[1])
-        return around + levels + cells * self.attention.flops(1, most, most)
+        return around + levels + cells * self.attention.flops(1, most)
 
 
 @register("tokenpacker", paper="arXiv:2407.02392", stage="pre_llm", trained=True)
@@ -119,7 +119,7 @@ class TokenPacker(PoolingWithin):
         return {"features": Unprojected(), "levels": BlockFeatures(LEVELS), "grid": Grid()}
 
     def parts(self, width: int, tower: tuple[int, int]) -> dict[str, nn.Module]:
-        check_widths("tokenpacker", self.heads, tower[1])
+        check_heads("tokenpacker", self.heads, tower[1])
         return {"packer": Packer(*tower, width, self.heads)}
 
     def source(self, ctx: Context) -> Tensor:
