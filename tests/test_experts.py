@@ -499,7 +499,7 @@ def test_recipes_that_cannot_train_experts_are_refused():
         ({"method": {"type": "moe", "dense_ffn": True, "r": 4}}, "method.dense_ffn"),
         ({"method": {"type": "lora", "load_in_4bit": True}}, "method.load_in_4bit"),
         ({"method": {"type": "router", "r": 4}}, "method.r"),
-        ({"parallel": {"ep_size": 2}}, "parallel.ep_size"),
+        ({"parallel": {"ep_size": 2}}, "parallel.zero"),
     ):
         with pytest.raises(RecipeError) as caught:
             validate(written | change)

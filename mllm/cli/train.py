@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -133,6 +134,9 @@ def _show_parts(console: Console, found: dict[str, Any]) -> None:
     console.print(table)
     if "batch" not in found:
         return
+    experts = Counter((row["experts"], row["per_process"]) for row in found["experts"])
+    for (number, own), layers in experts.items():
+        console.print(f"experts  {number} in each of {layers} layers, {own} of them in a process")
     batch, memory, step = found["batch"], found["memory"], found["step"]
     console.print(
         f"batch    {batch['effective']} = {batch['per_device']} x {batch['accumulation']} "

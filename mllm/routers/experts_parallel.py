@@ -18,8 +18,7 @@ class Group:
     """The processes that share the experts of each layer.
 
     Expert parameters carry DeepSpeed's marks, so that its engine (ZeRO 0, 1 or 2) averages them
-    over the processes that hold the same ones. Optimizers need parameter groups of
-    `deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer`.
+    over the processes that hold the same ones. Optimizers need :func:`optimizer_groups`.
 
     Args:
         size: processes that share one set of experts; DeepSpeed must be initialised
@@ -62,7 +61,7 @@ class Group:
         for name in STACKS:
             if (parameter := getattr(layer, name, None)) is not None:
                 parameter.allreduce, parameter.group_name = False, self.name
-        layer.deepspeed = _mark(layer.experts)
+        layer.deepspeed = _mark(layer.experts, self.name)
         layer.exchange = self.exchange
 
     def gathered(self, own: Tensor) -> Tensor:
@@ -115,7 +114,20 @@ class _Travel(torch.autograd.Function):
         return _Travel.apply(grad, *ctx.way), None, None, None
 
 
-def _mark(experts: int) -> nn.Module:
+def optimizer_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer with experts of their own, as DeepSpeed's engine wants them.
+
+    Args:
+        groups: of a model whose experts processes share.
+    """
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    named = [{**group, "name": f"group_{number}"} for number, group in enumerate(groups)]
+    split = split_params_into_different_moe_groups_for_optimizer(named)
+    return [group for group in split if group["params"]]
+
+
+def _mark(experts: int, group: str) -> nn.Module:
     """A module without parameters by which DeepSpeed's engine knows that there are experts."""
     from deepspeed.moe.layer import MoE
 
@@ -123,6 +135,8 @@ def _mark(experts: int) -> nn.Module:
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = experts
+            # Asked for where checkpoints are written; this module has no experts of its own.
+            self.expert_group_name, self.num_local_experts = group, 0
 
         def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
             """The groups exist already."""

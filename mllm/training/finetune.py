@@ -18,6 +18,7 @@ from mllm.loading import load_model
 from mllm.plan import Plan
 from mllm.routers import adapter as adapters
 from mllm.routers import stats
+from mllm.routers.experts_parallel import optimizer_groups
 from mllm.training import parts
 from mllm.training.data import Collator, Conversations
 from mllm.training.distill import Teacher, distill_loss
@@ -129,9 +130,15 @@ class FinetuneTrainer(CheckpointTrainer):
         super().__init__(*args, **kwargs)
 
     @property
+    def _spread(self) -> bool:
+        """Whether processes share experts: DeepSpeed's own files have those of the first alone."""
+        return self.recipe.parallel.ep_size > 1
+
+    @property
     def _beside(self) -> bool:
         """Whether the plan learns something that PEFT does not save."""
-        return is_peft(self.model) and self.patched is not None and bool(self.patched.routers)
+        learns = self.patched is not None and bool(self.patched.routers)
+        return is_peft(self.model) and learns and not self._spread
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -144,21 +151,31 @@ class FinetuneTrainer(CheckpointTrainer):
         if self._beside:
             self.patched.load_adapter(Path(resume_from_checkpoint) / ROUTERS)
 
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._spread:
+            self.patched.save_adapter(Path(output_dir) / ROUTERS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._spread and checkpoint is not None:
+            self.patched.load_adapter(Path(checkpoint) / ROUTERS)
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             trained = model or self.model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = kind(
-                parts.groups(
-                    trained,
-                    self.before,
-                    self.recipe.learning_rates,
-                    self.args.learning_rate,
-                    self.get_decay_parameter_names(trained),
-                    self.args.weight_decay,
-                ),
-                **options,
+            groups = parts.groups(
+                trained,
+                self.before,
+                self.recipe.learning_rates,
+                self.args.learning_rate,
+                self.get_decay_parameter_names(trained),
+                self.args.weight_decay,
             )
+            if self._spread:
+                groups = optimizer_groups(groups)
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None):
@@ -285,7 +302,7 @@ def finetune(
     kept = recipe.model.feature_cache
     features = FeatureCache(base, kept) if kept else None
     with (
-        mllm.patch(base, recipe.plan) if recipe.plan else nullcontext() as patched,
+        _patched(base, recipe) as patched,
         features.at_work() if features else nullcontext(),
     ):
         trainer.meter = Meter(base, patched, _frozen(model, before, lora), features)
@@ -298,6 +315,15 @@ def finetune(
     if stop.stopped:
         return None
     return _finished(recipe, trainer, base, folder), processor
+
+
+def _patched(base: Any, recipe: Recipe) -> Any:
+    """The plan at work, its experts shared by as many processes as the recipe says."""
+    if not recipe.plan:
+        return nullcontext()
+    if recipe.parallel.ep_size > 1:
+        return mllm.upcycle(base, recipe.plan, ep_size=recipe.parallel.ep_size)
+    return mllm.patch(base, recipe.plan)
 
 
 def _frozen(model: Any, before: dict[str, str], lora: bool) -> tuple[bool, bool]:
@@ -314,8 +340,9 @@ def _keep_routers(recipe: Recipe, trainer: FinetuneTrainer, patched: Any, folder
     whole = None
     if recipe.parallel.zero == 3:
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.should_save or recipe.parallel.ep_size > 1:
+        patched.save_adapter(folder, whole)  # where processes share experts, all are asked
     if trainer.args.should_save:
-        patched.save_adapter(folder, whole)
         stats.plot(patched.router_stats(), folder.with_suffix(".png"))
 
 

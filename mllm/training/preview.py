@@ -22,6 +22,7 @@ from mllm.doctor import skeleton
 from mllm.errors import DataError, RecipeError
 from mllm.loading import model_path
 from mllm.plan import Plan
+from mllm.routers.experts import STACKS
 from mllm.training import parts
 from mllm.training.data import Conversations, load_data
 from mllm.training.features import check_features
@@ -40,11 +41,12 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
         here: the processes of the run.
 
     Returns:
-        `parts`, `batch`, `memory`, as in `preview`.
+        `parts`, `experts`, `batch`, `memory`, as in `preview`.
 
     Raises:
         RecipeError: DeepSpeed, bitsandbytes or what `report_to` names is missing; a layer that the
-            decoder has not; a learning rate for what is not trained; weights, gradients and
+            decoder has not; a learning rate for what is not trained; processes that cannot
+            share the experts evenly; weights, gradients and
             optimizer alone are more than the memory at hand.
         DataError: a plan, and no picture in the data.
         PlanError: the plan cannot work on the model.
@@ -78,6 +80,7 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
         if recipe.model.feature_cache:
             seats = [parts.seat(n, before) if part == parts.NEW else part for n, _, part in found]
             check_features(recipe, model, patched, "vision_tower" in seats)
+        experts, away = _experts(recipe, patched, here)
         rates = _rates(recipe, found, before)
     learnt = {part: 0 for part in (*parts.PARTS, parts.NEW)}
     for _, parameter, part in found:
@@ -91,7 +94,7 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             expected="one part free, or other method.target_modules",
         )
     batch = _batch(recipe, len(data), here)
-    memory = _memory(recipe, config, totals, learnt, batch, data, here)
+    memory = _memory(recipe, config, totals, learnt, away, batch, data, here)
     if memory["fixed"] > memory["available"]:
         raise RecipeError(
             f"weights, gradients and optimizer alone need {memory['fixed'] / 2**30:.1f} GiB on "
@@ -108,7 +111,34 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
         }
         for part in totals
     }
-    return {"parts": described, "batch": batch, "memory": memory}
+    return {"parts": described, "experts": experts, "batch": batch, "memory": memory}
+
+
+def _experts(recipe: Recipe, patched: Any, here: World) -> tuple[list[dict[str, int]], int]:
+    """Experts of each layer and of one process; how many parameters the other processes hold.
+
+    Raises:
+        RecipeError: they cannot be shared evenly.
+    """
+    layers = patched.upcycled.layers if patched is not None else {}
+    size = recipe.parallel.ep_size
+    uneven = [f"{n} experts" for n in {e.experts for e in layers.values()} if n % size]
+    if here.size % size:
+        uneven.insert(0, f"{here.size} processes")
+    if uneven:
+        raise RecipeError(
+            f"parallel.ep_size={size} does not divide {uneven[0]}",
+            argument="parallel.ep_size",
+            given=size,
+            expected="a number that divides the processes (--nproc) and the experts of each layer",
+        )
+    found = [
+        {"layer": i, "experts": layer.experts, "per_process": layer.experts // size}
+        for i, layer in layers.items()
+    ]
+    stacks = [getattr(layer, name, None) for layer in layers.values() for name in STACKS]
+    whole = sum(p.numel() for p in stacks if p is not None)
+    return found, whole - whole // size
 
 
 def _check_reports(recipe: Recipe) -> None:
@@ -189,11 +219,14 @@ def _memory(
     config: Any,
     totals: dict[str, int],
     learnt: dict[str, int],
+    away: int,
     batch: dict[str, int],
     data: Conversations,
     here: World,
 ) -> dict[str, int]:
     """Bytes on each device. `fixed` is exact up to buffers; `activations` is a rule of thumb.
+
+    `away` parameters are experts of other processes.
 
     Source: ZeRO, arXiv:1910.02054 (states); Korthikanti et al., arXiv:2205.05198 (activations).
     """
@@ -205,10 +238,11 @@ def _memory(
         size = 2  # DeepSpeed computes in half precision, and keeps fp32 weights for its optimizer
     count, new = sum(totals.values()), sum(learnt.values())
     share = here.size
-    weights = (0.55 if recipe.method.load_in_4bit else size) * count / (share if zero == 3 else 1)
-    gradients = size * new / (share if zero >= 2 else 1)
-    states = (12 if part.zero is not None and half else 2 * size) * new
-    optimizer = states / (share if zero >= 1 else 1)
+    weights = 0.55 if recipe.method.load_in_4bit else size
+    weights *= (count - away) / (share if zero == 3 else 1)
+    gradients = size * (new / share if zero >= 2 else new - away)
+    states = 12 if part.zero is not None and half else 2 * size
+    optimizer = states * (new / share if zero >= 1 else new - away)
     if recipe.method.distill:
         weights += size * new
     text = config.get_text_config()
@@ -247,7 +281,8 @@ def preview(recipe: Recipe, here: World) -> dict[str, Any]:
     """`mllm train --dry-run`: nothing is written and no weights are read.
 
     Returns:
-        `recipe` as resolved; `parts` `{part: {parameters, trained, learning_rate}}`; `batch`
+        `recipe` as resolved; `parts` `{part: {parameters, trained, learning_rate}}`; `experts`
+        `[{layer, experts, per_process}]`, empty where the plan has none; `batch`
         `{samples, processes, per_device, accumulation, effective, steps_per_epoch, steps}`;
         `memory` in bytes per device; `step` `{loss, seconds, parameters}` of one real step of a
         small random model of the same family. A recipe with stages has `stages` instead, all of

@@ -217,6 +217,7 @@ class ParallelPart(Strict):
     DeepSpeed's ZeRO stage; null is plain data parallelism. `offload` keeps optimizer states, or
     parameters as well (stage 3), in the memory of the machine. `deepspeed` is merged into the
     configuration that DeepSpeed is given.
+    `ep_size` processes share one set of experts of the plan; ZeRO 0, 1 or 2.
     """
 
     nproc: int = Field(default=1, ge=1)
@@ -794,16 +795,14 @@ def _check_tunes(recipe: Recipe, new: bool) -> None:
 
 def _check_parallel(recipe: Recipe) -> None:
     part = recipe.parallel
-    instead = {"ep_size": "1, or mllm.upcycle(ep_size=) in a script", "sp_size": "1"}
-    for key, expected in instead.items():
-        if getattr(part, key) != 1:
-            _refuse(
-                f"parallel.{key}={getattr(part, key)} is not available in recipes: processes of "
-                "a run share the batch, not experts or sequences",
-                f"parallel.{key}",
-                getattr(part, key),
-                expected,
-            )
+    if part.sp_size != 1:
+        _refuse(
+            f"parallel.sp_size={part.sp_size} is not available in recipes: processes of a run "
+            "share the batch, not sequences",
+            "parallel.sp_size",
+            part.sp_size,
+            "1",
+        )
     if part.offload and part.zero not in (1, 2, 3):
         _refuse(
             f"parallel.offload={part.offload!r} needs ZeRO: zero={part.zero} partitions nothing",
@@ -842,6 +841,8 @@ def _check_learnt(recipe: Recipe) -> None:
     stages = [] if recipe.plan is None else Plan.of(recipe.plan).stages
     learns = [stage for stage in stages if stage.info.trained]
     experts = [stage for stage in stages if stage.info.stage == "experts"]
+    if recipe.parallel.ep_size > 1:
+        _check_spread(recipe, bool(experts))
     for kind, there, such in (("router", learns, "pmod"), ("moe", experts, "moellava")):
         if method.type == kind and not there and not recipe.stages:
             what = "what its plan learns" if kind == "router" else "the experts of its plan"
@@ -872,6 +873,29 @@ def _check_learnt(recipe: Recipe) -> None:
             "method.dense_ffn",
             True,
             "type: moe without LoRA",
+        )
+
+
+def _check_spread(recipe: Recipe, experts: bool) -> None:
+    """Where processes share experts, they are DeepSpeed's, and there are some."""
+    part, norm = recipe.parallel, recipe.train.get("max_grad_norm", 1.0)
+    wanted = None
+    if not experts:
+        wanted = "plan", recipe.plan, "a plan with experts, in the same stage as ep_size"
+    elif part.zero is None:
+        wanted = "parallel.zero", None, "zero of 0, 1 or 2: the groups are DeepSpeed's"
+    elif part.offload:
+        wanted = "parallel.offload", part.offload, "null: it has not been tried with shared experts"
+    elif part.zero == 0 and norm:
+        # Its norm of all gradients is then the mean over processes, each with experts of its own.
+        wanted = "train.max_grad_norm", norm, "max_grad_norm: 0 under ZeRO 0, or zero: 1 or 2"
+    if wanted:
+        argument, given, expected = wanted
+        _refuse(
+            f"parallel.ep_size={part.ep_size} cannot go with {argument}={given!r}; give {expected}",
+            argument,
+            given,
+            expected,
         )
 
 
