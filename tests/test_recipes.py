@@ -21,6 +21,7 @@ from train_tiny import save_small
 import mllm
 from mllm.errors import DataError, PlanError, RecipeError
 from mllm.loading import load_model
+from mllm.plan import Plan
 from mllm.training import parts, preview, speed
 from mllm.training.data import Collator, Conversations, load_data
 from mllm.training.distill import Teacher, distill_loss
@@ -105,9 +106,12 @@ def test_a_tiny_part_is_laid_over_and_not_hashed():
 def test_every_tiny_part_runs(name, tmp_path):
     if name == "pllava":
         pytest.importorskip("av")
-    record = run(load(name, [f"output.dir={tmp_path / 'run'}"], tiny=True))
-    assert record["status"] == "complete"
+    recipe = load(name, [f"output.dir={tmp_path / 'run'}"], tiny=True)
+    assert run(recipe)["status"] == "complete"
     assert (tmp_path / "run/model/model.safetensors").is_file()
+    last = recipe.tunes()[-1][1].plan
+    learns = last is not None and any(s.info.trained for s in Plan.of(last).stages)
+    assert (tmp_path / "run/routers/mllm_adapter.safetensors").is_file() == learns
 
 
 # --- data
