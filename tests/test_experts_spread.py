@@ -163,6 +163,7 @@ def test_processes_that_cannot_share_evenly_are_refused(small, monkeypatch):
         ({}, "parallel.zero"),
         ({"zero": 3}, "parallel.zero"),
         ({"zero": 0}, "train.max_grad_norm"),
+        ({"zero": 0, "norm": 0, "bf16": True}, "train.bf16"),
         ({"zero": 1, "plan": "visionzip:keep=6", "method": {"type": "full"}}, "plan"),
     ],
 )

@@ -895,6 +895,7 @@ def _check_learnt(recipe: Recipe) -> None:
 def _check_spread(recipe: Recipe, experts: bool) -> None:
     """Where processes share experts, they are DeepSpeed's, and there are some."""
     part, norm = recipe.parallel, recipe.train.get("max_grad_norm", 1.0)
+    half = next((name for name in ("bf16", "fp16") if recipe.train.get(name)), None)
     wanted = None
     if not experts:
         wanted = "plan", recipe.plan, "a plan with experts, in the same stage as ep_size"
@@ -905,6 +906,8 @@ def _check_spread(recipe: Recipe, experts: bool) -> None:
     elif part.zero == 0 and norm:
         # Its norm of all gradients is then the mean over processes, each with experts of its own.
         wanted = "train.max_grad_norm", norm, "max_grad_norm: 0 under ZeRO 0, or zero: 1 or 2"
+    elif part.zero == 0 and half:
+        wanted = f"train.{half}", True, "zero: 1 or 2; half precision has not been tried under 0"
     if wanted:
         argument, given, expected = wanted
         _refuse(
