@@ -177,6 +177,8 @@ class Patched:
         self.replaces = any(s.replaces for _, s in self.reducers)
         self.before_projecting = any(isinstance(x, Unprojected) for x in read)
         inner = [b for x in read if isinstance(x, BlockFeatures) for b in x.blocks]
+        if not len(self.family.blocks):
+            inner = []  # check_plan refuses them
         self.tower_blocks = sorted({self.family.block(block) for block in inner})
         self.acts = sorted({layer for _, s in self.pruners for layer in s.at()})
         self.cuts = sorted(
