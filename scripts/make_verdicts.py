@@ -1,4 +1,4 @@
-"""Write what was measured into docs/methods.md, yardstick.md and outside-data.md.
+"""Write what was measured into docs/methods.md, yardstick.md, cache.md and outside-data.md.
 
 They are made from benchmarks/results:
 
@@ -25,19 +25,19 @@ from typing import Any
 from mllm.errors import PlanError
 from mllm.eval import cells, table
 from mllm.eval.plans import UNPATCHED, make_plan
-from mllm.eval.sweep import SANITY
+from mllm.eval.sweep import KV_SANITY, SANITY
 from mllm.eval.words import or_dash, points
 from mllm.loading import model_path
 from mllm.yardstick import ADMITTED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-METHODS, YARDSTICK, OUTSIDE = (
-    ROOT / "docs" / f"{name}.md" for name in ("methods", "yardstick", "outside-data")
+METHODS, YARDSTICK, CACHE, OUTSIDE = (
+    ROOT / "docs" / f"{name}.md" for name in ("methods", "yardstick", "cache", "outside-data")
 )
 OPEN, CLOSE = "<!-- made by scripts/make_verdicts.py -->", "<!-- until here -->"
 MARK = "*Measured"
-BASELINES = (*SANITY, "randomllm")
+BASELINES = (*SANITY, "randomllm", *KV_SANITY)
 #: The budget at which the hard questions are shown; the smallest one where it was not measured.
 HARD = 64
 _SECTION = re.compile(r"(^### `(\w+)`\n\n)(.*?)(?=\n\n#|\n*\Z)", re.M | re.S)
@@ -53,16 +53,18 @@ class Measured:
         sources: names of the tables.
         ignored: tables of the embedded model without all admitted tasks.
         outdated: methods and budgets whose parameters are others today, and no table has these.
+        slots: budgets are shares of the slots of the KV cache.
     """
 
-    rows: dict[tuple[str, int | None], dict[str, Any]] = field(default_factory=dict)
+    slots: bool = False
+    rows: dict[tuple[str, float | None], dict[str, Any]] = field(default_factory=dict)
     unreachable: set[tuple[str, int]] = field(default_factory=set)
     sources: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     outdated: set[tuple[str, int]] = field(default_factory=set)
 
     @property
-    def budgets(self) -> list[int]:
+    def budgets(self) -> list[float]:
         """Largest first."""
         return sorted({budget for _, budget in self.rows if budget is not None}, reverse=True)
 
@@ -70,6 +72,14 @@ class Measured:
     def methods(self) -> list[str]:
         """In the order of the tables, without the unpatched model."""
         return list(dict.fromkeys(method for method, budget in self.rows if budget is not None))
+
+    def number(self, budget: float) -> str:
+        """A budget, without what it counts."""
+        return f"{100 * budget:.0f} %" if self.slots else str(budget)
+
+    def named(self, budget: float) -> str:
+        """A budget, with what it counts."""
+        return f"{self.number(budget)} {'of the slots' if self.slots else 'tokens'}"
 
     def add(self, found: dict[str, Any], name: str, changed: set[tuple[str, int]]) -> None:
         """Take up a table's rows, but for outdated ones and those here with more questions."""
@@ -84,19 +94,22 @@ class Measured:
         self.unreachable |= {(s["method"], s["budget"]) for s in found["skipped"]}
 
 
-def measured(folder: Path, weights: str, tasks: Sequence[str]) -> Measured:
+def measured(folder: Path, weights: str, tasks: Sequence[str], slots: bool = False) -> Measured:
     """What the tables in `folder` hold of a model.
 
     Args:
         weights: sha256 of the model's weights.
         tasks: the tasks whose mean counts.
+        slots: take tables of methods on the KV cache, read again, instead of the others.
     """
-    known = Measured()
+    known = Measured(slots)
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         if not {"rows", "tasks", "split"} <= found.keys() or found["split"] != "test":
             continue
         if found["about"]["weights_sha256"] != weights or found.get("style", "plain") != "plain":
+            continue
+        if (found.get("protocol") == "again") != slots:
             continue
         if not set(tasks) <= set(found["tasks"]):
             known.ignored.append(path.stem)
@@ -128,15 +141,19 @@ def _restricted(found: dict[str, Any], made: list[dict], tasks: Sequence[str]) -
     return table.build(mine) | {"skipped": found["skipped"]}
 
 
-def with_verdicts(page: str, known: Measured) -> str:
+def with_verdicts(page: str, *all_known: Measured) -> str:
     """docs/methods.md with what was measured at the end of each section."""
 
     def section(match: re.Match) -> str:
         head, name, body = match.groups()
         kept = [part for part in body.split("\n\n") if not part.startswith(MARK)]
-        mine = [method for method in known.methods if _home(method) == name]
-        lines = [verdict_line(method, name, known) for method in mine]
-        since = any(_home(method) == name for method, _ in known.outdated)
+        lines = [
+            verdict_line(method, name, known)
+            for known in all_known
+            for method in known.methods
+            if _home(method) == name
+        ]
+        since = any(_home(method) == name for known in all_known for method, _ in known.outdated)
         none = f"{MARK}:* not in a sweep{' since its parameters changed' * since}."
         return head + "\n\n".join(kept + (lines or [none]))
 
@@ -157,26 +174,26 @@ def verdict_line(method: str, section: str, known: Measured) -> str:
     for row in rows:
         others = (UNPATCHED, "random", "downsample")
         said = [f"{name} {versus}" for name in others if (versus := _versus(row, name))]
-        parts.append(f"{row['budget']} tokens: {_percent(row)} % ({', '.join(said)}).")
+        parts.append(f"{known.named(row['budget'])}: {_percent(row)} % ({', '.join(said)}).")
     return f"{head} {' '.join(parts)}"
 
 
 def _verdict(method: str, known: Measured) -> str:
     """Against random, the budgets of each verdict; empty for random itself."""
-    said: dict[str, list[int]] = {}
+    said: dict[str, list[str]] = {}
     for budget in known.budgets:
         row = known.rows.get((method, budget))
         if row and (versus := row["vs_random"]):
             unsure = versus["verdict"] != "not better" and not versus["holds"]
             text = f"{versus['verdict']} than random" + " (before correction only)" * unsure
-            said.setdefault(text, []).append(budget)
+            said.setdefault(text, []).append(known.number(budget))
         elif not row and (method, budget) in known.unreachable:
-            said.setdefault("out of reach", []).append(budget)
+            said.setdefault("out of reach", []).append(known.number(budget))
     return "; ".join(f"{text} at {_all_of(at)}" for text, at in said.items())
 
 
-def _all_of(budgets: Sequence[int]) -> str:
-    *first, last = map(str, budgets)
+def _all_of(budgets: Sequence[str]) -> str:
+    *first, last = budgets
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -240,6 +257,24 @@ def outside(folder: Path) -> str:
     return f"{_filled(intro)}\n\n{_grid(['method', *_tokens(known), 'verdict'], body)}"
 
 
+def on_cache(known: Measured) -> str:
+    """The part of docs/cache.md between the two marks."""
+    full = known.rows[UNPATCHED, None]
+    intro = (
+        f"Accuracy on the {len(full['tasks'])} admitted tasks, {full['n'] // len(full['tasks'])} "
+        "test questions each, at a share of the slots per layer and KV head; in brackets the "
+        "paired difference to `randomkv` in points with its 95 % interval, and what share of the "
+        f"whole cache's bytes is held; the unpatched model answers {_percent(full)} %. From "
+        "[kv](../benchmarks/results/kv.md)."
+    )
+
+    def entry(row: dict[str, Any]) -> str:
+        return f"{_beside_random(row)}; {100 * row['kv_bytes'] / full['kv_bytes']:.0f} %"
+
+    body = [[f"`{m}`", *_entries(m, known, entry), _verdict(m, known)] for m in ranked(known)]
+    return f"{_filled(intro)}\n\n{_grid(['method', *_tokens(known), 'verdict'], body)}"
+
+
 def ranked(known: Measured) -> list[str]:
     """Sanity rows first, then methods: what reaches the smallest budget, by its accuracy there."""
 
@@ -283,7 +318,7 @@ def _percent(figures: dict[str, Any]) -> str:
 
 
 def _tokens(known: Measured) -> list[str]:
-    return [f"{budget} tokens" for budget in known.budgets]
+    return [known.named(budget) for budget in known.budgets]
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -325,12 +360,14 @@ def pages() -> dict[Path, str]:
     """The pages as they should be."""
     data = json.loads((Path(model_path("tiny-llava")) / "yardstick.json").read_text())
     known = measured(RESULTS, data["weights_sha256"], ADMITTED)
+    cached = measured(RESULTS, data["weights_sha256"], ADMITTED, slots=True)
     for name in known.ignored:
         print(f"{name}: left out, it has not all admitted tasks", file=sys.stderr)
-    methods = with_verdicts(METHODS.read_text(), known)
+    methods = with_verdicts(METHODS.read_text(), known, cached)
     return {
         METHODS: between_marks(methods, scores(RESULTS, data["weights_sha256"])),
         YARDSTICK: between_marks(YARDSTICK.read_text(), results(known)),
+        CACHE: between_marks(CACHE.read_text(), on_cache(cached)),
         OUTSIDE: between_marks(OUTSIDE.read_text(), outside(RESULTS)),
     }
 

@@ -39,14 +39,14 @@ Transport.
 """
 
 
-def swept(budgets, *, methods=("fastv:layer=1",), tasks=TASKS, n=200, skipped=(), **more):
+def swept(budgets, *, methods=("fastv:layer=1",), tasks=TASKS, n=200, skipped=(), random="random", **more):
     """A table in which methods are 30 points better than random, and its cells."""
     rng = np.random.default_rng(5)
     made = []
     for task in tasks:
         made.append(cell("unpatched", None, task, rng.random(n) < 0.95, **more))
         for budget in budgets:
-            for method, chance in [("random", 0.5), ("downsample", 0.2)] + [
+            for method, chance in [(random, 0.5), ("downsample", 0.2)] + [
                 (method, 0.8) for method in methods
             ]:
                 right = rng.random(n) < chance
@@ -110,6 +110,22 @@ def test_more_budgets_and_more_files_are_taken_up(tmp_path):
     assert "| method | 192 tokens | 64 tokens | 16 tokens | 64: the hard questions |" in text
     fastv = next(line for line in text.splitlines() if line.startswith("| `fastv"))
     assert fastv.startswith("| `fastv:layer=1` | | ")  # not run at 192
+
+
+def test_shares_of_slots_are_no_tokens(tmp_path):
+    """Tables of methods on the KV cache, read again, stand apart from the others."""
+    put(tmp_path, "tokens", swept([64]))
+    made, table_ = swept([0.25, 0.1], methods=["h2o"], random="randomkv", protocol="again")
+    put(tmp_path, "kv", (made, table_))
+    both = known(tmp_path), SCRIPT["measured"](tmp_path, MODEL, TASKS, slots=True)
+    assert [x.sources for x in both] == [["tokens"], ["kv"]]
+    page = PAGE.replace("topv", "h2o")
+    line = lines(SCRIPT["with_verdicts"](page, *both))[-1]
+    assert line.startswith("*Measured:* better than random at 25 % and 10 %. 25 % of the slots: ")
+    text = SCRIPT["on_cache"](both[1])
+    assert "| method | 25 % of the slots | 10 % of the slots | verdict |" in text
+    row = both[1].rows["h2o", 0.25]
+    assert f"| `h2o` | {100 * row['score']:.1f} (" in text and "); 100 % |" in text
 
 
 def test_other_models_styles_and_tasks_are_left_out(tmp_path):
