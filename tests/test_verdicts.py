@@ -39,7 +39,9 @@ Transport.
 """
 
 
-def swept(budgets, *, methods=("fastv:layer=1",), tasks=TASKS, n=200, skipped=(), random="random", **more):
+def swept(
+    budgets, *, methods=("fastv:layer=1",), tasks=TASKS, n=200, skipped=(), random="random", **more
+):
     """A table in which methods are 30 points better than random, and its cells."""
     rng = np.random.default_rng(5)
     made = []
