@@ -244,7 +244,7 @@ def test_plans_work_behind_a_tower(small, name):
 @names
 def test_methods_that_cannot_work_are_refused(small, name):
     model, _ = towered(small, name)
-    with pytest.raises(PlanError, match="it reads attention in the tower"):
+    with pytest.raises(PlanError, match="it reads blocks of the tower"):
         mllm.patch(model, "visionzip:keep=2")
     with pytest.raises(PlanError, match="has no blocks with the visual tokens"):
         mllm.patch(model, "tome")
