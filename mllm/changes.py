@@ -25,7 +25,7 @@ from mllm.actions import (
 )
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
-from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate
+from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate, put_rows
 
 if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
@@ -110,10 +110,7 @@ class Inside:
         x, *more = output if isinstance(output, tuple) else (output,)
         if branch in self.rows:
             rows, meant = self.rows[branch], self.meant[branch]
-            full = x.new_zeros(x.shape[0], self.length, x.shape[2])
-            x = full.scatter(
-                1, rows[..., None].expand_as(x), x.masked_fill(~meant[..., None], 0)
-            )
+            x = put_rows(x.masked_fill(~meant[..., None], 0), rows, self.length)
         if branch in self.scale:
             scale = self.scale[branch]
             x = x * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)

@@ -35,6 +35,7 @@ from mllm.tokens import (
     locate,
     on_device,
     places_of,
+    put_rows,
     renumber,
     split_images,
     supervised,
@@ -1021,8 +1022,7 @@ class DecoderRun:
             table, hidden = table.take(rows, table.valid.gather(1, rows)), gather_rows(hidden, rows)
         written = table.valid | ~full.valid.gather(1, table.index)
         hidden = hidden.masked_fill(~written[..., None], 0)
-        out = hidden.new_zeros(hidden.shape[0], full.valid.shape[1], hidden.shape[2])
-        return out.scatter(1, table.index[..., None].expand_as(hidden), hidden)
+        return put_rows(hidden, table.index, full.valid.shape[1])
 
     def restore_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`hidden_states` of the decoder: what enters the first layer, and what leaves each."""
