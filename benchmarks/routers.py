@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,21 @@ class RandomMoELLaVA(MoELLaVA):
         return made
 
 
-def trained(plan: str, kind: str, seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
+def trained(plan: str, seed: int, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """The record of a run with its scores; trains unless the folder has it."""
     place = folder / f"{plan}-{seed}"
-    options = [f"plan={plan}", f"train.seed={seed}", f"output.dir={place}",
-               f"eval.plans=[{plan}]", *KINDS[kind], *overrides]  # fmt: skip
+    options = [f"plan={plan}", f"train.seed={seed}", f"output.dir={place}", *options]
     resume = (place / "run.json").is_file()
     record = run(load("lora-control", options), resume)
     if record["status"] != "complete":
         raise SystemExit(f"{place} is {record['status']}; the same command goes on")
     rows = json.loads((place / "eval.json").read_text())["rows"]
-    marks = [[mark == "1" for mark in row["outcomes"]] for row in rows]
-    return {"marks": marks, "tasks": [row["task"] for row in rows], "record": record}
+    return {"marks": marks(rows), "tasks": [row["task"] for row in rows], "record": record}
+
+
+def marks(rows: Sequence[Mapping[str, Any]]) -> list[list[bool]]:
+    """Right or wrong, by row of an evaluation."""
+    return [[mark == "1" for mark in row["outcomes"]] for row in rows]
 
 
 def compare(learnt: list[dict[str, Any]], random: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,9 +130,13 @@ def main() -> None:
     given = parser.parse_args()
     methods, about = {}, {}
     for kind in given.methods:
+        options = [*KINDS[kind], *given.overrides]
         pair = [
-            [trained(plan, kind, seed, given.output, given.overrides) for seed in given.seeds]
-            for plan in (kind, f"{kind}random")
+            [
+                trained(p, seed, given.output, [f"eval.plans=[{p}]", *options])
+                for seed in given.seeds
+            ]
+            for p in (kind, f"{kind}random")
         ]
         methods[kind] = compare(*pair)
         record = pair[0][0]["record"]

@@ -72,7 +72,8 @@ class Inside:
     Attributes:
         layer: the layer, `module` its attention.
         length: rows that the layer is given.
-        rows: by branch, int64 `[batch, n]`, rows that take part; `meant` tells fillers from them.
+        rows: by branch, int64 `[batch, n]`, rows that take part; `meant`, where there may be
+            fillers, tells these from them.
         given: arguments of the attention under `rows["attn"]`.
         scale: by branch, a number or `[batch or 1, rows or 1, 1]`; `whole` is that of both.
         heads: `[batch or 1, rows or 1, heads]`.
@@ -103,14 +104,15 @@ class Inside:
         """Rows of a branch's input that take part: bool, from those of the layer that are valid."""
         if branch not in self.rows:
             return valid
-        return valid.gather(1, self.rows[branch]) & self.meant[branch]
+        return valid.gather(1, self.rows[branch]) & self.meant.get(branch, True)
 
     def leave(self, branch: str, output: Any) -> Any:
         """What the branch adds to the residual, of full length."""
         x, *more = output if isinstance(output, tuple) else (output,)
         if branch in self.rows:
-            rows, meant = self.rows[branch], self.meant[branch]
-            x = put_rows(x.masked_fill(~meant[..., None], 0), rows, self.length)
+            if branch in self.meant:
+                x = x.masked_fill(~self.meant[branch][..., None], 0)
+            x = put_rows(x, self.rows[branch], self.length)
         if branch in self.scale:
             scale = self.scale[branch]
             x = x * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
@@ -265,8 +267,9 @@ class Changes:
             rows = choose_rows(keep, valid)
             self.counts[layer, branch] = keep.sum(1)
             inside.rows[branch] = rows
-            # Padding rows keep what they would have, so that taking all rows changes nothing.
-            inside.meant[branch] = (keep | ~valid).gather(1, rows)
+            if len(rows) > 1:  # a sample alone has no fillers
+                # Padding rows keep what they would have, so that taking all rows changes nothing.
+                inside.meant[branch] = (keep | ~valid).gather(1, rows)
             if branch == "attn":
                 self._narrow(inside, keep, hidden, kwargs)
         if len(takes) == 2:

@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import os
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -478,17 +479,17 @@ class Patched:
         family = self.family
         changed = self._layers_of({"BranchGate", "BranchRows", "LayerGate", *IN_ATTENTION})
         read = {(s.layer, s.of) for _, s in self.signals if isinstance(s, Hidden)}
+
+        def own(hook: Callable, layer: int, branch: str) -> Callable:
+            # Inside of a compiled layer these run as they are.
+            return torch.compiler.disable(functools.partial(hook, layer, branch))
+
         for i in range(len(self.layers)):
             for branch, module in (("attn", family.attention(i)), ("mlp", family.mlp(i))):
-                before, after = (
-                    # Inside of a compiled layer these run as they are.
-                    torch.compiler.disable(functools.partial(hook, i, branch))
-                    for hook in (self._branch_pre, self._branch_post)
-                )
                 if i in changed or (i, branch) in read:
-                    pre(module, before)
+                    pre(module, own(self._branch_pre, i, branch))
                 if i in changed:
-                    post(family.branch(i, branch), after)
+                    post(family.branch(i, branch), own(self._branch_post, i, branch))
 
     def _tower_block(self, block: int, original: Any, args: tuple, kwargs: dict) -> Any:
         """What runs instead of a tower block's forward, where tokens may merge."""

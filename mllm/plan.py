@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -63,6 +64,7 @@ def register(name: str, *, stage: str, **info: Any):
     return add
 
 
+@functools.cache
 def _load_methods() -> dict[str, type]:
     for name in ("mllm.compressors", "mllm.routers"):
         for module in pkgutil.iter_modules(importlib.import_module(name).__path__):
@@ -98,7 +100,7 @@ def methods() -> list[dict[str, Any]]:
 
 def _describe(cls: type) -> dict[str, Any]:
     info: MethodInfo = cls.info
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     default = cls()
     return {
@@ -134,7 +136,7 @@ def _type_name(hint: Any) -> str:
 def check_fields(stage: Any) -> None:
     """Validate what every method shares: budgets, `layer`, `positions`. Called by the bases."""
     name = stage.info.name
-    hints = typing.get_type_hints(type(stage))
+    hints = _hints(type(stage))
     for field in ("keep", "budget", "clusters"):
         keep = getattr(stage, field, None)
         for budget in keep if isinstance(keep, tuple) else (keep,):
@@ -460,7 +462,7 @@ def _rows(stages: Iterable[Any]) -> list[dict[str, Any]]:
             "name": stage.info.name,
             "version": stage.info.version,
             "params": {
-                f.name: _to_json(getattr(stage, f.name), _hint(stage, f.name))
+                f.name: _to_json(getattr(stage, f.name), _hints(type(stage))[f.name])
                 for f in dataclasses.fields(stage)
             },
         }
@@ -508,7 +510,7 @@ def _parse_stage(part: str, text: str) -> Any:
             )
         values[key] = unquote(value)
     _check_keys(method, values)
-    hints = typing.get_type_hints(method)
+    hints = _hints(method)
     return method(**{k: _parse_value(name, k, v, hints[k]) for k, v in values.items()})
 
 
@@ -558,8 +560,9 @@ def _format_stage(stage: Any) -> str:
     return ":".join(parts)
 
 
-def _hint(stage: Any, name: str) -> Any:
-    return typing.get_type_hints(type(stage))[name]
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _to_json(value: Any, hint: Any) -> Any:

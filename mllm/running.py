@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from types import FrameType
 
 from torch import nn
 
@@ -12,10 +14,16 @@ def running(model: nn.Module) -> bool:
 
     Reads the call stacks, so that it can be asked of a model that nothing was ever done to.
     """
-    parts = {id(module) for module in model.modules()}
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            if frame.f_code.co_name == "forward" and id(frame.f_locals.get("self")) in parts:
-                return True
-            frame = frame.f_back
-    return False
+    at_work = {
+        id(frame.f_locals.get("self"))
+        for innermost in sys._current_frames().values()
+        for frame in _callers(innermost)
+        if frame.f_code.co_name == "forward"
+    }
+    return bool(at_work) and any(id(module) in at_work for module in model.modules())
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -412,7 +412,7 @@ def put_rows(x: Tensor, rows: Tensor, length: int) -> Tensor:
         length: over all rows.
     """
     full = x.new_zeros(len(x) * length, x.shape[2])
-    return full.index_copy(0, _flat(rows, length), x.flatten(0, 1)).unflatten(0, (len(x), length))
+    return full.index_copy_(0, _flat(rows, length), x.flatten(0, 1)).unflatten(0, (len(x), length))
 
 
 def _flat(rows: Tensor, length: int) -> Tensor:

@@ -64,12 +64,15 @@ class PMoD(DepthRouter):
     def route(self, ctx: LayerContext) -> list[Any]:
         x, layer = ctx["hidden"], ctx.layer
         score = self.scores(ctx, x)[..., 0]
-        share = ratio(self.schedule, layer, ctx.num_layers, self.shift)
-        kept = self.best(ctx, score, min(1.0, max(share, self.min_ratio)))
+        share = max(ratio(self.schedule, layer, ctx.num_layers, self.shift), self.min_ratio)
+        kept = self.best(ctx, score, min(1.0, share))
         weight = 1 + self.scale * torch.tanh(score)
+        gate = BranchGate(layer, "mlp", torch.where(kept, weight, 1.0))
+        if share >= 1:  # nothing to gather, and nothing passes by
+            return [gate]
         skipped = ctx.visual & ~kept
         return [
             *self.only(layer, ~skipped),
-            BranchGate(layer, "mlp", torch.where(kept, weight, 1.0)),
-            Write((weight[..., None] * x.float()).to(x.dtype), rows=skipped),
+            gate,
+            Write(weight[..., None].to(x.dtype) * x, rows=skipped),  # as precise as the gate
         ]
