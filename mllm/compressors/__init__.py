@@ -30,6 +30,8 @@ _HOMES = {
     "PLLaVA": "pooling",
     "M3": "m3",
     "MQT": "mqt",
+    "DynamicVLM": "dynamicvlm",
+    "VideoCCAM": "videoccam",
     "TokenFLEX": "tokenflex",
     "TokenPacker": "tokenpacker",
     "ToMe": "tome",
