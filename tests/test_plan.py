@@ -174,7 +174,8 @@ def stages(draw):
                    "most": st.integers(36, 999), "total": st.integers(1, 9999)}  # fmt: skip
     if cls.info.name == "dpn":
         values["least"] = st.integers(1, 64)
-    still = ("pmod", "mod", "mor", "gammamod", "moh", "layerskip", "deepstack", "slowfast")
+    still = ("pmod", "mod", "mor", "gammamod", "moh", "layerskip", "deepstack", "slowfast",
+             "tcllava")
     if cls.info.name in still:
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.name == "moh":

@@ -69,6 +69,7 @@ _HOMES = {
     "AvgPool": "sanity",
     "Downsample": "sanity",
     "DeepStack": "deepstack",
+    "TCLLaVA": "tcllava",
 }
 __all__ = list(_HOMES)
 

@@ -31,6 +31,7 @@ from mllm.actions import (
     Pool,
     Protect,
     Resize,
+    Turn,
     Write,
 )
 from mllm.errors import PlanError
@@ -101,6 +102,7 @@ __all__ = [
     "TokenReducer",
     "TowerContext",
     "TowerReducer",
+    "Turn",
     "Unprojected",
     "Unreduced",
     "Values",
