@@ -125,7 +125,7 @@ def test_batched_equals_alone(family, stage):
 def test_beside_other_stages():
     check_family("llava", [AvgPool(keep=4), BOTH])
     check_family("llava", [BOTH, FastV(layer=2, keep=0.5)])
-    check_family("llava", [BOTH, SnapKV(budget=6, window=2)])
+    check_family("llava", [BOTH, SnapKV(budget=6, window=2, heads="shared")])
     check_family("llava", [BOTH, mllm.routers.PMoD(max_ratio=0.8, min_ratio=0.32)])
 
 
