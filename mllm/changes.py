@@ -225,9 +225,9 @@ class Changes:
         It speaks of samples with images alone, so that a sample without is what it is alone.
         """
         if isinstance(action, Turn) and self.run.past_logical:
+            name = self.run.patched.plan.stages[number].info.name
             raise PlanError(
-                f"{self.run.patched.plan.stages[number].info.name} cannot place pictures of a later "
-                "turn behind those of an earlier one",
+                f"{name} cannot place pictures of a later turn behind those of an earlier one",
                 argument="past_key_values",
                 given="a later turn with pictures",
                 expected="the whole conversation, without a cache",

@@ -27,7 +27,7 @@ class Edits:
         scale: by (layer, branch), a number for every token, or `[n]` for the prompt.
         heads: `[heads]` for every token, or `[n, heads]` for the prompt.
         bias: a function of the number of tokens: `[heads or 1, tokens, tokens]`.
-        show: a function of the number of tokens: bool `[tokens, tokens]`, what is seen in any order.
+        show: a function of the number of tokens: bool `[tokens, tokens]`, seen in any order.
         turn: a function of the number of tokens: `[tokens]`, added to positions.
         whole: `[n]`, a factor of all that a layer adds.
         add: `[n, width]`, added to what enters the layer.
