@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
+from acting import acting
 from families import LAYERS, collate, model, reference, samples
 from layer_oracle import Edits, run, run_with_gradients
 from matrix import PRECOMPUTED, equal
@@ -14,6 +16,7 @@ from zoo import _placed, check_family
 
 import mllm
 from mllm.compressors import AvgPool, FastV, SnapKV, Stride, TCLLaVA
+from mllm.compressors.base import LogitBias
 from mllm.errors import PlanError
 
 BOTH, TIME, FRAMES = TCLLaVA(), TCLLaVA(gamma=1.3, mask=False), TCLLaVA(gamma=0.0)
@@ -178,6 +181,35 @@ def test_each_half_does_something_to_pictures_alone():
             logits = net(**inputs).logits
         assert (logits[0] - plain[0]).abs().max() > 1e-2
         equal(logits[2], plain[2], "without pictures", 1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_is_not_shown_and_what_is_hidden_stays_so(side):
+    """A bias that shows everything, and one that hides one token in three from the others."""
+
+    def hide(q, k):
+        gone = (k % 3 == 1)[..., None, :] & (q[..., :, None] != k[..., None, :])
+        return torch.zeros(gone.shape).masked_fill(gone, float("-inf"))
+
+    def act(ctx):
+        first = ctx.logical.masked_fill(~ctx.prompt, 10**6).amin(1, keepdim=True)
+        return [
+            LogitBias(1, lambda q, k: hide(q - first, k - first)[:, None]),
+            LogitBias(1, lambda q, k: torch.full((1, 1, 1, 1), float("inf"))),
+        ]
+
+    net, batch = model("llava"), samples("llava")
+    inputs = collate("llava", batch, side)
+    with mllm.patch(net, acting([0], act, "LogitBias")):
+        logits = tiny.per_sample(net(**inputs).logits, inputs["attention_mask"])
+    for b, s in enumerate(batch):
+        edits = Edits(
+            show={1: lambda n: torch.ones(n, n, dtype=torch.bool)},
+            bias={1: lambda n: hide(torch.arange(n), torch.arange(n))[None]},
+        )
+        want = run("llava", s, edits if s.pictures else None).logits
+        equal(logits[b], want, f"sample {b}", 2e-4 * max(1.0, float(want.std())))
 
 
 # What is refused
