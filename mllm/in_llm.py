@@ -983,6 +983,7 @@ class DecoderRun:
         with torch.set_grad_enabled(torch.is_grad_enabled() and stage.differentiable), _kept():
             actions = stage.act(ctx)
         self.selection_flops += ctx.flops
+        self.notes += ctx.remarks
         return actions
 
     def remember(self) -> None:

@@ -1047,7 +1047,7 @@ class Patched:
             output.last_hidden_state = run.restore(output.last_hidden_state)
             if states := getattr(output, "hidden_states", None):
                 output.hidden_states = run.restore_states(states)
-        self._book(run, self.plan_notes + run.notes)
+        self._book(run, list(dict.fromkeys(self.plan_notes + run.reduction.notes + run.notes)))
         return output
 
     def _keep_account(self, run: DecoderRun, hidden: Tensor) -> None:

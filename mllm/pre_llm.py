@@ -296,13 +296,8 @@ class VisionRun:
         self, number: int, stage: TokenReducer, group: Group, features: Tensor | None
     ) -> list[Any]:
         """Actions of a stage for a group; features are `[images, cells, width]`."""
-        if not group.layout.plain and {"Pool", "Resize"} & set(stage.actions):
-            raise PlanError(
-                f"{stage.info.name} cannot work on a video, which is several grids",
-                argument="plan",
-                given=stage.info.name,
-                expected="a method that chooses tokens",
-            )
+        if not group.layout.plain:
+            check_grids(stage)
         signals: dict[str, Any] = {}
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
@@ -329,6 +324,7 @@ class VisionRun:
         actions = stage.reduce(ctx)
         ctx.book(sum(booked))
         self.reduction.ran.add(number)
+        self.reduction.notes += ctx.remarks
         costs = np.broadcast_to(ctx.flops, len(group.images)).tolist()
         for image, cost in zip(group.images, costs, strict=True):
             self.reduction.selection_flops[image] += cost
@@ -563,6 +559,17 @@ class VisionRun:
             tokens = at[:, :1] + on_device(behind, at)  # an image begins with a cell
             reduction.keep[tokens] = stay
             reduction.into[tokens] = torch.where(stay, reduction.into[tokens], -1)
+
+
+def check_grids(stage: TokenReducer) -> None:
+    """PlanError if a stage needs pictures of one grid: a video is several."""
+    if {"Pool", "Resize"} & set(stage.actions):
+        raise PlanError(
+            f"{stage.info.name} cannot work on a video, which is several grids",
+            argument="plan",
+            given=stage.info.name,
+            expected="a method that chooses tokens",
+        )
 
 
 def _route(

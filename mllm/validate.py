@@ -298,7 +298,7 @@ def _check_lowrank(patched: Patched) -> None:
                 "token that leaves some of them would free nothing, and layers that hold different "
                 "tokens share no factor"
             )
-        elif stages[0].selects and (reads or "LogitBias" in other.actions):
+        elif stages[0].selects and (reads or {"LogitBias", "Turn"} & set(other.actions)):
             reason = "a step does not look at all that is stored"
         else:
             continue
@@ -346,6 +346,13 @@ def _check_fit(patched: Patched, stage: Any) -> None:
             argument="positions",
             given="compact",
             expected="original",
+        )
+    if family.mrope and "Turn" in stage.actions:
+        raise PlanError(
+            f"{stage.info.name} cannot work on {name}: its rotary positions have rows and columns",
+            argument="plan",
+            given=stage.info.name,
+            expected="a model with one position per token",
         )
     for action in stage.actions:
         if action in family.refuses:

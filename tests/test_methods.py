@@ -24,14 +24,14 @@ NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
           "dualfilter", "mustdrop", "deepstack", *TRAINED, "m3", "mqt", "tokenflex",
-          "tokenpacker"]  # fmt: skip
+          "tokenpacker", "videoccam", "dynamicvlm", "tcllava"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip", "m3",
-        "deepstack"]  # fmt: skip
+        "deepstack", "tcllava"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter", "mustdrop", "deepstack", *TRAINED]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop", "deepstack", "tcllava", *TRAINED]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -86,6 +86,7 @@ IDENTITY = {
     "dpn": "dpn:choice=0/0/0",
     "deepstack": "deepstack",
     "slowfast": "slowfast",
+    "tcllava": "tcllava:gamma=0.0:mask=false",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 
@@ -101,7 +102,8 @@ def test_declared_identity_is_the_one_tested(name):
     """What a method declares as its identity is a plan of this file."""
     declared = get_method(name).identity
     if declared is None:
-        learnt = ("mqt", "tokenflex", "tokenpacker")  # tokens of their own
+        # Tokens of their own.
+        learnt = ("mqt", "tokenflex", "tokenpacker", "videoccam", "dynamicvlm")
         assert name in ("vtw", "gammamod", *learnt), "methods that never keep everything"
         return
     stage = Plan.from_spec(IDENTITY[name]).written[0]

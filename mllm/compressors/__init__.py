@@ -30,6 +30,8 @@ _HOMES = {
     "PLLaVA": "pooling",
     "M3": "m3",
     "MQT": "mqt",
+    "DynamicVLM": "dynamicvlm",
+    "VideoCCAM": "videoccam",
     "TokenFLEX": "tokenflex",
     "TokenPacker": "tokenpacker",
     "ToMe": "tome",
@@ -67,6 +69,7 @@ _HOMES = {
     "AvgPool": "sanity",
     "Downsample": "sanity",
     "DeepStack": "deepstack",
+    "TCLLaVA": "tcllava",
 }
 __all__ = list(_HOMES)
 

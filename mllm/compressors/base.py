@@ -31,6 +31,7 @@ from mllm.actions import (
     Pool,
     Protect,
     Resize,
+    Turn,
     Write,
 )
 from mllm.errors import PlanError
@@ -101,6 +102,7 @@ __all__ = [
     "TokenReducer",
     "TowerContext",
     "TowerReducer",
+    "Turn",
     "Unprojected",
     "Unreduced",
     "Values",
@@ -128,6 +130,7 @@ class Context:
     Attributes:
         grid: (rows, cols) of every image of this group; None where images are not one plain grid.
         valid: bool `[images, tokens]`, false where an earlier stage dropped the token.
+        remarks: of the stage, for the ledger; see :meth:`remark`.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class Context:
         self.stage, self._signals, self._seeds = stage, signals, seeds
         self.grid, self.valid, self._counts, self._route = grid, valid, counts, route
         self.flops: Any = 0.0
+        self.remarks: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._signals:
@@ -161,6 +165,10 @@ class Context:
     def route(self, part: str, x: Tensor, *more: Any) -> Tensor:
         """What a trained part of the stage makes of `x`; see `parts` of the kinds of stages."""
         return self._route(x, part, *more)
+
+    def remark(self, text: str) -> None:
+        """Add a fact to the ledger of this forward."""
+        self.remarks.append(f"{self.stage.info.name}: {text}")
 
     def generators(self) -> list[torch.Generator]:
         """One CPU generator per image (in the LLM: per sample), seeded by plan and pictures.
