@@ -32,6 +32,7 @@ from mllm.compressors.base import (
     VisionKeys,
     Write,
 )
+from mllm.compressors.elastic import linear_flops
 from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
 from mllm.routers.base import NAME, active
@@ -320,6 +321,7 @@ class VisionRun:
             valid=self.reduction.keep[group.at], counts=None if None in counts else counts,
             seeds=functools.partial(self._seeds, number, group),
             route=functools.partial(_route, self.patched, number, booked := []),
+            project=functools.partial(_project, self.family.projector, booked),
         )
         actions = stage.reduce(ctx)
         ctx.book(sum(booked))
@@ -581,6 +583,11 @@ def _route(
     return getattr(model, NAME)(x, number, part, *more)
 
 
+def _project(projector: nn.Module, booked: list[float], x: Tensor) -> Tensor:
+    booked.append(linear_flops(projector, x.shape[1]))
+    return projector(x)
+
+
 def idle(patched: Patched, number: int, stage: TokenReducer, like: Tensor) -> Tensor:
     """Zero, from all that a stage learns, by an empty picture of 2 x 2 tokens: fp32 scalar.
 
@@ -591,12 +598,15 @@ def idle(patched: Patched, number: int, stage: TokenReducer, like: Tensor) -> Te
     for name, signal in stage.reads().items():
         if isinstance(signal, Grid):
             signals[name] = Layout(((2, 2),)).places
+        elif isinstance(signal, Features):
+            signals[name] = like.new_zeros(1, 4, like.shape[-1])
         else:
             wide = width if isinstance(signal, Unprojected) else block * len(signal.blocks)
             signals[name] = like.new_zeros(1, 4, wide)
     ctx = Context(
         stage, signals, valid=like.new_ones(1, 4, dtype=torch.bool),
         route=functools.partial(_route, patched, number, []),
+        project=patched.family.projector,
     )  # fmt: skip
     made = [action.values for action in stage.reduce(ctx) if isinstance(action, Write)]
     return 0.0 * made[0].float().sum()

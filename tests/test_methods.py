@@ -17,14 +17,16 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 #: They must be trained; files of their own, or test_depth.py, hold them against their descriptions.
-TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip", "dpn", "slowfast"]
+TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip", "dpn", "slowfast",
+           "llavamini_fuse"]  # fmt: skip
 NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
           "dualfilter", "mustdrop", "deepstack", *TRAINED, "m3", "mqt", "tokenflex",
-          "tokenpacker", "videoccam", "dynamicvlm", "tcllava"]  # fmt: skip
+          "tokenpacker", "videoccam", "dynamicvlm", "tcllava", "llavamini",
+          "llavamini_compress"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip", "m3",
@@ -103,7 +105,8 @@ def test_declared_identity_is_the_one_tested(name):
     declared = get_method(name).identity
     if declared is None:
         # Tokens of their own.
-        learnt = ("mqt", "tokenflex", "tokenpacker", "videoccam", "dynamicvlm")
+        learnt = ("mqt", "tokenflex", "tokenpacker", "videoccam", "dynamicvlm", "llavamini",
+                  "llavamini_compress", "llavamini_fuse")  # fmt: skip
         assert name in ("vtw", "gammamod", *learnt), "methods that never keep everything"
         return
     stage = Plan.from_spec(IDENTITY[name]).written[0]

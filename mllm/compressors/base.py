@@ -143,8 +143,10 @@ class Context:
         seeds: Callable[[], list[int]] | None = None,
         counts: list[int] | None = None,
         route: Callable[..., Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.stage, self._signals, self._seeds = stage, signals, seeds
+        self._project = project
         self.grid, self.valid, self._counts, self._route = grid, valid, counts, route
         self.flops: Any = 0.0
         self.remarks: list[str] = []
@@ -169,6 +171,14 @@ class Context:
     def remark(self, text: str) -> None:
         """Add a fact to the ledger of this forward."""
         self.remarks.append(f"{self.stage.info.name}: {text}")
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the model's projector makes of tokens that are like `Unprojected`; see `projects`.
+
+        Args:
+            x: `[images, n, width]`.
+        """
+        return self._project(x)
 
     def generators(self) -> list[torch.Generator]:
         """One CPU generator per image (in the LLM: per sample), seeded by plan and pictures.
@@ -517,12 +527,14 @@ class TokenReducer(_Method):
     `site` is where it works: `"pixels"`, `"pre_projector"` or `"post_projector"`.
     `first` marks a method that must be the first pre-LLM stage (it needs the full grid).
     `replaces` marks one that projects by itself: the model's projector is given nothing.
+    `projects` marks one that gives the projector tokens of its own too; see `ctx.project`.
     """
 
     site = "post_projector"
     paper_positions = "compact"
     first: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
 
     def parts(self, width: int, tower: tuple[int, int]) -> dict[str, nn.Module]:
         """What the stage learns, by name; see `ctx.route`.
@@ -594,6 +606,8 @@ class LayerMethod(_Method):
 
     def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
         """What the stage learns, by name; see `ctx.route`.
+
+        A part may have a method `flops` of the arguments of its forward: its cost for one sample.
 
         Args:
             width: of hidden states.
