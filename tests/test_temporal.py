@@ -74,7 +74,7 @@ def pooled(part, x, side):
     """One frame `[rows, cols, width]` to at most side x side tokens."""
     rows, cols = (windows(n, min(n, side)) for n in x.shape[:2])
     cells = [x[list(r)][:, list(c)].mean((0, 1)) for r in rows for c in cols]
-    return torch.stack([two(cell, part) for cell in cells])
+    return torch.stack([two(cell, part.layers) for cell in cells])
 
 
 def run(stage, layout, seed=0):

@@ -10,20 +10,24 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from mllm.compressors.base import Context, Grid, Positions, Unprojected, register
-from mllm.compressors.elastic import Elastic, linear_flops
+from mllm.compressors.elastic import Elastic, linear_flops, mlp
 from mllm.compressors.pooling import Pooling, Size, Stack
 
 
-class Projector(nn.Sequential):
-    """Two linear layers with a GELU between them, as LLaVA has.
+class Projection(nn.Module):
+    """What makes visual tokens of pooled features: an MLP of two layers, as LLaVA-1.5 has.
 
     Args:
-        width: of the input.
-        out: of the output, and in between.
+        width: of the features.
+        out: of the tokens, and inside.
     """
 
     def __init__(self, width: int, out: int) -> None:
-        super().__init__(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+        super().__init__()
+        self.layers = mlp(width, out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
     def flops(self, x: Tensor) -> float:
         """Of one image of `x`, `[images, tokens, width]`."""
@@ -33,19 +37,19 @@ class Projector(nn.Sequential):
 @register("dynamicvlm", paper="arXiv:2412.09530", stage="pre_llm", trained=True)
 @dataclass
 class DynamicVLM(Elastic, Pooling):
-    """Share a budget over the frames of a video, and pool each to a square within (Dynamic-VLM).
+    """Divide a video's tokens among its frames, and pool each frame to a square (Dynamic-VLM).
 
-    A frame gets ``min(keep, total / frames)`` tokens, the largest square within, by adaptive
-    average pooling of the tower's features. A projector like LLaVA's makes tokens of what is left,
-    and stands for the model's, which is given nothing. A picture, and each view of a tiled one, is
-    one frame.
+    With T frames there are ``M = min(keep, total / T)`` tokens for each; the tower's features are
+    average-pooled to as many rows as columns, as many as M allows, and projected by an MLP of the
+    plan's own, so that the model's projector is given nothing. A picture, and each view of a tiled
+    one, is a frame by itself. That the MLP is LLaVA's, and comes behind pooling, is ours.
 
     Args:
-        keep: tokens of a picture or frame, at most; None is `most`.
-        least, most: between which training draws `keep`, for the whole batch.
-        total: tokens of a video; it has one for each frame at least. 12,000 (7B) and 10,000 (14B)
-            are the paper's.
-        train: `draw`, or `keep`, which trains that many alone.
+        keep: M at most; None is `most`. Training draws it, unless `train` says otherwise.
+        least, most: the range that training draws from, evenly, once for a batch.
+        total: tokens of a video; each frame has one at least. The paper has 12,000 for 7B and
+            10,000 for 14B.
+        train: `draw`, or `keep`, which trains with that one.
         positions: `compact` or `original` (the cell's middle token); None is `compact`.
     """
 
@@ -56,7 +60,7 @@ class DynamicVLM(Elastic, Pooling):
     train: Literal["draw", "keep"] = "draw"
     positions: Positions | None = None
 
-    weights: ClassVar[None] = None  # all numbers alike
+    weights: ClassVar[None] = None  # all budgets alike
     free = ("keep", "train", "total")
     identity = None
     replaces = True
@@ -72,7 +76,7 @@ class DynamicVLM(Elastic, Pooling):
         return {"features": Unprojected(), "grid": Grid()}
 
     def parts(self, width: int, tower: tuple[int, int]) -> dict[str, nn.Module]:
-        return {"projector": Projector(tower[0], width)}
+        return {"projector": Projection(tower[0], width)}
 
     def trained(self) -> Sequence[int]:
         return range(self.least, self.most + 1)
@@ -81,11 +85,12 @@ class DynamicVLM(Elastic, Pooling):
         return range(1, self.most + 1)
 
     def levels(self, grids: list[Stack]) -> list[list[Size]]:
-        sides = [math.isqrt(max(1, min(self.keep, self.total // g.size[0]))) for g in grids]
-        return [
-            [(g.size[0], min(side, g.size[1]), min(side, g.size[2]))]
-            for side, g in zip(sides, grids, strict=True)
-        ]
+        return [[self._squares(*grid.size)] for grid in grids]
+
+    def _squares(self, frames: int, rows: int, cols: int) -> Size:
+        share = max(1, min(self.keep, self.total // frames))
+        side = math.isqrt(share)
+        return frames, min(side, rows), min(side, cols)
 
     def made(self, ctx: Context, x: Tensor, size: Size) -> Tensor:
         return ctx.route("projector", super().made(ctx, x, size))
