@@ -60,6 +60,7 @@ from mllm.routers.upcycle import Upcycled
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
 from mllm.validate import check_generation, check_plan, family_notes
+from mllm.views import VIEW
 
 
 @dataclass
@@ -98,8 +99,6 @@ _CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 _MISSING = object()
 UNTRAINED = "new routers, which know nothing"
 UNTRAINED_PROJECTOR = "a new projector, which knows nothing"
-#: What the names of arguments begin with that have the tiles of pictures.
-VIEW = "view_"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -552,6 +551,14 @@ class Patched:
         return KVCache(cache, self.family, alike=self.alike)
 
     @property
+    def tiles(self) -> tuple[int, int] | None:
+        """Rows and columns of the tiles that the plan is given of every picture; None is none.
+
+        :func:`mllm.views.with_tiles` adds them to a batch.
+        """
+        return self.view_grids[0] if self.view_grids else None
+
+    @property
     def ledger(self) -> Ledger:
         """The account of the newest prefill."""
         return Ledger(self._records)
@@ -652,7 +659,7 @@ class Patched:
             taken = inspect.signature(features).parameters
             inputs = {**inputs, **{name: x for name, x in views.items() if name in taken}}
             made = features(**inputs).pooler_output
-            run.add_views(made, run.family.layouts(views), self.view_grids[0])
+            run.add_views(made, run.family.layouts(views), self.tiles)
 
     def _new_routing(self, labels: Tensor | None, items: Any) -> Routing | None:
         """The account of a call; None where nothing needs training."""
