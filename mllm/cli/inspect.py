@@ -69,13 +69,14 @@ def inspect(
 
         from mllm.eval import overlay
         from mllm.eval.answer import answer
-        from mllm.eval.plans import patched_with
+        from mllm.eval.plans import check_plans, patched_with
         from mllm.loading import build_inputs, load_image, load_model
         from mllm.plan import Plan
         from mllm.views import with_tiles
 
         transformers.utils.logging.disable_progress_bar()
         parsed, picture = Plan.of(plan), load_image(image)
+        check_plans(model, [parsed])
         loaded, processor = load_model(model, device=device, dtype=dtype)
         inputs = build_inputs(processor, [([picture], question)])
         overlay.check_plain(loaded, inputs["pixel_values"])

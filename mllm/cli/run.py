@@ -65,7 +65,9 @@ def _compare(
         import numpy as np
 
         from mllm.eval.bench import device_name, time_pairs, timed_prefill, twin
+        from mllm.eval.plans import check_plans
 
+        check_plans(model_path, [chosen])
         model, processor = load_model(model_path, dtype=dtype, device=device)
         inputs = build_inputs(processor, [([picture], question)]).to(model.device)
 
