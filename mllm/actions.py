@@ -6,7 +6,7 @@ engine carries them to later layers, where some of these rows may have left.
 Actions speak of the samples that have images; the others of a batch run as in the unpatched model.
 
 Values per row hold for the forward in which they were given: later tokens run as in the unpatched
-model. Values per sample (a number, `[batch]`, `[heads]`), `LogitBias` and `Attend` hold for
+model. Values per sample (a number, `[batch]`, `[heads]`), `LogitBias`, `Turn` and `Attend` hold for
 the conversation: they live on its KV cache until their method acts again.
 """
 
@@ -156,6 +156,9 @@ class HeadGate:
 class LogitBias:
     """Add to the attention logits of layer `layer`; -inf hides. Not with flash attention.
 
+    inf shows a token that the causal mask hides, and is 0 otherwise; what another bias hides stays
+    hidden.
+
     `fn(queries, keys)` is given logical indices, int64 `[batch, queries]` and `[batch, keys]`
     (`ctx.logical` has those of the rows), and returns `[batch, 1 or heads, queries, keys]`. It is
     called in every forward of the conversation, stored tokens included. Costs O(queries x keys)
@@ -164,6 +167,20 @@ class LogitBias:
 
     layer: int
     fn: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rotate queries and keys of layer `layer` further than by their positions.
+
+    `fn(tokens)` is given logical indices, int64 `[batch, n]`, and returns by how many positions:
+    fp32 `[batch, n]`, not only whole numbers. It is called in every forward of the conversation,
+    stored tokens included: keys are stored as they would be without it. Not with rotary positions
+    that have rows and columns, and not in later turns with pictures of their own.
+    """
+
+    layer: int
+    fn: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -221,4 +238,4 @@ MOVES_ROWS = {"Keep", "Merge", "Insert"}
 #: Actions after which the layers of one stage may hold different slots.
 SETS_APART = {"BranchGate", "BranchRows", "Evict", "Insert"}
 #: Actions that work inside the attention function.
-IN_ATTENTION = {"Attend", "HeadGate", "LogitBias"}
+IN_ATTENTION = {"Attend", "HeadGate", "LogitBias", "Turn"}

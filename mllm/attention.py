@@ -30,6 +30,9 @@ class Change(Protocol):
     def finish(self, query: Tensor, output: Tensor, scaling: float | None) -> Tensor:
         """What the heads give, with what the plan does to it."""
 
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, rotated as far as the plan says."""
+
     def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask with the plan's bias."""
 
@@ -123,6 +126,7 @@ def _served(base: str) -> Callable:
             raise _WasRead
         own = change is not None and change.module is module
         if own:
+            query, key = change.turn(query, key)
             attention_mask = change.mask(query, key, attention_mask)
         output, weights = compat.base_attention(module, base)(
             module, query, key, value, attention_mask, **kwargs

@@ -22,7 +22,9 @@ from mllm.actions import (
     Inject,
     LayerGate,
     LogitBias,
+    Turn,
 )
+from mllm.attention import unrotate
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
 from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate, put_rows
@@ -77,7 +79,8 @@ class Inside:
         given: arguments of the attention under `rows["attn"]`.
         scale: by branch, a number or `[batch or 1, rows or 1, 1]`; `whole` is that of both.
         heads: `[batch or 1, rows or 1, heads]`.
-        bias: functions of logical indices `queries` and `keys`.
+        bias: functions of logical indices `queries` and `keys`; `there` are keys that are valid.
+        turns: functions of logical indices, and `rotary` of positions.
         beside: keys and values beside the sequence.
     """
 
@@ -92,8 +95,11 @@ class Inside:
     heads: Tensor | None = None
     bias: list[Callable[[Tensor, Tensor], Tensor]] = field(default_factory=list)
     beside: list[_Beside] = field(default_factory=list)
+    turns: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
+    there: Tensor | None = None
     _attended: Tensor | None = None
 
     def enter(self, branch: str, hidden: Tensor) -> Tensor:
@@ -131,6 +137,18 @@ class Inside:
             output = beside.add(query, output, scaling)
         return output
 
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys `[batch, heads, n, head_dim]`, rotated further."""
+        if not self.turns:
+            return query, key
+        return self._turned(query, self.queries), self._turned(key, self.keys)
+
+    def _turned(self, x: Tensor, tokens: Tensor) -> Tensor:
+        position = torch.stack([turn(tokens) for turn in self.turns]).sum(0)
+        cos, sin = self.rotary(x.new_zeros(1, dtype=torch.float32), position)
+        scale = torch.hypot(cos, sin)  # of the model's own rotation, which has been applied
+        return unrotate(x, cos / scale, -sin / scale)
+
     def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         """The attention mask with the bias, additive."""
         if not self.bias:
@@ -144,9 +162,12 @@ class Inside:
             mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
                 ~mask, least
             )
-        total = mask[..., :keys]
-        for bias in self.bias:
-            total = total + bias(self.queries, self.keys).to(query.dtype)
+        total, there = mask[..., :keys], self.there[:, None, None]
+        added = [bias(self.queries, self.keys).to(query.dtype) for bias in self.bias]
+        for x in added:
+            total = torch.where((x == float("inf")) & there, 0, total)
+        for x in added:
+            total = total + x.masked_fill(x == float("inf"), 0)
         return total.clamp(min=least)
 
 
@@ -202,6 +223,14 @@ class Changes:
 
         It speaks of samples with images alone, so that a sample without is what it is alone.
         """
+        if isinstance(action, Turn) and self.run.past_logical:
+            name = self.run.patched.plan.stages[number].info.name
+            raise PlanError(
+                f"{name} cannot place pictures of a later turn behind those of an earlier one",
+                argument="past_key_values",
+                given="a later turn with pictures",
+                expected="the whole conversation, without a cache",
+            )
         on = self.run.pictured
         if number not in self._acted:  # what it said of these samples in an earlier turn is void
             self._acted.add(number)
@@ -279,19 +308,25 @@ class Changes:
         inside.bias = [
             lambda q, k, p=p: p.where(p.action.fn(q, k), 0) for p in self._of(LogitBias, layer)
         ]
-        if inside.bias:
+        inside.turns = [
+            lambda t, p=p: p.where(p.action.fn(t), 0.0) for p in self._of(Turn, layer)
+        ]
+        inside.rotary = functools.partial(family.rotary, kind=family.kind(layer))
+        if inside.bias or inside.turns:
             inside.queries = inside.keys = run.attention_table.logical
+            inside.there = run.attention_table.valid
             if run.cache is not None and run.past[layer]:
                 if run.held[layer].headwise:
                     raise PlanError(
                         f"heads of layer {layer} hold different tokens, which a bias cannot tell",
                         argument="heads",
-                        given="Evict with heads, and LogitBias",
+                        given="Evict with heads, and LogitBias or Turn",
                         expected="one of them at a layer",
                     )
                 inside.keys = torch.cat([run.held[layer].logical, inside.queries], 1)
+                inside.there = torch.cat([run.held[layer].valid, inside.there], 1)
         gates = inside.scale or inside.heads is not None or inside.whole is not None
-        changed = inside.rows or inside.bias or inside.beside or gates
+        changed = inside.rows or inside.bias or inside.turns or inside.beside or gates
         return inside if changed else None
 
     def _whole(self, layer: int) -> Tensor | None:
@@ -437,7 +472,7 @@ def _lasts(action: Any) -> bool:
         return not isinstance(action.scale, Tensor) or action.scale.dim() < 2
     if isinstance(action, HeadGate):
         return action.g.dim() < 3
-    return isinstance(action, LogitBias | Attend)
+    return isinstance(action, LogitBias | Turn | Attend)
 
 
 def _store_nothing(cache: Any, layer: int, hidden: Tensor, config: Any) -> None:

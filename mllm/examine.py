@@ -197,6 +197,7 @@ ACTIONS: dict[str, list[type]] = {
     "LayerGate": [_Pruner],
     "HeadGate": [_Pruner],
     "LogitBias": [_Pruner],
+    "Turn": [_Pruner],
     "Inject": [_Pruner],
     "Attend": [_Pruner],
     "Evict": [_Pruner, _Compressor],

@@ -23,7 +23,7 @@ from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import CacheMismatchError, PlanError
 from mllm.ledger import Reduction
 from mllm.routers.account import Routing
-from mllm.routers.base import NAME
+from mllm.routers.base import NAME, active
 from mllm.signals import Beside
 from mllm.tokens import (
     Counts,
@@ -945,10 +945,14 @@ class DecoderRun:
         lost = F.cross_entropy(logits.float(), following[there], reduction="sum")
         return lost / there.sum().clamp(min=1)
 
-    def route(self, number: int, x: Tensor, part: str) -> Tensor:
-        """What a trained part of stage `number` makes of `x`."""
+    def route(self, number: int, x: Tensor, part: str, *more: Any) -> Tensor:
+        """What a trained part of stage `number` makes of `x`; its cost, where it says one."""
+        model = self.patched.family.model
+        module = active(model)._modules[str(number)][part]
+        if hasattr(module, "flops"):
+            self.selection_flops += module.flops(x, *more)
         # By the model's attribute: PEFT may have put a copy in its place.
-        return getattr(self.patched.family.model, NAME)(x, number, part)
+        return getattr(model, NAME)(x, number, part, *more)
 
     def seeds(self, number: int, batch: int, *more: int) -> list[int]:
         """A seed per sample from the bits of its pictures, for stage `number` and what else."""
@@ -983,6 +987,7 @@ class DecoderRun:
         with torch.set_grad_enabled(torch.is_grad_enabled() and stage.differentiable), _kept():
             actions = stage.act(ctx)
         self.selection_flops += ctx.flops
+        self.notes += ctx.remarks
         return actions
 
     def remember(self) -> None:

@@ -28,6 +28,7 @@ class Reduction:
         order: int64 `[tokens]`, sequence order of kept tokens within their image.
         vision_flops, baseline_vision_flops, selection_flops: FLOPs of each image.
         ran: indices of the plan's stages that ran.
+        notes: what they have remarked.
         protected: bool `[tokens]`, tokens that no stage may drop; None is none.
         counts: kept tokens of each image without separators, where the methods have said so.
         bits: sum of the bits of each picture, for stages in the LLM that draw at random.
@@ -43,6 +44,7 @@ class Reduction:
     baseline_vision_flops: list[float] = field(default_factory=list)
     selection_flops: list[float] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     protected: Tensor | None = None
     counts: list[int | None] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)
@@ -72,6 +74,7 @@ class Reduction:
             baseline_vision_flops=[x for part in parts for x in part.baseline_vision_flops],
             selection_flops=[x for part in parts for x in part.selection_flops],
             ran=set.intersection(*(part.ran for part in parts)),
+            notes=[note for part in parts for note in part.notes],
             counts=[n for part in parts for n in part.counts],
             bits=[n for part in parts for n in part.bits],
             protected=whole("protected"),

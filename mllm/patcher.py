@@ -61,6 +61,7 @@ from mllm.routers.upcycle import Upcycled
 from mllm.running import running
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
 from mllm.validate import check_generation, check_plan, family_notes
+from mllm.views import VIEW
 
 
 @dataclass
@@ -99,8 +100,6 @@ _CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
 _MISSING = object()
 UNTRAINED = "new routers, which know nothing"
 UNTRAINED_PROJECTOR = "a new projector, which knows nothing"
-#: What the names of arguments begin with that have the tiles of pictures.
-VIEW = "view_"
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -553,6 +552,14 @@ class Patched:
         return KVCache(cache, self.family, alike=self.alike)
 
     @property
+    def tiles(self) -> tuple[int, int] | None:
+        """Rows and columns of the tiles that the plan is given of every picture; None is none.
+
+        :func:`mllm.views.with_tiles` adds them to a batch.
+        """
+        return self.view_grids[0] if self.view_grids else None
+
+    @property
     def ledger(self) -> Ledger:
         """The account of the newest prefill."""
         return Ledger(self._records)
@@ -653,7 +660,7 @@ class Patched:
             taken = inspect.signature(features).parameters
             inputs = {**inputs, **{name: x for name, x in views.items() if name in taken}}
             made = features(**inputs).pooler_output
-            run.add_views(made, run.family.layouts(views), self.view_grids[0])
+            run.add_views(made, run.family.layouts(views), self.tiles)
 
     def _new_routing(self, labels: Tensor | None, items: Any) -> Routing | None:
         """The account of a call; None where nothing needs training."""
@@ -1048,7 +1055,7 @@ class Patched:
             output.last_hidden_state = run.restore(output.last_hidden_state)
             if states := getattr(output, "hidden_states", None):
                 output.hidden_states = run.restore_states(states)
-        self._book(run, self.plan_notes + run.notes)
+        self._book(run, list(dict.fromkeys(self.plan_notes + run.reduction.notes + run.notes)))
         return output
 
     def _keep_account(self, run: DecoderRun, hidden: Tensor) -> None:

@@ -32,6 +32,7 @@ from mllm.compressors.base import (
     VisionKeys,
     Write,
 )
+from mllm.compressors.elastic import linear_flops
 from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
 from mllm.routers.base import NAME, active
@@ -296,13 +297,8 @@ class VisionRun:
         self, number: int, stage: TokenReducer, group: Group, features: Tensor | None
     ) -> list[Any]:
         """Actions of a stage for a group; features are `[images, cells, width]`."""
-        if not group.layout.plain and {"Pool", "Resize"} & set(stage.actions):
-            raise PlanError(
-                f"{stage.info.name} cannot work on a video, which is several grids",
-                argument="plan",
-                given=stage.info.name,
-                expected="a method that chooses tokens",
-            )
+        if not group.layout.plain:
+            check_grids(stage)
         signals: dict[str, Any] = {}
         for name, signal in stage.reads().items():
             if isinstance(signal, Features):
@@ -325,10 +321,12 @@ class VisionRun:
             valid=self.reduction.keep[group.at], counts=None if None in counts else counts,
             seeds=functools.partial(self._seeds, number, group),
             route=functools.partial(_route, self.patched, number, booked := []),
+            project=functools.partial(_project, self.family.projector, booked),
         )
         actions = stage.reduce(ctx)
         ctx.book(sum(booked))
         self.reduction.ran.add(number)
+        self.reduction.notes += ctx.remarks
         costs = np.broadcast_to(ctx.flops, len(group.images)).tolist()
         for image, cost in zip(group.images, costs, strict=True):
             self.reduction.selection_flops[image] += cost
@@ -565,6 +563,17 @@ class VisionRun:
             reduction.into[tokens] = torch.where(stay, reduction.into[tokens], -1)
 
 
+def check_grids(stage: TokenReducer) -> None:
+    """PlanError if a stage needs pictures of one grid: a video is several."""
+    if {"Pool", "Resize"} & set(stage.actions):
+        raise PlanError(
+            f"{stage.info.name} cannot work on a video, which is several grids",
+            argument="plan",
+            given=stage.info.name,
+            expected="a method that chooses tokens",
+        )
+
+
 def _route(
     patched: Patched, number: int, booked: list[float], x: Tensor, part: str, *more: Any
 ) -> Tensor:
@@ -572,6 +581,11 @@ def _route(
     booked.append(active(model)._modules[str(number)][part].flops(x, *more))
     # By the model's attribute: PEFT may have put a copy in its place.
     return getattr(model, NAME)(x, number, part, *more)
+
+
+def _project(projector: nn.Module, booked: list[float], x: Tensor) -> Tensor:
+    booked.append(linear_flops(projector, x.shape[1]))
+    return projector(x)
 
 
 def idle(patched: Patched, number: int, stage: TokenReducer, like: Tensor) -> Tensor:
@@ -584,12 +598,15 @@ def idle(patched: Patched, number: int, stage: TokenReducer, like: Tensor) -> Te
     for name, signal in stage.reads().items():
         if isinstance(signal, Grid):
             signals[name] = Layout(((2, 2),)).places
+        elif isinstance(signal, Features):
+            signals[name] = like.new_zeros(1, 4, like.shape[-1])
         else:
             wide = width if isinstance(signal, Unprojected) else block * len(signal.blocks)
             signals[name] = like.new_zeros(1, 4, wide)
     ctx = Context(
         stage, signals, valid=like.new_ones(1, 4, dtype=torch.bool),
         route=functools.partial(_route, patched, number, []),
+        project=patched.family.projector,
     )  # fmt: skip
     made = [action.values for action in stage.reduce(ctx) if isinstance(action, Write)]
     return 0.0 * made[0].float().sum()

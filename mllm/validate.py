@@ -186,7 +186,9 @@ def _check_tower(patched: Patched) -> None:
     for _, stage in patched.mergers:
         name, family = type(patched.family.model).__name__, patched.family
         others = [
-            s for _, s in patched.reducers if s.replaces or patched.site(s) == "pre_projector"
+            s
+            for _, s in patched.reducers
+            if s.replaces or s.projects or patched.site(s) == "pre_projector"
         ]
         blocks = stage.blocks(family.block(None) + 1) if len(family.blocks) else []
         backends = {compat.attention_name(family.block_attention(block)) for block in blocks}
@@ -216,7 +218,8 @@ def _check_beside(patched: Patched) -> None:
     for _, stage in patched.pruners:
         signals = list(stage.reads().values())
         views = any(isinstance(signal, Views) for signal in signals)
-        early = patched.early or any(patched.site(s) == "pixels" for _, s in patched.reducers)
+        early = patched.early or patched.replaces
+        early = early or any(patched.site(s) == "pixels" for _, s in patched.reducers)
         if (views or Unreduced() in signals) and early:
             raise PlanError(
                 f"{stage.info.name} needs all visual tokens behind the projector, and a stage "
@@ -298,7 +301,7 @@ def _check_lowrank(patched: Patched) -> None:
                 "token that leaves some of them would free nothing, and layers that hold different "
                 "tokens share no factor"
             )
-        elif stages[0].selects and (reads or "LogitBias" in other.actions):
+        elif stages[0].selects and (reads or {"LogitBias", "Turn"} & set(other.actions)):
             reason = "a step does not look at all that is stored"
         else:
             continue
@@ -340,12 +343,27 @@ def _check_fit(patched: Patched, stage: Any) -> None:
                 given="clip",
                 expected="mllm.joint.attach(model, space) before the patch, or relevance=llm",
             )
+    if getattr(stage, "projects", False) and family.joins:
+        raise PlanError(
+            f"{stage.info.name} gives the projector tokens of its own, and that of {name} joins "
+            "patches",
+            argument="compress",
+            given="before",
+            expected="behind",
+        )
     if family.mrope and patched.positions(stage) == "compact":
         raise PlanError(
             f"{name} has rotary positions with rows and columns, which cannot be renumbered",
             argument="positions",
             given="compact",
             expected="original",
+        )
+    if family.mrope and "Turn" in stage.actions:
+        raise PlanError(
+            f"{stage.info.name} cannot work on {name}: its rotary positions have rows and columns",
+            argument="plan",
+            given=stage.info.name,
+            expected="a model with one position per token",
         )
     for action in stage.actions:
         if action in family.refuses:

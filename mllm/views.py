@@ -7,20 +7,39 @@ from typing import Any
 
 from mllm.errors import DataError
 
+#: What the names of arguments begin with that have the tiles of pictures.
+VIEW = "view_"
+
+
+def with_tiles(
+    inputs: Any, processor: Any, images: Sequence[Any], grid: tuple[int, int] | None
+) -> Any:
+    """A batch with the tiles of its pictures, if a plan asks for them.
+
+    ```python
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    with mllm.patch(model, "deepstack") as patched:
+        model.generate(**with_tiles(inputs, processor, images, patched.tiles))
+    ```
+
+    Args:
+        inputs: what the processor made of prompts and pictures; it is not changed.
+        processor, images: of :func:`tiled`.
+        grid: rows and columns of tiles; None is none.
+
+    Raises:
+        DataError: as :func:`tiled` does.
+    """
+    if grid is None or not images:
+        return inputs
+    return type(inputs)({**inputs, **tiled(processor, images, grid)})
+
 
 def tiled(processor: Any, images: Sequence[Any], grid: tuple[int, int] = (2, 2)) -> dict[str, Any]:
     """What a model under `deepstack` is given beside the pictures themselves.
 
-    ```python
-    from mllm.views import tiled
-
-    inputs = processor(images=images, text=text, return_tensors="pt")
-    model.generate(**inputs, **tiled(processor, images))
-    ```
-
-    Every tile is brought to the size of its picture, so that it has as many visual tokens. A
-    processor that crops pictures to a square cuts off of each tile what it cuts off of a picture:
-    give it square ones.
+    Every tile is brought to the size of its picture, so that it has as many visual tokens. Where
+    the processor crops pictures, tiles are cut from what it leaves of them.
 
     Args:
         processor: the model's processor; its image processor must not cut pictures up.
@@ -31,7 +50,7 @@ def tiled(processor: Any, images: Sequence[Any], grid: tuple[int, int] = (2, 2))
         The image processor's tensors for the tiles, by names that begin with `view_`.
 
     Raises:
-        DataError: there are no pictures, or the grid is none.
+        DataError: there are no pictures, the grid is none, or the image processor cuts tiles up.
     """
     rows, cols = grid
     if not images or rows < 1 or cols < 1:
@@ -43,11 +62,31 @@ def tiled(processor: Any, images: Sequence[Any], grid: tuple[int, int] = (2, 2))
         )
     tiles = []
     for image in images:
-        image, high, wide = image.convert("RGB"), image.height / rows, image.width / cols
-        tiles += [
-            image.resize(image.size, box=(c * wide, r * high, (c + 1) * wide, (r + 1) * high))
-            for r in range(rows)
-            for c in range(cols)
-        ]
+        left, top, width, height = _seen(image.size, processor.image_processor)
+        size, wide, high = (round(width), round(height)), width / cols, height / rows
+        corners = [(left + c * wide, top + r * high) for r in range(rows) for c in range(cols)]
+        image = image.convert("RGB")
+        tiles += [image.resize(size, box=(x, y, x + wide, y + high)) for x, y in corners]
     made = processor.image_processor(images=tiles, return_tensors="pt")
-    return {f"view_{name}": value for name, value in made.items()}
+    pixels = made["pixel_values"]
+    if getattr(pixels, "ndim", 0) > 2 and pixels.shape[:-3].numel() != len(tiles):
+        raise DataError(
+            f"{type(processor.image_processor).__name__} cuts pictures up, and so their tiles: "
+            f"{len(tiles)} became {pixels.shape[:-3].numel()}",
+            argument="processor",
+            given=list(pixels.shape),
+            expected="an image processor that makes one picture of each",
+        )
+    return {f"{VIEW}{name}": value for name, value in made.items()}
+
+
+def _seen(size: tuple[int, int], processor: Any) -> tuple[float, float, float, float]:
+    """Left, top, width and height of what an image processor leaves of a picture."""
+    wide, high = size
+    crops = getattr(processor, "do_center_crop", False)
+    edge = processor.size.get("shortest_edge") if crops else None
+    if not edge:
+        return 0.0, 0.0, wide, high
+    scale, crop = min(size) / edge, processor.crop_size
+    width, height = min(wide, crop["width"] * scale), min(high, crop["height"] * scale)
+    return (wide - width) / 2, (high - height) / 2, width, height

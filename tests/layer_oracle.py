@@ -27,6 +27,8 @@ class Edits:
         scale: by (layer, branch), a number for every token, or `[n]` for the prompt.
         heads: `[heads]` for every token, or `[n, heads]` for the prompt.
         bias: a function of the number of tokens: `[heads or 1, tokens, tokens]`.
+        show: a function of the number of tokens: bool `[tokens, tokens]`, seen in any order.
+        turn: a function of the number of tokens: `[tokens]`, added to positions.
         whole: `[n]`, a factor of all that a layer adds.
         add: `[n, width]`, added to what enters the layer.
         write: a function of what enters the layer: what stands there instead.
@@ -40,6 +42,8 @@ class Edits:
     drop: dict[int, Tensor] = field(default_factory=dict)
     take: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     scale: dict[tuple[int, str], Any] = field(default_factory=dict)
+    show: dict[int, Callable[[int], Tensor]] = field(default_factory=dict)
+    turn: dict[int, Callable[[int], Tensor]] = field(default_factory=dict)
     whole: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     bias: dict[int, Callable[[int], Tensor]] = field(default_factory=dict)
@@ -148,16 +152,17 @@ def run_with_gradients(
         rows = len(own)
         order = torch.ones(rows, rows, dtype=torch.bool).tril()
         see = _pattern(family, i, sample, n)[own][:, own] & (order | ~inserted[None])
-        see &= alive[None]
+        if i in edits.show:
+            see = see | edits.show[i](n)[own][:, own]
+        see = see & alive[None]
         if i in edits.forget:
             gone = there(edits.forget[i], False)
             see &= ~(gone[None] & (own >= prompt)[:, None])
         take = there(edits.take.get((i, "attn"), torch.ones(n, dtype=torch.bool)), True)
         see = (see & take[None]) | torch.eye(rows, dtype=torch.bool)
         kind = (lm.config.layer_types[i],) if family == "gemma3" else ()
-        cos, sin = lm.rotary_emb(
-            h[None], place[:, None] if place.dim() == 2 else place[None], *kind
-        )
+        at = place + edits.turn[i](n)[own] if i in edits.turn else place
+        cos, sin = lm.rotary_emb(h[None], at[:, None] if at.dim() == 2 else at[None], *kind)
         seen.rotary.append(torch.cat([cos[0], sin[0]], -1))
         x = layer.input_layernorm(h)
         seen.hidden.append(h)

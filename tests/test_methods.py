@@ -17,21 +17,23 @@ from mllm.plan import Plan, get_method
 
 TOKENS = SIDE * SIDE
 #: They must be trained; files of their own, or test_depth.py, hold them against their descriptions.
-TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip", "dpn", "slowfast"]
+TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip", "dpn", "slowfast",
+           "llavamini_fuse"]  # fmt: skip
 NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
           "fitprune", "btp", "adaptivepool", "pyramid", "ggem", "pllava", "tome", "holov", "vmtc",
           "cmai", "topv", "zipvl", "zipvl_prefill", "pact", "windowmerge", "keytokens",
           "dualfilter", "mustdrop", "deepstack", *TRAINED, "m3", "mqt", "tokenflex",
-          "tokenpacker"]  # fmt: skip
+          "tokenpacker", "videoccam", "dynamicvlm", "tcllava", "llavamini",
+          "llavamini_compress"]  # fmt: skip
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip", "m3",
-        "deepstack"]  # fmt: skip
+        "deepstack", "tcllava"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
-         "keytokens", "dualfilter", "mustdrop", "deepstack", *TRAINED]  # fmt: skip
+         "keytokens", "dualfilter", "mustdrop", "deepstack", "tcllava", *TRAINED]  # fmt: skip
 IDENTITY = {
     "random": "random:keep=1.0",
     "randomllm": "randomllm:layer=2:keep=1.0",
@@ -86,6 +88,7 @@ IDENTITY = {
     "dpn": "dpn:choice=0/0/0",
     "deepstack": "deepstack",
     "slowfast": "slowfast",
+    "tcllava": "tcllava:gamma=0.0:mask=false",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }
 
@@ -101,7 +104,9 @@ def test_declared_identity_is_the_one_tested(name):
     """What a method declares as its identity is a plan of this file."""
     declared = get_method(name).identity
     if declared is None:
-        learnt = ("mqt", "tokenflex", "tokenpacker")  # tokens of their own
+        # Tokens of their own.
+        learnt = ("mqt", "tokenflex", "tokenpacker", "videoccam", "dynamicvlm", "llavamini",
+                  "llavamini_compress", "llavamini_fuse")  # fmt: skip
         assert name in ("vtw", "gammamod", *learnt), "methods that never keep everything"
         return
     stage = Plan.from_spec(IDENTITY[name]).written[0]

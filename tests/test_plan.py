@@ -164,14 +164,22 @@ def stages(draw):
         "target": st.floats(0, 2),
         "start": st.none() | st.integers(0, 9),
         "interval": st.integers(1, 4),
+        "depth": st.integers(1, 8),
+        "compress": st.sampled_from(["before", "behind"]),
+        "fuse": st.sampled_from(["all", "text"]),
     }
-    learned = {"m3": (9, 36), "tokenflex": (64, 256), "mqt": (1, 64), "tokenpacker": (36, 144)}
+    learned = {"m3": (9, 36), "tokenflex": (64, 256), "mqt": (1, 64), "tokenpacker": (36, 144),
+               "videoccam": (64, 1024), "dynamicvlm": (None, 1, 36),
+               "llavamini": (1, 64), "llavamini_compress": (1, 64)}  # fmt: skip
     if cls.info.name in learned:
         values["keep"] = st.sampled_from(learned[cls.info.name])
         values["heads"], values["queries"] = st.integers(1, 16), st.sampled_from([256, 400])
+        values |= {"hidden": st.integers(1, 999), "least": st.integers(1, 36),
+                   "most": st.integers(36, 999), "total": st.integers(1, 9999)}  # fmt: skip
     if cls.info.name == "dpn":
         values["least"] = st.integers(1, 64)
-    still = ("pmod", "mod", "mor", "gammamod", "moh", "layerskip", "deepstack", "slowfast")
+    still = ("pmod", "mod", "mor", "gammamod", "moh", "layerskip", "deepstack", "slowfast",
+             "tcllava", "llavamini_fuse")  # fmt: skip
     if cls.info.name in still:
         values["positions"] = st.sampled_from([None, "original"])
     if cls.info.name == "moh":

@@ -37,6 +37,8 @@ ELSEWHERE = {
     "layerskip": "test_depth.py", "mor": "test_mor.py", "dpn": "test_dpn.py",
     "deepstack": "test_deepstack.py", "slowfast": "test_slowfast.py",
     **dict.fromkeys(["m3", "mqt", "tokenflex", "tokenpacker"], "test_learned.py"),
+    **dict.fromkeys(["videoccam", "dynamicvlm"], "test_temporal.py"), "tcllava": "test_tcllava.py",
+    **dict.fromkeys(["llavamini", "llavamini_compress", "llavamini_fuse"], "test_llavamini.py"),
 }  # fmt: skip
 PUBLISHED = [(576, 192), (576, 128), (576, 64), (2880, 640), (2880, 320), (2880, 160)]
 DEPTH = 32
@@ -144,8 +146,11 @@ OTHERS = {
     "moh": "nothing leaves",
     "skipffn": "FFNs are passed by", "layerskip": "layers are left out",
     "m3": "whole grids", "tokenflex": "whole grids", "tokenpacker": "whole grids",
-    "mqt": "as many queries",
+    "mqt": "as many queries", "videoccam": "as many queries", "dynamicvlm": "whole grids",
+    "llavamini": "a preset", "llavamini_compress": "a square of queries",
+    "llavamini_fuse": "nothing leaves",
     "dpn": "a router decides", "deepstack": "nothing leaves", "slowfast": "nothing leaves",
+    "tcllava": "nothing leaves",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.

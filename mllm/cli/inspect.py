@@ -69,23 +69,26 @@ def inspect(
 
         from mllm.eval import overlay
         from mllm.eval.answer import answer
-        from mllm.eval.plans import patched_with
+        from mllm.eval.plans import check_plans, patched_with
         from mllm.loading import build_inputs, load_image, load_model
         from mllm.plan import Plan
+        from mllm.views import with_tiles
 
         transformers.utils.logging.disable_progress_bar()
         parsed, picture = Plan.of(plan), load_image(image)
+        check_plans(model, [parsed])
         loaded, processor = load_model(model, device=device, dtype=dtype)
-        inputs = build_inputs(processor, [([picture], question)]).to(loaded.device, loaded.dtype)
+        inputs = build_inputs(processor, [([picture], question)])
         overlay.check_plain(loaded, inputs["pixel_values"])
 
     with err_console().status("answering"):
         answers = []
         for stages in (Plan([]), parsed):
             with patched_with(loaded, stages) as patched:
-                (result,) = answer(
-                    loaded, processor, inputs, patched, max_new_tokens=max_new_tokens
-                )
+                grid = None if patched is None else patched.tiles
+                given = with_tiles(inputs, processor, [picture], grid)
+                given = given.to(loaded.device, loaded.dtype)
+                (result,) = answer(loaded, processor, given, patched, max_new_tokens=max_new_tokens)
                 answers.append(result.text)
         ledger = patched.ledger
         record = ledger.as_dict()

@@ -57,21 +57,24 @@ def _compare(
 ) -> dict[str, Any]:
     from mllm import Plan, patch
     from mllm.loading import build_inputs, load_image, load_model
+    from mllm.views import with_tiles
 
     # What is cheap to refuse comes before the model.
     chosen, picture = Plan.of(plan), load_image(image)
     with err_console().status("loading the model"):
         import numpy as np
 
-        from mllm.eval.bench import device_name, time_pairs, twin
+        from mllm.eval.bench import device_name, time_pairs, timed_prefill, twin
+        from mllm.eval.plans import check_plans
 
+        check_plans(model_path, [chosen])
         model, processor = load_model(model_path, dtype=dtype, device=device)
         inputs = build_inputs(processor, [([picture], question)]).to(model.device)
 
-    def answer(which: Any) -> str:
-        length = inputs["input_ids"].shape[1]
+    def answer(which: Any, given: Any) -> str:
+        length = given["input_ids"].shape[1]
         ids = which.generate(
-            **inputs,
+            **given,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=processor.tokenizer.pad_token_id,
@@ -80,12 +83,16 @@ def _compare(
 
     other = twin(model)
     with patch(other, chosen) as patched, err_console().status("answering") as status:
-        answers = {"unpatched": answer(model), "patched": answer(other)}
+        own = with_tiles(inputs, processor, [picture], patched.tiles).to(model.device)
+        answers = {"unpatched": answer(model, inputs), "patched": answer(other, own)}
         ledger = patched.ledger.as_dict()
         prefill_s = None
         if pairs:
             status.update("timing the prefill")
-            times, _ = time_pairs(model, other, inputs, pairs, warmup=1)
+            times, _ = time_pairs(
+                model, other, inputs, pairs, warmup=1,
+                timed=lambda which, given: timed_prefill(which, own if which is other else given),
+            )  # fmt: skip
             times = np.median(times[..., 0], axis=0)
             prefill_s = {"unpatched": times[0], "patched": times[1], "pairs": pairs}
     return {

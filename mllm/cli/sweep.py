@@ -173,8 +173,10 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
     chosen = sweep_file.combine({} if grid is None else sweep_file.read(grid), flags)
     output = Path(chosen.output)
 
+    from mllm.doctor import skeleton
     from mllm.eval import cells, files, sweep, table
     from mllm.eval.forecast import forecast
+    from mllm.eval.plans import check_plans
     from mllm.eval.provenance import describe_run
     from mllm.loading import load_model
 
@@ -194,9 +196,8 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
     console = err_console()
     load = functools.partial(load_model, chosen.model, dtype=chosen.dtype, device=chosen.device)
     with console.status("loading the model"):
-        loaded = load()
         entries, skipped = sweep.grid(
-            loaded[0],
+            skeleton(chosen.model),
             chosen.methods,
             chosen.budgets,
             seeds=chosen.seeds,
@@ -206,6 +207,8 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
             fixed=chosen.fixed,
             adapter=chosen.adapter,
         )
+        check_plans(chosen.model, [entry.plan for entry in entries if entry.plan.folder])
+        loaded = load()
         about = describe_run(loaded[0])
         _, todo = sweep.split_cells(entries, tasks, output, about, asked)
     if damaged:

@@ -28,8 +28,13 @@ _HOMES = {
     "Pyramid": "pooling",
     "GGeM": "pooling",
     "PLLaVA": "pooling",
+    "LLaVAMini": "llavamini",
+    "LLaVAMiniCompress": "llavamini",
+    "LLaVAMiniFuse": "llavamini",
     "M3": "m3",
     "MQT": "mqt",
+    "DynamicVLM": "dynamicvlm",
+    "VideoCCAM": "videoccam",
     "TokenFLEX": "tokenflex",
     "TokenPacker": "tokenpacker",
     "ToMe": "tome",
@@ -67,6 +72,7 @@ _HOMES = {
     "AvgPool": "sanity",
     "Downsample": "sanity",
     "DeepStack": "deepstack",
+    "TCLLaVA": "tcllava",
 }
 __all__ = list(_HOMES)
 

@@ -31,6 +31,7 @@ from mllm.actions import (
     Pool,
     Protect,
     Resize,
+    Turn,
     Write,
 )
 from mllm.errors import PlanError
@@ -101,6 +102,7 @@ __all__ = [
     "TokenReducer",
     "TowerContext",
     "TowerReducer",
+    "Turn",
     "Unprojected",
     "Unreduced",
     "Values",
@@ -128,6 +130,7 @@ class Context:
     Attributes:
         grid: (rows, cols) of every image of this group; None where images are not one plain grid.
         valid: bool `[images, tokens]`, false where an earlier stage dropped the token.
+        remarks: of the stage, for the ledger; see :meth:`remark`.
     """
 
     def __init__(
@@ -140,10 +143,13 @@ class Context:
         seeds: Callable[[], list[int]] | None = None,
         counts: list[int] | None = None,
         route: Callable[..., Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.stage, self._signals, self._seeds = stage, signals, seeds
+        self._project = project
         self.grid, self.valid, self._counts, self._route = grid, valid, counts, route
         self.flops: Any = 0.0
+        self.remarks: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._signals:
@@ -161,6 +167,18 @@ class Context:
     def route(self, part: str, x: Tensor, *more: Any) -> Tensor:
         """What a trained part of the stage makes of `x`; see `parts` of the kinds of stages."""
         return self._route(x, part, *more)
+
+    def remark(self, text: str) -> None:
+        """Add a fact to the ledger of this forward."""
+        self.remarks.append(f"{self.stage.info.name}: {text}")
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the model's projector makes of tokens that are like `Unprojected`; see `projects`.
+
+        Args:
+            x: `[images, n, width]`.
+        """
+        return self._project(x)
 
     def generators(self) -> list[torch.Generator]:
         """One CPU generator per image (in the LLM: per sample), seeded by plan and pictures.
@@ -509,12 +527,14 @@ class TokenReducer(_Method):
     `site` is where it works: `"pixels"`, `"pre_projector"` or `"post_projector"`.
     `first` marks a method that must be the first pre-LLM stage (it needs the full grid).
     `replaces` marks one that projects by itself: the model's projector is given nothing.
+    `projects` marks one that gives the projector tokens of its own too; see `ctx.project`.
     """
 
     site = "post_projector"
     paper_positions = "compact"
     first: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
 
     def parts(self, width: int, tower: tuple[int, int]) -> dict[str, nn.Module]:
         """What the stage learns, by name; see `ctx.route`.
@@ -586,6 +606,8 @@ class LayerMethod(_Method):
 
     def parts(self, width: int, heads: int) -> dict[str, nn.Module]:
         """What the stage learns, by name; see `ctx.route`.
+
+        A part may have a method `flops` of the arguments of its forward: its cost for one sample.
 
         Args:
             width: of hidden states.

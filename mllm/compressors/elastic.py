@@ -66,7 +66,7 @@ def check_heads(name: str, heads: int, width: int) -> None:
     """PlanError unless heads divide a width."""
     if heads < 1 or width % heads:
         raise PlanError(
-            f"{name}: {heads} heads do not divide the width {width} of this model",
+            f"{name}: {heads} heads do not divide the width {width}",
             argument="heads",
             given=heads,
             expected=f"a divisor of {width}",
@@ -77,14 +77,17 @@ class Attention(nn.Module):
     """Attention as in `nn.MultiheadAttention`, without dropout.
 
     Args:
-        width: of queries, keys, values and the output.
+        width: of queries and the output.
         heads: a divisor of it.
+        source: width of what keys and values are made of; None is that of queries.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, source: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(n, width) for n in (width, source or width, source or width, width)
+        )
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
@@ -92,8 +95,9 @@ class Attention(nn.Module):
         """`[batch, queries, width]`.
 
         Args:
-            query, key: `[batch or 1, queries or keys, width]`.
-            value: `[batch, keys, width]`.
+            query: `[batch or 1, queries, width]`.
+            key: `[batch or 1, keys, source]`.
+            value: `[batch, keys, source]`.
             mask: bool, broadcast to `[batch, heads, queries, keys]`; false is hidden.
         """
         query, key, value = (
@@ -106,8 +110,8 @@ class Attention(nn.Module):
 
     def flops(self, queries: int, keys: int) -> float:
         """Of one sample."""
-        width = self.out.in_features
-        return 4.0 * width * ((queries + keys) * width + queries * keys)
+        width, source = self.key.out_features, self.key.in_features
+        return 4.0 * width * (queries * width + keys * source + queries * keys)
 
 
 def start(module: nn.Module) -> None:

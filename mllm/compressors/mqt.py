@@ -42,6 +42,22 @@ def sincos(width: int, side: int) -> Tensor:
     return torch.cat([own.repeat(side, 1), own.repeat_interleave(side, 0)], 1)
 
 
+def on_grid(places: Tensor, size: tuple[int, int]) -> Tensor:
+    """Places of a square, `[side**2, width]`, over a grid of (rows, cols): `[1, tokens, width]`."""
+    side = math.isqrt(len(places))
+    square = places.T.unflatten(1, (side, side))[None]
+    return F.interpolate(square, size, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def check_places(name: str, width: int) -> None:
+    """PlanError unless features of a width can have places."""
+    if width % 4:
+        raise PlanError(
+            f"{name}: places take four parts of the width, and {width} has not",
+            argument="model", given=width, expected="a model whose width is a multiple of 4",
+        )  # fmt: skip
+
+
 class Resampler(nn.Module):
     """Queries that attend to a grid by place.
 
@@ -67,8 +83,7 @@ class Resampler(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int], count: int) -> Tensor:
         """`[images, count, out]` from `[images, rows x cols, width]` and (rows, cols)."""
         places = sincos(x.shape[2], self.side).to(x.device)
-        square = places.T.unflatten(1, (self.side, self.side))[None]
-        keys = F.interpolate(square, size, mode="bicubic").flatten(2).transpose(1, 2)
+        keys = on_grid(places, size)
         query = self.norm_query(self.queries[:count] + places[:count].to(x.dtype))[None]
         made = self.attention(query, self.norm_key(keys.to(x.dtype)), self.norm_value(x))
         return self.project(made)
@@ -122,11 +137,7 @@ class MQT(Elastic, TokenReducer):
 
     def parts(self, width: int, tower: tuple[int, int]) -> dict[str, nn.Module]:
         check_heads("mqt", self.heads, tower[0])
-        if tower[0] % 4:
-            raise PlanError(
-                f"mqt: places take four parts of the width, and {tower[0]} has not",
-                argument="model", given=tower[0], expected="a tower whose width is a multiple of 4",
-            )  # fmt: skip
+        check_places("mqt", tower[0])
         side = math.isqrt(self.queries)
         return {"resampler": Resampler(tower[0], width, side, self.heads)}
 

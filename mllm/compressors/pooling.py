@@ -341,6 +341,11 @@ class PLLaVA(Pooling):
     def levels(self, grids: list[Stack]) -> list[list[Size]]:
         return [[_fit((self.frames, *self.grid), g.size)] for g in grids]
 
+    def reduce(self, ctx: Context) -> list:
+        if all(grid.size[0] == 1 for grid in stacks(ctx["grid"])):
+            ctx.remark("one frame, pooled in space alone")
+        return super().reduce(ctx)
+
 
 def _check_sizes(stage: Pooling, field: str, sizes: Sequence[int], count: int) -> None:
     if len(sizes) != count or min(sizes) < 1:

@@ -21,6 +21,7 @@ from mllm.eval.scoring import is_correct
 from mllm.loading import build_inputs
 from mllm.plan import Plan
 from mllm.signals import BlockFeatures
+from mllm.views import with_tiles
 from mllm.yardstick import prompt
 
 MAX_NEW_TOKENS = 12
@@ -64,17 +65,27 @@ class Questions:
             same[i : i + batch_size] for same in alike for i in range(0, len(same), batch_size)
         ]
         self._processor, self._asked, self._to = processor, asked, (device, dtype)
-        self._alone: dict[int, Any] = {}
-        self.batches = [self._inputs(indices) for indices in self.indices]
+        self._made: dict[tuple, Any] = {}
+        self.batches = [self.inputs(indices) for indices in self.indices]
 
-    def alone(self, index: int) -> Any:
-        """A batch of the question `index` only; made once."""
-        if index not in self._alone:
-            self._alone[index] = self._inputs([index])
-        return self._alone[index]
+    def inputs(self, indices: list[int], patched: Any = None) -> Any:
+        """A batch of some questions, made once; with tiles where the plan asks for them.
 
-    def _inputs(self, indices: list[int]) -> Any:
-        return build_inputs(self._processor, [self._asked[i] for i in indices]).to(*self._to)
+        Args:
+            indices: of samples.
+            patched: what `mllm.patch` returned; None for the model as it is.
+        """
+        grid = None if patched is None else patched.tiles
+        name = *indices, grid
+        if name not in self._made:
+            asked = [self._asked[i] for i in indices]
+            if grid is None:
+                made = build_inputs(self._processor, asked)
+            else:
+                pictures = [picture for own, _ in asked for picture in own]
+                made = with_tiles(self.inputs(indices), self._processor, pictures, grid)
+            self._made[name] = made.to(*self._to)
+        return self._made[name]
 
 
 def _shape(tokenizer: Any, pictures: list, text: str) -> tuple[int, int, int]:
@@ -194,7 +205,8 @@ def answer_all(
         on_batch: called with the number of questions just answered.
     """
     answers: list[Answer | None] = [None] * len(questions.samples)
-    for indices, inputs in zip(questions.indices, questions.batches, strict=True):
+    for indices in questions.indices:
+        inputs = questions.inputs(indices, patched)
         results = answer(
             model, processor, inputs, patched, max_new_tokens=MAX_NEW_TOKENS, stops=STOPS,
             protocol=questions.protocol,

@@ -79,9 +79,8 @@ def forecast(
         unpatched = unpatched_costs(model, build_inputs(processor, drawn))
         whole[task] = sum(cost["prefill_flops"] for cost in unpatched) / len(drawn)
     first = next(iter(todo))
-    one = build_inputs(processor, [prompt(draw(first, asked, 1)[0])])
-    one = one.to(model.device, model.dtype)
-    (scale,) = (cost["prefill_flops"] for cost in unpatched_costs(model, one))
+    one = Questions(processor, draw(first, asked, 1), 1, model.dtype, model.device)
+    (scale,) = (cost["prefill_flops"] for cost in unpatched_costs(model, one.batches[0]))
     # Not by seed: a draw costs what another one does.
     plans = {e.plan.spec: e.plan for entries in todo.values() for e in entries}
     costs = {spec: _cost(model, processor, one, plan) for spec, plan in plans.items()}
@@ -126,13 +125,13 @@ class _Cost:
     tower: float
 
 
-def _cost(model: Any, processor: Any, inputs: Any, plan: Plan) -> _Cost:
+def _cost(model: Any, processor: Any, one: Questions, plan: Plan) -> _Cost:
     if not plan.stages:
-        family = resolve(model)
+        family, inputs = resolve(model), one.batches[0]
         tower = sum(family.vision_flops(x, x.cells) for x in family.layouts(inputs))
         return _Cost(unpatched_costs(model, inputs)[0]["prefill_flops"], tower)
     with patched_with(model, plan) as patched:
-        answer(model, processor, inputs, patched, max_new_tokens=1)
+        answer(model, processor, one.inputs([0], patched), patched, max_new_tokens=1)
         ledger = patched.ledger.as_dict()
     tower = ledger["vision_flops"][0] if shares_tower(plan) else 0.0
     return _Cost(ledger["prefill_flops"][0], tower)

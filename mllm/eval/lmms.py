@@ -30,6 +30,7 @@ from mllm.eval.answer import Answer, answer
 from mllm.eval.plans import make_plan
 from mllm.loading import load_image, load_model
 from mllm.plan import Plan, near
+from mllm.views import with_tiles
 
 DEFAULT_NEW_TOKENS = 256
 _MEANS = ("kept_llm", "visual_in", "visual_avg", "prefill_flops", "kv_bytes")
@@ -224,12 +225,14 @@ class MllmModel(lmms):
 
     def _encode(self, asked: list[_Request]) -> Any:
         images = [image for request in asked for image in request.images]
-        return self.processor(
+        inputs = self.processor(
             images=images or None,
             text=[request.text for request in asked],
             padding=True,
             return_tensors="pt",
-        ).to(dtype=self.model.dtype)
+        )
+        grid = None if self.patched is None else self.patched.tiles
+        return with_tiles(inputs, self.processor, images, grid).to(dtype=self.model.dtype)
 
     def _progress(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, disable=self._rank != 0)

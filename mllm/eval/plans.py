@@ -61,6 +61,21 @@ def with_adapter(plans: Sequence[Plan], folder: str | None) -> list[Plan]:
     return list(plans)
 
 
+def check_plans(pretrained: str, plans: Sequence[Plan]) -> None:
+    """Try plans, and what they have learnt, on a model without weights, before any are read.
+
+    Raises:
+        DataError: there is no model.
+        PlanError: a plan that cannot work on it, or an adapter of another model or plan.
+    """
+    from mllm.doctor import skeleton
+
+    model = skeleton(pretrained)
+    for plan in plans:
+        with patched_with(model, plan):
+            pass
+
+
 @contextlib.contextmanager
 def patched_with(model: Any, plan: Plan) -> Iterator[Patched | None]:
     """`model` with `plan` inside; None for a plan without stages, which changes nothing."""

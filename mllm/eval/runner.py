@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm.errors import DataError, MllmError
 from mllm.eval import files, sources, stats, tasks
-from mllm.eval.plans import UNPATCHED, make_plan, with_adapter
+from mllm.eval.plans import UNPATCHED, check_plans, make_plan, with_adapter
 
 _SUMS = ("kept_llm", "visual_in", "visual_avg", "prefill_flops", "kv_bytes")
 
@@ -56,7 +56,7 @@ def evaluate(
     Raises:
         MllmError: lmms-eval is not installed, or a task does not exist.
         DataError: `output` cannot be written, or data cannot be fetched.
-        PlanError: a plan that cannot run on the model; found before anything is evaluated.
+        PlanError: a plan that cannot run on the model; found before weights are read.
     """
     made = with_adapter([make_plan(plan, seed) for plan in plans], adapter)
     if output is not None:
@@ -68,17 +68,14 @@ def evaluate(
     from tenacity import RetryError
 
     from mllm.eval.lmms import MllmModel
-    from mllm.eval.plans import patched_with
     from mllm.eval.provenance import describe_run
     from mllm.loading import load_model
     from mllm.routers import adapter as adapters
 
+    check_plans(pretrained, made)
     loaded = load_model(
         pretrained, dtype=dtype, device=device, attn_implementation=attn_implementation
     )
-    for plan in made:
-        with patched_with(loaded[0], plan):
-            pass
     about = describe_run(loaded[0])
     records = []
     for plan in made:

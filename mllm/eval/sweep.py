@@ -357,7 +357,7 @@ def _prefill_seconds(
         return None
     seconds = []
     for index in [0, *range(min(timings, len(questions.samples)))]:
-        inputs = questions.alone(index)
+        inputs = questions.inputs([index], patched)
         (result,) = answer(model, processor, inputs, patched, max_new_tokens=1)
         seconds.append(result.efficiency["ttft_s"])
     median, low, high = stats.median_interval(seconds[1:])

@@ -55,6 +55,7 @@ class Family:
         prefix: tower tokens before the patches ([CLS]).
         per_token: every projected token comes from one tower token, and an image is one plain
             grid: stages before the projector can run there.
+        joins: the projector joins patches by itself, and cannot take tokens without neighbours.
         pixels: the argument that has the pixels.
         refuses: actions that the family cannot do, with the reason.
         packed: the tower takes all pictures as one sequence.
@@ -69,6 +70,7 @@ class Family:
 
     prefix = 0
     per_token = False
+    joins = False
     pixels = "pixel_values"
     refuses: ClassVar[dict[str, str]] = {}
     packed = False

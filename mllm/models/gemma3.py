@@ -16,6 +16,7 @@ class Gemma3(Family):
     """`Gemma3ForConditionalGeneration`."""
 
     hybrid = True
+    joins = True
     refuses: ClassVar[dict[str, str]] = {"Resize": "it fixes the size of its pictures"}
 
     def __init__(self, model: nn.Module) -> None:

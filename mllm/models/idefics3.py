@@ -16,6 +16,7 @@ from mllm.tokens import Layout
 class Idefics3(Shuffled):
     """`Idefics3ForConditionalGeneration`; a tile is an image of its own."""
 
+    joins = True
     needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (5,)}
 
     def __init__(self, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from mllm.tokens import Layout
 class Qwen2VL(Family):
     """`Qwen2VLForConditionalGeneration`."""
 
+    joins = True
     packed = True
     mrope = True
     carried = ("rope_deltas",)

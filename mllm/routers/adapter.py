@@ -73,7 +73,7 @@ def _unreadable(folder: str | os.PathLike, error: Exception) -> PlanError:
 
 def _another(argument: str, given: Any, expected: Any) -> PlanError:
     return PlanError(
-        f"the adapter was trained with another {argument}",
+        f"the adapter was trained with another {argument}: {given}, not {expected}",
         argument=argument,
         given=given,
         expected=expected,
@@ -160,12 +160,11 @@ def state_of(patched: Patched, state: dict[str, Tensor] | None = None) -> dict[s
 def load(patched: Patched, folder: str | os.PathLike) -> None:
     """Read the folder; see :meth:`mllm.patcher.Patched.load_adapter`."""
     _check_trained(patched)
-    given = _header_of(folder)
+    check(patched, folder)
     try:
         state = load_file(Path(folder) / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable(folder, error) from error
-    check(patched, given)
     bank = active(patched.family.model)
     here = {f"{NAME}.{name}": p for name, p in bank.named_parameters()}
     whole = {name: patched.upcycled.whole_shape(p) for name, p in here.items()}
@@ -181,19 +180,21 @@ def load(patched: Patched, folder: str | os.PathLike) -> None:
             parameter.copy_(patched.upcycled.own(parameter, state[name]))
 
 
-def check(patched: Patched, given: dict[str, Any]) -> None:
+def check(patched: Patched, folder: str | os.PathLike) -> None:
     """Refuse an adapter of another plan, or of a model of another depth or width.
 
-    Args:
-        patched: the model.
-        given: the adapter's header.
-
     Raises:
-        PlanError: says what differs.
+        PlanError: says what differs; of a budget that was not trained, the nearest that was.
     """
+    given = _header_of(folder)
     _check_widths(given, patched.family)
-    if not _of_plan(given, patched.plan):
-        raise _another("plan", given.get("plan_sha256"), patched.plan.sha256)
+    if _of_plan(given, patched.plan):
+        return
+    theirs = Plan.from_pretrained(folder)
+    for own, other in zip(patched.plan.stages, theirs.stages, strict=False):
+        if type(own) is type(other) and "keep" in own.free:
+            other.replace(keep=own.keep)  # raises where it was not trained
+    raise _another("plan", theirs.spec, patched.plan.spec)
 
 
 def _of_plan(given: dict[str, Any], plan: Plan) -> bool:

@@ -26,7 +26,7 @@ from mllm.loading import PLACEHOLDER, chat_content, load_image
 from mllm.training.reading import read
 from mllm.training.recipe import DataPart
 from mllm.training.video import Clip, check_decoder, read_clip
-from mllm.views import tiled
+from mllm.views import with_tiles
 from mllm.yardstick import prompt
 
 IGNORED = -100
@@ -504,8 +504,7 @@ class Collator:
             return_tensors="pt",
             **self._clips([clip for item in items for clip in item.get("videos", ())]),
         )
-        if self.tiles and images:
-            batch.update(tiled(self.processor, images, self.tiles))
+        batch = with_tiles(batch, self.processor, images, self.tiles)
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for row, (text, spans) in enumerate(zip(texts, learnt, strict=True)):
             # The processor repeats only placeholders, so all other tokens are those of the text.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mllm.training.data import IGNORED
 from mllm.training.recipe import DistillPart
+from mllm.views import VIEW
 
 
 class Teacher:
@@ -46,7 +47,7 @@ class Teacher:
             if isinstance(value, Tensor) and value.is_floating_point()
             else value
             for key, value in inputs.items()
-            if key != "labels"
+            if key != "labels" and not key.startswith(VIEW)  # the teacher has no plan
         }
         return self.model(**given, output_hidden_states=states, use_cache=False)
 

@@ -310,8 +310,8 @@ def finetune(
     ):
         trainer.meter = Meter(base, patched, _frozen(model, before, lora), features)
         trainer.patched = patched
-        if patched is not None and patched.view_grids:
-            trainer.data_collator.tiles = patched.view_grids[0]
+        if patched is not None:
+            trainer.data_collator.tiles = patched.tiles
         if loaded is None:
             _go_on(recipe, patched)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

@@ -22,6 +22,7 @@ from mllm.doctor import skeleton
 from mllm.errors import DataError, RecipeError
 from mllm.loading import model_path
 from mllm.plan import Plan
+from mllm.pre_llm import check_grids
 from mllm.routers.experts import STACKS
 from mllm.training import parts
 from mllm.training.data import Conversations, load_data
@@ -49,7 +50,7 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             share the experts evenly; weights, gradients and
             optimizer alone are more than the memory at hand.
         DataError: a plan, and no picture in the data.
-        PlanError: the plan cannot work on the model.
+        PlanError: the plan cannot work on the model, or on the videos in the data.
     """
     from mllm.training.finetune import check_four_bits, wrap_lora
 
@@ -77,6 +78,11 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
     wrapped = wrap_lora(model, recipe) if recipe.with_lora else model
     with mllm.patch(model, recipe.plan) if recipe.plan else nullcontext() as patched:
         found = list(parts.trained(wrapped, before))
+        # Elsewhere frames are pictures.
+        as_videos = patched is not None and patched.kinds["video"] is not None
+        if as_videos and any(record.videos for record in data.sample()):
+            for _, stage in patched.reducers:
+                check_grids(stage)
         if recipe.model.feature_cache:
             seats = [parts.seat(n, before) if part == parts.NEW else part for n, _, part in found]
             check_features(recipe, model, patched, "vision_tower" in seats)
