@@ -153,7 +153,7 @@ def _glm4v(config: type = hf.Glm4vConfig, net: type = hf.Glm4vForConditionalGene
     rope = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5}  # fmt: skip
     ids = _QWEN | dict(image_start_token_id=START, image_end_token_id=END,
-                       video_start_token_id=START, video_end_token_id=END)  # fmt: skip
+                       video_start_token_id=3, video_end_token_id=4)  # fmt: skip
     return net(config(text_config=_text(rope_parameters=rope), vision_config=vision, **ids))
 
 

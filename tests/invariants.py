@@ -78,11 +78,15 @@ def possible(family: str, attn: str, shape: str, stage: str, way: str) -> bool:
         return False  # assisted decoding takes one sample
     if family == "paligemma" and (way == "lookup" or (way == "no_cache" and not PRECOMPUTED)):
         return False  # tokens behind the prompt would become part of its prefix
-    repeats = way in ("beams", "returns") and not PRECOMPUTED
+    repeats = way in ("beams", "returns") and mixes(family)
     if family == "llava_onevision_many" and (shape == "several" or repeats):
         return False  # its images are alone, or two of a sample
-    # transformers 5.17 mixes up several images of one sample where it repeats samples.
     return not repeats or shape != "several"
+
+
+def mixes(family: str) -> bool:
+    """Whether transformers mixes up several images of one sample where it repeats samples."""
+    return not PRECOMPUTED or family.startswith("glm4")
 
 
 def draw(family: str, attn: str, shape: str, stage: str, way: str) -> Draw:
@@ -91,7 +95,7 @@ def draw(family: str, attn: str, shape: str, stage: str, way: str) -> Draw:
 
     kinds = {"left": "padded", "right": "padded", "none": "text"}
     kind = kinds.get(shape, shape)
-    if way in ("beams", "returns") and kind == "padded" and not PRECOMPUTED:
+    if way in ("beams", "returns") and kind == "padded" and mixes(family):
         kind = "single"
     side = "right" if shape == "right" else "left"
     return Draw(family, attn, plan(family, stage), SPECS[kind], side, way)
