@@ -316,22 +316,26 @@ def _spans(rows: Tensor, queries: int, read: bool) -> list[list[int]]:
     return torch.stack([low, blocks.amax((0, 2)), there.sum((0, 2))], 1).tolist()
 
 
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys `[batch, heads, rows, head_dim]` without their rotary positions.
-
-    The inverse of the rotation of two halves that LLaMA-type models apply to the first dimensions
-    of a head, and of its scaling.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
+    """Queries or keys with rotary positions, as the model turns the first channels of a head.
 
     Args:
-        x: rotated.
-        cos, sin: `[batch or 1, rows, rotary_dim]`, the tables that rotated it.
+        x: `[..., head_dim]`.
+        cos, sin: `[..., rotary_dim]`, tables that have every angle twice.
+        neighbours: whether neighbouring channels turn together, not those of two halves.
     """
-    cos, sin = cos[:, None].float(), sin[:, None].float()
-    turned, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
-    half = turned.shape[-1] // 2
-    quarter = torch.cat([-turned[..., half:], turned[..., :half]], -1)
-    back = (turned * cos - quarter * sin) / (cos.square() + sin.square())
-    return torch.cat([back.to(x.dtype), rest], -1)
+    width, axis = cos.shape[-1], -1 if neighbours else -2
+    turning, rest = x[..., :width].float(), x[..., width:]
+    a, b = turning.unflatten(-1, (-1, 2) if neighbours else (2, -1)).unbind(axis)
+    quarter = torch.stack([-b, a], axis).flatten(-2)
+    turned = turning * cos.float() + quarter * sin.float()
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
+    """The inverse of :func:`rotate`, and of the scaling of its tables."""
+    scale = cos.float().square() + sin.float().square()
+    return rotate(x, cos / scale, -sin / scale, neighbours)
 
 
 def captured(signals: dict[Any, Tensor], key: Any, method: str) -> Tensor:

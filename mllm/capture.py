@@ -159,7 +159,9 @@ class Captures:
         if getattr(signal, "rope", True) is False and not reads_before(signal):
             # Stored keys have positions that are not known here.
             key, cos_sin = key[:, :, -rows:], self.run.attention_rotary
-            query, key = (attention.unrotate(x, *cos_sin) for x in (query, key))
+            cos, sin = (table[:, None] for table in cos_sin)
+            turns = self.patched.family.neighbours
+            query, key = (attention.unrotate(x, cos, sin, turns) for x in (query, key))
             mask = None if mask is None else mask[..., -rows:]
         if isinstance(signal, Keys):
             value = query if isinstance(signal, Queries) else key[:, :, -rows:]

@@ -153,6 +153,6 @@ def skeleton(path: str | os.PathLike) -> nn.Module:
             given=path,
             expected="a folder with config.json, a hub name, or 'tiny-llava'",
         ) from error
-    family_of(config.model_type, (config.architectures or [config.model_type])[0])
+    family_of(config, (config.architectures or [config.model_type])[0])
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()

@@ -157,8 +157,8 @@ class DecoderRun:
         """
         decoder, layers = self.patched.family.decoder, self.patched.layers
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        if isinstance(mask, dict) and self.patched.family.hybrid:
-            mask = self.mask  # the base model has made one of each kind
+        if mask is not None and self.patched.family.hybrid:
+            mask = self.mask  # the base model has made its own
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise PlanError(
                 "a prepared attention mask (as static caches make it) cannot follow a plan",
@@ -403,6 +403,9 @@ class DecoderRun:
                 kind: self._mask_of_kind(kinds.index(kind), prepared[kind]) for kind in set(kinds)
             }
             self.rows = None
+            return
+        if prepared is not None and self.patched.family.hybrid:
+            kwargs["attention_mask"], self.rows = self._mask_of_kind(0, prepared), None
             return
         self.rows = None
         mask = self._slot_valid(0)

@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import os
+import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm import attention, compat, joint
+from mllm import attention, compat, hub, joint
 from mllm.actions import IN_ATTENTION, MOVES_ROWS, SETS_APART
 from mllm.cache import CacheMark, KVCache, cache_bytes
 from mllm.calibration import applied
@@ -238,13 +239,44 @@ class Patched:
         """
         return adapters.save(self, folder, state)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        state: dict[str, Tensor] | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload what :meth:`save_adapter` writes; returns the address of the commit.
+
+        `mllm.patch(model, mllm.Plan.from_pretrained(repo_id))` takes it back. Where processes share
+        experts, call :meth:`save_adapter` in all of them and upload the folder.
+
+        Args:
+            repo_id: `user/name`; made if it is missing.
+            private: whether a new repository is; None is the account's setting.
+            state: as in :meth:`save_adapter`.
+            **options: as in :meth:`mllm.Plan.push_to_hub`.
+
+        Raises:
+            PlanError: the plan learns nothing or was removed, nobody is logged in, or there is no
+                way to the hub.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_adapter(folder, state)
+            return hub.push(Path(folder), repo_id, private, **options)
+
     def load_adapter(self, folder: str | os.PathLike) -> None:
         """Read what :meth:`save_adapter` has written.
+
+        Args:
+            folder: a folder, or `user/name` on the hub.
 
         Raises:
             PlanError: it belongs to another plan, or to a model of another depth or width; nothing
                 is changed.
         """
+        folder = hub.fetch(folder, adapters.FILES) if hub.is_repo(folder) else folder
         adapters.load(self, folder)
         new = UNTRAINED, UNTRAINED_PROJECTOR
         self.plan_notes = [note for note in self.plan_notes if not note.endswith(new)]
@@ -740,6 +772,7 @@ class Patched:
             marks, counts, layouts = self._placeholders(ids, given, self._prompt().drafts)
         if marks:
             visual = functools.reduce(torch.logical_or, marks.values())
+            self._check_asked(given)
         call = _CALL.get()
         call = call if call is not None and call.patched is self else None
         prompts = {}
@@ -752,6 +785,17 @@ class Patched:
             routing=self._new_routing(None, None) if call is None else call.routing,
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
         )
+
+    def _check_asked(self, given: dict[str, Any]) -> None:
+        for name in self.family.asks:
+            if given.get(name) is None:
+                raise DataError(
+                    f"without {name}, {type(self.family.model).__name__} decides by backend and "
+                    "padding which rows see each other",
+                    argument=name,
+                    given=None,
+                    expected=f"{name}, as the processor gives it",
+                )
 
     def brought(self, given: dict[str, Any]) -> list[str]:
         """Whether a call has images, videos, or both, as pixels or as features.
@@ -912,7 +956,7 @@ class Patched:
             return None
         run.unprojected = args[0]
         if self.replaces:
-            return (args[0][:0], *args[1:]), kwargs
+            return self.family.no_tokens(args), kwargs
         if self.early:
             return (run.before_projector(args[0]), *args[1:]), kwargs
 

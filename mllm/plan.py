@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import pkgutil
+import tempfile
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -22,9 +23,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from mllm import hub
 from mllm.errors import PlanError
 
 PLAN_FILE = "mllm_plan.json"
+#: What a plan has learnt, beside it: the header and the weights.
+ADAPTER_FILES = ("mllm_adapter.json", "mllm_adapter.safetensors")
 Budget = int | float
 """Visual tokens kept per image: an int counts tokens, a float in (0, 1] is a fraction."""
 
@@ -434,9 +438,42 @@ class Plan:
         temporary.replace(path)
         return path
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
+        """Upload the plan; returns the address of the commit.
+
+        What a plan has learnt goes with :meth:`mllm.patcher.Patched.push_to_hub`.
+
+        Args:
+            repo_id: `user/name`; made if it is missing.
+            private: whether a new repository is; None is the account's setting.
+            **options: `commit_message`, `revision`, `create_pr`, `token`, as `huggingface_hub` has
+                them.
+
+        Raises:
+            PlanError: nobody is logged in, there is no way to the hub, or it refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            text = f"# Plan\n\n`{self.spec}`\n\n```python\nimport mllm\n\n" + (
+                f'patched = mllm.patch(model, mllm.Plan.from_pretrained("{repo_id}"))\n```\n'
+            )
+            (Path(folder) / "README.md").write_text(text)
+            return hub.push(Path(folder), repo_id, private, **options)
+
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Plan:
-        """Read a folder written by :meth:`save_pretrained`."""
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> Plan:
+        """Read a folder written by :meth:`save_pretrained` or `save_adapter`, or such a repository.
+
+        Args:
+            folder: a folder, or `user/name` on the hub; what was learnt is found beside the plan.
+            **options: `revision`, `token`, `cache_dir` and others of
+                `huggingface_hub.snapshot_download`, for a repository.
+
+        Raises:
+            PlanError: there is no plan, or no way to the hub.
+        """
+        if hub.is_repo(folder):
+            folder = hub.fetch(folder, [PLAN_FILE, *ADAPTER_FILES], **options)
         path = Path(folder) / PLAN_FILE
         try:
             plan = cls.from_dict(json.loads(path.read_text()))

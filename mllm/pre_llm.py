@@ -189,8 +189,11 @@ class VisionRun:
         if self.tower is not None:
             value = self.tower.spread(value)
         self.pieces.setdefault(signal, []).append(value.flatten(0, 1))
-        cost = (value.shape[1], 2.0 * rows * tokens * query.shape[1] * query.shape[3])
-        self.costs.setdefault(signal, []).extend([cost] * query.shape[0])
+        cost, patches = 2.0 * rows * tokens * query.shape[1] * query.shape[3], value.shape[1]
+        own = [self.family.patches(layout) for layout in self.reduction.layouts]
+        if sum(own) != patches:  # all pictures in one call, or one of several calls
+            own = [patches] * query.shape[0]
+        self.costs.setdefault(signal, []).extend((n, cost * n / patches) for n in own)
 
     def _signal(self, signal: Any, method: str) -> Tensor:
         """A signal of the tower per visual token: `[tokens, ...]`."""
@@ -442,11 +445,12 @@ class VisionRun:
         """Zeros for the tokens of a projector that was given nothing.
 
         Args:
-            nothing: what it has made of that, so that its parameters have a gradient.
+            nothing: what it has made of that, or next to it, so that its parameters have a
+                gradient.
         """
         flat = sum(layout.cells for layout in self.reduction.layouts)
         count = len(self.unprojected) if nothing.dim() == 3 else flat
-        return nothing.new_zeros(count, *nothing.shape[1:]) + nothing.sum()
+        return nothing.new_zeros(count, *nothing.shape[1:]) + 0.0 * nothing.sum()
 
     def after_projector(self, projected: Tensor) -> Tensor:
         """Spread the projected tokens over their rows again."""

@@ -141,7 +141,9 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
     attend = compat.attention_name(family.attention(0))
     if family.hybrid and attend not in ("sdpa", "eager"):
         raise PlanError(
-            f"{attend} measures windows in stored slots, not in tokens",
+            f"{attend} measures windows in stored slots, not in tokens"
+            if any(patched.windows)
+            else f"{attend} takes no mask of its own, and rows of the prompt see each other",
             argument="attn_implementation",
             given=attend,
             expected="sdpa or eager",

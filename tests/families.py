@@ -147,6 +147,20 @@ def _qwen3_video(size: int, g: torch.Generator) -> Picture:
     return _qwen_video(size, g, split=True)
 
 
+def _glm4v(config: type = hf.Glm4vConfig, net: type = hf.Glm4vForConditionalGeneration):
+    vision = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=48,
+                  patch_size=14, image_size=112)  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5}  # fmt: skip
+    ids = _QWEN | dict(image_start_token_id=START, image_end_token_id=END,
+                       video_start_token_id=3, video_end_token_id=4)  # fmt: skip
+    return net(config(text_config=_text(rope_parameters=rope), vision_config=vision, **ids))
+
+
+def _glm46v():
+    return _glm4v(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration)
+
+
 # Square pictures: LLaVA, InternVL, Idefics3
 
 _CLIP = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
@@ -159,6 +173,23 @@ def _llava():
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**_CLIP), image_token_id=IMAGE,
                        text_config=hf.LlamaConfig(**_text()))
+    )  # fmt: skip
+
+
+def _vipllava():
+    return hf.VipLlavaForConditionalGeneration(
+        hf.VipLlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**_CLIP), text_config=hf.LlamaConfig(**_text()),
+            image_token_index=IMAGE, image_token_id=IMAGE,
+            **dict.fromkeys(("vision_feature_layer", "vision_feature_layers"), [1, -2]),
+        )
+    )  # fmt: skip
+
+
+def _deepseek_vl():
+    return hf.DeepseekVLForConditionalGeneration(
+        hf.DeepseekVLConfig(vision_config=hf.SiglipVisionConfig(**_SIGLIP), image_token_id=IMAGE,
+                            text_config=hf.LlamaConfig(**_text()))
     )  # fmt: skip
 
 
@@ -232,6 +263,54 @@ def _gemma3():
     )  # fmt: skip
     torch.nn.init.normal_(net.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
     return net
+
+
+def _paligemma():
+    text = hf.GemmaConfig(**_text(head_dim=12))
+    vision = hf.SiglipVisionConfig(**_SIGLIP)
+    return hf.PaliGemmaForConditionalGeneration(
+        hf.PaliGemmaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE,
+                           image_token_id=IMAGE, projection_dim=48, hidden_size=48)
+    )  # fmt: skip
+
+
+# Pictures of any size, padded
+
+_PIXTRAL = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+                head_dim=8, image_size=140, patch_size=14)  # fmt: skip
+
+
+def _mistral3():
+    text = hf.MistralConfig(**_text(head_dim=12, sliding_window=None))
+    return hf.Mistral3ForConditionalGeneration(
+        hf.Mistral3Config(text_config=text, vision_config=hf.PixtralVisionConfig(**_PIXTRAL),
+                          image_token_index=IMAGE, image_token_id=IMAGE, spatial_merge_size=2)
+    )  # fmt: skip
+
+
+def _lighton_ocr():
+    text = hf.Qwen3Config(**_text(head_dim=12))
+    return hf.LightOnOcrForConditionalGeneration(
+        hf.LightOnOcrConfig(text_config=text, vision_config=hf.PixtralVisionConfig(**_PIXTRAL),
+                            image_token_id=IMAGE, spatial_merge_size=2)
+    )  # fmt: skip
+
+
+def _ragged(size: int, g: torch.Generator) -> Picture:
+    rows, cols = [(4, 4), (2, 5), (3, 2)][size]
+    pixels = torch.randn(1, 3, 28 * rows, 28 * cols, generator=g)
+    fields = dict(pixel_values=pixels, image_sizes=torch.tensor([pixels.shape[-2:]]))
+    return Picture(fields, rows * cols, (rows, cols))
+
+
+def _pad(samples: list[list[Picture]]) -> dict[str, Tensor]:
+    """All pictures on canvases of one size."""
+    pictures = [p.fields["pixel_values"] for sample in samples for p in sample]
+    sizes = torch.tensor([x.shape[-2:] for x in pictures])
+    canvas = torch.zeros(len(pictures), 3, *sizes.amax(0).tolist())
+    for own, x in zip(canvas, pictures, strict=True):
+        own[:, : x.shape[-2], : x.shape[-1]] = x[0]
+    return {"pixel_values": canvas, "image_sizes": sizes}
 
 
 # Anyres
@@ -323,6 +402,13 @@ KITS: dict[str, Kit] = {
     "idefics3": Kit(_idefics3, _masked, _stack),
     "smolvlm": Kit(_smolvlm, _square(112, 16), _stack),
     "gemma3": Kit(_gemma3, _square(112, 16), _cat),
+    "paligemma": Kit(_paligemma, _square(56, 16), _cat),
+    "mistral3": Kit(_mistral3, _ragged, _pad),
+    "glm4v": Kit(_glm4v, _qwen_picture, _cat, mrope=True),
+    "glm46v": Kit(_glm46v, _qwen_picture, _cat, mrope=True),
+    "vipllava": Kit(_vipllava, _square(56, 16), _cat),
+    "deepseek_vl": Kit(_deepseek_vl, _square(56, 16), _cat),
+    "lighton_ocr": Kit(_lighton_ocr, _ragged, _pad),
     "llava_next": Kit(
         _llava_next, _anyres(_ANYRES), _cat, cells=_anyres_cells, separators=_anyres_separators
     ),
@@ -361,8 +447,8 @@ def model(family: str, attn: str = "sdpa") -> nn.Module:
             elif "qkv" in name:
                 weight[: 2 * weight.shape[1]].mul_(12.0)
             elif "embed_tokens" in name:
-                # Gemma 3 scales embeddings by itself, and its head shares them.
-                weight.mul_(2.0 if family == "gemma3" else 20.0)
+                # Gemma scales embeddings by itself, and its head shares them.
+                weight.mul_(2.0 if "gemma" in family else 20.0)
             elif weight.dim() >= 2 and "embed" not in name:
                 weight.mul_(3.0)
     net.generation_config.eos_token_id = None
@@ -414,6 +500,8 @@ def collate(family: str, batch: Sequence[Sample], side: str = "left") -> dict[st
         inputs |= KITS[family].join([s.pictures for s in batch])
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).int()
+    if family == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     if KITS[family].mrope:
         inputs["mm_token_type_ids"] = token_types(ids)
     return inputs

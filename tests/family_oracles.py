@@ -44,6 +44,10 @@ def base_name(family: str) -> str:
     return family.removesuffix("_video").removesuffix("_many")
 
 
+#: Families whose visual tokens come from one tower token each.
+PER_TOKEN = ("llava", "vipllava", "deepseek_vl", "paligemma")
+
+
 # The tower, for methods that read it
 
 
@@ -78,11 +82,12 @@ def seen(
         last = 1 if family == "qwen2_5_vl" else -1
         attention = tower.blocks[last if block is None else block].attn
     else:
-        encoder = getattr(tower, "vision_model", tower).encoder
-        last = -2 if family in ("llava", "llava_next") else -1
+        encoder = getattr(tower, "vision_model", tower)
+        encoder = getattr(encoder, "encoder", getattr(encoder, "transformer", None))
+        last = -2 if family in ("llava", "vipllava", "llava_next") else -1
         last = last if block is None else block
         module = getattr(encoder, "layers", getattr(encoder, "layer", None))[last]
-        attention = getattr(module, "self_attn", getattr(module, "attention", None))
+        attention = getattr(module, "self_attn", None) or module.attention
     handle = attention.register_forward_pre_hook(
         lambda _, args, kwargs: caught.update(
             kwargs, x=args[0] if args else kwargs["hidden_states"]
@@ -102,13 +107,15 @@ def seen(
             p(x).unflatten(-1, (n, -1)).transpose(1, 2)
             for p in (attention.q_proj, attention.k_proj)
         )
+        if "position_embeddings" in caught:
+            q, k = (_turned(t, *caught["position_embeddings"]) for t in (q, k))
     if joint:
         q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, k))
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [tiles, heads, n, n]
     if caught.get("attention_mask") is not None:  # of a picture that does not fill its square
         logits = logits + caught["attention_mask"]
     weights = logits.softmax(-1)
-    if family in ("llava", "llava_next", "internvl"):
+    if family in ("llava", "vipllava", "llava_next", "internvl"):
         score, keys = weights[:, :, 0, 1:].sum(1), k.mean(1)[:, 1:]
     else:
         score, keys = weights.sum((1, 2)), k.mean(1)
@@ -120,20 +127,19 @@ def seen(
 def _qwen_heads(attention: nn.Module, caught: dict) -> tuple[Tensor, Tensor]:
     x, (cos, sin) = caught["x"], caught["position_embeddings"]
     q, k, _ = attention.qkv(x).view(len(x), 3, attention.num_heads, -1).unbind(1)
-    half = q.shape[-1] // 2
+    return tuple(_turned(t.transpose(0, 1)[None], cos, sin) for t in (q, k))
 
-    def turn(t: Tensor) -> Tensor:
-        rotated = torch.cat([-t[..., half:], t[..., :half]], -1)
-        return (t * cos[:, None] + rotated * sin[:, None]).transpose(0, 1)[None]
 
-    return turn(q), turn(k)
+def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = t.shape[-1] // 2
+    return t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin
 
 
 def as_tokens(family: str, net: nn.Module, signal: Tensor, picture: Picture) -> Tensor:
     """A signal of the tower `[tiles, patches, d]` per visual token `[n, d]`."""
     (rows, cols), width = picture.grid, signal.shape[-1]
     family = base_name(family)
-    if family == "llava":
+    if family in PER_TOKEN:
         return signal[0]
     if picture.frames and family == "llava_onevision":
         return net.model.apply_pooling(signal).flatten(0, 1)
@@ -205,7 +211,7 @@ def smaller(family: str, picture: Picture, seats: list[int]) -> Tensor:
     net, (height, width) = reference(family), picture.grid
     rows, cols = len({t // width for t in seats}), len({t % width for t in seats})
     fields, more = dict(picture.fields), {}
-    pixels, side = fields["pixel_values"], 14 * (1 if family == "llava" else 2)
+    pixels, side = fields["pixel_values"], 14 * (1 if family in PER_TOKEN else 2)
     if KITS[family].mrope:
         # Patches lie token by token; within one [channel, frame, row, col].
         canvas = torch.zeros(6, height * side, width * side)
@@ -227,7 +233,9 @@ def smaller(family: str, picture: Picture, seats: list[int]) -> Tensor:
     if "pixel_attention_mask" in fields:
         mask = fields["pixel_attention_mask"][None].float()
         fields["pixel_attention_mask"] = F.interpolate(mask, (rows * side, cols * side))[0].bool()
-    if family == "llava":
+    if "image_sizes" in fields:
+        fields["image_sizes"] = torch.tensor([pixels.shape[-2:]])
+    if family in PER_TOKEN:
         more = {"interpolate_pos_encoding": True}
     fields = KITS[family].join([[Picture(fields | {"pixel_values": pixels}, rows * cols)]])
     out = net.base_model.get_image_features(**fields, **more, return_dict=True).pooler_output
@@ -273,6 +281,7 @@ def dense(
     vectors: Tensor | None = None,
     compact: bool = False,
     turns: Sequence[tuple[int, int]] | None = None,
+    first: int | None = None,
 ) -> Dense:
     """One sample through the layers of the unpatched model, dropped rows masked.
 
@@ -285,6 +294,7 @@ def dense(
         vectors: `[visual, width]`, what stands at the visual rows instead of the features.
         compact: whether positions run on without the dropped rows.
         turns: rows of each turn of a conversation; its last row decides for its pictures.
+        first: rows of the first turn where `turns` does not say so.
     """
     net = reference(family)
     lm = net.get_decoder()
@@ -302,8 +312,9 @@ def dense(
         gone[kept] = False
         alive[visual.nonzero()[gone, 0]] = False
     position = positions(family, sample, n)
+    start_at = position.flatten()[0]  # PaliGemma counts from 1
     if compact:
-        position = torch.where(alive, alive.long().cumsum(0) - 1, position)
+        position = torch.where(alive, alive.long().cumsum(0) - 1 + start_at, position)
     source = torch.where(visual, visual.long().cumsum(0) - 1, -1)
     row_of = visual.nonzero()[:, 0]
     cells = row_of[_cells(family, sample)]
@@ -321,9 +332,9 @@ def dense(
                 stay += row_of[KITS[family].separators(sample, source[stay].tolist())].tolist()
                 alive[visual & here & ~torch.isin(torch.arange(n), torch.tensor(stay))] = False
                 if cut.positions == "compact":
-                    position = torch.where(alive, alive.long().cumsum(0) - 1, position)
+                    position = torch.where(alive, alive.long().cumsum(0) - 1 + start_at, position)
         entering.append(source[visual & alive])
-        see = _pattern(family, i, sample, n, turns[0][1])
+        see = _pattern(family, i, sample, n, first or turns[0][1])
         see = see & (alive[None] | torch.eye(n, dtype=torch.bool))
         mask = torch.zeros(n, n).masked_fill(~see, torch.finfo(torch.float32).min)
         kind = (lm.config.layer_types[i],) if family == "gemma3" else ()
@@ -356,9 +367,13 @@ def _pattern(
     """What each row may see if nothing is dropped: bool `[n, n]`.
 
     Only images in the `first` rows, of a conversation's first turn, see both ways in Gemma 3: with
-    a filled cache transformers puts the block of an image at the wrong rows, or at none.
+    a filled cache transformers puts the block of an image at the wrong rows, or at none. In
+    PaliGemma these are all of the `first` rows.
     """
     see = torch.ones(n, n, dtype=torch.bool).tril()
+    if family == "paligemma":
+        first = len(sample.ids) if first is None else first
+        see[:first, :first] = True
     if family != "gemma3":
         return see
     visual = torch.zeros(n, dtype=torch.bool)
@@ -384,6 +399,8 @@ def _cells(family: str, sample: Sample) -> list[int]:
 
 def positions(family: str, sample: Sample, n: int) -> Tensor:
     """Positions of the prompt and what follows it: `[n]`, or `[3, n]` under M-RoPE."""
+    if family == "paligemma":
+        return torch.arange(n) + 1
     if not KITS[family].mrope or not sample.pictures:
         return torch.arange(n).expand(3, -1) if KITS[family].mrope else torch.arange(n)
     fields = KITS[family].join([sample.pictures])

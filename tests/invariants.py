@@ -25,7 +25,7 @@ from families import (
     reference,
     samples,
 )
-from family_oracles import Dense, dense, features, seen, visionzip
+from family_oracles import PER_TOKEN, Dense, dense, encode, features, seen, visionzip
 from matrix import CLOSE_CALL, PRECOMPUTED, TOLERANCE, equal
 from oracles import Cut
 from tiny import IMAGE
@@ -76,11 +76,17 @@ def possible(family: str, attn: str, shape: str, stage: str, way: str) -> bool:
         return False  # the next token would follow padding
     if way == "lookup" and shape in ("left", "none"):
         return False  # assisted decoding takes one sample
-    repeats = way in ("beams", "returns") and not PRECOMPUTED
+    if family == "paligemma" and (way == "lookup" or (way == "no_cache" and not PRECOMPUTED)):
+        return False  # tokens behind the prompt would become part of its prefix
+    repeats = way in ("beams", "returns") and mixes(family)
     if family == "llava_onevision_many" and (shape == "several" or repeats):
         return False  # its images are alone, or two of a sample
-    # transformers 5.17 mixes up several images of one sample where it repeats samples.
     return not repeats or shape != "several"
+
+
+def mixes(family: str) -> bool:
+    """Whether transformers mixes up several images of one sample where it repeats samples."""
+    return not PRECOMPUTED or family.startswith("glm4")
 
 
 def draw(family: str, attn: str, shape: str, stage: str, way: str) -> Draw:
@@ -89,7 +95,7 @@ def draw(family: str, attn: str, shape: str, stage: str, way: str) -> Draw:
 
     kinds = {"left": "padded", "right": "padded", "none": "text"}
     kind = kinds.get(shape, shape)
-    if way in ("beams", "returns") and kind == "padded" and not PRECOMPUTED:
+    if way in ("beams", "returns") and kind == "padded" and mixes(family):
         kind = "single"
     side = "right" if shape == "right" else "left"
     return Draw(family, attn, plan(family, stage), SPECS[kind], side, way)
@@ -123,14 +129,16 @@ def written(family: str, sample: Sample, ordinal: int, keep: int, own: Tensor) -
     """VisionZip without [CLS] on one picture: (cells that stay, `[tokens, width]`)."""
     cells = KITS[family].cells(sample.pictures[ordinal])
     own = own.clone()
-    if family != "llava":
+    if family not in PER_TOKEN:
         stay, own[cells] = visionzip(own[cells], seen(family, sample, ordinal), keep)
         return stay, own
-    net = reference(family).model
-    pixels = sample.pictures[ordinal].fields["pixel_values"]
-    patches = net.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
-    stay, merged = visionzip(patches, seen(family, sample, ordinal), keep)
-    return stay, net.multi_modal_projector(merged)
+    net, given = reference(family).model, []
+    projector = net.aligner if family == "deepseek_vl" else net.multi_modal_projector
+    handle = projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    encode(family, [sample.pictures[ordinal]])
+    handle.remove()
+    stay, merged = visionzip(given[0][0], seen(family, sample, ordinal), keep)
+    return stay, projector(merged)
 
 
 @torch.no_grad()

@@ -455,7 +455,9 @@ def test_evictions_on_the_strength_of_rejected_tokens_come_back():
     assert kv.view(1).logical[0, 0].tolist() == [0, *range(2, 11)]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "glm4v"]
+)
 @torch.no_grad()
 def test_unrotated_keys_are_the_projection(family):
     """Every layer's own rotary module: 1-D, M-RoPE, and Gemma 3's two bases."""
@@ -492,7 +494,7 @@ def test_partial_rotary_with_scaled_tables():
     """Channels behind the rotary ones stay; tables that are scaled (yarn) are undone too."""
     angle = torch.randn(1, 5, 2)
     cos, sin = (1.3 * f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
-    family = stub(mrope=False, kind=lambda layer: "", rotary=lambda x, p, kind: (cos, sin))
+    family = stub(mrope=False, neighbours=False, kind=lambda layer: "", rotary=lambda x, p, kind: (cos, sin))
     cache, _ = toy(1)
     feed(cache, *torch.randn(2, 1, HEADS, 5, 6), torch.ones(1, 5, dtype=torch.bool))
     kv, k, at = KVCache(cache, family), torch.randn(1, HEADS, 5, 6), torch.zeros(1, 1, 5).long()

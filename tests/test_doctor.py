@@ -99,7 +99,7 @@ def test_no_class_token_is_read_where_there_is_none(family):
     net = families.model(family)
     signals = {check.name: check for check in mllm.doctor(net).signals}
     check = signals["VisionAttention(query='cls')"]
-    has = family in ("llava", "llava_next", "internvl")
+    has = family in ("llava", "vipllava", "llava_next", "internvl")
     assert check.verdict == ("yes" if has else "no")
     assert has or "[CLS]" in check.reason and "received" in check.reason
     assert signals["VisionAttention(query='received')"].verdict == "yes"
@@ -116,7 +116,7 @@ def test_ways_are_refused_as_when_they_are_taken(family):
         way = ways["static cache"]
         assert way.verdict == "no" and str(caught.value) in way.reason
         way = ways["prefill in chunks"]
-        assert way.verdict == ("no" if family == "gemma3" else "yes")
+        assert way.verdict == ("no" if "gemma" in family else "yes")
         if way.verdict == "no":
             with pytest.raises(PlanError) as caught:
                 net.generate(**inputs, prefill_chunk_size=8, max_new_tokens=1)
@@ -145,7 +145,7 @@ def test_the_report_reads_well():
     assert data["facts"]["first_cut"] == 2
 
 
-@pytest.mark.parametrize("kind", ["llava_next_video", "qwen2_5_omni", "mllama", "llama"])
+@pytest.mark.parametrize("kind", ["llava_next_video", "qwen2_5_omni", "llama"])
 def test_an_unsupported_family_names_the_nearest(kind, tmp_path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with pytest.raises(PlanError) as caught:
@@ -153,6 +153,35 @@ def test_an_unsupported_family_names_the_nearest(kind, tmp_path):
     nearest = {"llava_next_video": "llava_next", "qwen2_5_omni": "qwen2_5_vl"}.get(kind, "llava")
     assert f"the nearest family is {nearest}" in str(caught.value)
     assert caught.value.argument == "model" and nearest in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [("mllama", "cross-attention"), ("idefics", "cross-attention"), ("florence2", "encoder")],
+)
+def test_an_architecture_without_visual_tokens_says_so(kind, why, tmp_path, cli):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match=f"not a supported .*: .*{why}") as caught:
+        skeleton(tmp_path)
+    assert all(family in caught.value.expected for family in known())
+    result = cli.invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 2 and why in " ".join(result.output.split())
+
+
+@torch.no_grad()
+def test_a_model_that_crosses_is_refused_before_anything_changes():
+    text = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, cross_attention_layers=[1], pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        net = transformers.MllamaForConditionalGeneration(
+            transformers.MllamaConfig(text_config=text)
+        )
+    before = anatomy(net)
+    with pytest.raises(PlanError, match="no visual tokens in the sequence"):
+        mllm.patch(net, "fastv:layer=1:keep=0.5")
+    assert anatomy(net) == before
 
 
 def test_an_unsupported_class_names_the_nearest_family():

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from families import KITS, LAYERS, Sample, collate, model, pairwise, reference, samples
 from family_oracles import (
+    PER_TOKEN,
     as_tokens,
     avgpool,
     base_name,
@@ -209,7 +210,7 @@ def test_divprune_chooses_per_image(family):
 def test_merging_is_rebuilding(family, method, attn):
     """What is written at the rows that stay, worked out picture by picture."""
     spec = f"{method}:keep=4:positions=original"
-    if family == "llava":
+    if family in PER_TOKEN and method == "visionzip":
         pytest.skip("VisionZip works before the projector there: see the engine's own tests")
     if refused(family, spec):
         pytest.skip("the family refuses it")
@@ -295,7 +296,8 @@ def test_flops_are_those_counted(family, spec):
     if refused(family, spec):
         pytest.skip("the family refuses it")
     net = model(family, "eager")
-    for sample in samples(family)[:2]:
+    alone = family in ("mistral3", "lighton_ocr")  # which says that it counts every picture alone
+    for sample in samples(family, [((0,), 6), ((1,) if alone else (1, 2), 9)]):
         inputs = collate(family, [sample])
         plain = counted(lambda inputs=inputs: net(**inputs, logits_to_keep=1))
         with mllm.patch(net, spec) as patched:
@@ -403,7 +405,8 @@ def test_another_models_processor(family, what):
     assert torch.equal(net(**good).logits, plain)
 
 
-SIZED = ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+SIZED = ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3",
+         "lighton_ocr", "glm4v", "glm46v"]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", SIZED)
@@ -476,6 +479,8 @@ def test_a_second_turn_with_an_image(family, attn):
     two["attention_mask"] = torch.ones(1, n, dtype=torch.long)
     if "token_type_ids" in two:
         two["token_type_ids"] = both.visual.int()[None]
+    if family == "paligemma":  # the prefix was the first turn
+        two["token_type_ids"] = torch.ones(1, n, dtype=torch.long)
     later = {}
     if KITS[family].mrope:
         two["position_ids"] = position[:, None, start:n]
@@ -489,7 +494,8 @@ def test_a_second_turn_with_an_image(family, attn):
         steps = net(
             input_ids=more[None], attention_mask=ones, past_key_values=cache, **later
         ).logits[0]
-    want = dense(family, both, more, kept=kept).logits
+    prefix = start if family == "paligemma" else None
+    want = dense(family, both, more, kept=kept, first=prefix).logits
     text = ~second.visual
     equal(answer[text], want[start:n][text], "second turn")
     equal(steps, want[n:], "after it")
@@ -673,7 +679,9 @@ def test_half_precision(family, attn):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "qwen3_vl", "llava_onevision", "paligemma", "mistral3", "glm4v"]
+)
 def test_checkpointed_layers(family, reentrant):
     """Kinds of layers and added features are replayed as they were: loss and gradients equal."""
 

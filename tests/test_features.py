@@ -20,7 +20,8 @@ from mllm.training.run import run
 
 PROJECTOR = {"freeze_vision_tower": True, "freeze_language_model": True}
 # Their towers take pictures one by one, and are given nothing else that differs between batches.
-KEPT = ("llava", "llava_next", "llava_onevision", "internvl", "gemma3", "idefics3", "smolvlm")
+KEPT = ("llava", "llava_next", "llava_onevision", "internvl", "gemma3", "idefics3", "smolvlm",
+        "paligemma", "vipllava", "deepseek_vl")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

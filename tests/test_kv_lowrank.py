@@ -79,7 +79,7 @@ def turning(batch_free: bool = False) -> SimpleNamespace:
         angle = position[..., None].float() * torch.tensor([0.7]) * (1 + len(kind))
         return torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
 
-    return stub(mrope=False, kind=lambda layer: "x" * layer, rotary=tables)
+    return stub(mrope=False, neighbours=False, kind=lambda layer: "x" * layer, rotary=tables)
 
 
 def both(batch: int, tokens: int, seed: int, rank=3):

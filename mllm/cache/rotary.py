@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
+
+from mllm import attention
 
 if TYPE_CHECKING:
     from mllm.models.base import Family
@@ -34,13 +35,11 @@ class Rotary:
             k: `[batch, kv_heads, slots, head_dim]`.
             position: int `[1 or 3, batch, slots]` or `[1 or 3, batch, kv_heads, slots]`.
         """
-        return _turned(k, *self._tables(k, position))
+        return attention.rotate(k, *self._tables(k, position), self.family.neighbours)
 
     def unrotate(self, k: Tensor, position: Tensor) -> Tensor:
         """Undo :meth:`rotate`: keys as they were before rotary embedding."""
-        cos, sin = self._tables(k, position)
-        scale = cos.square() + sin.square()  # not 1 where the model scales its rotary tables
-        return _turned(k, cos / scale, -sin / scale)
+        return attention.unrotate(k, *self._tables(k, position), self.family.neighbours)
 
     def _tables(self, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         family, shape = self.family, position.shape[1:]
@@ -49,12 +48,3 @@ class Rotary:
         tables = family.rotary(k.float(), flat.to(k.device), family.kind(self.layer))
         cos, sin = (t.unflatten(0, shape[:-1]) for t in tables)
         return (cos[:, None], sin[:, None]) if len(shape) == 2 else (cos, sin)
-
-
-def _turned(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of keys by tables that repeat in their second half."""
-    width = cos.shape[-1]
-    turning, rest = k.float().split([width, k.shape[-1] - width], -1)
-    a, b = turning.chunk(2, -1)
-    turned = turning * cos + torch.cat([-b, a], -1) * sin
-    return torch.cat([turned, rest], -1).to(k.dtype)

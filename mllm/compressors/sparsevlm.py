@@ -200,7 +200,7 @@ class SparseVLM(LayerSchedule):
         x, queries = ctx["rows"], ctx.queries("rows")
         if self.bias:
             pull = self._pull(ctx["rotary"], queries)
-            ctx.book(2.0 * queries.shape[1] * x.shape[-1] * ctx["rotary"].shape[2] / 2)
+            ctx.book(2.0 * queries.shape[1] * x.shape[-1] * ctx["rotary"].shape[2])
             x = x / (pull[:, None] if x.dim() == 4 else pull)
         if self.by_head:
             mass = (x * ctx.visual[:, None, None]).sum((2, 3))
@@ -215,11 +215,9 @@ class SparseVLM(LayerSchedule):
 
         It is 1 at distance 0.
         """
-        cos, sin = rotary.float().chunk(2, -1)
-        half = cos.shape[-1] // 2
-        turned = torch.cat([(cos - sin)[..., :half], (cos + sin)[..., half:]], -1)
-        at = queries.clamp(min=0)[..., None].expand(-1, -1, turned.shape[2])
-        pull = turned.gather(1, at) @ turned.transpose(1, 2) / turned.shape[2]
+        angles = rotary.float()  # cosines and sines, each of them twice
+        at = queries.clamp(min=0)[..., None].expand(-1, -1, angles.shape[2])
+        pull = angles.gather(1, at) @ angles.transpose(1, 2) / (angles.shape[2] / 2)
         return pull.clamp(min=0.01)
 
     def act(self, ctx: LayerContext) -> list:

@@ -14,11 +14,15 @@ from mllm.models.base import Family
 
 def families() -> dict[str, type[Family]]:
     """Supported families by `config.model_type`."""
+    from mllm.models.deepseek_vl import DeepseekVL
     from mllm.models.gemma3 import Gemma3
+    from mllm.models.glm4v import Glm4V
     from mllm.models.idefics3 import Idefics3, SmolVLM
     from mllm.models.internvl import InternVL
-    from mllm.models.llava import Llava
+    from mllm.models.llava import Llava, VipLlava
     from mllm.models.llava_next import LlavaNext, LlavaOnevision
+    from mllm.models.mistral3 import LightOnOcr, Mistral3
+    from mllm.models.paligemma import PaliGemma
     from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
     from mllm.models.towers.family import TowerFamily
 
@@ -33,31 +37,54 @@ def families() -> dict[str, type[Family]]:
         "gemma3": Gemma3,
         "idefics3": Idefics3,
         "smolvlm": SmolVLM,
+        "paligemma": PaliGemma,
+        "mistral3": Mistral3,
+        "glm4v": Glm4V,
+        "glm46v": Glm4V,
+        "vipllava": VipLlava,
+        "deepseek_vl": DeepseekVL,
+        "lighton_ocr": LightOnOcr,
         "mllm_llava": TowerFamily,
     }
 
 
-def family_of(kind: str | None, given: str) -> type[Family]:
-    """The adapter class of a `config.model_type`.
+def family_of(config: Any, given: str, whole: bool = True) -> type[Family]:
+    """The adapter class of a model's configuration.
 
     Args:
-        kind: the model type.
+        config: has a `model_type`, or is none of transformers.
         given: name of the model or its class, for the message.
+        whole: whether it is that of a whole model, not of a part.
 
     Raises:
-        PlanError: the family is not supported; names the nearest one that is.
+        PlanError: the family is not supported; says why it cannot be, or names the nearest one
+            that is.
     """
-    known = families()
+    known, kind = families(), getattr(config, "model_type", None) if whole else None
     if kind not in known:
         nearest = difflib.get_close_matches(kind or "", known, 1, 0.5)
+        why = _never(config) or (f"; the nearest family is {nearest[0]}" if nearest else "")
         raise PlanError(
-            f"{given} is not a supported vision-language model"
-            + (f"; the nearest family is {nearest[0]}" if nearest else ""),
+            f"{given} is not a supported vision-language model{why}",
             argument="model",
             given=given,
             expected="a conditional-generation model of type " + ", ".join(known),
         )
     return known[kind]
+
+
+def _never(config: Any) -> str:
+    """Why no plan can work on models of an architecture, if so."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    names = "cross_attention_layers", "cross_layer_interval"
+    if any(getattr(text, name, None) for name in names):
+        return (
+            ": its text reads pictures through cross-attention, so there are no visual tokens in "
+            "the sequence to choose from"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        return ": its decoder reads pictures through an encoder, not as tokens of its prompt"
+    return ""
 
 
 def resolve(model: Any) -> Family:
@@ -67,6 +94,5 @@ def resolve(model: Any) -> Family:
         PlanError: the model's family is not supported.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kind = getattr(getattr(inner, "config", None), "model_type", None)
-    whole = hasattr(inner, "get_decoder")
-    return family_of(kind if whole else None, type(inner).__name__)(inner)
+    config, whole = getattr(inner, "config", None), hasattr(inner, "get_decoder")
+    return family_of(config, type(inner).__name__, whole)(inner)

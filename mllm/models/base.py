@@ -60,8 +60,11 @@ class Family:
         refuses: actions that the family cannot do, with the reason.
         packed: the tower takes all pictures as one sequence.
         mrope: rotary positions have a row and a column; they cannot be renumbered.
-        hybrid: decoder layers of several kinds see differently; the base model makes a mask of
-            each kind.
+        neighbours: rotary embedding turns channels with their neighbours, not with those of the
+            other half.
+        hybrid: rows see more or less than all before them, or not the same in all layers; the base
+            model makes the masks, one of each kind of layer.
+        asks: arguments without which rows do not see what the model has learnt to see.
         first_cut: first decoder layer before which rows may leave.
         carried: attributes of `base` that belong to a conversation; the engine keeps them on its
             cache.
@@ -75,7 +78,9 @@ class Family:
     refuses: ClassVar[dict[str, str]] = {}
     packed = False
     mrope = False
+    neighbours = False
     hybrid = False
+    asks: ClassVar[tuple[str, ...]] = ()
     first_cut = 0
     carried: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4,)}
@@ -183,6 +188,10 @@ class Family:
         """What the projector is given as one row per visual token: `[tokens, width]`."""
         return self.to_rows(features.flatten(0, -2), layouts)
 
+    def no_tokens(self, args: tuple) -> tuple:
+        """Arguments of the projector, from its own, for no tokens, or the fewest that it takes."""
+        return (args[0][:0], *args[1:])
+
     def native_grid(self) -> tuple[int, int] | None:
         """(rows, cols) of every image, if the family has one size for all."""
         return None
@@ -257,6 +266,30 @@ class Family:
     def vision_flops(self, layout: Layout, projected: int) -> float:
         """FLOPs of one image through the tower, and of `projected` tokens in the projector."""
         raise NotImplementedError
+
+
+class PerPatch(Family):
+    """A family with one visual token per tower patch, and one grid per image."""
+
+    per_token = True
+
+    def native_grid(self) -> tuple[int, int]:
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return side, side
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        pixels, patch = inputs["pixel_values"], self.vision_config.patch_size
+        side = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        return [Layout((side,))] * pixels.shape[0]
+
+    def resized(
+        self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
+    ) -> dict[str, Any]:
+        pixels, patch = inputs["pixel_values"], self.vision_config.patch_size
+        size = (grids[0][0] * patch, grids[0][1] * patch)
+        if tuple(pixels.shape[-2:]) == size:
+            return {}
+        return {"pixel_values": shrink(pixels, size), "interpolate_pos_encoding": True}
 
 
 class Shuffled(Family):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +9,12 @@ from torch import Tensor, nn
 
 from mllm import flops
 from mllm.errors import PlanError
-from mllm.models.base import Family, shrink
+from mllm.models.base import PerPatch
 from mllm.tokens import Layout
 
 
-class Llava(Family):
+class Llava(PerPatch):
     """`LlavaForConditionalGeneration`."""
-
-    per_token = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -35,13 +32,14 @@ class Llava(Family):
         self.projector = self.base.multi_modal_projector
         self.prefix = 1 if kind == "clip_vision_model" else 0
         wanted = "default" if self.prefix else "full"
-        if config.vision_feature_select_strategy != wanted:
+        given = getattr(config, "vision_feature_select_strategy", wanted)
+        if given != wanted:
             raise PlanError(
                 "a tower whose [CLS] is itself a visual token has no grid"
                 if self.prefix
                 else "a tower without [CLS] whose first patch is left out has no grid",
                 argument="vision_feature_select_strategy",
-                given=config.vision_feature_select_strategy,
+                given=given,
                 expected=wanted,
             )
 
@@ -63,27 +61,29 @@ class Llava(Family):
         hidden = tower_output.hidden_states
         return torch.cat([hidden[i][:, :1] for i in self._feature_layers()], dim=-1)
 
-    def native_grid(self) -> tuple[int, int]:
-        side = self.vision_config.image_size // self.vision_config.patch_size
-        return side, side
-
-    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
-        pixels, patch = inputs["pixel_values"], self.vision_config.patch_size
-        side = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        return [Layout((side,))] * pixels.shape[0]
-
-    def resized(
-        self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
-    ) -> dict[str, Any]:
-        pixels, patch = inputs["pixel_values"], self.vision_config.patch_size
-        size = (grids[0][0] * patch, grids[0][1] * patch)
-        if tuple(pixels.shape[-2:]) == size:
-            return {}
-        return {"pixel_values": shrink(pixels, size), "interpolate_pos_encoding": True}
-
     def vision_flops(self, layout: Layout, projected: int) -> float:
         config = self.vision_config
         width = config.hidden_size * len(self.feature_blocks())
         return flops.vision_tower(config, layout.cells, self.prefix) + flops.projector(
             width, self.text_config.hidden_size, projected
         )
+
+
+class VipLlava(Llava):
+    """`VipLlavaForConditionalGeneration`: features of several tower blocks, normalised."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if not self.prefix:
+            raise PlanError(
+                "ViP-LLaVA leaves out the first patch of a tower without [CLS]",
+                argument="model",
+                given=self.vision_config.model_type,
+                expected="clip_vision_model",
+            )
+
+    def _feature_layers(self) -> list[int]:
+        config = self.model.config
+        # Older versions have several layers by another name.
+        chosen = getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
+        return [chosen] if isinstance(chosen, int) else list(chosen)

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from mllm import compat
 from mllm.errors import PlanError
-from mllm.plan import PLAN_FILE, Plan
+from mllm.plan import ADAPTER_FILES, PLAN_FILE, Plan
 from mllm.routers.base import NAME, active
 
 if TYPE_CHECKING:
     from mllm.models.base import Family
     from mllm.patcher import Patched
 
-HEADER, WEIGHTS = "mllm_adapter.json", "mllm_adapter.safetensors"
-FILES = (HEADER, WEIGHTS)
+HEADER, WEIGHTS = FILES = ADAPTER_FILES
 #: What must be the same in the model that an adapter is loaded into, as far as its header has it.
 _WIDTHS = ("hidden_size", "num_hidden_layers", "tower_width")
 
