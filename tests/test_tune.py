@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -12,20 +13,25 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from eval_tiny import save_tiny
 from tune_fake import ENOUGH, LAYERS, TASKS, TOKENS, Fake, loss, share
 from typer.testing import CliRunner
 
 pytest.importorskip("optuna")
 
+import mllm
+from mllm import plan as plans
 from mllm.cli import app
+from mllm.compressors.base import Budget, Keep, Positions, TokenReducer, resolve
 from mllm.errors import DataError, MllmError, PlanError
-from mllm.eval import asking, cells, tuning, tuning_space
+from mllm.eval import asking, cells, tune, tuning, tuning_answers, tuning_space
 from mllm.eval.tuning import Effort, search
 from mllm.eval.tuning_answers import Journal, Record
 from mllm.eval.tuning_goal import COSTS, Goal
 from mllm.loading import load_model
 from mllm.plan import Plan
+from mllm.yardstick import samples
 
 METHODS = ("random", "stride", "divprune", "visionzip", "fastv")
 EFFORT = {"trials": 40, "first": 16, "n": 64, "n_test": 400, "confirm": 2}
@@ -380,7 +386,7 @@ def test_exit_code_1_where_nothing_is_confirmed(folder, tmp_path, short_answers)
     assert result.exit_code == 1 and "No plan was confirmed" in result.stdout
 
 
-def test_the_cache_is_asked_again(folder, tmp_path, short_answers):
+def test_the_cache_is_asked_again(folder, short_answers, monkeypatch):
     """Under plain generation the first token has seen what a method evicts."""
     asked = []
     questions = asking.Questions
@@ -389,17 +395,29 @@ def test_the_cache_is_asked_again(folder, tmp_path, short_answers):
         asked.append(arguments[-1])
         return questions(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning.ModelEvaluator._questions.__globals__["sources"], "TASKS", TASKS)
-        patch.setitem(tuning.ModelEvaluator._questions.__globals__, "Questions", watched)
-        loaded = load_model(str(folder), device="cpu")
-        evaluator = tuning.ModelEvaluator(*loaded, ["color"], "plain", 4)
-        whole = evaluator.ask(Plan([]), "color", "dev", 0, 4)
-        for spec in ("h2o:budget=0.5", "stride:keep=0.5:positions=original+h2o:budget=0.5",
-                     "fastv:layer=2:keep=0.5+h2o:budget=0.5"):  # fmt: skip
-            block = evaluator.ask(Plan.from_spec(spec), "color", "dev", 0, 4)
-            assert block["kv_bytes"] < 0.8 * whole["kv_bytes"]
+    monkeypatch.setattr(tuning_answers, "Questions", watched)
+    loaded = load_model(str(folder), device="cpu")
+    evaluator = tuning.ModelEvaluator(*loaded, ["color"], "plain", 4)
+    whole = evaluator.ask(Plan([]), "color", "dev", 0, 4)
+    for spec in ("h2o:budget=0.5", "stride:keep=0.5:positions=original+h2o:budget=0.5",
+                 "fastv:layer=2:keep=0.5+h2o:budget=0.5"):  # fmt: skip
+        block = evaluator.ask(Plan.from_spec(spec), "color", "dev", 0, 4)
+        assert block["kv_bytes"] < 0.8 * whole["kv_bytes"]
     assert asked == ["prompt", "prompt", "again"]
+
+
+def test_stages_before_the_cache_may_be_asked_again(folder, short_answers):
+    """Where nothing is evicted, what is asked again is answered as it was."""
+    model, processor = load_model(str(folder), device="cpu")
+    drawn = samples("color", "dev", 4)
+    for spec in ("stride:keep=0.5:positions=original", "fastv:layer=2:keep=0.5"):
+        said = []
+        for protocol, more in (("prompt", ""), ("again", "+h2o:budget=1.0")):
+            questions = asking.Questions(processor, drawn, 4, model.dtype, model.device, protocol)
+            with mllm.patch(model, spec + more) as patched:
+                answers = asking.answer_all(model, processor, questions, patched)
+            said.append([given.text for given in answers])
+        assert said[0] == said[1]
 
 
 def test_time_is_measured_in_pairs(folder, tmp_path, short_answers):
@@ -422,15 +440,38 @@ def test_dry_run_writes_nothing(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_tune_is_public(folder, tmp_path, short_answers):
-    import mllm.eval
+@pytest.mark.slow
+def test_a_planted_method_wins_on_the_embedded_model(tmp_path, monkeypatch):
+    """Against methods that leave a corner of the picture at the same cost."""
+    monkeypatch.setattr(plans, "_REGISTRY", {**plans._load_methods()})
 
+    @mllm.register("corner", stage="pre_llm")
+    @dataclasses.dataclass
+    class Corner(TokenReducer):
+        """The first tokens."""
+
+        keep: Budget = 0.5
+        positions: Positions | None = None
+
+        def reduce(self, ctx):
+            count = resolve(self.keep, ctx.valid.shape[1])
+            return [Keep(ctx.valid & (torch.arange(ctx.valid.shape[1]) < count))]
+
+    loaded = load_model("tiny-llava", device="cpu")
+    found = tune(
+        *loaded, tmp_path, max_tokens="30%", methods=["corner", "stride"], tasks=["admitted"],
+        budgets=[0.05, 0.25], effort=Effort(trials=4, first=4, n=16, n_test=20, confirm=1),
+    )  # fmt: skip
+    assert found["plan"] == "stride:keep=0.25"
+
+
+def test_tune_is_public(folder, tmp_path, short_answers):
     loaded = load_model(str(folder), device="cpu")
-    found = mllm.eval.tune(
+    found = tune(
         *loaded, tmp_path, max_tokens=32, methods=["stride"], tasks=["color"],
         effort=Effort(trials=3, first=2, n=2, n_test=2, confirm=1),
     )  # fmt: skip
     assert found["plan"] is None or found["confirmed"][0]["tokens"] <= 32
     assert set(COSTS) >= {"latency"}
     with pytest.raises(PlanError, match="is a stack"):
-        mllm.eval.tune(*loaded, tmp_path, max_loss=1, methods=["stride+fastv"], tasks=["color"])
+        tune(*loaded, tmp_path, max_loss=1, methods=["stride+fastv"], tasks=["color"])

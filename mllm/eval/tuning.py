@@ -297,7 +297,7 @@ class _Search:
             self.known[record["plan_sha256"]] = record
         else:
             study.tell(trial, state=TrialState.PRUNED)
-        return None if known or record["plan"] is None else {**record, "params": trial.params}
+        return None if known or record["state"] == "empty" else {**record, "params": trial.params}
 
     def _halving(self, trial: optuna.Trial, plan: Plan, number: int) -> dict[str, Any]:
         """Ask a plan ever more questions, for as long as it is among the better half."""
