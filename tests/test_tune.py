@@ -130,6 +130,15 @@ def test_few_questions_prove_nothing():
     assert tuning.difference(record, record, 3)["ci"][0] < low
 
 
+def test_a_plan_that_answers_nothing_is_no_error(tmp_path):
+    class Mute(Fake):
+        def is_right(self, plan, task, split, index):
+            return not plan.stages
+
+    found = _search(tmp_path, fake=Mute(), methods=("stride",), trials=4)
+    assert found["plan"] is None and found["confirmed"][0]["vs_unpatched"]["diff"] == -1
+
+
 def test_questions_double_and_are_asked_once(tmp_path):
     fake = Fake()
     found = _search(tmp_path, fake=fake)
@@ -314,7 +323,7 @@ def test_every_method_without_training_can_be_searched():
 )
 def test_bad_input_names_the_argument_and_runs_nothing(folder, tmp_path, words, argument, match):
     out = tmp_path / "out"
-    words = ("tune", "--model", folder, "--tasks", "color", "--n-test", 4, "-o", out, *words)
+    words = ("tune", "--model", folder, "--tasks", "color", "--n", 16, "-o", out, *words)
     result, payload = _cli(*words, "--json")
     assert result.exit_code == 2, result.output
     error = payload["error"]

@@ -327,14 +327,14 @@ class _Search:
         """Share of the cost that is saved, times the chance that the claim will hold on test.
 
         The chance is that of a normal law for the difference, which the questions so far leave
-        uncertain and those of the test split will blur; one answer more that flips than was seen
-        keeps a plan without any from looking certain.
+        uncertain and those of the test split will blur. Its variance is that of one answer more
+        that flips than was seen, so that a plan without any does not look certain.
         """
         if share >= 1:
             return 1 - share
         gained, lost = _flips(ours, base)
         n, diff = ours.n, (gained - lost) / ours.n
-        variance = (gained + lost + 1) / (n + 1) - diff**2
+        variance = (gained + lost + 1) / (n + 1)
         here, there = variance / n, variance / self.n_test
         needed = -self.goal.max_loss / 100
         if self.claim == "interval":
@@ -344,7 +344,8 @@ class _Search:
 
     def confirm(self, trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The best plans on the test split, best on dev first."""
-        finished = [t for t in trials if t["state"] == "complete" and t["value"] > 0]
+        saves = [t for t in trials if self.goal.budget is not None or t.get("share", 1) < 1]
+        finished = [trial for trial in saves if trial["state"] == "complete"]
         finished.sort(key=lambda trial: -trial["value"])
         best = dict.fromkeys(trial["plan_sha256"] for trial in finished)
         chosen = [self.plans[name] for name in best][: self.effort.confirm]

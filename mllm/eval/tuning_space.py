@@ -167,9 +167,13 @@ class Space:
             place: one.at(share, layer, self.tokens, self.num_layers)
             for place, (one, share, layer) in chosen.items()
         }
-        if CACHE in stages and BEFORE in stages and stages[BEFORE].positions is None:
-            # Asking again needs a cache that can go back: see `check_protocol`.
-            stages[BEFORE] = stages[BEFORE].replace(positions="original")
+        if CACHE in stages:  # is asked again, which needs a cache that can go back
+            stages = {
+                place: stage.replace(positions="original")
+                if place != CACHE and stage.positions is None and stage.paper_positions == "compact"
+                else stage
+                for place, stage in stages.items()
+            }
         return Plan(stages.values()) if stages else None
 
 
