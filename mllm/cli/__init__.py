@@ -27,6 +27,7 @@ SUMMARIES = {
     "recipes": "List the shipped recipes, or copy one.",
     "eval": "Score a model under a plan with lmms-eval.",
     "sweep": "Score many plans and budgets; resumable.",
+    "tune": "Find the plan that fits a goal; resumable.",
     "report": "Build the HTML report from results.",
     "bench": "Measure speed and memory against the unpatched model.",
 }

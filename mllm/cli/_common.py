@@ -47,6 +47,7 @@ def run_command(
     fn: Callable[[], T],
     json: bool = False,
     render: Callable[[T], None] | None = None,
+    failure: Callable[[T], dict[str, Any] | None] | None = None,
 ) -> None:
     """Run the body of a command and show its result.
 
@@ -55,17 +56,21 @@ def run_command(
         fn: does the work and returns the `data` of the `--json` object.
         json: print that object on stdout; whatever else is printed goes to stderr meanwhile.
         render: shows the data to people, when `json` is off.
+        failure: the error object of data that say that the command did not reach what it is for,
+            or None: then the exit code is 1, and the object has both.
 
     Errors pass through: the command group turns them into messages and exit codes.
     """
-    if not json:
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         data = fn()
-        if render is not None:
-            render(data)
-        return
-    with contextlib.redirect_stdout(sys.stderr):
-        data = fn()
-    print_json({"schema": 1, "command": name, "ok": True, "data": data})
+    error = failure(data) if failure is not None else None
+    if json:
+        said = {} if error is None else {"error": error}
+        print_json({"schema": 1, "command": name, "ok": error is None, **said, "data": data})
+    elif render is not None:
+        render(data)
+    if error is not None:
+        raise typer.Exit(1)
 
 
 def print_json(payload: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ except ImportError:  # Windows has no such locks: there, a file is not guarded
 SCHEMA = 1
 _FIELDS = frozenset({"method", "budget", "task", "n", "outcomes", "about"})
 Identity = tuple[str, int, str, str, str, str]
-_EXPECTED = "a file written by mllm sweep, or another --output"
+_EXPECTED = "a file that mllm has written, or another --output"
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,42 @@ def read(path: str | os.PathLike) -> Cells:
     Raises:
         DataError: a line is no cell of a sweep, or of a schema that this version cannot read.
     """
-    path = Path(path)
-    if not path.exists():
-        return Cells([])
     rows: dict[Any, dict[str, Any]] = {}
-    damaged = 0
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            cell = json.loads(line)
-        except ValueError as error:  # UnicodeDecodeError too
-            if not line.lstrip(b"\0").startswith(b"{") and line.strip(b"\0"):
-                raise _foreign(path, number, "not JSON") from error
-            damaged += 1
-            continue
+    lines, damaged = parsed(path)
+    for number, cell in lines:
         if not isinstance(cell, dict) or not cell.keys() >= _FIELDS:
-            raise _foreign(path, number, "not a cell of a sweep")
+            raise foreign(path, number, "not a cell of a sweep")
         if cell.get("schema", SCHEMA) != SCHEMA:
-            raise _foreign(
+            raise foreign(
                 path, number, f"schema {cell['schema']!r}, and this mllm reads schema {SCHEMA}"
             )
         rows.setdefault(identity(cell) if "key" in cell else number, cell)
     return Cells(list(rows.values()), damaged)
 
 
-def _foreign(path: Path, number: int, what: str) -> DataError:
+def parsed(path: str | os.PathLike) -> tuple[list[tuple[int, Any]], int]:
+    """Numbered lines of a JSON Lines file, and how many a killed run has left unfinished.
+
+    Raises:
+        DataError: a line is not JSON.
+    """
+    path = Path(path)
+    found: list[tuple[int, Any]] = []
+    damaged = 0
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append((number, json.loads(line)))
+        except ValueError as error:  # UnicodeDecodeError too
+            if not line.lstrip(b"\0").startswith(b"{") and line.strip(b"\0"):
+                raise foreign(path, number, "not JSON") from error
+            damaged += 1
+    return found, damaged
+
+
+def foreign(path: str | os.PathLike, number: int, what: str) -> DataError:
+    """The error for a line that is not what it should be."""
     return DataError(
         f"{path}, line {number}: {what}", argument="output", given=path, expected=_EXPECTED
     )

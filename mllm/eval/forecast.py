@@ -91,13 +91,13 @@ def forecast(
         own = sum(cost.prefill - cost.tower for cost in every)
         total += sizes[task] * whole[task] / scale * (tower + own)
 
-    drawing, answering = _probe(model, processor, first, asked, workers)
+    drawing, answering = probe(model, processor, first, asked, workers)
     repeats = 1 + (asked.timings + 1 if asked.timings else 0) / asked.n
     seconds = total * repeats * answering / whole[first] + sum(sizes.values()) * drawing
     return Forecast(cells, missing, total, seconds / min(workers, len(todo)))
 
 
-def _probe(
+def probe(
     model: Any, processor: Any, task: str, asked: Questioning, workers: int
 ) -> tuple[float, float]:
     """Seconds per question to draw and preprocess it, and to answer it without a plan."""

@@ -147,10 +147,16 @@ def on_cache(template: str) -> bool:
 
 
 def check_protocol(plan: Plan, protocol: str) -> None:
-    """Raises PlanError where a plan's answers cannot be read by a protocol."""
+    """Raises PlanError where a plan's answers cannot be read by a protocol.
+
+    Stages before the cache stay out of `context`, where no question is there to choose by, and may
+    stand beside one on the cache under `again`. That takes the prompt's end back, so stages before
+    the LLM need `positions=original` there.
+    """
     if protocol == "prompt":
         return
-    if other := [stage.info.name for stage in plan.stages if stage.site != "cache"]:
+    other = [stage.info.name for stage in plan.stages if stage.site != "cache"]
+    if other and (protocol == "context" or len(other) == len(plan.stages)):
         raise PlanError(
             f"protocol={protocol!r} is about the KV cache, and {', '.join(other)} works before it",
             argument="protocol",

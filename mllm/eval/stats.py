@@ -42,7 +42,7 @@ class Difference:
 
     Attributes:
         diff: mean of `ours - theirs`, in [-1, 1]; accuracies are averaged over seeds.
-        low, high: 95 % percentile bootstrap interval of `diff`.
+        low, high: percentile bootstrap interval of `diff`, of 95 % unless another was asked for.
         gained, lost: questions that we, or they, answer correctly (with several seeds: more
             often) and the other not.
         n: number of questions.
@@ -116,19 +116,24 @@ def share(seeds: Sequence[Sequence[bool]] | np.ndarray) -> Share:
 
 
 def paired(
-    ours: Outcomes, theirs: Outcomes, *, seed: int = 0, resamples: int = RESAMPLES
+    ours: Outcomes,
+    theirs: Outcomes,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> Difference:
     """Paired bootstrap and McNemar test of the difference of two accuracies.
 
     Args:
         ours, theirs: outcomes on the same questions: one row of `n` 0/1 values, or a list of
             such rows (one per task). Rows are resampled apart, so that the mix of tasks stays.
-        seed, resamples: as for :func:`paired_seeds`; one seed leaves nothing to chance.
+        seed, resamples, level: as for :func:`paired_seeds`; one seed leaves nothing to chance.
 
     Raises:
         ValueError: if the two do not have the same, non-empty shape.
     """
-    return paired_seeds([ours], [theirs], seed=seed, resamples=resamples)
+    return paired_seeds([ours], [theirs], seed=seed, resamples=resamples, level=level)
 
 
 def paired_seeds(
@@ -137,6 +142,7 @@ def paired_seeds(
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> Difference:
     """:func:`paired` where a side was run with several seeds: a two-level bootstrap.
 
@@ -150,6 +156,7 @@ def paired_seeds(
         ours, theirs: one entry per seed, each as :func:`paired` takes it.
         seed: of the resampling of seeds; the law of resampled questions is computed.
         resamples: quantiles of that law, each with one draw of the seeds.
+        level: how often the interval may miss; 0.05 / k for k intervals that hold together.
 
     Raises:
         ValueError: if not all have the same, non-empty shape.
@@ -169,7 +176,7 @@ def paired_seeds(
             draws = len(side) - 1
             picks = rng.multinomial(draws, np.full(len(side), 1 / len(side)), size=resamples)
             totals += sign * (picks @ _seed_effects(side)) / draws
-    low, high = np.percentile(totals, [2.5, 97.5])
+    low, high = np.percentile(totals, [50 * level, 100 - 50 * level])
     diff, gained, lost = values.sum() / scale, int((values > 0).sum()), int((values < 0).sum())
     if len(a) == len(b) == 1:
         p, p_mid = mcnemar(gained, lost)
