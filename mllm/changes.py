@@ -25,7 +25,7 @@ from mllm.actions import (
 )
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
-from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate
+from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate, scatter_back
 
 if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
@@ -109,11 +109,7 @@ class Inside:
         """What the branch adds to the residual, of full length."""
         x, *more = output if isinstance(output, tuple) else (output,)
         if branch in self.rows:
-            rows, meant = self.rows[branch], self.meant[branch]
-            full = x.new_zeros(x.shape[0], self.length, x.shape[2])
-            x = full.scatter(
-                1, rows[..., None].expand_as(x), x.masked_fill(~meant[..., None], 0)
-            )
+            x = scatter_back(x, self.rows[branch], self.length, self.meant[branch])
         if branch in self.scale:
             scale = self.scale[branch]
             x = x * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mllm import kernels
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -392,13 +394,49 @@ def gather_rows(x: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
         rows: int64 `[batch, kept]`.
         dim: the row axis of `x`.
     """
-    shape = list(x.shape)
-    shape[dim - 1] = rows.shape[0]
-    x = x.expand(shape)
-    shape[dim] = rows.shape[1]
-    view = [1] * x.dim()
-    view[dim - 1], view[dim] = rows.shape
-    return x.gather(dim, rows.view(view).expand(shape))
+    return gather_parts(rows, [(x, dim)])[0]
+
+
+def gather_parts(rows: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """The chosen rows of several tensors.
+
+    Args:
+        rows: int64 `[batch, kept]`.
+        parts: tensors and their row axes, as in :func:`gather_rows`.
+    """
+    return kernels.run("compact", _gather_parts, rows, parts)
+
+
+def _gather_parts(rows: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    found = []
+    for x, dim in parts:
+        shape = list(x.shape)
+        shape[dim - 1] = rows.shape[0]
+        x = x.expand(shape)
+        shape[dim] = rows.shape[1]
+        view = [1] * x.dim()
+        view[dim - 1], view[dim] = rows.shape
+        found.append(x.gather(dim, rows.view(view).expand(shape)))
+    return found
+
+
+def scatter_back(x: Tensor, rows: Tensor, length: int, real: Tensor | None = None) -> Tensor:
+    """Rows back to where they came from, among zeros: `[batch, length, width]`.
+
+    Args:
+        x: `[batch, kept, width]`.
+        rows: int64 `[batch, kept]` below `length`, distinct per sample.
+        length: rows of the result.
+        real: bool `[batch, kept]`; other rows of `x` become zeros. None is all.
+    """
+    return kernels.run("scatter_back", _scatter_back, x, rows, length, real)
+
+
+def _scatter_back(x: Tensor, rows: Tensor, length: int, real: Tensor | None = None) -> Tensor:
+    if real is not None:
+        x = x.masked_fill(~real[..., None], 0)
+    out = x.new_zeros(x.shape[0], length, x.shape[2])
+    return out.scatter(1, rows[..., None].expand_as(x), x)
 
 
 def renumber(
