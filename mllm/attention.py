@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm import compat
+from mllm import compat, kernels
 from mllm.errors import NoEffectError
+from mllm.signals import Heads
 
 BLOCK = 64  # query rows per step of a column sum
 
@@ -199,6 +200,35 @@ def row_attention(
     return row_logits(query, key, rows, mask, scaling, causal=causal).softmax(-1)
 
 
+def row_scores(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    *,
+    causal: bool = True,
+    heads: Heads = "mean",
+) -> Tensor:
+    """Attention of a few query rows reduced over heads, in fp32: `[batch, rows, keys]`.
+
+    The arguments are those of :func:`row_logits`, and
+
+    Args:
+        heads: the reduction; `[batch, heads, rows, keys]` for `"none"`.
+    """
+    return kernels.run(
+        "row_scores", _row_scores, query, key, rows, mask, scaling, causal=causal, heads=heads
+    )
+
+
+def _row_scores(
+    query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None, scaling: float | None, *,
+    causal: bool, heads: Heads,
+) -> Tensor:  # fmt: skip
+    return reduce_heads(row_attention(query, key, rows, mask, scaling, causal=causal), heads)
+
+
 def received_attention(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
@@ -215,7 +245,7 @@ def received_attention(
     return total
 
 
-def reduce_heads(x: Tensor, how: Literal["mean", "sum", "max", "none"]) -> Tensor:
+def reduce_heads(x: Tensor, how: Heads) -> Tensor:
     """`[batch, heads, ...]` without its heads, or unchanged for `"none"`."""
     if how == "none":
         return x
@@ -229,7 +259,7 @@ def column_mass(
     mask: Tensor | None,
     scaling: float | None,
     *,
-    heads: Literal["mean", "sum", "max", "none"] = "mean",
+    heads: Heads = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Attention that each key receives from chosen queries, causally.
 

@@ -752,8 +752,8 @@ def test_zipvl_under_assisted_decoding():
 @torch.no_grad()
 def test_steps_read_a_row_when_it_is_needed(monkeypatch):
     seen = []
-    around(monkeypatch, attention, "row_attention", lambda f, query, *a: (
-        seen.append(query.shape[2]), f(query, *a)
+    around(monkeypatch, attention, "row_attention", lambda f, query, *a, **k: (
+        seen.append(query.shape[2]), f(query, *a, **k)
     )[1])  # fmt: skip
     model = families.model("llava")
     with mllm.patch(model, "zipvl:tau=0.8:every=5"):
