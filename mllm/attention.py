@@ -114,15 +114,22 @@ def read_only(
 def _served(base: str) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
         only, change = _ONLY.get(), _CHANGE.get()
-        attended = getattr(key, "mllm_attended", None)
-        if attended is not None:  # what is stored depends on the query: see SlotLayer.update
-            key, value, attention_mask = attended(query, attention_mask, kwargs.get("scaling"))
-        for tap in opened().get(module, ()) if only is None else only:
+        own = change is not None and change.module is module
+        readers = opened().get(module, ()) if only is None else only
+        layer = getattr(key, "mllm_layer", None)
+        if layer is not None:  # what is stored is not attended to as it is: see SlotLayer.update
+            scaling = kwargs.get("scaling")
+            if layer.selects:
+                key, value, attention_mask = layer.attended(query, attention_mask, scaling)
+            elif own or readers or base == "eager" or _unusual(kwargs):
+                key, value = layer.keys, layer.values
+            else:
+                return layer.attend(query, attention_mask, scaling).transpose(1, 2), None
+        for tap in readers:
             with torch.no_grad():
                 tap(query, key, attention_mask, kwargs.get("scaling"), value)
         if only is not None:
             raise _WasRead
-        own = change is not None and change.module is module
         if own:
             attention_mask = change.mask(query, key, attention_mask)
         output, weights = compat.base_attention(module, base)(
@@ -133,6 +140,12 @@ def _served(base: str) -> Callable:
         return output, weights
 
     return attention
+
+
+def _unusual(kwargs: dict[str, Any]) -> bool:
+    """Whether a model asks for more than attention is."""
+    more = ("softcap", "s_aux", "position_bias", "cache")
+    return bool(kwargs.get("dropout")) or any(kwargs.get(name) is not None for name in more)
 
 
 for _base in compat.SERVED:

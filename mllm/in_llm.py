@@ -176,8 +176,8 @@ class DecoderRun:
             self._check_foreign(cache)
             adopt(cache, self.patched.windows, self.patched.new_mark())
             self._check_cache(cache)
-            for layer in cache.layers:
-                layer.served = self.patched.selects
+            for layer, served in zip(cache.layers, self.patched.served, strict=True):
+                layer.served = served
             self.past_logical = cache.get_seq_length()
         self.cache = cache
         self.known = embeds.new_ones(batch, self.past_logical + rows, dtype=torch.bool)

@@ -98,7 +98,7 @@ def test_the_error_is_half_a_step(bits, dtype):
     for x, got, side in (
         (keys, segment.keys(), segment._keys), (values, segment.values(), segment._values)
     ):  # fmt: skip
-        rows = side._number() if side is segment._keys else slice(None)
+        rows = side.number() if side is segment._keys else slice(None)
         step = side.step.float()[rows].repeat_interleave(x.shape[-1] // side.step.shape[1], 1)
         last = torch.finfo(dtype).eps * x.float().abs()  # the result's own rounding
         off = (got.float() - x.float()).abs()[kept]

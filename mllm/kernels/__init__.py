@@ -62,6 +62,12 @@ def use(mode: Mode) -> Iterator[None]:
         _MODE.reset(token)
 
 
+def considered(name: str, like: Tensor) -> bool:
+    """Whether :func:`run` would look at a kernel, for tensors such as this one."""
+    mode = _MODE.get()
+    return mode != "torch" and (mode != "auto" or (name in VALIDATED and like.is_cuda))
+
+
 def run(name: str, reference: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """What `reference` gives, from the kernel `name` where that is chosen.
 
