@@ -180,10 +180,10 @@ def stored(seed, dtype, slots=None):
     def one_of(*choices):
         return choices[int(torch.randint(len(choices), (), generator=g))]
 
-    batch, kv_heads, group = one_of(1, 2, 3), one_of(1, 2, 3), one_of(1, 2, 3, 4, 5, 7, 8)
+    batch, kv_heads, group = one_of(1, 2), one_of(1, 2, 3), one_of(1, 2, 3, 4, 5, 7, 8)
     width = one_of(64, 72, 80, 96, 128, 192, 256)
     value_width = one_of(width, 24, 64)
-    shape = batch, kv_heads, one_of(1, 2, 31, 64, 77, 130) if slots is None else slots
+    shape = batch, kv_heads, one_of(1, 2, 31, 64, 77) if slots is None else slots
     keys, values = (normal(g, *shape, w, dtype=dtype) for w in (width, value_width))
     lengths = torch.randint(0, shape[2] + 1, shape[:2], generator=g)
     lengths[-1, -1] = 0
@@ -212,7 +212,7 @@ CLOSE = [(torch.float32, 1e-5), (torch.float16, 2e-3)]  # weights are rounded be
 
 
 @pytest.mark.parametrize("dtype, close", CLOSE)
-@pytest.mark.parametrize("seed, slots", [*((s, None) for s in range(12)), (12, 300), (13, 0)])
+@pytest.mark.parametrize("seed, slots", [*((s, None) for s in range(8)), (8, 300), (9, 0)])
 def test_ragged_heads(device, seed, slots, dtype, close):
     """A packed cache, with rows appended behind; also one of several parts, and one of no cell."""
     query, keys, values, there, seen, scaling = stored(seed, dtype, slots or None)
@@ -283,7 +283,7 @@ def test_attention_in_parts_is_attention():
     "counts, width, inner",
     [
         ([1], 8, 8), ([0, 3, 1, 0, 7], 40, 33), ([70, 0, 5], 17, 96), ([0, 0], 8, 24),
-        ([16, 16, 16, 16], 64, 16), ([2, 130], 100, 72),
+        ([16, 16, 16, 16], 64, 16), ([2, 70], 40, 72),
     ],
 )  # fmt: skip
 def test_groups_of_rows(device, counts, width, inner, dtype, close):
@@ -402,6 +402,19 @@ def test_torch_by_default(mode, monkeypatch):
     monkeypatch.setattr(kernels, "_obstacle", lambda *_: pytest.fail("looked at a kernel"))
     with kernels.use(mode):
         assert kernels.run("row_scores", reference, torch.zeros(1)) == 1
+
+
+@torch.no_grad()
+def test_choosing_cuts_no_graph():
+    """`torch.compile` traces through the dispatcher while no mode is asked for."""
+
+    def rows(x, at):
+        return tokens.gather_rows(x, at) + 1
+
+    x, at = torch.arange(12.0).view(1, 4, 3), torch.tensor([[3, 1]])
+    compiled = torch.compile(rows, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, at), rows(x, at))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, get_args
@@ -33,6 +34,10 @@ Mode = Literal["auto", "triton", "interpreter", "torch"]
 VALIDATED: frozenset[str] = frozenset()
 
 _MODE: ContextVar[Mode] = ContextVar("mllm_kernels", default="auto")
+# Blocks of `use` that are open, in all threads. While there is none nobody asks the context variable,
+# at which torch.compile would cut a graph.
+_OPEN = 0
+_COUNTING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -56,15 +61,27 @@ def use(mode: Mode) -> Iterator[None]:
             argument="mode", given=mode, expected=f"one of {', '.join(get_args(Mode))}",
         )  # fmt: skip
     token = _MODE.set(mode)
+    _opened(1)
     try:
         yield
     finally:
+        _opened(-1)
         _MODE.reset(token)
+
+
+def _opened(more: int) -> None:
+    global _OPEN
+    with _COUNTING:
+        _OPEN += more
+
+
+def _mode() -> Mode:
+    return _MODE.get() if _OPEN else "auto"
 
 
 def considered(name: str, like: Tensor) -> bool:
     """Whether :func:`run` would look at a kernel, for tensors such as this one."""
-    mode = _MODE.get()
+    mode = _mode()
     return mode != "torch" and (mode != "auto" or (name in VALIDATED and like.is_cuda))
 
 
@@ -74,7 +91,7 @@ def run(name: str, reference: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     The kernel's module has `unsupported`, which says of the same arguments why not or returns None,
     and a function of the kernel's name, which may be given arguments that it supports.
     """
-    mode = _MODE.get()
+    mode = _mode()
     if mode == "torch" or (mode == "auto" and name not in VALIDATED):
         return reference(*args, **kwargs)
     tensors = list(_tensors([*args, *kwargs.values()]))
