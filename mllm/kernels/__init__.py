@@ -34,8 +34,8 @@ Mode = Literal["auto", "triton", "interpreter", "torch"]
 VALIDATED: frozenset[str] = frozenset()
 
 _MODE: ContextVar[Mode] = ContextVar("mllm_kernels", default="auto")
-# Blocks of `use` that are open, in all threads. While there is none nobody asks the context variable,
-# at which torch.compile would cut a graph.
+# Blocks of `use` that are open, in all threads. While there is none, nobody asks the context
+# variable, at which torch.compile would cut a graph.
 _OPEN = 0
 _COUNTING = threading.Lock()
 
