@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm import compat
+from mllm import compat, kernels
 from mllm.errors import NoEffectError
+from mllm.signals import Heads
 
 BLOCK = 64  # query rows per step of a column sum
 
@@ -116,15 +117,22 @@ def read_only(
 def _served(base: str) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
         only, change = _ONLY.get(), _CHANGE.get()
-        attended = getattr(key, "mllm_attended", None)
-        if attended is not None:  # what is stored depends on the query: see SlotLayer.update
-            key, value, attention_mask = attended(query, attention_mask, kwargs.get("scaling"))
-        for tap in opened().get(module, ()) if only is None else only:
+        own = change is not None and change.module is module
+        readers = opened().get(module, ()) if only is None else only
+        layer = getattr(key, "mllm_layer", None)
+        if layer is not None:  # what is stored is not attended to as it is: see SlotLayer.update
+            scaling = kwargs.get("scaling")
+            if layer.selects:
+                key, value, attention_mask = layer.attended(query, attention_mask, scaling)
+            elif own or readers or base == "eager" or _unusual(kwargs):
+                key, value = layer.keys, layer.values
+            else:
+                return layer.attend(query, attention_mask, scaling).transpose(1, 2), None
+        for tap in readers:
             with torch.no_grad():
                 tap(query, key, attention_mask, kwargs.get("scaling"), value)
         if only is not None:
             raise _WasRead
-        own = change is not None and change.module is module
         if own:
             query, key = change.turn(query, key)
             attention_mask = change.mask(query, key, attention_mask)
@@ -136,6 +144,12 @@ def _served(base: str) -> Callable:
         return output, weights
 
     return attention
+
+
+def _unusual(kwargs: dict[str, Any]) -> bool:
+    """Whether a model asks for more than attention is."""
+    more = ("softcap", "s_aux", "position_bias", "cache")
+    return bool(kwargs.get("dropout")) or any(kwargs.get(name) is not None for name in more)
 
 
 for _base in compat.SERVED:
@@ -203,6 +217,35 @@ def row_attention(
     return row_logits(query, key, rows, mask, scaling, causal=causal).softmax(-1)
 
 
+def row_scores(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    *,
+    causal: bool = True,
+    heads: Heads = "mean",
+) -> Tensor:
+    """Attention of a few query rows reduced over heads, in fp32: `[batch, rows, keys]`.
+
+    The arguments are those of :func:`row_logits`, and
+
+    Args:
+        heads: the reduction; `[batch, heads, rows, keys]` for `"none"`.
+    """
+    return kernels.run(
+        "row_scores", _row_scores, query, key, rows, mask, scaling, causal=causal, heads=heads
+    )
+
+
+def _row_scores(
+    query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None, scaling: float | None, *,
+    causal: bool, heads: Heads,
+) -> Tensor:  # fmt: skip
+    return reduce_heads(row_attention(query, key, rows, mask, scaling, causal=causal), heads)
+
+
 def received_attention(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
@@ -219,7 +262,7 @@ def received_attention(
     return total
 
 
-def reduce_heads(x: Tensor, how: Literal["mean", "sum", "max", "none"]) -> Tensor:
+def reduce_heads(x: Tensor, how: Heads) -> Tensor:
     """`[batch, heads, ...]` without its heads, or unchanged for `"none"`."""
     if how == "none":
         return x
@@ -233,7 +276,7 @@ def column_mass(
     mask: Tensor | None,
     scaling: float | None,
     *,
-    heads: Literal["mean", "sum", "max", "none"] = "mean",
+    heads: Heads = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Attention that each key receives from chosen queries, causally.
 

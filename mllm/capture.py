@@ -180,9 +180,11 @@ class Captures:
                 seen = seen.clamp(min=1)
                 x = x / (seen[:, None] if x.dim() == 3 else seen)
         else:
-            read = attention.row_attention if signal.softmax else attention.row_logits
-            x = read(query, key, chosen.clamp(min=0), mask, scaling)
-            x = attention.reduce_heads(x, signal.heads)
+            given = query, key, chosen.clamp(min=0), mask, scaling
+            if signal.softmax:
+                x = attention.row_scores(*given, heads=signal.heads)
+            else:
+                x = attention.reduce_heads(attention.row_logits(*given), signal.heads)
             real = chosen >= 0
             x.masked_fill_(~(real[:, None, :, None] if x.dim() == 4 else real[..., None]), 0)
             own = table.index.gather(1, chosen.clamp(min=0))

@@ -27,7 +27,7 @@ from mllm.actions import (
 from mllm.attention import unrotate
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
-from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate, put_rows
+from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate, scatter_back
 
 if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
@@ -116,9 +116,7 @@ class Inside:
         """What the branch adds to the residual, of full length."""
         x, *more = output if isinstance(output, tuple) else (output,)
         if branch in self.rows:
-            if branch in self.meant:
-                x = x.masked_fill(~self.meant[branch][..., None], 0)
-            x = put_rows(x, self.rows[branch], self.length)
+            x = scatter_back(x, self.rows[branch], self.length, self.meant.get(branch))
         if branch in self.scale:
             scale = self.scale[branch]
             x = x * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)

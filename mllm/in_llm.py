@@ -31,12 +31,13 @@ from mllm.tokens import (
     TokenTable,
     choose_rows,
     count_rows,
+    gather_parts,
     gather_rows,
     locate,
     on_device,
     places_of,
-    put_rows,
     renumber,
+    scatter_back,
     split_images,
     supervised,
 )
@@ -175,8 +176,8 @@ class DecoderRun:
             self._check_foreign(cache)
             adopt(cache, self.patched.windows, self.patched.new_mark())
             self._check_cache(cache)
-            for layer in cache.layers:
-                layer.served = self.patched.selects
+            for layer, served in zip(cache.layers, self.patched.served, strict=True):
+                layer.served = served
             self.past_logical = cache.get_seq_length()
         self.cache = cache
         self.known = embeds.new_ones(batch, self.past_logical + rows, dtype=torch.bool)
@@ -391,9 +392,10 @@ class DecoderRun:
             most = max(1, *self.lengths)
             rows = choose_rows(keep, table.valid, order if compact else None, most)
             self.table = table.take(rows, keep.gather(1, rows))
-            kwargs["inputs_embeds"] = gather_rows(kwargs["inputs_embeds"], rows)
+            kwargs["inputs_embeds"], position = gather_parts(
+                rows, [(kwargs["inputs_embeds"], 1), (position, position.dim() - 1)]
+            )
             self.patched.family.take_rows(kwargs, rows, self.table.valid)
-            position = gather_rows(position, rows, dim=position.dim() - 1)
             self.rows = rows
         kwargs["position_ids"] = position
         prepared = kwargs.get("attention_mask")
@@ -567,7 +569,7 @@ class DecoderRun:
         if self.compacted:
             rotary = family.rotary(hidden, self.position, kind)
         elif self.rows is not None:
-            rotary = tuple(gather_rows(t, self.rows, dim=t.dim() - 2) for t in rotary)
+            rotary = tuple(gather_parts(self.rows, [(t, t.dim() - 2) for t in rotary]))
         if kind:
             mask = self._mask_of_kind(layer, kwargs.get("attention_mask"))
         elif self.patched.inserts or self._crowded(layer):
@@ -767,12 +769,14 @@ class DecoderRun:
         self._count(keep, counts)
         rows = choose_rows(keep, table.valid, None, max(self.lengths))
         self.table = table.take(rows, keep.gather(1, rows))
+        parts = [(hidden, 1), (self.place, 2)]
         if position is not None:
-            position = gather_rows(position, rows, dim=position.dim() - 1)
-        self.position = position
+            parts.append((position, position.dim() - 1))
+        hidden, self.place, *moved = gather_parts(rows, parts)
+        self.position = moved[0] if moved else None
         self.rows = rows if self.rows is None else self.rows.gather(1, rows)
-        self.place = gather_rows(self.place, rows, dim=2)
-        return self._move(layer, hidden, lambda x: gather_rows(x, rows))
+        self.moves[layer].append(lambda x: gather_rows(x, rows))
+        return hidden
 
     def _move(self, layer: int, hidden: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
         """Do something to the hidden states that enter a layer, and remember it."""
@@ -1029,8 +1033,7 @@ class DecoderRun:
             rows = table.inserted.int().argsort(dim=1, stable=True)[:, :count]
             table, hidden = table.take(rows, table.valid.gather(1, rows)), gather_rows(hidden, rows)
         written = table.valid | ~full.valid.gather(1, table.index)
-        hidden = hidden.masked_fill(~written[..., None], 0)
-        return put_rows(hidden, table.index, full.valid.shape[1])
+        return scatter_back(hidden, table.index, full.valid.shape[1], written)
 
     def restore_states(self, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """`hidden_states` of the decoder: what enters the first layer, and what leaves each."""

@@ -191,8 +191,8 @@ class Patched:
                 if layer < len(self.layers)
             }
         )
-        forms = any(stage.stores for _, stage in self.compressors)
-        self.apart = forms or bool(SETS_APART & self._actions())
+        self.stores = any(stage.stores for _, stage in self.compressors)
+        self.apart = self.stores or bool(SETS_APART & self._actions())
         self.alike = self._alike()
         self.selects = any(s.selects for _, s in self.compressors)
         self.inserts = "Insert" in self._actions()
@@ -380,7 +380,7 @@ class Patched:
         for _, stage in self.compressors:
             reads = [own for s in stage.reads().values() for own in self.each_layer(s)]
             found += [self.family.attention(signal.layer) for signal in reads]
-        if self.selects:
+        if self.selects or self.stores:
             found += [self.family.attention(layer) for layer in range(len(self.layers))]
         found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
@@ -411,7 +411,13 @@ class Patched:
             self._set(module, name, wrapper)
             touched[module] = None
 
-        for module in self.tapped():
+        tapped = dict.fromkeys(self.tapped())
+        #: Whether attention of a layer is served by :mod:`mllm.attention` at decode steps.
+        self.served = [
+            bool(self.compressors) and family.attention(layer) in tapped
+            for layer in range(len(self.layers))
+        ]
+        for module in tapped:
             before = compat.serve(module, f"mllm_{compat.attention_name(module)}")
             self._attributes.append((module, "config", before))
             touched[module] = None

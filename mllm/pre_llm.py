@@ -37,7 +37,15 @@ from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
 from mllm.routers.base import NAME, active
 from mllm.signals import Compared, Text
-from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of, split_images
+from mllm.tokens import (
+    Layout,
+    choose_rows,
+    gather_rows,
+    on_device,
+    places_of,
+    scatter_back,
+    split_images,
+)
 from mllm.tower import TowerRun
 
 if TYPE_CHECKING:
@@ -178,13 +186,16 @@ class VisionRun:
                 "the tower has no [CLS]", argument="query", given="cls", expected="received"
             )
         else:
+            heads = "mean" if signal.heads == "mean" else "sum"
             if prefix and signal.query != "received":
                 first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
-                scores = attention.row_attention(query, key, first, mask, scaling, causal=False)
-                scores, rows = scores[:, :, 0], 1
+                value = attention.row_scores(
+                    query, key, first, mask, scaling, causal=False, heads=heads
+                )[:, 0]
+                rows = 1
             else:
-                scores, rows = attention.received_attention(query, key, mask, scaling), tokens
-            value = scores.mean(1) if signal.heads == "mean" else scores.sum(1)
+                scores = attention.received_attention(query, key, mask, scaling)
+                value, rows = attention.reduce_heads(scores, heads), tokens
         value = value[:, prefix:]
         if self.tower is not None:
             value = self.tower.spread(value)
@@ -454,9 +465,7 @@ class VisionRun:
 
     def after_projector(self, projected: Tensor) -> Tensor:
         """Spread the projected tokens over their rows again."""
-        tokens = self.groups[0].layout.tokens
-        full = projected.new_zeros(projected.shape[0], tokens, projected.shape[2])
-        return full.scatter(1, self.rows[..., None].expand_as(projected), projected)
+        return scatter_back(projected, self.rows, self.groups[0].layout.tokens)
 
     def after(self, features: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Run the stages after the projector.

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mllm import kernels
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -392,6 +394,24 @@ def gather_rows(x: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
         rows: int64 `[batch, kept]`.
         dim: the row axis of `x`.
     """
+    return gather_parts(rows, [(x, dim)])[0]
+
+
+def gather_parts(rows: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """The chosen rows of several tensors.
+
+    Args:
+        rows: int64 `[batch, kept]`.
+        parts: tensors and their row axes, as in :func:`gather_rows`.
+    """
+    return kernels.run("compact", _gather_parts, rows, parts)
+
+
+def _gather_parts(rows: Tensor, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    return [_gather_rows(x, rows, dim) for x, dim in parts]
+
+
+def _gather_rows(x: Tensor, rows: Tensor, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim - 1] = rows.shape[0]
     x = x.expand(shape)
@@ -403,14 +423,21 @@ def gather_rows(x: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
     return x.gather(dim, rows.view(view).expand(shape))
 
 
-def put_rows(x: Tensor, rows: Tensor, length: int) -> Tensor:
-    """`[batch, length, width]`: `x` at its rows, and zeros elsewhere.
+def scatter_back(x: Tensor, rows: Tensor, length: int, real: Tensor | None = None) -> Tensor:
+    """Rows back to where they came from, among zeros: `[batch, length, width]`.
 
     Args:
-        x: `[batch, n, width]`.
-        rows: int64 `[batch, n]`, different in each sample.
-        length: over all rows.
+        x: `[batch, kept, width]`.
+        rows: int64 `[batch, kept]` below `length`, distinct per sample.
+        length: rows of the result.
+        real: bool `[batch, kept]`; other rows of `x` become zeros. None is all.
     """
+    return kernels.run("scatter_back", _scatter_back, x, rows, length, real)
+
+
+def _scatter_back(x: Tensor, rows: Tensor, length: int, real: Tensor | None = None) -> Tensor:
+    if real is not None:
+        x = x.masked_fill(~real[..., None], 0)
     full = x.new_zeros(len(x) * length, x.shape[2])
     return full.index_copy_(0, _flat(rows, length), x.flatten(0, 1)).unflatten(0, (len(x), length))
 

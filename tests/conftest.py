@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
+import torch
+
 # Before transformers is imported by any test: no network, no fork warnings, no surprises.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton asks when it is imported. Kernels run in its interpreter where they cannot run otherwise.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_terminal_summary(terminalreporter):

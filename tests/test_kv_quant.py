@@ -98,7 +98,7 @@ def test_the_error_is_half_a_step(bits, dtype):
     for x, got, side in (
         (keys, segment.keys(), segment._keys), (values, segment.values(), segment._values)
     ):  # fmt: skip
-        rows = side._number() if side is segment._keys else slice(None)
+        rows = side.number() if side is segment._keys else slice(None)
         step = side.step.float()[rows].repeat_interleave(x.shape[-1] // side.step.shape[1], 1)
         last = torch.finfo(dtype).eps * x.float().abs()  # the result's own rounding
         off = (got.float() - x.float()).abs()[kept]
@@ -752,8 +752,8 @@ def test_zipvl_under_assisted_decoding():
 @torch.no_grad()
 def test_steps_read_a_row_when_it_is_needed(monkeypatch):
     seen = []
-    around(monkeypatch, attention, "row_attention", lambda f, query, *a: (
-        seen.append(query.shape[2]), f(query, *a)
+    around(monkeypatch, attention, "row_attention", lambda f, query, *a, **k: (
+        seen.append(query.shape[2]), f(query, *a, **k)
     )[1])  # fmt: skip
     model = families.model("llava")
     with mllm.patch(model, "zipvl:tau=0.8:every=5"):

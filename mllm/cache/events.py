@@ -101,8 +101,11 @@ class CacheEvents:
             if signal.visible:
                 x = x / (seen[:, None] if x.dim() == 3 else seen).clamp(min=1)
         else:
-            read = attention.row_attention if signal.softmax else attention.row_logits
-            x = attention.reduce_heads(read(query, key, chosen.clamp(min=0), mask, scaling), each)
+            given = query, key, chosen.clamp(min=0), mask, scaling
+            if signal.softmax:
+                x = attention.row_scores(*given, heads=each)
+            else:
+                x = attention.reduce_heads(attention.row_logits(*given), each)
             real = (chosen >= 0)[..., None]
             x.masked_fill_(~(real[:, None] if x.dim() == 4 else real), 0)
         x = self._by_token(x, signal.layer)

@@ -10,9 +10,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mllm import compat
+from mllm import compat, kernels
 from mllm.actions import Attend
-from mllm.cache.segments import SLACK, Dense, Packed, Segment, _gather, _headwise, _stored
+from mllm.cache.segments import (
+    SLACK,
+    Dense,
+    Packed,
+    Segment,
+    _gather,
+    _headwise,
+    _stored,
+    attend,
+    joined,
+)
 from mllm.cache.sharing import Change, once
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from mllm.errors import CacheMismatchError, PlanError
@@ -269,7 +279,8 @@ class SlotLayer(DynamicLayer):
         heads: KV heads, once there are any keys.
         record_past: whether a window forgets nothing (assisted decoding).
         journals: whether `crop` can undo evictions made from now on.
-        served: whether attention of this forward asks for `attended`; see :meth:`update`.
+        served: whether attention of this forward knows what to do with `mllm_layer`; see
+            :meth:`update`.
     """
 
     def __init__(self, window: int | None = None, record_past: bool = False) -> None:
@@ -340,8 +351,9 @@ class SlotLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Append, and return what is attended to.
 
-        Where a segment selects and there is one new token, that depends on its query: the keys
-        that are returned are only its own, and carry :meth:`attended` for the attention function.
+        Where a segment selects and there is one new token, that depends on its query, and where a
+        kernel attends to what is stored as it lies, nobody needs it otherwise: the keys that are
+        returned are only the new ones, and lead the attention function to this layer.
         """
         if self._noted is None and (self.compressed or self.planned):
             raise CacheMismatchError(
@@ -359,16 +371,16 @@ class SlotLayer(DynamicLayer):
             table = rows if self.table is None else self.table.cat(rows)
         else:
             table, advance, intact = self._noted
-        selects = self.served and self._noted is not None and new == 1 and self.selects
+        asks = self.served and self._noted is not None and new == 1
         self._append(key_states, value_states)
         self.table, self._noted = table, None
         self._added = new
         self.seen += advance
         if intact is not None:
             self.intact = max(self.intact, intact)
-        if selects:
+        if asks and (self.selects or self._by_kernel(key_states)):
             keys, values = key_states.view_as(key_states), value_states
-            keys.mllm_attended = self.attended
+            keys.mllm_layer = self
         else:
             keys, values = self.keys, self.values
         if self.window is not None and not self.record_past:
@@ -406,6 +418,35 @@ class SlotLayer(DynamicLayer):
     def selects(self) -> bool:
         """Whether one new token attends to less than is stored."""
         return any(getattr(segment, "selects", False) for segment in self.segments)
+
+    def _by_kernel(self, like: Tensor) -> bool:
+        """Whether a kernel is at hand for some of what is stored."""
+        names = {getattr(segment, "kernel", None) for segment in self.segments} - {None}
+        # A window forgets before attention asks.
+        return self.window is None and any(kernels.considered(name, like) for name in names)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+        """What one new token, which is stored already, reads: `[batch, heads, 1, value_dim]`.
+
+        Args:
+            query, scaling: as in :meth:`attended`.
+            mask: `[batch or 1, 1 or heads, 1, slots]`, bool or additive, or `[batch, slots]`; None
+                is everything.
+        """
+        seen = None
+        if mask is not None:
+            mask = mask[:, None, None].bool() if mask.dim() == 2 else mask
+            seen = mask[:, :, 0, : self.slots]
+            seen = (seen if seen.dtype == torch.bool else seen == 0).expand(*query.shape[:2], -1)
+        parts, start = [], 0
+        for segment in self.segments:
+            own = None if seen is None else seen[..., start : start + segment.slots]
+            if hasattr(segment, "kernel"):
+                parts.append(segment.attend(query, own, scaling))
+            else:
+                parts.append(attend(query, segment.keys(), segment.values(), own, scaling))
+            start += segment.slots
+        return joined(parts).to(query.dtype)
 
     def attended(
         self, query: Tensor, mask: Tensor | None, scaling: float | None

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.cache.segments import SLACK, _headwise
+from mllm import kernels
+from mllm.cache.segments import SLACK, _headwise, attend
 from mllm.errors import PlanError
 
 #: Bits of a value; 16 is the identity.
@@ -131,17 +132,17 @@ class ByChannel:
         codes = _codes(x, low[number], step[number], bits)
         return cls(_pack(codes, bits), low, step, members.to(torch.int32), bits, x.shape[1])
 
-    def _number(self) -> Tensor:
+    def number(self) -> Tensor:
         """Group of every row."""
         every = torch.arange(len(self.members), device=self.members.device)
         return every.repeat_interleave(self.members, output_size=len(self.codes))
 
     def rows(self) -> Tensor:
-        codes, number = _unpack(self.codes, self.bits, self.dim), self._number()
+        codes, number = _unpack(self.codes, self.bits, self.dim), self.number()
         return _values(codes, self.low[number], self.step[number])
 
     def pick(self, index: Tensor) -> ByChannel:
-        groups, members = self._number()[index].unique_consecutive(return_counts=True)
+        groups, members = self.number()[index].unique_consecutive(return_counts=True)
         return replace(
             self, codes=self.codes[index], low=self.low[groups], step=self.step[groups],
             members=members.to(torch.int32),
@@ -172,6 +173,7 @@ class Quantised:
 
     grows = False
     form = "quantised"
+    kernel = "quantised_decode"
 
     def __init__(
         self, keys: Side, values: Side, shape: tuple[int, int, int], place: Tensor | None = None
@@ -234,6 +236,14 @@ class Quantised:
         if self.place is not None:
             rows = rows.index_select(0, self.place.flatten().clamp(min=0))
         return rows.view(*self.shape, rows.shape[1])
+
+    def attend(
+        self, query: Tensor, seen: Tensor | None, scaling: float | None
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.run(
+            self.kernel, lambda *_: attend(query, self.keys(), self.values(), seen, scaling),
+            query, self._keys, self._values, self.shape, self.place, seen, scaling,
+        )  # fmt: skip
 
     def _places(self) -> Tensor:
         if self.place is not None:

@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mllm import kernels
+
 Part = Literal["both", "keys", "values"]
 
 #: Room is left for 1/SLACK more tokens, and up to 1/SLACK of a buffer may lie idle.
@@ -28,7 +30,9 @@ class Segment(Protocol):
     layer is attended to. A segment does not change, except that a growing one gets longer.
 
     One may also have `join(other)`: a segment with the columns of the other behind its own, or
-    None where they are not alike (see :meth:`mllm.cache.KVCache.convert`).
+    None where they are not alike (see :meth:`mllm.cache.KVCache.convert`). And one that a kernel
+    attends to where it lies has `kernel`, its name, and `attend(query, seen, scaling)`, which is
+    :func:`attend` without the rectangle.
 
     Attributes:
         slots: columns of the rectangle.
@@ -228,6 +232,7 @@ class Packed:
     """
 
     grows = True
+    kernel = "ragged_decode"
 
     def __init__(self, buffer: _Buffer, used: int, place: Tensor) -> None:
         self.buffer, self.used, self.place = buffer, used, place
@@ -261,6 +266,14 @@ class Packed:
     def _gathered(self, rows: Tensor) -> Tensor:
         found = rows.index_select(0, self.place.flatten())
         return found.view(*self.place.shape, rows.shape[1])
+
+    def attend(
+        self, query: Tensor, seen: Tensor | None, scaling: float | None
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.run(
+            self.kernel, lambda *_: attend(query, self.keys(), self.values(), seen, scaling),
+            query, self.buffer.keys, self.buffer.values, self.place, seen, scaling,
+        )  # fmt: skip
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         cells = keys.shape[:3]
@@ -352,6 +365,41 @@ class Offloaded:
 
     def meta(self) -> list[Tensor]:
         return []
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one new token to a part of what it sees, for :func:`joined`.
+
+    Args:
+        query: `[batch, heads, 1, head_dim]`, after rotary embedding.
+        keys, values: `[batch, kv_heads, slots, dim]`.
+        seen: bool `[batch, heads, slots]`; None is everything.
+        scaling: factor of the logits; None is `head_dim ** -0.5`.
+
+    Returns:
+        fp32 `[batch, heads, 1, value_dim]`, and the logarithms of the sums of exponentiated logits,
+        fp32 `[batch, heads, 1, 1]`. Who sees nothing reads zeros, and its sum is 0.
+    """
+    grouped = query[:, :, 0].unflatten(1, (keys.shape[1], -1)).float()
+    logits = grouped @ keys.float().mT * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    logits = logits.flatten(1, 2)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    weights = (logits - lse.masked_fill(lse == -torch.inf, 0)).exp()
+    out = (weights.unflatten(1, (keys.shape[1], -1)) @ values.float()).flatten(1, 2)
+    return out[:, :, None], lse[:, :, None]
+
+
+def joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention to all parts, each from :func:`attend`: fp32 `[batch, heads, 1, value_dim]`."""
+    if len(parts) == 1:
+        return parts[0][0]
+    outs, sums = (torch.stack(part) for part in zip(*parts, strict=True))
+    whole = sums.logsumexp(0)
+    return ((sums - whole.masked_fill(whole == -torch.inf, 0)).exp() * outs).sum(0)
 
 
 def _room(like: Tensor, shape: list[int]) -> Tensor:

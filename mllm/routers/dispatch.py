@@ -1,7 +1,7 @@
 """Rows to experts and back: a deterministic choice, capacities, and products over groups.
 
-Pure torch: no model, no plan. Assignments are sorted by expert, every expert multiplies one
-contiguous slice, and the results return to their rows.
+No model, no plan. Assignments are sorted by expert, every expert multiplies one contiguous slice, and
+the results return to their rows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mllm import kernels
 
 #: Rows of a product from which on matrix libraries add up a row alike, whatever the others are.
 ALIKE = 4
@@ -106,6 +108,13 @@ def grouped_ffn(
     Returns:
         `[sum of counts, width]`.
     """
+    return kernels.run("grouped_ffn", _grouped_ffn, x, counts, gate, up, down, act, least)
+
+
+def _grouped_ffn(
+    x: Tensor, counts: Sequence[int], gate: Tensor | None, up: Tensor, down: Tensor,
+    act: Callable[[Tensor], Tensor], least: int = 1,
+) -> Tensor:  # fmt: skip
     parts, start = [], 0
     gates = [None] * len(counts) if gate is None else gate.unbind()
     everyone = zip(counts, gates, up.unbind(), down.unbind(), strict=True)
