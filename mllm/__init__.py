@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from mllm.doctor import doctor
+from mllm.estimate import estimate
 from mllm.patch import patch
 
 __version__ = "0.1.0.dev0"
@@ -29,7 +30,7 @@ _EXPORTS = {
     "DataError": "mllm.errors",
     "CacheMismatchError": "mllm.errors",
 }
-__all__ = ["__version__", "doctor", "patch", *_EXPORTS]
+__all__ = ["__version__", "doctor", "estimate", "patch", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -127,22 +127,21 @@ def doctor(model: nn.Module) -> Report:
     return examine(model)
 
 
-def skeleton(path: str | os.PathLike) -> nn.Module:
+def skeleton(path: str | os.PathLike, dtype: str | None = None) -> nn.Module:
     """A model without its weights, on the meta device.
 
     Args:
         path: a folder with a ``config.json``, a hub name, or ``"tiny-llava"`` (embedded).
+        dtype: of the weights that it has not got; None is the configuration's.
 
     Raises:
         DataError: there is no configuration there.
         PlanError: it is of a family that is not supported.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     import mllm.models.towers  # noqa: F401 - transformers is told of our towers
     from mllm.loading import model_path
-    from mllm.models import family_of
 
     try:
         config = AutoConfig.from_pretrained(model_path(path))
@@ -153,6 +152,23 @@ def skeleton(path: str | os.PathLike) -> nn.Module:
             given=path,
             expected="a folder with config.json, a hub name, or 'tiny-llava'",
         ) from error
+    return bones(config, dtype)
+
+
+def bones(config: Any, dtype: str | None = None) -> nn.Module:
+    """:func:`skeleton` of a configuration.
+
+    Raises:
+        PlanError: it is of a family that is not supported.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from mllm.models import family_of
+
     family_of(config, (config.architectures or [config.model_type])[0])
+    more = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+        return AutoModelForImageTextToText.from_config(
+            config, attn_implementation="sdpa", **more
+        ).eval()

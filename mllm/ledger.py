@@ -27,6 +27,7 @@ class Reduction:
             within the image.
         order: int64 `[tokens]`, sequence order of kept tokens within their image.
         vision_flops, baseline_vision_flops, selection_flops: FLOPs of each image.
+        projected: tokens of each image that go through the model's projector.
         ran: indices of the plan's stages that ran.
         notes: what they have remarked.
         protected: bool `[tokens]`, tokens that no stage may drop; None is none.
@@ -43,6 +44,7 @@ class Reduction:
     vision_flops: list[float] = field(default_factory=list)
     baseline_vision_flops: list[float] = field(default_factory=list)
     selection_flops: list[float] = field(default_factory=list)
+    projected: list[int] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     protected: Tensor | None = None
@@ -73,6 +75,7 @@ class Reduction:
             vision_flops=[x for part in parts for x in part.vision_flops],
             baseline_vision_flops=[x for part in parts for x in part.baseline_vision_flops],
             selection_flops=[x for part in parts for x in part.selection_flops],
+            projected=[n for part in parts for n in part.projected],
             ran=set.intersection(*(part.ran for part in parts)),
             notes=[note for part in parts for note in part.notes],
             counts=[n for part in parts for n in part.counts],
@@ -288,19 +291,48 @@ class Ledger:
         branch_rows: dict[tuple[int, str], Tensor] | None = None,
     ) -> list[float]:
         """FLOPs of each sample, of rows that enter layers or, where told, their branches."""
-        record, total = self._record, [0.0] * len(tokens[0])
+        by_layer = self._by_layer(tokens, past, branch_rows)
+        return [sum(column) for column in zip(*by_layer, strict=True)]
+
+    def _by_layer(
+        self,
+        tokens: list[list[int]],
+        past: list[int],
+        branch_rows: dict[tuple[int, str], Tensor] | None = None,
+    ) -> list[list[float]]:
+        """:meth:`_layer_flops` of each layer."""
+        record, found = self._record, []
         own = {key: rows.tolist() for key, rows in (branch_rows or {}).items()}
         for i, row in enumerate(tokens):
             attn, mlp = own.get((i, "attn"), row), own.get((i, "mlp"), row)
-            for b, queries in enumerate(attn):
-                total[b] += flops.attention_branch(record.config, queries, past[i] + queries)
-                experts = record.experts.get(i) if branch_rows is not None else None
-                total[b] += (
+            experts = record.experts.get(i) if branch_rows is not None else None
+            found.append([
+                flops.attention_branch(record.config, queries, past[i] + queries)
+                + (
                     flops.mlp_branch(record.config, mlp[b])
                     if experts is None
                     else experts.flops(mlp[b], b)
                 )
-        return total
+                for b, queries in enumerate(attn)
+            ])  # fmt: skip
+        return found
+
+    @property
+    def projected(self) -> list[int]:
+        """Tokens of each image that went through the model's projector."""
+        reduction = None if self._record is None else self._record.reduction
+        return [] if reduction is None else list(reduction.projected)
+
+    def layer_flops(self) -> tuple[list[list[float]], list[list[float]]]:
+        """FLOPs of every decoder layer for each sample, with the plan and without.
+
+        Of a prefill in one piece, without tower, selection and LM head.
+        """
+        record, prompt = self._record, self._record.full.valid.sum(1).tolist()
+        layers = range(len(self._tables))
+        own = self._by_layer([self.tokens(i) for i in layers], record.past, record.branch_rows)
+        stored = [_within(record.past_logical, window) for window in record.windows]
+        return own, self._by_layer([prompt] * len(layers), stored)
 
     def as_dict(self) -> dict[str, Any]:
         """The promised fields (schema 1), plain Python values only."""

@@ -110,13 +110,17 @@ class VisionRun:
             family.check(inputs)
             layouts = family.layouts(inputs)
         full = [self.family.vision_flops(x, x.cells) for x in layouts]
-        own = [self.family.vision_flops(x, 0) for x in layouts] if patched.replaces else full
+        projected = [0 if patched.replaces else x.cells for x in layouts]
+        own = [
+            self.family.vision_flops(x, n) for x, n in zip(layouts, projected, strict=True)
+        ]
         into = on_device(torch.cat([torch.arange(x.tokens) for x in layouts]), pixels)
         self.reduction = Reduction(
             layouts=layouts,
             keep=torch.ones_like(into, dtype=torch.bool),
             into=into,
-            vision_flops=list(own),
+            vision_flops=own,
+            projected=projected,
             baseline_vision_flops=full,
             selection_flops=[0.0] * len(layouts),
             counts=[x.cells for x in layouts],
@@ -427,6 +431,7 @@ class VisionRun:
                         self.reduction.vision_flops[image] = self.family.vision_flops(
                             small, small.cells
                         )
+                        self.reduction.projected[image] = small.cells
         return self.family.resized(self.inputs, self.resized) if self.resized else {}
 
     def before_projector(self, features: Tensor) -> Tensor:
@@ -439,6 +444,7 @@ class VisionRun:
             self.rows = self.tower.finish(self.reduction)
             cost = self.family.vision_flops(group.layout, self.rows.shape[1]) - self.tower.saved()
             self.reduction.vision_flops = [cost] * len(self.rows)
+            self.reduction.projected = [self.rows.shape[1]] * len(self.rows)
             return features
         for number, stage in self._at("pre_projector"):
             actions = self._run(number, stage, group, features)
@@ -450,6 +456,7 @@ class VisionRun:
         # Every image's own tokens, as everywhere: what a batch fills up is not counted.
         own = counts if most is not None else [self.rows.shape[1]] * len(keep)
         self.reduction.vision_flops = [self.family.vision_flops(group.layout, n) for n in own]
+        self.reduction.projected = own
         return gather_rows(features, self.rows)
 
     def not_projected(self, nothing: Tensor) -> Tensor:

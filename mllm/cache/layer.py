@@ -924,5 +924,6 @@ def cache_bytes(cache: Cache | None) -> tuple[int, int]:
 
 
 def _storages(tensors: list[Tensor]) -> int:
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    # Not by address: tensors without values (`mllm.hollow`) have none.
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(found.values())

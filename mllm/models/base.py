@@ -200,6 +200,24 @@ class Family:
         """The [CLS] feature beside the patch features that are projected: `[images, 1, width]`."""
         raise NotImplementedError
 
+    def shaped(
+        self, samples: int, images: int, size: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        """Pictures as the processor would give them, with pixels on the meta device.
+
+        Args:
+            samples: in the batch.
+            images: of each sample; a tile, where tiles are images of their own.
+            size: (height, width) in pixels, where :meth:`native_grid` is None.
+        """
+        side = self.vision_config.image_size
+        high, wide = side if isinstance(side, list | tuple) else (side, side)
+        return {self.pixels: torch.empty(samples * images, 3, high, wide, device="meta")}
+
+    def size_of(self, cells: int) -> tuple[int, int] | None:
+        """(height, width) of a picture of so many visual tokens, nearly square; None if unknown."""
+        return None
+
     def check(self, inputs: Mapping[str, Any]) -> None:
         """Refuse pictures that the processor of another model made.
 

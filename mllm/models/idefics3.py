@@ -29,6 +29,12 @@ class Idefics3(Shuffled):
         side = self.vision_config.image_size // self.vision_config.patch_size // self.join
         return side, side
 
+    def shaped(
+        self, samples: int, images: int, size: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        pixels = super().shaped(samples, images, size)["pixel_values"]
+        return {"pixel_values": pixels.unflatten(0, (samples, images))}
+
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         pixels = inputs["pixel_values"].flatten(0, 1)
         return [x for x, real in zip(pixels, self._real(pixels), strict=True) if real]

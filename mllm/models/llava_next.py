@@ -37,6 +37,16 @@ class LlavaNext(Llava):
         """Cells of a tile in each direction."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
+    def shaped(
+        self, samples: int, images: int, size: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        count, side = samples * images, self.vision_config.image_size
+        tiles = self.patches(self._layout(list(size))) // self._side**2
+        return {
+            "pixel_values": torch.empty(count, tiles, 3, side, side, device="meta"),
+            "image_sizes": torch.tensor([size] * count),
+        }
+
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         pixels, layouts = inputs["pixel_values"], self.layouts(inputs)
         tiles = [self.patches(layout) // self._side**2 for layout in layouts]
@@ -116,6 +126,12 @@ class LlavaOnevision(LlavaNext):
     def of_videos(self) -> OnevisionVideo | None:
         # Older versions put the separator behind a video outside of get_video_features.
         return OnevisionVideo(self.model) if compat.encodes_first(self.base) else None
+
+    def shaped(
+        self, samples: int, images: int, size: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        among = torch.full((samples,), images)
+        return super().shaped(samples, images, size) | {"batch_num_images": among}
 
     def check(self, inputs: Mapping[str, Any]) -> None:
         super().check(inputs)

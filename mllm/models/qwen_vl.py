@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -52,6 +53,23 @@ class Qwen2VL(Family):
                 given=list(inputs[self.pixels].shape),
                 expected=f"{told} patches",
             )
+
+    def shaped(
+        self, samples: int, images: int, size: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        config, count = self.vision_config, samples * images
+        side = self.merge * config.patch_size
+        rows, cols = (max(1, round(length / side)) * self.merge for length in size)
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        return {
+            self.pixels: torch.empty(count * rows * cols, values, device="meta"),
+            self.sizes: torch.tensor([[1, rows, cols]] * count),
+        }
+
+    def size_of(self, cells: int) -> tuple[int, int]:
+        side = self.merge * self.vision_config.patch_size
+        rows = next(n for n in range(math.isqrt(cells), 0, -1) if cells % n == 0)
+        return rows * side, cells // rows * side
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         patches = inputs[self.sizes].prod(-1).tolist()
