@@ -297,7 +297,10 @@ def prefill(
 
     layouts, config, batch = family.layouts(given), family.text_config, ledger["batch"]
     projector = [
-        sum(family.vision_flops(x, n) - family.vision_flops(x, 0) for x, n in zip(layouts, many, strict=True))
+        sum(
+            family.vision_flops(x, n) - family.vision_flops(x, 0)
+            for x, n in zip(layouts, many, strict=True)
+        )
         for many in ([x.cells for x in layouts], patched.ledger.projected)
     ]
     layers, plain_layers = patched.ledger.layer_flops()

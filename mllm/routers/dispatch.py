@@ -1,7 +1,7 @@
 """Rows to experts and back: a deterministic choice, capacities, and products over groups.
 
-No model, no plan. Assignments are sorted by expert, every expert multiplies one contiguous slice, and
-the results return to their rows.
+No model, no plan. Assignments are sorted by expert, every expert multiplies one contiguous slice,
+and the results return to their rows.
 """
 
 from __future__ import annotations
