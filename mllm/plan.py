@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -559,7 +560,12 @@ def _format_stage(stage: Any) -> str:
 
 
 def _hint(stage: Any, name: str) -> Any:
-    return typing.get_type_hints(type(stage))[name]
+    return _hints(type(stage))[name]
+
+
+@functools.cache
+def _hints(method: type) -> dict[str, Any]:
+    return typing.get_type_hints(method)
 
 
 def _to_json(value: Any, hint: Any) -> Any:
