@@ -34,7 +34,7 @@ from mllm.plan import Plan
 from mllm.yardstick import samples
 
 METHODS = ("random", "stride", "divprune", "visionzip", "fastv")
-EFFORT = {"trials": 40, "first": 16, "n": 64, "n_test": 400, "confirm": 2}
+EFFORT = {"trials": 20, "first": 16, "n": 64, "n_test": 400, "confirm": 2}
 LOSS = Goal("flops", max_loss=2)
 
 
@@ -55,7 +55,7 @@ def _cli(*words):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_planted_optimum_is_found_and_its_claim_is_true(tmp_path, seed):
-    found = _search(tmp_path, fake=Fake(seed=seed), seed=seed)
+    found = _search(tmp_path, fake=Fake(seed=seed), seed=seed, trials=40)
     plan = Plan.of(tmp_path)
     assert plan.spec == found["plan"] and plan.sha256 == found["plan_sha256"]
     (stage,) = plan.stages
@@ -73,7 +73,7 @@ def test_the_planted_optimum_is_found_and_its_claim_is_true(tmp_path, seed):
 
 
 def test_the_best_within_a_budget_is_found(tmp_path):
-    found = _search(tmp_path, Goal("flops", None, 0.4, relative=True))
+    found = _search(tmp_path, Goal("flops", None, 0.4, relative=True), trials=40)
     plan = Plan.of(tmp_path)
     assert found["plan"] == plan.spec and loss(plan) == 0 and share(plan) <= 0.4
     over = [t for t in found["trials"] if t["state"] == "over_budget"]
@@ -83,7 +83,7 @@ def test_the_best_within_a_budget_is_found(tmp_path):
 def test_the_cost_is_what_was_asked_for(tmp_path):
     goals = Goal("latency", max_loss=2), Goal("latency", None, 0.9), Goal("kv_bytes", None, 2000)
     for goal in goals:
-        found = _search(tmp_path / str(goal.cost) / str(goal.budget), goal, trials=24)
+        found = _search(tmp_path / str(goal.cost) / str(goal.budget), goal)
         (best,) = (one for one in found["confirmed"] if one["plan"] == found["plan"])
         whole = {"latency": 2, "kv_bytes": 4000}[goal.cost]
         assert best["cost"]["value"] == pytest.approx(whole * share(Plan.from_spec(found["plan"])))
@@ -161,7 +161,7 @@ def test_a_seed_gives_the_same_search(tmp_path):
     assert [t["params"] for t in other["trials"]] != [t["params"] for t in first["trials"]]
 
 
-@pytest.mark.parametrize("at", [1, 30, 150])
+@pytest.mark.parametrize("at", [1, 30, 90])
 def test_a_stopped_search_goes_on(tmp_path, at):
     whole = Fake()
     expected = _search(tmp_path / "whole", fake=whole)
@@ -253,9 +253,9 @@ def _proposed(space, **params):
 def test_stacks_of_one_method_per_place():
     methods = ["visionzip", "fastv", "pyramiddrop:positions=original", "h2o", "kivi"]
     space = tuning_space.Space(methods, [0.25, 0.5], TOKENS, LAYERS)
-    plan = _proposed(space, before="visionzip", before_share=0, inside="fastv", inside_share=1,
+    plan = _proposed(space, before="visionzip", before_share=1, inside="fastv", inside_share=0,
                      layer=3, cache="none")  # fmt: skip
-    assert plan.spec == "visionzip:keep=0.25+fastv:layer=3:keep=0.5"
+    assert plan.spec == "visionzip:keep=0.5+fastv:layer=3:keep=0.25"
     plan = _proposed(space, before="visionzip", before_share=1, inside="none", cache="h2o",
                      cache_share=0)  # fmt: skip
     assert plan.spec == "visionzip:keep=0.5:positions=original+h2o:budget=0.25"
@@ -277,9 +277,9 @@ def test_stacks_of_one_method_per_place():
 
 
 def test_what_a_template_sets_is_not_searched():
-    space = tuning_space.Space(["fastv:layer=2", "divprune:keep=0.3"], [0.5], TOKENS, LAYERS)
+    space = tuning_space.Space(["fastv:layer=2", "divprune:keep=0.3"], [0.25], TOKENS, LAYERS)
     plan = _proposed(space, before="divprune:keep=0.3", inside="fastv:layer=2", inside_share=0)
-    assert plan.spec == "divprune:keep=0.3+fastv:layer=2:keep=0.5"
+    assert plan.spec == "divprune:keep=0.3+fastv:layer=2:keep=0.25"
 
 
 def test_every_method_without_training_can_be_searched():

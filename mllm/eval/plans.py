@@ -163,7 +163,8 @@ def check_protocol(plan: Plan, protocol: str) -> None:
             given=protocol,
             expected="protocol 'prompt', or methods on the KV cache",
         )
-    if protocol == "again" and (names := [s.info.name for s in plan.stages if s.selects]):
+    cached = [stage for stage in plan.stages if stage.site == "cache"]
+    if protocol == "again" and (names := [s.info.name for s in cached if s.selects]):
         raise PlanError(
             f"protocol='again' takes a part of the prompt back, and {', '.join(names)} then "
             "attends to everything",

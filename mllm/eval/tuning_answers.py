@@ -223,13 +223,14 @@ class Journal:
             Refused: the model cannot run the plan.
         """
         rows, sums = [], dict.fromkeys(UNITS, 0.0)
+        named = {"kind": "answers", "plan": plan.spec, "plan_sha256": plan.sha256}
         for task in tasks:
             row = ""
             own = [self.evaluator.size(task, split, edge) for edge in edges]
             for start, stop in zip([0, *own], own, strict=False):
                 if start == stop:
                     continue
-                block = self._block(plan, task, split, start, stop)
+                block = self._block(plan, named, task, split, start, stop)
                 row += block["outcomes"]
                 sums = {name: value + block[name] for name, value in sums.items()}
             rows.append(row)
@@ -249,17 +250,11 @@ class Journal:
             self._put(known)
         return known
 
-    def _block(self, plan: Plan, task: str, split: str, start: int, stop: int) -> dict[str, Any]:
-        line = {
-            "kind": "answers",
-            "plan": plan.spec,
-            "plan_sha256": plan.sha256,
-            "task": task,
-            "data": self.evaluator.data(task, split),
-            "split": split,
-            "start": start,
-            "stop": stop,
-        }
+    def _block(
+        self, plan: Plan, named: dict[str, Any], task: str, split: str, start: int, stop: int
+    ) -> dict[str, Any]:
+        asked = {"task": task, "data": self.evaluator.data(task, split), "split": split}
+        line = {**named, **asked, "start": start, "stop": stop}
         if (known := self._known.get(_name(line))) is None:
             with _refusals(plan):
                 known = line | self.evaluator.ask(plan, task, split, start, stop)
