@@ -92,7 +92,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llava-next-7b": _next("7b"),
     "llava-next-13b": _next("13b"),
     "llava-onevision-7b": dict(
-        model_type="llava_onevision", image_grid_pinpoints=_TILES, vision_aspect_ratio="anyres_max_9",
+        model_type="llava_onevision", image_grid_pinpoints=_TILES,
+        vision_aspect_ratio="anyres_max_9",
         vision_config=dict(_SIGLIP, num_hidden_layers=26, image_size=384),
         text_config=_text("qwen2", 3584, 18944, 28, 28, 4, 152128),
     ),

@@ -62,7 +62,7 @@ def command(
 
     Example: mllm estimate llava-1.5-7b --plan visionzip:keep=64
 
-    Example: mllm estimate qwen2.5-vl-7b --plan fastv:layer=2:keep=0.1 --size 1920x1080 --hardware a100-80gb
+    Example: mllm estimate qwen2.5-vl-7b --plan fastv:keep=0.1 --size 1920x1080 --batch 8
     """
 
     def work() -> Any:
