@@ -57,6 +57,10 @@ SEPARATORS = (
     "A separator stays while a cell of its row does, so how many there are depends on the picture: "
     "these numbers are those of a choice at random."
 )
+WINDOWS = (
+    "A layer with a window stores what lies within it, so how much that is depends on which tokens "
+    "stay: KV bytes are those of a choice at random."
+)
 
 
 def run(
@@ -308,11 +312,15 @@ def prefill(
             name: ledger[name] for name in COUNTED if name in ledger
         } | {"cells": _cells(patched.ledger)})  # fmt: skip
     layouts, config, batch = family.layouts(given), family.text_config, ledger["batch"]
-    spaced = any(layout.newline == "rows" for layout in layouts)
-    for name, what in COUNTED.items():
-        if found[0][name] != found[-1][name] and (name == "cells" or not spaced):
-            raise _unknown(plan, f"two kinds of random values give other {what}")
-    notes = [] if found[0] == found[-1] else [SEPARATORS]
+    differ = [name for name in COUNTED if found[0][name] != found[-1][name]]
+    notes = []
+    if differ and "cells" not in differ and any(x.newline == "rows" for x in layouts):
+        notes.append(SEPARATORS)
+    elif differ == ["kv_bytes"] and any(patched.windows):
+        notes.append(WINDOWS)
+    elif differ:
+        what = " and ".join(COUNTED[name] for name in differ)
+        raise _unknown(plan, f"two kinds of random values give other {what}")
     projector = [
         sum(
             family.vision_flops(x, n) - family.vision_flops(x, 0)
