@@ -30,8 +30,8 @@ ABOUT = """\
 # Scaling
 
 How prefill, decode, memory and selection grow with the visual tokens of a prompt: measured on a
-small random shape, fitted by a law, compared with `mllm estimate`, and carried on to large models by
-the roofline. `python -m scripts.make_scaling` writes this page from the result file.
+small random shape, fitted by a law, compared with `mllm estimate`, and carried on to large models
+by the roofline. `python -m scripts.make_scaling` writes this page from the result file.
 
 ```
 python benchmarks/scaling.py --output benchmarks/results/{name}.json
@@ -151,8 +151,8 @@ def page(name: str, results: dict[str, Any]) -> str:
         f"{text['intermediate_size']}, {text['num_hidden_layers']} layers, "
         f"{text['num_attention_heads']}/{text['num_key_value_heads']} heads; tower "
         f"{vision['hidden_size']} wide, {vision['depth']} blocks; "
-        f"{shape['parameters'] / 1e6:.0f} M random weights, {results['rows'][0].get('dtype', '')}. Plan `{results['plan']}` against "
-        f"the unpatched model, interleaved; 95 % intervals. {results['device']}, "
+        f"{shape['parameters'] / 1e6:.0f} M random weights. Plan `{results['plan']}` against the "
+        f"unpatched model, interleaved; 95 % intervals. {results['device']}, "
         f"{results['threads']} threads, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, commit {results['commit'][:7]}. "
         f"[{name}](../benchmarks/results/{name}.json)."
