@@ -59,7 +59,6 @@ class Estimate:
         layers: of every decoder layer `tokens` and `visual` tokens of a sample that enter it;
             `flops`, `kv_bytes`, and the same without the plan (`plain_`), of the batch.
         ledger: `as_dict()` of the ledger that the numbers come from.
-        memory: what `hardware` has; None if nobody said.
         assumptions: what stands behind the numbers, in words.
     """
 

@@ -19,6 +19,7 @@ from mllm.doctor import bones, skeleton
 from mllm.errors import DataError, PlanError
 from mllm.estimate import Cost, Estimate
 from mllm.hollow import Hollow, guessing, hollow_out, let_guess
+from mllm.ledger import Ledger
 from mllm.models import resolve
 from mllm.models.base import Family
 from mllm.patcher import Patched
@@ -32,6 +33,14 @@ SIZE = (768, 1024)
 #: Random values of two kinds: even ones, and few large ones among many small ones.
 GUESSES = ((0, 1), (1, 12))
 
+#: What must not depend on values, in words.
+COUNTED = {
+    "cells": "visual tokens per layer",
+    "kv_bytes": "bytes of keys and values",
+    "selection_flops": "FLOPs of selection",
+    "prefill_flops": "FLOPs of prefill",
+}
+
 ASSUMPTIONS = (
     "FLOPs are 2 x multiply-adds of matrix products, attention over the full rectangle; norms, "
     "softmax, embeddings and sampling are not counted.",
@@ -42,6 +51,15 @@ ASSUMPTIONS = (
     "what they store, once for the batch; its time is a mean over the new tokens, each of which "
     "takes a slot in every layer.",
     "All samples of a batch are alike, and nothing is padded.",
+)
+
+SEPARATORS = (
+    "A separator stays while a cell of its row does, so how many there are depends on the picture: "
+    "these numbers are those of a choice at random."
+)
+WINDOWS = (
+    "A layer with a window stores what lies within it, so how much that is depends on which tokens "
+    "stay: KV bytes are those of a choice at random."
 )
 
 
@@ -63,7 +81,7 @@ def run(
     images, size = _pictures(family, images, size, visual)
     inputs = prompt(family, images=images, size=size, text=text, batch=batch)
     weights = Weights.of(family)
-    plain, patched, ledger = prefill(net, given, inputs, weights)
+    plain, patched, ledger, notes = prefill(net, given, inputs, weights)
     costs = [_cost(side, family, at, dtype, new, batch) for side in (plain, patched)]
     return Estimate(
         model=name,
@@ -87,7 +105,7 @@ def run(
             for i, row in enumerate(ledger["layers"])
         ],
         ledger=ledger,
-        assumptions=[*ASSUMPTIONS, *_more(family)],
+        assumptions=[*ASSUMPTIONS, *_more(family), *notes],
     )  # fmt: skip
 
 
@@ -259,7 +277,7 @@ class Side:
 
 def prefill(
     net: nn.Module, plan: Plan | None, inputs: dict[str, Any], weights: Weights
-) -> tuple[Side, Side, dict[str, Any]]:
+) -> tuple[Side, Side, dict[str, Any], list[str]]:
     """Run a plan over shapes; `net`, on the meta device, is hollow and patched afterwards.
 
     Args:
@@ -269,7 +287,7 @@ def prefill(
         weights: of the model without the plan.
 
     Returns:
-        What the model needs without the plan and with it, and the ledger.
+        What the model needs without the plan and with it; the ledger; what to say of it.
 
     Raises:
         PlanError: the plan cannot work on this model, or its ledger depends on values.
@@ -290,12 +308,19 @@ def prefill(
         with guessing(seed, power):
             cache = net(**given, use_cache=True, logits_to_keep=1).past_key_values
         ledger = patched.ledger.as_dict()
-        found.append({key: value for key, value in ledger.items() if key in COUNTED})
-    if found[0] != found[-1]:
-        tokens = " or ".join(f"{x['visual_avg'][0]:.1f}" for x in found)
-        raise _unknown(plan, f"two kinds of random values leave {tokens} tokens per layer")
-
+        found.append({
+            name: ledger[name] for name in COUNTED if name in ledger
+        } | {"cells": _cells(patched.ledger)})  # fmt: skip
     layouts, config, batch = family.layouts(given), family.text_config, ledger["batch"]
+    differ = [name for name in COUNTED if found[0][name] != found[-1][name]]
+    notes = []
+    if differ and "cells" not in differ and any(x.newline == "rows" for x in layouts):
+        notes.append(SEPARATORS)
+    elif differ == ["kv_bytes"] and any(patched.windows):
+        notes.append(WINDOWS)
+    elif differ:
+        what = " and ".join(COUNTED[name] for name in differ)
+        raise _unknown(plan, f"two kinds of random values give other {what}")
     projector = [
         sum(
             family.vision_flops(x, n) - family.vision_flops(x, 0)
@@ -322,32 +347,28 @@ def prefill(
         runs=[True] * depth,
         weights=weights,
     )
-    return plain, Side(
-        visual=ledger["kept_llm"][0],
-        visual_avg=ledger["visual_avg"][0],
-        vision=sum(ledger["vision_flops"]),
-        projector=projector[1],
-        selection=sum(ledger["selection_flops"]),
-        total=sum(ledger["prefill_flops"]),
-        layers=[sum(samples) for samples in layers],
-        kv=[cache_bytes(SimpleNamespace(layers=[layer]))[0] for layer in cache.layers],
-        kv_total=ledger["kv_bytes"],
-        slots=[layer.slots for layer in cache.layers],
-        runs=[row["tokens"][0] > 0 for row in ledger["layers"]],
-        weights=own,
-    ), ledger
+    return (
+        plain,
+        Side(
+            visual=ledger["kept_llm"][0],
+            visual_avg=ledger["visual_avg"][0],
+            vision=sum(ledger["vision_flops"]),
+            projector=projector[1],
+            selection=sum(ledger["selection_flops"]),
+            total=sum(ledger["prefill_flops"]),
+            layers=[sum(samples) for samples in layers],
+            kv=[cache_bytes(SimpleNamespace(layers=[layer]))[0] for layer in cache.layers],
+            kv_total=ledger["kv_bytes"],
+            slots=[layer.slots for layer in cache.layers],
+            runs=[row["tokens"][0] > 0 for row in ledger["layers"]],
+            weights=own,
+        ),
+        ledger,
+        notes,
+    )
 
 
-#: Fields of a ledger that must not depend on values.
-COUNTED = (
-    "layers", "kept_llm", "visual_avg", "prefill_flops", "vision_flops", "selection_flops",
-    "kv_bytes",
-)  # fmt: skip
-
-
-def _cost(
-    side: Side, family: Family, at: Hardware, dtype: str, new: int, batch: int
-) -> Cost:
+def _cost(side: Side, family: Family, at: Hardware, dtype: str, new: int, batch: int) -> Cost:
     """What a side needs, in seconds too."""
     config, weights = family.text_config, side.weights
     head = at.seconds(batch * flops.lm_head(config, 1), weights.head, dtype)
@@ -377,6 +398,14 @@ def _cost(
         decode_s=step,
         total_s=ttft + (new - 1) * step,
     )
+
+
+def _cells(ledger: Ledger) -> list[list[int]]:
+    """Visual tokens without separators that enter each layer, per sample."""
+    return [
+        [n - own for n, own in zip(row["visual"], ledger.separators(row["layer"]), strict=True)]
+        for row in ledger.as_dict()["layers"]
+    ]
 
 
 def _skip_blocks(patched: Patched) -> None:

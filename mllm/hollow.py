@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -156,10 +156,14 @@ def let_guess(stage: Any) -> None:
     """
 
     def decide(decision: Any, given: Context | CacheEvent) -> Any:
-        signals = {k: _known(x) for k, x in _signals(given).items()}
         if isinstance(given, CacheEvent):
+            signals = {k: _known(x) for k, x in given.signals.items()}
+            given.cache.view = _guessed(given.cache.view)
             return decision(dataclasses.replace(given, signals=signals))
-        given._signals = signals
+        given._signals = {k: _known(x) for k, x in given._signals.items()}
+        for name in ("_route", "_attention_input"):  # what weights make of them
+            if made := getattr(given, name, None):
+                setattr(given, name, _guessed(made))
         return decision(given)
 
     for name in _DECISIONS:
@@ -167,8 +171,8 @@ def let_guess(stage: Any) -> None:
             setattr(stage, name, functools.partial(decide, getattr(stage, name)))
 
 
-def _signals(given: Context | CacheEvent) -> dict[Any, Any]:
-    return given.signals if isinstance(given, CacheEvent) else given._signals
+def _guessed(made: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _known(made(*args, **kwargs))
 
 
 def _known(value: Any) -> Any:

@@ -317,6 +317,11 @@ class Ledger:
             ])  # fmt: skip
         return found
 
+    def separators(self, layer: int) -> list[int]:
+        """Per sample, visual rows that enter a decoder layer and only separate lines."""
+        table = self._tables[layer]
+        return (table.newline & self._enters(layer)).sum(1).tolist()
+
     @property
     def projected(self) -> list[int]:
         """Tokens of each image that went through the model's projector."""

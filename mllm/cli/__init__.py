@@ -20,6 +20,7 @@ SUMMARIES = {
     "demo": "The whole job on the embedded model: table and report.",
     "methods": "List the methods: stage, what they read, parameters, paper.",
     "doctor": "Say what works with a model, and why the rest does not.",
+    "estimate": "Say what a plan will cost, without weights.",
     "run": "Answer one question with and without a plan, side by side.",
     "inspect": "Draw the kept and merged visual tokens over a picture.",
     "calibrate": "Fit a method's layers or budgets to a model.",

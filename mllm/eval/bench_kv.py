@@ -168,7 +168,7 @@ def _row(
         weights = sum(p.numel() * p.element_size() for p in base.parameters())
         peaks = [
             weights + sum(_held(kept)) + bench.peak_of(
-                model.device, functools.partial(model, **_token(model, kept, prompt.inputs))
+                model.device, functools.partial(model, **next_token(model, kept, prompt.inputs))
             )
             for model, kept in steps
         ]  # fmt: skip
@@ -325,7 +325,7 @@ def _pairs(
     for pair in range(-2, pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             model, cache = steps[which]
-            token = _token(model, cache, inputs)
+            token = next_token(model, cache, inputs)
             started = now(steps[1][1])
             model(**token)
             if pair >= 0:
@@ -335,7 +335,7 @@ def _pairs(
     return times
 
 
-def _token(model: Any, cache: Any, inputs: Inputs) -> dict[str, Any]:
+def next_token(model: Any, cache: Any, inputs: Inputs) -> dict[str, Any]:
     """Arguments of a decode step: one more token per sample."""
     mask, past = inputs["attention_mask"], cache.get_seq_length()
     ids = torch.full_like(inputs["input_ids"][:, :1], 5)

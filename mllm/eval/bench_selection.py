@@ -130,7 +130,7 @@ def _row(
             "visual_avg": float(np.mean(ledger["visual_avg"])),
             "selection_flops": float(np.mean(ledger["selection_flops"])),
         }
-        free = free_choice(ledger, _positions(patched))
+        free = free_choice(ledger, positions_of(patched))
         if not free:
             return {**about, "status": "ok", "words": "no token leaves, so nothing is saved"}
         with mllm.patch(third, free):
@@ -217,7 +217,7 @@ def free_choice(
     return stages
 
 
-def _positions(patched: Any) -> dict[str, Positions]:
+def positions_of(patched: Any) -> dict[str, Positions]:
     return {s.info.stage: patched.positions(s) for s in reversed(patched.plan.stages)}
 
 

@@ -1,0 +1,190 @@
+"""Write docs/scaling.md from a result of benchmarks/scaling.py.
+
+    python -m scripts.make_scaling            write it
+    python -m scripts.make_scaling --check    exit 1 when the page is not up to date
+
+Without a result there is no page.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mllm
+from mllm.estimate import Estimate
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scaling.md"
+
+#: What is extrapolated to: shapes, devices, and visual tokens of a prompt.
+MODELS = {"llava-1.5-13b": 576, "qwen2.5-vl-7b": 1, "qwen2.5-vl-72b": 1}
+HARDWARE = ("a100-80gb", "h200")
+TOKENS = (2_304, 20_160, 100_224, 1_000_512)  # all of them whole pictures of LLaVA
+ANSWER = 128
+
+ABOUT = """\
+# Scaling
+
+How prefill, decode, memory and selection grow with the visual tokens of a prompt: measured on a
+small random shape, fitted by a law, compared with `mllm estimate`, and carried on to large models
+by the roofline. `python -m scripts.make_scaling` writes this page from the result file.
+
+```
+python benchmarks/scaling.py --output benchmarks/results/{name}.json
+```
+"""
+LAW = """\
+## The law
+
+A decoder layer of the unpatched prefill costs `a + b n + c n^2` seconds for `n` tokens of each
+sample, its decode step `a + b n`: least squares of relative errors, no coefficient below zero. Both
+are the time from the decoder on, LM head included, shared out over the layers. The FLOPs of `mllm
+estimate` are such a polynomial too, so that the rate of either part is what the machine reached in
+it: projections and FFN in the linear part, attention in the quadratic one.
+"""
+FURTHER = """\
+## Carried on
+
+What `mllm estimate` says of public shapes under the same plan. **Nothing in this table was
+measured**: tokens, FLOPs and KV bytes are those of the ledger, times are a roofline. It assumes
+
+{assumptions}
+- one device, of which the data sheet's rates are reached and whose memory holds everything: where
+  weights and cache do not fit, the row says so, and its times are those of one that had the room;
+- positions beyond what a model was trained on, without asking whether its answers are any good.
+"""
+
+
+def seconds(value: float) -> str:
+    """Three significant digits in a fitting unit."""
+    for unit, size in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if value * size >= 1 or unit == "µs":
+            return f"{value * size:,.3g} {unit}"
+    raise AssertionError
+
+
+def grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def measured(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["visual tokens", "batch", "prefill", "times as fast", "of the FLOPs ideal",
+            "decode step", "times as fast", "choosing", "peak, MiB", "with the plan",
+            "ledger = estimate"]  # fmt: skip
+    body = []
+    for row in rows:
+        at = [f"{row['visual']:,}", str(row["batch"])]
+        if row["status"] in ("oom", "timeout"):
+            body.append([*at, row["words"], *["–"] * (len(head) - 3)])
+            continue
+        ratios = [
+            f"{row[name]:.2f} ({row[f'{name}_ci'][0]:.2f} to {row[f'{name}_ci'][1]:.2f})"
+            for name in ("ratio", "decode_ratio")
+        ]
+        body.append([
+            *at, seconds(row["baseline_s"]), ratios[0], f"{row['share']:.0%}",
+            seconds(row["decode_baseline_s"]), ratios[1],
+            f"{row['selection_s'] / row['patched_s']:.1%}",
+            f"{row['baseline_peak_bytes'] / 2**20:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f}",
+            "yes" if row["estimate_equal"] else "**no**",
+        ])  # fmt: skip
+    return grid(head, body)
+
+
+def fitted(laws: list[dict[str, Any]]) -> list[str]:
+    head = ["batch", "points", "tokens", "a, ms", "b, µs", "c, ns", "largest error",
+            "linear part, GFLOP/s", "quadratic part", "decode a, µs", "b, ns",
+            "largest error"]  # fmt: skip
+    body = []
+    for law in laws:
+        a, b, c = law["prefill"]
+        first, slope = law["decode"]
+        rates = ["–" if rate is None else f"{rate / 1e9:,.0f}" for rate in law["rates"]]
+        tokens = " to ".join(f"{n:,}" for n in law["tokens"])
+        body.append([
+            str(law["batch"]), str(law["points"]), tokens, f"{1e3 * a:.3g}", f"{1e6 * b:.3g}",
+            f"{1e9 * c:.3g}", f"{law['prefill_error']:.1%}", *rates, f"{1e6 * first:.3g}",
+            f"{1e9 * slope:.3g}", f"{law['decode_error']:.1%}",
+        ])  # fmt: skip
+    return grid(head, body)
+
+
+def further(plan: str) -> tuple[list[str], list[str]]:
+    """The table of extrapolations, and what they assume."""
+    head = ["", "device", "visual tokens", "prefill, TFLOPs", "with the plan", "KV, GB",
+            "with the plan", "first token", "with the plan", "times as fast", "decode step",
+            "times as fast", "fits"]  # fmt: skip
+    body, said = [], {}
+    for name, each in MODELS.items():
+        for visual in TOKENS:
+            text = max(64, visual // each + 1 if each > 1 else 0)
+            for hardware in HARDWARE:
+                found = mllm.estimate(name, plan, visual=visual, text=text, new=ANSWER,
+                                      hardware=hardware)  # fmt: skip
+                said |= dict.fromkeys(found.assumptions)
+                body.append([name, hardware, f"{visual:,}", *_further(found)])
+    return grid(head, body), list(said)
+
+
+def _further(found: Estimate) -> list[str]:
+    plain, own, ratio = found.plain, found.patched, found.ratios
+    return [
+        *(f"{x.prefill_flops / 1e12:,.1f}" for x in (plain, own)),
+        *(f"{x.kv_bytes / 1e9:,.2f}" for x in (plain, own)),
+        *(seconds(x.ttft_s) for x in (plain, own)), f"{ratio['ttft_s']:.2f}",
+        seconds(plain.decode_s), f"{ratio['decode_s']:.2f}", "yes" if found.fits else "no",
+    ]  # fmt: skip
+
+
+def page(name: str, results: dict[str, Any]) -> str:
+    """The page of a result file."""
+    shape, versions = results["model_shape"], results["versions"]
+    text, vision = shape["text"], shape["vision"]
+    table, assumptions = further(results["plan"])
+    conditions = (
+        f"Shape `{shape['name']}` ({shape['family']}): LLM {text['hidden_size']} wide, FFN "
+        f"{text['intermediate_size']}, {text['num_hidden_layers']} layers, "
+        f"{text['num_attention_heads']}/{text['num_key_value_heads']} heads; tower "
+        f"{vision['hidden_size']} wide, {vision['depth']} blocks; "
+        f"{shape['parameters'] / 1e6:.0f} M random weights. Plan `{results['plan']}` against the "
+        f"unpatched model, interleaved; 95 % intervals. {results['device']}, "
+        f"{results['threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {results['commit'][:7]}. "
+        f"[{name}](../benchmarks/results/{name}.json)."
+    )
+    parts = [
+        ABOUT.format(name=name),
+        "## Measured\n",
+        conditions + "\n",
+        "Choosing is what the plan's prefill takes longer than one that keeps the first tokens, as "
+        "a share of it.\n",
+        *measured(results["rows"]),
+        "",
+        LAW,
+        *fitted(results["laws"]),
+        "",
+        FURTHER.format(assumptions="\n".join(f"- {x}" for x in assumptions)),
+        *table,
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str]) -> None:
+    found = sorted(RESULTS.glob("scaling-*.json"))
+    if not found:
+        sys.exit("nothing was measured: run benchmarks/scaling.py first")
+    made = page(found[0].stem, json.loads(found[0].read_text()))
+    if "--check" not in arguments:
+        PAGE.write_text(made)
+    elif not PAGE.is_file() or PAGE.read_text() != made:
+        sys.exit("docs/scaling.md is not up to date: run python -m scripts.make_scaling")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
