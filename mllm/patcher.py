@@ -249,7 +249,7 @@ class Patched:
     ) -> str:
         """Upload what :meth:`save_adapter` writes; returns the address of the commit.
 
-        `mllm.patch(model, mllm.Plan.from_pretrained(repo_id))` takes it back. Where processes share
+        `mllm.patch(model, mllm.Plan.from_pretrained("user/name"))` takes it back. Where processes share
         experts, call :meth:`save_adapter` in all of them and upload the folder.
 
         Args:

@@ -454,8 +454,10 @@ class Plan:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            text = f"# Plan\n\n`{self.spec}`\n\n```python\nimport mllm\n\n" + (
-                f'patched = mllm.patch(model, mllm.Plan.from_pretrained("{repo_id}"))\n```\n'
+            text = (
+                f"# Plan\n\n`{self.spec}`\n\n```python\nimport mllm\n\n"
+                'plan = mllm.Plan.from_pretrained("user/name")  # of this repository\n'
+                "patched = mllm.patch(model, plan)\n```\n"
             )
             (Path(folder) / "README.md").write_text(text)
             return hub.push(Path(folder), repo_id, private, **options)
