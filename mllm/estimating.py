@@ -205,6 +205,7 @@ def prompt(
     found["attention_mask"] = torch.ones_like(found["input_ids"])
     if family.mrope:
         found["mm_token_type_ids"] = (found["input_ids"] == family.image_token_id).int()
+    found |= {name: torch.zeros_like(found["input_ids"]) for name in family.asks}
     pixels = pictures[family.pixels]
     return found | pictures | {family.pixels: pixels.to(family.model.dtype)}
 

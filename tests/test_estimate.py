@@ -27,7 +27,8 @@ from mllm.shapes import SHAPES
 
 PROMPT = dict(text=9, batch=2)
 SIZES = {"llava_next": (60, 110), "llava_onevision": (60, 110), "qwen2_vl": (112, 140),
-         "qwen2_5_vl": (112, 140), "qwen3_vl": (112, 140)}  # fmt: skip
+         "qwen2_5_vl": (112, 140), "qwen3_vl": (112, 140), "glm4v": (112, 140),
+         "glm46v": (112, 140), "mistral3": (84, 112), "lighton_ocr": (84, 112)}  # fmt: skip
 #: Chosen before the LLM by values and by place, cut in it once and twice, on the cache.
 PLANS = (
     "divprune:keep=5",

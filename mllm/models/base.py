@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -19,6 +20,11 @@ def shrink(pixels: Tensor, size: tuple[int, int]) -> Tensor:
         pixels.float(), size=size, mode="bilinear", antialias=True, align_corners=False
     )
     return small.to(pixels.dtype)
+
+
+def widest(cells: int) -> int:
+    """Rows of the grid of so many cells that is nearest to a square, and no higher than wide."""
+    return next(rows for rows in range(math.isqrt(cells), 0, -1) if cells % rows == 0)
 
 
 def join_patches(signal: Tensor, layouts: list[Layout], side: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mllm import flops
 from mllm.errors import DataError, PlanError
-from mllm.models.base import Family, join_patches, shrink
+from mllm.models.base import Family, join_patches, shrink, widest
 from mllm.tokens import Layout
 
 
@@ -67,6 +67,21 @@ class Mistral3(Family):
                 given=sizes.tolist(),
                 expected=f"height and width of each, multiples of {self.side}",
             )
+
+    def shaped(
+        self, samples: int, images: int, size: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        # Given with a side that is a part of a token, the processor rounds up.
+        size = [-(-length // self.side) * self.side for length in size]
+        count, channels = samples * images, self.vision_config.num_channels
+        return {
+            "pixel_values": torch.empty(count, channels, *size, device="meta"),
+            "image_sizes": torch.tensor([size] * count),
+        }
+
+    def size_of(self, cells: int) -> tuple[int, int]:
+        rows = widest(cells)
+        return rows * self.side, cells // rows * self.side
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         sizes = inputs["image_sizes"].tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from mllm import flops
 from mllm.errors import DataError
-from mllm.models.base import Family, shrink
+from mllm.models.base import Family, shrink, widest
 from mllm.tokens import Layout
 
 
@@ -68,7 +67,7 @@ class Qwen2VL(Family):
 
     def size_of(self, cells: int) -> tuple[int, int]:
         side = self.merge * self.vision_config.patch_size
-        rows = next(n for n in range(math.isqrt(cells), 0, -1) if cells % n == 0)
+        rows = widest(cells)
         return rows * side, cells // rows * side
 
     def pictures(self, inputs: Mapping[str, Any]) -> list[Tensor]:
