@@ -380,10 +380,15 @@ class Patched:
         for _, stage in self.compressors:
             reads = [own for s in stage.reads().values() for own in self.each_layer(s)]
             found += [self.family.attention(signal.layer) for signal in reads]
-        if self.selects or self.stores:
+        if self.selects:
             found += [self.family.attention(layer) for layer in range(len(self.layers))]
         found += [self.family.attention(layer) for layer in self._layers_of(IN_ATTENTION)]
         return list(dict.fromkeys(found))
+
+    def by_kernel(self) -> list[nn.Module]:
+        """Attention modules that need not be served, but then no kernel reads their storage."""
+        own = [self.family.attention(i) for i in range(len(self.layers))] if self.stores else []
+        return [module for module in own if compat.attention_name(module) == "sdpa"]
 
     # Installing and removing
 
@@ -411,7 +416,7 @@ class Patched:
             self._set(module, name, wrapper)
             touched[module] = None
 
-        tapped = dict.fromkeys(self.tapped())
+        tapped = dict.fromkeys([*self.tapped(), *self.by_kernel()])
         #: Whether attention of a layer is served by :mod:`mllm.attention` at decode steps.
         self.served = [
             bool(self.compressors) and family.attention(layer) in tapped

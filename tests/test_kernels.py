@@ -505,8 +505,9 @@ def compiled(self, *args, grid, warmup, **kwargs):
         p.name: "constexpr" if p.is_constexpr else types(given[p.name]) for p in self.params
     }
     source = triton.compiler.ASTSource(self, signature, constants)
-    for capability in (80, 90):
-        triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    for capability, room in ((80, 163), (90, 227)):  # KiB of shared memory that a block may have
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert made.metadata.shared <= room * 1024, (self.__name__, capability, made.metadata)
     print(self.__name__, flush=True)
 
 JITFunction.run = compiled
@@ -530,8 +531,11 @@ def launch_all():
     compact.compact(at, [(x, 1), (at.expand(3, 1, -1), 2), (x[..., :32], 1)])
     scatter_back.scatter_back(x[:, :1], at, 8, at > 0)
     there = torch.ones(1, 2, 8, dtype=torch.bool)
-    for dtype, seen in (half, there.repeat_interleave(4, 1)), (torch.bfloat16, None):
-        own, keys = q.to(dtype), k.to(dtype)
+    every = there.repeat_interleave(4, 1)
+    for dtype, width, seen in (
+        (half, 128, every), (torch.bfloat16, 128, None), (torch.float32, 256, every),
+    ):  # fmt: skip
+        own, keys = (t.to(dtype).repeat(1, 1, 1, width // 128) for t in (q, k))
         p = Packed.of(keys, keys, there)
         ragged_decode.ragged_decode(
             own[:, :, :1], p.buffer.keys, p.buffer.values, p.place, seen, None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 PART = 256  # cells of a part, unless there are very many
 PARTS = 64  # at most
+BLOCK = 2**14  # bytes of a block of keys, at most: several have to fit into shared memory
 LEAST = 16  # rows, and channels, that a matrix product has at least
 GROUP = 64  # heads that share their keys, at most
 WIDTH = 256  # channels of a head, at most
@@ -160,7 +161,7 @@ def launch(
     lse = query.new_empty(batch, heads, 1, 1, dtype=torch.float32)
     bg = max(LEAST, triton.next_power_of_2(group))
     bd, bv = (max(LEAST, triton.next_power_of_2(n)) for n in (width, value_width))
-    bn = 32 if max(bd, bv) > 128 else 64
+    bn = max(16, min(64, BLOCK // (max(bd, bv) * query.element_size())))
     part = bn * triton.cdiv(max(PART, triton.cdiv(cells, PARTS)), bn)
     parts = max(1, triton.cdiv(cells, part))
     shape = parts, batch * kv_heads, bg
