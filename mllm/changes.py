@@ -24,7 +24,7 @@ from mllm.actions import (
     LogitBias,
     Turn,
 )
-from mllm.attention import unrotate
+from mllm.attention import rotate
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
 from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate, scatter_back
@@ -145,7 +145,7 @@ class Inside:
         position = torch.stack([turn(tokens) for turn in self.turns]).sum(0)
         cos, sin = self.rotary(x.new_zeros(1, dtype=torch.float32), position)
         scale = torch.hypot(cos, sin)  # of the model's own rotation, which has been applied
-        return unrotate(x, cos / scale, -sin / scale)
+        return rotate(x, (cos / scale)[:, None], (sin / scale)[:, None])
 
     def mask(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         """The attention mask with the bias, additive."""

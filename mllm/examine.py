@@ -99,14 +99,13 @@ def _checks(model: nn.Module, family: Family, stages: Sequence[tuple[str, Any]])
 
 
 def _methods(model: nn.Module, family: Family) -> list[Check]:
-    """Every method with its default parameters, or if one of these is at fault with others."""
+    """Every method with its default parameters, or where only others work with these."""
     stages, faults = [], {}
     for row in known_methods():
         cls = get_method(row["name"])
         stage = cls()
         error, _ = _refusal(model, stage)
-        own = {f.name for f in dataclasses.fields(cls)}
-        if error is not None and error.argument in own and cls.identity is not None:
+        if error is not None and cls.identity is not None:
             # `identity` is a set of parameters that fits any model on which the method can work.
             other = cls(**cls.identity)
             if _refusal(model, other)[0] is None:

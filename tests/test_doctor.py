@@ -51,7 +51,7 @@ def test_the_verdicts_are_those_of_patch(family):
             mllm.patch(net, [method(**method.identity)]).remove()
         else:
             with pytest.raises(PlanError):
-                mllm.patch(net, [method(**method.identity)])
+                mllm.patch(net, [method(**(method.identity or {}))])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -157,7 +157,7 @@ class Fusion(nn.Module):
         for module in self.layers.modules():  # those of the copied layers watch them alone
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        self.kinds = [(kind,) if (kind := family.kind(i)) else () for i in range(depth)]
+        self.turns = [family.turned_by(family.kind(i)) for i in range(depth)]
         self.rotary = copy.deepcopy(family.decoder.rotary_emb, dict(shared))
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -172,7 +172,7 @@ class Fusion(nn.Module):
         position = valid.long().cumsum(1) - 1
         mask = compat.causal_mask(self.config, x, valid, None, 0)
         place = position.expand(3, -1, -1) if self.mrope else position
-        for layer, kind in zip(self.layers, self.kinds, strict=True):
+        for layer, kind in zip(self.layers, self.turns, strict=True):
             rotary = self.rotary(x, place, *kind)
             x = layer(x, attention_mask=mask, position_ids=position, position_embeddings=rotary)
         return x

@@ -163,8 +163,11 @@ class Family:
 
     def rotary(self, hidden: Tensor, position: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         """Rotary tables `[batch, rows, dim]` of the layers of a kind."""
-        more = (kind,) if kind else ()
-        return self.decoder.rotary_emb(hidden, position, *more)
+        return self.decoder.rotary_emb(hidden, position, *self.turned_by(kind))
+
+    def turned_by(self, kind: str) -> tuple[str, ...]:
+        """What else the rotary module asks for of layers of a kind."""
+        return (kind,) if kind else ()
 
     def block_attention(self, block: int) -> nn.Module:
         """Attention module of a tower block."""

@@ -19,6 +19,7 @@ class Mistral3(Family):
     """`Mistral3ForConditionalGeneration`; pictures come padded, with `image_sizes` in pixels."""
 
     packed = True
+    joins = True
     projecting = "multi_modal_projector"
     needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4,), "image_sizes": (2,)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from mllm import flops
 from mllm.errors import PlanError
@@ -37,8 +37,8 @@ class PaliGemma(PerPatch):
     def kind(self, layer: int) -> str:
         return "full_attention"
 
-    def rotary(self, hidden: Tensor, position: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        return self.decoder.rotary_emb(hidden, position)
+    def turned_by(self, kind: str) -> tuple[str, ...]:
+        return ()
 
     def vision_flops(self, layout: Layout, projected: int) -> float:
         config = self.vision_config
