@@ -273,7 +273,7 @@ def test_stacks_of_one_method_per_place():
     assert _proposed(space, before="none", inside="none", cache="none") is None
     for params in space.design():
         assert len(_proposed(space, **params).stages) == 1
-    assert len(space.design()) == len(methods)
+    assert len(space.design()) == 2 * len(methods) - 1, "much and little, where there is a budget"
 
 
 def test_what_a_template_sets_is_not_searched():
@@ -367,7 +367,8 @@ def test_the_command_writes_a_plan_that_run_takes(folder, tmp_path, short_answer
     }  # fmt: skip
     assert data["forecast"]["questions"] > 0 < data["forecast"]["seconds"]
     assert data["goal"] == {"cost": "flops", "max_loss": None, "budget": 0.9, "relative": True}
-    assert len(data["trials"]) == 6 and {x.name for x in tmp_path.iterdir()} == {
+    assert 0 < sum(trial["state"] != "over_budget" for trial in data["trials"]) <= 6
+    assert {x.name for x in tmp_path.iterdir()} == {
         "trials.jsonl", "evidence.json", "mllm_plan.json",
     }  # fmt: skip
     best = next(one for one in data["confirmed"] if one["plan"] == data["plan"])

@@ -73,7 +73,7 @@ def command(
     tasks: Annotated[
         str, typer.Option(help="Tasks, separated by commas, as for mllm sweep.")
     ] = "admitted",
-    trials: Annotated[int, typer.Option(help="Plans to propose.")] = 60,
+    trials: Annotated[int, typer.Option(help="Plans to try, without those over the budget.")] = 60,
     first: Annotated[int, typer.Option(help="Dev questions per task for every plan.")] = 16,
     n: Annotated[
         int, typer.Option("--n", help="Dev questions per task for plans that stay.")

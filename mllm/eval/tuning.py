@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import optuna
 
 SCHEMA = 1
-PROPOSALS = 3  # per trial: some repeat what is known, or have no stage
+PROPOSALS = 3  # per trial: some cost too much, repeat what is known, or have no stage
 JOURNAL, EVIDENCE = "trials.jsonl", "evidence.json"
 UNPATCHED = Plan([])
 Claim = Literal["interval", "mean"]
@@ -40,7 +40,7 @@ class Effort:
     """How much is asked.
 
     Attributes:
-        trials: plans that are proposed.
+        trials: plans that are asked more than what shows that they cost too much.
         first: dev questions per task that every one of them is asked.
         n: dev questions per task that those are asked which stay; each halving doubles `first`.
         confirm: plans that are asked the test questions.
@@ -263,20 +263,23 @@ class _Search:
         self.progress("the unpatched model", 0, self.effort.trials)
         base = self._answers(UNPATCHED, "dev", self.edges)
         self.goal.check(self._cost(UNPATCHED, base, base, self.effort.pairs)["value"])
-        found = []
+        found: list[dict[str, Any]] = []
+        done = 0
         with _study(self.effort) as study:
-            for params in self.space.design()[: self.effort.trials]:
+            for params in self.space.design():
                 study.enqueue_trial(params)
             for _ in range(PROPOSALS * self.effort.trials):
-                if len(found) == self.effort.trials:
+                if (record := self._trial(study, len(found), done)) is None:
+                    continue
+                found.append(record)
+                if on_trial:
+                    on_trial(record)
+                done += record["state"] != "over_budget"
+                if done == self.effort.trials:
                     break
-                if (record := self._trial(study, len(found))) is not None:
-                    found.append(record)
-                    if on_trial:
-                        on_trial(record)
         return found
 
-    def _trial(self, study: optuna.Study, number: int) -> dict[str, Any] | None:
+    def _trial(self, study: optuna.Study, number: int, done: int) -> dict[str, Any] | None:
         """One proposal; None where it is a plan of which all is known that there is to know."""
         from optuna.trial import TrialState
 
@@ -289,7 +292,7 @@ class _Search:
                 known = self.known.get(plan.sha256)
                 self.plans[plan.sha256] = plan
                 record |= {"plan": plan.spec, "plan_sha256": plan.sha256}
-                record |= known or self._halving(trial, plan, number)
+                record |= known or self._halving(trial, plan, done)
         except (PlanError, Refused) as error:
             record |= {"state": "refused", "reason": str(error)}
         if record["state"] in ("complete", "over_budget"):
@@ -299,11 +302,11 @@ class _Search:
             study.tell(trial, state=TrialState.PRUNED)
         return None if known or record["state"] == "empty" else {**record, "params": trial.params}
 
-    def _halving(self, trial: optuna.Trial, plan: Plan, number: int) -> dict[str, Any]:
+    def _halving(self, trial: optuna.Trial, plan: Plan, done: int) -> dict[str, Any]:
         """Ask a plan ever more questions, for as long as it is among the better half."""
         for count in range(1, len(self.edges) + 1):
             edges = self.edges[:count]
-            self.progress(f"{plan.spec}, {edges[-1]} questions a task", number, self.effort.trials)
+            self.progress(f"{plan.spec}, {edges[-1]} questions a task", done, self.effort.trials)
             ours = self._answers(plan, "dev", edges)
             base = self._answers(UNPATCHED, "dev", edges)
             cost = self._cost(plan, ours, base, self.effort.pairs)

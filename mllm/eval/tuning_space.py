@@ -131,8 +131,8 @@ class Space:
         self.places = {place: own for place, own in self.places.items() if own}
 
     def design(self) -> list[dict[str, Any]]:
-        """What is tried first: every method alone, with a middling budget, at its paper's layer."""
-        tried = []
+        """What is tried first: every method alone at its paper's layer, with much, then little."""
+        much, little = [], []
         for place, own in self.places.items():
             others = {other: NONE for other in self.places if other != place}
             for text, one in own.items():
@@ -141,9 +141,11 @@ class Space:
                     layer = one.stage.at_depth(self.num_layers).layer
                     first["layer"] = max(1, min(layer, self.num_layers - 1))
                 if one.budgeted:
-                    first[f"{place}_share"] = len(self.shares) * 2 // 3
-                tried.append(first)
-        return tried
+                    count = len(self.shares)
+                    little.append({**first, f"{place}_share": count // 3})
+                    first[f"{place}_share"] = 2 * count // 3
+                much.append(first)
+        return [*much, *little]
 
     def plan(self, trial: BaseTrial) -> Plan | None:
         """The plan that a trial proposes; None where it proposes no stage at all.
