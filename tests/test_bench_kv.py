@@ -89,7 +89,7 @@ def test_told_of_a_prompt_a_plan_does_what_it_does_in_a_prefill(shape, plan):
             assert torch.equal(a.keys * valid[..., None], b.keys * valid[..., None])
         # A step goes on from it as from a prefill.
         logits = [
-            patched.model(**bench_kv._token(patched.model, cache, inputs)).logits
+            patched.model(**bench_kv.next_token(patched.model, cache, inputs)).logits
             for cache in (want, found)
         ]
     assert torch.equal(*logits)
@@ -102,7 +102,7 @@ def test_plans_leave_the_prompt_as_it_was(model):
     with mllm.patch(bench.twin(model), "h2o:budget=0.25") as patched:
         cache = prompt.share(patched)
         prompt.told(patched, cache)
-        patched.model(**bench_kv._token(patched.model, cache, prompt.inputs))
+        patched.model(**bench_kv.next_token(patched.model, cache, prompt.inputs))
     assert cache.layers[0].slots < prompt.cache.layers[0].slots
     assert all(torch.equal(a, b.keys) for a, b in zip(keys, prompt.cache.layers, strict=True))
 
@@ -114,7 +114,7 @@ def test_the_unpatched_cache_is_transformers_own(model):
     want = model(**inputs, use_cache=True).past_key_values
     found = prompt.unpatched(model)
     assert type(found) is type(want) and not hasattr(found, "mllm")
-    logits = [model(**bench_kv._token(model, cache, inputs)).logits for cache in (want, found)]
+    logits = [model(**bench_kv.next_token(model, cache, inputs)).logits for cache in (want, found)]
     assert torch.equal(*logits)
 
 

@@ -40,7 +40,7 @@ def test_the_free_choice_leaves_as_many(model, plan, visual):
     inputs = bench.random_inputs(model, visual=visual, text=9, batch=3, unequal=True)
     with mllm.patch(bench.twin(model), plan) as patched:
         patched.model(**inputs, logits_to_keep=1)
-        want, positions = patched.ledger.as_dict(), bench_selection._positions(patched)
+        want, positions = patched.ledger.as_dict(), bench_selection.positions_of(patched)
     with mllm.patch(bench.twin(model), free_choice(want, positions)) as patched:
         patched.model(**inputs, logits_to_keep=1)
         found = patched.ledger.as_dict()
