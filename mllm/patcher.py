@@ -249,8 +249,8 @@ class Patched:
     ) -> str:
         """Upload what :meth:`save_adapter` writes; returns the address of the commit.
 
-        `mllm.patch(model, mllm.Plan.from_pretrained("user/name"))` takes it back. Where processes share
-        experts, call :meth:`save_adapter` in all of them and upload the folder.
+        `mllm.patch(model, mllm.Plan.from_pretrained("user/name"))` takes it back. Where processes
+        share experts, call :meth:`save_adapter` in all of them and upload the folder.
 
         Args:
             repo_id: `user/name`; made if it is missing.

@@ -494,7 +494,9 @@ def test_partial_rotary_with_scaled_tables():
     """Channels behind the rotary ones stay; tables that are scaled (yarn) are undone too."""
     angle = torch.randn(1, 5, 2)
     cos, sin = (1.3 * f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
-    family = stub(mrope=False, neighbours=False, kind=lambda layer: "", rotary=lambda x, p, kind: (cos, sin))
+    family = stub(
+        mrope=False, neighbours=False, kind=lambda layer: "", rotary=lambda x, p, kind: (cos, sin)
+    )
     cache, _ = toy(1)
     feed(cache, *torch.randn(2, 1, HEADS, 5, 6), torch.ones(1, 5, dtype=torch.bool))
     kv, k, at = KVCache(cache, family), torch.randn(1, HEADS, 5, 6), torch.zeros(1, 1, 5).long()
