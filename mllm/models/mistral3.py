@@ -103,9 +103,7 @@ class Mistral3(Family):
     def to_rows(self, signal: Tensor, layouts: list[Layout]) -> Tensor:
         return join_patches(signal, layouts, self.join)
 
-    def resized(
-        self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]
-    ) -> dict[str, Any]:
+    def resized(self, inputs: Mapping[str, Any], grids: list[tuple[int, int]]) -> dict[str, Any]:
         sizes = [(rows * self.side, cols * self.side) for rows, cols in grids]
         most = [max(side) for side in zip(*sizes, strict=True)]
         small = []
