@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import runpy
 from pathlib import Path
@@ -28,6 +29,12 @@ from mllm.plan import get_method
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = [kind for kind in known() if kind != "mllm_llava"]  # that is in test_towers.py
+
+
+@functools.cache
+def said(family):
+    """The report on a family's tiny model; it takes a second or two."""
+    return mllm.doctor(families.model(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,7 +66,7 @@ def test_the_verdicts_are_those_of_patch(family):
 def test_what_it_promises_runs(family):
     net = families.model(family)
     inputs = families.collate(family, families.samples(family, "alone"))
-    for check in mllm.doctor(net).methods:
+    for check in said(family).methods:
         if check.verdict != "no":
             method = get_method(check.name)
             stage = method(**method.identity) if check.verdict == "adjust" else method()
@@ -96,8 +103,7 @@ def test_backends_are_tried_without_being_used():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_class_token_is_read_where_there_is_none(family):
-    net = families.model(family)
-    signals = {check.name: check for check in mllm.doctor(net).signals}
+    signals = {check.name: check for check in said(family).signals}
     check = signals["VisionAttention(query='cls')"]
     has = family in ("llava", "vipllava", "llava_next", "internvl")
     assert check.verdict == ("yes" if has else "no")
@@ -108,7 +114,7 @@ def test_no_class_token_is_read_where_there_is_none(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ways_are_refused_as_when_they_are_taken(family):
     net = families.model(family)
-    ways = {check.name: check for check in mllm.doctor(net).ways}
+    ways = {check.name: check for check in said(family).ways}
     inputs = families.collate(family, families.samples(family, "alone"))
     with mllm.patch(net, "stride:keep=4"):
         with pytest.raises(PlanError) as caught:
@@ -133,7 +139,7 @@ def test_ways_are_refused_as_when_they_are_taken(family):
 
 
 def test_the_report_reads_well():
-    report = mllm.doctor(families.model("qwen3_vl"))
+    report = said("qwen3_vl")
     text = str(report)
     assert "Qwen3VLForConditionalGeneration (qwen3_vl), transformers" in text
     assert all(len(line) <= 100 for line in text.splitlines())
@@ -211,7 +217,7 @@ def test_a_configuration_is_enough(family, tmp_path, cli):
     assert result.exit_code == 0, result.output
     payload = json.loads(result.stdout)
     assert (payload["schema"], payload["command"], payload["ok"]) == (1, "doctor", True)
-    assert payload["data"] == mllm.doctor(net).as_dict()
+    assert payload["data"] == said(family).as_dict()
 
 
 def test_the_embedded_model_by_name(cli):
