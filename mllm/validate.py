@@ -362,10 +362,11 @@ def _check_fit(patched: Patched, stage: Any) -> None:
         )
     if family.mrope and "Turn" in stage.actions:
         raise PlanError(
-            f"{stage.info.name} cannot work on {name}: its rotary positions have rows and columns",
-            argument="plan",
-            given=stage.info.name,
-            expected="a model with one position per token",
+            f"{stage.info.name} cannot turn queries and keys of {name}: its rotary positions have "
+            "rows and columns",
+            argument="gamma",
+            given="above 0",
+            expected="0, or a model with one position per token",
         )
     for action in stage.actions:
         if action in family.refuses:

@@ -218,8 +218,8 @@ def test_padding_is_not_shown_and_what_is_hidden_stays_so(side):
 @pytest.mark.parametrize("make, argument", [
     (lambda: TCLLaVA(gamma=-1.0), "gamma"), (lambda: TCLLaVA(gamma=float("inf")), "gamma"),
     (lambda: TCLLaVA(positions="compact"), "positions"),
-    (lambda: mllm.patch(model("qwen2_vl"), BOTH), "plan"),
-    (lambda: mllm.patch(model("qwen2_vl"), TIME), "plan"),
+    (lambda: mllm.patch(model("qwen2_vl"), BOTH), "gamma"),
+    (lambda: mllm.patch(model("qwen2_vl"), TIME), "gamma"),
 ])  # fmt: skip
 def test_bad_input(make, argument):
     with pytest.raises(PlanError) as caught:
