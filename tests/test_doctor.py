@@ -58,7 +58,7 @@ def test_the_verdicts_are_those_of_patch(family):
             mllm.patch(net, [method(**method.identity)]).remove()
         elif method.identity is not None:
             with pytest.raises(PlanError):
-                mllm.patch(net, [method(**(method.identity or {}))])
+                mllm.patch(net, [method(**method.identity)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
