@@ -46,6 +46,7 @@ KINDS = {
     "m3": Kind("m3", tuple(f"m3:keep={n}" for n in (576, 144, 36, 9, 1)), 3),
     "tokenflex": Kind("tokenflex", tuple(f"tokenflex:keep={n}" for n in (256, 144, 64))),
     "dpn": Kind("dpn", ("dpn",)),
+    "llavamini": Kind("llavamini", ("llavamini",)),
 }
 #: Without training, at the same number of tokens.
 FREE = ("random", "avgpool", "visionzip", "divprune", "cdpruner")

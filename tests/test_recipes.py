@@ -351,6 +351,22 @@ def test_four_bits_say_what_is_missing(small, tmp_path, monkeypatch):
         check_four_bits()
 
 
+@pytest.mark.parametrize("exclude", [None, ["down_proj"], r".*\.down_proj"])
+def test_what_a_plan_has_put_in_gets_no_lora(exclude, small, tmp_path):
+    """LLaVA-Mini has layers of its own, whose projections are called as the model's are."""
+    model, _ = load_model(small)
+    method = {"type": "lora", "target_modules": r".*\.(q_proj|down_proj)"}
+    method |= {} if exclude is None else {"exclude_modules": exclude}
+    plan = "llavamini:depth=1"
+    with mllm.patch(model, plan):
+        wrapped = wrap_lora(model, recipe_for(small, tmp_path, plan=plan, method=method))
+        names = [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")]
+    assert {name.split(".")[-2] for name in names} == (
+        {"q_proj", "down_proj"} if exclude is None else {"q_proj"}
+    )
+    assert not any(".mllm." in name for name in names)
+
+
 # --- distillation
 
 
