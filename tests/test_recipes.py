@@ -365,6 +365,9 @@ def test_what_a_plan_has_put_in_gets_no_lora(exclude, small, tmp_path):
         {"q_proj", "down_proj"} if exclude is None else {"q_proj"}
     )
     assert not any(".mllm." in name for name in names)
+    with mllm.patch(model, plan):  # behind the adapters, as recipes do
+        own = [name for name, _ in model.named_parameters() if name.startswith("mllm.")]
+        assert own and not any("lora" in name or "base_layer" in name for name in own)
 
 
 # --- distillation

@@ -140,6 +140,13 @@ class LLaVAMiniCompress(TokenReducer):
         )  # fmt: skip
 
 
+def _plain(module: nn.Module) -> nn.Module:
+    """A copied module without adapters of PEFT, which are new where a plan comes behind them."""
+    for name, child in module.named_children():
+        setattr(module, name, _plain(getattr(child, "base_layer", child)))
+    return module
+
+
 class Fusion(nn.Module):
     """Decoder layers of its own, which start as the model's first ones.
 
@@ -153,7 +160,7 @@ class Fusion(nn.Module):
         self.config, self.mrope = family.text_config, family.mrope
         shared = {id(self.config): self.config}  # which backend attends is decided there
         layers = [copy.deepcopy(layer, dict(shared)) for layer in family.layers[:depth]]
-        self.layers = nn.ModuleList(layers).requires_grad_(True)
+        self.layers = nn.ModuleList([_plain(layer) for layer in layers]).requires_grad_(True)
         for module in self.layers.modules():  # those of the copied layers watch them alone
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
