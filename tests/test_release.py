@@ -73,3 +73,29 @@ def test_an_unfinished_run_is_refused(finished):
     with pytest.raises(DataError, match="is stopped"):
         releases.release(folder, package)
     assert not (package / releases.GROUP).exists()
+
+
+def test_a_task_that_came_later_is_scored_and_written_everywhere(finished, monkeypatch):
+    _, package = finished
+    target = package / "assets/tiny_llava"
+    target.mkdir(parents=True)
+    before = DATA | {"tasks": {task: DATA["tasks"][task] for task in ("count", "needle")}}
+    (target / "yardstick.json").write_text(json.dumps(before))
+    asked = []
+
+    def evaluate(path, part):
+        asked.append((path, part.tasks, part.plans, part.limit, part.split))
+        return {"rows": rows(color=(0.99, 0.4, 0.9), count=(0.3, 0.3, 0.3))}
+
+    monkeypatch.setattr(releases, "evaluate", evaluate)
+    data = releases.add_tasks(["color", "count"], "colour came later", package)
+    plans = [None, releases.RANDOM, releases.RANDOM_LLM]
+    assert asked == [(target, ["color", "count"], plans, 500, "test")]
+    assert json.loads((target / "yardstick.json").read_text()) == data
+    assert list(data["tasks"]) == ["color", "count", "needle"]  # in the order of TASKS
+    assert data["tasks"]["color"]["admitted"] and data["tasks"]["count"]["accuracy"] == 0.3
+    assert data["tasks"]["needle"] == DATA["tasks"]["needle"]
+    assert "| color | 500 | 99.0%" in (card := (target / "README.md").read_text())
+    assert "- colour came later" in card
+    made = yaml.safe_load((package / releases.GROUP).read_text())
+    assert made["task"] == ["yardstick_color", "yardstick_needle"]

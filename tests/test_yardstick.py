@@ -79,11 +79,15 @@ def test_what_is_asked_has_a_version():
         for task in TASKS
         for sample in samples(task, "test", 3, style)
     ]
-    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
-    assert (VERSION, digest[:16]) == (2, "b2e36a78c20ec58d")
+    digests = [
+        hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:16]
+        for chosen in ([f for f in fields if f["task"] != "needle_attr"], fields)
+    ]
+    # A new task leaves what was asked before as it was.
+    assert (VERSION, *digests) == (2, "b2e36a78c20ec58d", "92e0fd650f7b152f")
 
 
-@pytest.mark.parametrize("task", ["exist", "exist_attr", "relation", "image_exist"])
+@pytest.mark.parametrize("task", ["exist", "exist_attr", "needle_attr", "relation", "image_exist"])
 def test_yes_and_no_are_half_and_half(task):
     said = [s["answer"] for s in samples(task, n=50)]
     assert said.count("yes") == said.count("no") == 25
@@ -98,12 +102,18 @@ def test_no_answer_prevails(task):
 
 def test_answers_agree_with_the_objects():
     """Worked out again from the boxes alone."""
-    for drawn in samples("exist_attr", n=20):
+    for drawn in samples("exist_attr", n=20) + samples("needle_attr", n=20):
         colour, name = drawn["question"].removesuffix("?").split()[-2:]
         there = any(o["name"] == name and o["colour"] == colour for o in drawn["objects"])
         assert drawn["answer"] == ("yes" if there else "no")
         # The adversarial kind: the shape is there, perhaps in another colour.
         assert any(o["name"] == name for o in drawn["objects"])
+    for drawn in samples("needle_attr", n=20):
+        name = drawn["question"].removesuffix("?").split()[-1]
+        (asked,) = (o["box"] for o in drawn["objects"] if o["name"] == name)
+        # It is the small one, of 18 to 24 pixels in a frame as long as the longer side.
+        size = max(asked[2] - asked[0], asked[3] - asked[1])
+        assert size <= 24 / 336 * max(drawn["image"].size) + 1
     for drawn in samples("count", n=20):
         name = drawn["question"].split()[2]
         assert int(drawn["answer"]) == sum(o["name"] == name for o in drawn["objects"])

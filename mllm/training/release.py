@@ -1,13 +1,15 @@
 """Turn a finished run of `tiny-llava` into the embedded model: weights, admission, card, tasks.
 
-`python -m mllm.training.release runs/tiny-llava`
+`python -m mllm.training.release runs/tiny-llava`; for tasks that the yardstick got afterwards,
+`python -m mllm.training.release --tasks needle_attr --note "why"`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from mllm.errors import DataError
 from mllm.eval.files import write_json, write_text
 from mllm.eval.provenance import weights_sha256
 from mllm.loading import load_model
-from mllm.training.recipe import load
+from mllm.training.recipe import EvalPart, load
+from mllm.training.run import evaluate
 from mllm.training.trainer import sha256_file
 from mllm.yardstick import TASKS, samples
 from mllm.yardstick.saliency import cls_attention_auc
@@ -96,10 +99,42 @@ def release(folder: Path, package: Path = PACKAGE) -> dict[str, Any]:
         "tasks": admission(scores["rows"]),
     }
     shutil.copytree(folder / "model", target, dirs_exist_ok=True)
+    _publish(data, package)
+    return data
+
+
+def add_tasks(tasks: Sequence[str], note: str, package: Path = PACKAGE) -> dict[str, Any]:
+    """Score tasks, that the yardstick got after the release, on the embedded model as it is.
+
+    Args:
+        tasks: of `mllm.yardstick.TASKS`; what was known of them is replaced.
+        note: a line of the card.
+        package: as for :func:`release`.
+
+    Raises:
+        DataError: unknown task.
+    """
+    target = package / "assets" / "tiny_llava"
+    data = json.loads((target / "yardstick.json").read_text())
+    part = EvalPart(
+        tasks=list(tasks),
+        plans=[None, RANDOM, RANDOM_LLM],
+        limit=LEAST_N,
+        split=data["split"],
+        style=data["style"],
+    )
+    known = data["tasks"] | admission(evaluate(target, part)["rows"])
+    data["tasks"] = {task: known[task] for task in TASKS if task in known}
+    data["notes"].append(note)
+    _publish(data, package)
+    return data
+
+
+def _publish(data: dict[str, Any], package: Path) -> None:
+    target = package / "assets" / "tiny_llava"
     write_json(target / "yardstick.json", data)
     write_text(target / "README.md", card(data))
     write_text(package / GROUP, group(data))
-    return data
 
 
 def group(data: dict[str, Any]) -> str:
@@ -180,5 +215,19 @@ def _words(values: list[int]) -> str:
     return ", ".join(str(value) for value in values)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, nargs="?", help="the folder of a finished run")
+    parser.add_argument("--tasks", nargs="+", help="score these on the embedded model instead")
+    parser.add_argument("--note", help="with --tasks: why, a line of the card")
+    given = parser.parse_args()
+    if (given.run is None) == (given.tasks is None) or bool(given.tasks) != bool(given.note):
+        parser.error("give a run, or --tasks and --note")
+    if given.tasks:
+        add_tasks(given.tasks, given.note)
+    else:
+        release(given.run)
+
+
 if __name__ == "__main__":
-    release(Path(sys.argv[1]))
+    main()

@@ -40,6 +40,7 @@ TASK_SCENES = {
     "relation": ("objects",),
     "needle": ("needle",),
     "needle_color": ("needle",),
+    "needle_attr": ("needle",),
     "ocr_word": ("signs",),
     "ocr_number": ("signs",),
     "ocr_line": ("page",),
@@ -56,6 +57,7 @@ MULTI_IMAGE = ("find_image", "image_exist")
 CHOICES = {
     "exist": YES_NO,
     "exist_attr": YES_NO,
+    "needle_attr": YES_NO,
     "relation": YES_NO,
     "image_exist": YES_NO,
     "color": tuple(COLOUR_NAMES),
@@ -173,6 +175,18 @@ def _exist_questions(rng: Random, scene: Scene) -> list[Question]:
     return asked
 
 
+def _attribute_of(small: Thing, scene: Scene) -> list[Question]:
+    """Whether a needle has its colour, and whether it has another; draws nothing from `rng`."""
+    if any(thing.name == small.name for thing in scene.things if thing is not small):
+        return []
+    others = [colour for colour in COLOUR_NAMES if colour != small.colour]
+    other = others[sum(small.box) % len(others)]
+    return [
+        Question("needle_attr", f"is there a {small.label}?", "yes", (small.box,)),
+        Question("needle_attr", f"is there a {other} {small.name}?", "no"),
+    ]
+
+
 def _place_questions(
     rng: Random, scene: Scene, unique: list[Thing], places: Places
 ) -> list[Question]:
@@ -218,6 +232,7 @@ def ask(rng: Random, scene: Scene, offset: tuple[int, int] = (0, 0)) -> list[Que
         if small.colour:
             text = "what color is the small object?"
             asked.append(Question("needle_color", text, small.colour, (small.box,)))
+            asked += _attribute_of(small, scene)
     asked += _exist_questions(rng, scene)
     counts = Counter(thing.name for thing in scene.things)
     unique = [thing for thing in scene.things if counts[thing.name] == 1]
