@@ -45,6 +45,13 @@ def kv(row: Row) -> list[str]:
     ]
 
 
+def prefill(row: Row) -> list[str]:
+    return [
+        str(row["visual"]), str(row["batch"]), times(row), f"{row['ideal']:.2f}",
+        percent(row["share"]), times(row, "attainable"), percent(row["attainable_share"]),
+    ]  # fmt: skip
+
+
 def selection(row: Row) -> list[str]:
     at = [str(row["visual"]), str(row["batch"]), f"{row['visual_avg']:.0f}"]
     if "cost" not in row:
@@ -74,6 +81,11 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[Row], list[str]]]] = {
         ["decode step, times as fast", "ideal", "claim", "payload of the full cache",
          "payload of the budget", "choosing, of the prefill", "peak of a step"],
         kv,
+    ),
+    "prefill": (
+        ["visual tokens", "batch", "prefill, times as fast", "ideal", "of the ideal",
+         "attainable", "of the attainable"],
+        prefill,
     ),
     "selection": (
         ["visual tokens", "batch", "left per layer", "spent, ms", "saved, ms",
