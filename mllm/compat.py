@@ -70,8 +70,8 @@ __all__ = [
     "causal_mask",
     "config_sha256",
     "dynamic_cache",
-    "eager_like",
     "drafted_sequences",
+    "eager_like",
     "encodes_first",
     "kept_past",
     "mask_like",
@@ -84,6 +84,7 @@ __all__ = [
     "register_attention",
     "report_targets",
     "serve",
+    "take_back",
     "tensor_parallel",
     "tested",
     "unset_hf_deepspeed_config",
@@ -239,9 +240,20 @@ def dynamic_cache(decoder: nn.Module) -> DynamicCache:
     return DynamicCache(config=decoder.config)
 
 
+#: Whether windows of a cache can go back, and are made small again by `crop`.
+_RECORDS = hasattr(Cache, "activate_past_recording")
+
+
 def kept_past(cache: Cache) -> None:
-    """Let a cache that is used from now on forget nothing that `crop` may need."""
-    cache.activate_past_recording()
+    """Let a cache forget nothing from now on that :func:`take_back` may need."""
+    if _RECORDS:
+        cache.activate_past_recording()
+
+
+def take_back(cache: Cache, count: int) -> None:
+    """Take the newest `count` tokens of a cache back."""
+    if count or _RECORDS:  # older releases take 0 for a length
+        cache.crop(-count)
 
 
 def prefill(model: nn.Module, ids: Tensor, config: Any, given: dict[str, Any]) -> Any:

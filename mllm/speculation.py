@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mllm import compat
 from mllm.errors import PlanError
@@ -42,7 +43,7 @@ class _Depths:
         self.mode: Literal["whole", "draft", "check"] = "whole"
         self.states: list[Tensor] = []
         self.stored: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._shapes: dict[int, tuple[Tensor, Tensor]] = {}  # of one token, without rows
+        self._none: dict[int, list[Tensor]] = {}  # keys and values of no token
         self._update = cache.update
 
     def __enter__(self) -> _Depths:
@@ -68,7 +69,8 @@ class _Depths:
     def _store(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
         if self.mode == "draft":
             self.stored.setdefault(layer, []).append((keys, values))
-        self._shapes[layer] = keys[:, :, :0], values[:, :, :0]
+        if layer not in self._none:
+            self._none[layer] = [x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values)]
         return self._update(keys, values, layer, *args, **kwargs)
 
     def pass_by(self, layer: int, hidden: Tensor) -> Tensor | None:
@@ -76,9 +78,8 @@ class _Depths:
         if self.mode == "draft" and layer >= self.exit:
             if layer == self.exit:
                 self.states.append(hidden)
-            none = [x.new_zeros(*x.shape[:2], hidden.shape[1], x.shape[3])
-                    for x in self._shapes[layer]]  # fmt: skip
-            self._update(*none, layer)
+            rows = 0, 0, 0, hidden.shape[1]  # in front of the last dimension
+            self._update(*(F.pad(x, rows) for x in self._none[layer]), layer)
             return hidden
         if self.mode == "check" and layer < self.exit:
             keys, values = zip(*self.stored[layer], strict=True)
@@ -192,7 +193,7 @@ class SelfSpeculation:
                 drafts.append(answer.best(ids, output.logits[:, -1])[0])
                 ids = torch.cat([ids, drafts[-1][:, None]], 1)
                 then = compat.one_more(model, output, then)
-        cache.crop(-(count + 1))
+        compat.take_back(cache, count + 1)
         depths.mode = "check"
         output = model(**compat.next_inputs(model, ids, count + 1, then))
         depths.mode = "whole"
@@ -208,7 +209,7 @@ class SelfSpeculation:
             self.accepted += int((right & there).sum())
             if answer.done or bool((answer.unfinished & ~right).any()):
                 break
-        cache.crop(step - count)
+        compat.take_back(cache, count - step)
         return given
 
     def _check(

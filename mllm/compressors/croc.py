@@ -77,7 +77,7 @@ class Pool(nn.Module):
     def __init__(self, size: int, width: int, apart: bool) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(size, width) * 0.02)
-        self.apart = apart
+        self.size, self.apart = size, apart
 
     def forward(self, x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """The token of the pool that is matched with each of `x`, `[..., width]`.
@@ -101,7 +101,7 @@ class Pool(nn.Module):
 
     def flops(self, x: Tensor, counts: Sequence[int]) -> float:
         """Of one sample, on average."""
-        return 2.0 * len(x) * self.tokens.numel() / len(counts)
+        return 2.0 * x.numel() * self.size / len(counts)
 
 
 class Teller(nn.Module):

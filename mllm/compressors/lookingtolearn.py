@@ -25,7 +25,7 @@ class Blend(nn.Module):
 
     def __init__(self, width: int, out: int, hard: bool) -> None:
         super().__init__()
-        self.width, self.hard = 2 * width, hard
+        self.width, self.out, self.hard = 2 * width, out, hard
         self.score = Score(2 * width, out, std=(6 * width) ** -0.5)
         self.warm = nn.Parameter(torch.zeros(1))
 
@@ -38,7 +38,7 @@ class Blend(nn.Module):
 
     def flops(self, x: Tensor) -> float:
         """Of one sample."""
-        return 2.0 * x.shape[1] * self.score.weight.numel()
+        return 2.0 * x.shape[1] * self.width * self.out
 
 
 @register("lookingtolearn", paper="arXiv:2510.08470", stage="llm", trained=True)
