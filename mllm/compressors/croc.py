@@ -172,6 +172,7 @@ class Croc(LayerMethod):
     oracle = "reference"
     actions = ("LogitBias", "Write")
     identity = {}
+    scaffold = True
 
     demand = DepthRouter.demand
 
