@@ -14,6 +14,7 @@ __version__ = "0.1.0.dev0"
 _EXPORTS = {
     "Patched": "mllm.patcher",
     "Plan": "mllm.plan",
+    "SelfSpeculation": "mllm.speculation",
     "methods": "mllm.plan",
     "calibrate": "mllm.calibration",
     "upcycle": "mllm.routers.upcycle",

@@ -203,6 +203,10 @@ class Attend:
     multiplied by a gate and added to what the heads give, before the output projection. Tokens
     behind this forward attend as well.
 
+    Where it `blends`, it is what the two differ by that is multiplied and added, and the gate is
+    given both side by side: `[batch, rows, 2 * heads * head_dim]`. It may then also make a number
+    for each of the `heads * head_dim`, and says its cost in a method `flops`.
+
     Attributes:
         layer: decoder layer.
         rows: bool `[batch, rows]`; None is all.
@@ -210,6 +214,7 @@ class Attend:
         valid: bool `[batch, n]`.
         gate: the trained part of the stage that makes `[batch, rows, 1]` of what the heads give,
             `[batch, rows, heads * head_dim]`.
+        blends: see above.
     """
 
     layer: int
@@ -218,6 +223,7 @@ class Attend:
     values: Tensor
     valid: Tensor
     gate: str
+    blends: bool = False
 
 
 @dataclass(frozen=True)

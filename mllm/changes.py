@@ -42,6 +42,7 @@ class _Beside:
         valid: bool `[batch, n]`, some of every sample.
         rows: bool `[batch, rows]`, which attend; None is all.
         gate: of what the heads give.
+        blends: see :class:`mllm.actions.Attend`.
     """
 
     keys: Tensor
@@ -49,6 +50,7 @@ class _Beside:
     valid: Tensor
     rows: Tensor | None
     gate: Callable[[Tensor], Tensor]
+    blends: bool
 
     def add(self, query: Tensor, output: Tensor, scaling: float | None) -> Tensor:
         """What the heads give, `[batch, rows, heads, head_dim]`, with what they find here."""
@@ -60,11 +62,15 @@ class _Beside:
         keys, values = (x.repeat_interleave(heads // x.shape[1], 1) for x in (keys, values))
         found = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=self.valid[:, None, None], scale=scaling
-        )
-        gate = self.gate(output.flatten(2))
+        ).transpose(1, 2)
+        given = output.flatten(2)
+        if self.blends:
+            given, found = torch.cat([given, found.flatten(2).to(given)], 2), found - output
+        gate = self.gate(given)
         if self.rows is not None:
             gate = gate.masked_fill(~self.rows[..., None], 0)
-        return output + (gate[..., None] * found.transpose(1, 2)).to(output.dtype)
+        gate = gate.unflatten(2, (-1, width if gate.shape[2] > 1 else 1))
+        return output + (gate * found).to(output.dtype)
 
 
 @dataclass
@@ -434,11 +440,12 @@ class Changes:
         config = run.patched.family.text_config
         width = config.num_attention_heads * flops.head_dim(config)
         queries = run.attention_table.valid.shape[1]
-        run.selection_flops += 2.0 * queries * width * (2 * action.keys.shape[1] + 1)
+        met = 2 * action.keys.shape[1] + (not action.blends)
+        run.selection_flops += 2.0 * queries * width * met
         return _Beside(
             action.keys, action.values,
             action.valid | ~action.valid.any(1, keepdim=True),  # no softmax over nothing
-            rows, functools.partial(run.route, placed.number, part=action.gate),
+            rows, functools.partial(run.route, placed.number, part=action.gate), action.blends,
         )  # fmt: skip
 
     # Stored tokens

@@ -32,6 +32,7 @@ try:
         DynamicLayer,
         DynamicSlidingWindowLayer,
     )
+    from transformers.generation import GenerateDecoderOnlyOutput
     from transformers.image_processing_utils import select_best_resolution
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.masking_utils import create_causal_mask
@@ -69,14 +70,21 @@ __all__ = [
     "causal_mask",
     "config_sha256",
     "dynamic_cache",
+    "drafted_sequences",
     "eager_like",
     "encodes_first",
+    "kept_past",
     "mask_like",
+    "next_inputs",
+    "one_more",
+    "padding",
     "part",
+    "prefill",
     "reentrant",
     "register_attention",
     "report_targets",
     "serve",
+    "take_back",
     "tensor_parallel",
     "tested",
     "unset_hf_deepspeed_config",
@@ -230,6 +238,65 @@ def encodes_first(base: nn.Module) -> bool:
 def dynamic_cache(decoder: nn.Module) -> DynamicCache:
     """An empty cache for the decoder."""
     return DynamicCache(config=decoder.config)
+
+
+#: Whether windows of a cache can go back, and are made small again by `crop`.
+_RECORDS = hasattr(Cache, "activate_past_recording")
+
+
+def kept_past(cache: Cache) -> None:
+    """Let a cache forget nothing from now on that :func:`take_back` may need."""
+    if _RECORDS:
+        cache.activate_past_recording()
+
+
+def take_back(cache: Cache, count: int) -> None:
+    """Take the newest `count` tokens of a cache back."""
+    if count or _RECORDS:  # older releases take 0 for a length
+        cache.crop(-count)
+
+
+def prefill(model: nn.Module, ids: Tensor, config: Any, given: dict[str, Any]) -> Any:
+    """Read a prompt as `generate()` does.
+
+    Args:
+        model: a model that generates.
+        ids: int64 `[batch, rows]`.
+        config: the generation config.
+        given: what `generate()` has prepared beside the ids.
+    """
+    return model._prefill(ids, config, given)
+
+
+def next_inputs(model: nn.Module, ids: Tensor, rows: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward over the newest `rows` of `ids`, the others being in the cache."""
+    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=rows, **given)
+    if "logits_to_keep" in inputs:
+        inputs["logits_to_keep"] = rows
+    return inputs | {"return_dict": True}
+
+
+def one_more(model: nn.Module, output: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`next_inputs` is given when there is one token more behind an output."""
+    return model._update_model_kwargs_for_generation(output, dict(given))
+
+
+def padding(config: Any, criteria: Any) -> Tensor | None:
+    """The token that `generate()` writes behind an answer that has ended; None if it writes on."""
+    ends = any(hasattr(x, "eos_token_id") for x in criteria)
+    return config._pad_token_tensor if ends else None
+
+
+def drafted_sequences(sequences: Tensor, logits: list, scores: list, cache: Cache, config: Any):
+    """What `generate()` returns under a config: `[batch, tokens]`, or an object with more."""
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        logits=tuple(logits) if config.output_logits else None,
+        scores=tuple(scores) if config.output_scores else None,
+        past_key_values=cache,
+    )
 
 
 def reentrant(layer: nn.Module) -> bool:

@@ -60,8 +60,9 @@ from mllm.routers.base import NAME, RouterBank, active
 from mllm.routers.experts import ROUTING, Experts
 from mllm.routers.upcycle import Upcycled
 from mllm.running import running
+from mllm.speculation import SelfSpeculation, drafting
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
-from mllm.validate import check_generation, check_plan, family_notes
+from mllm.validate import check_generation, check_plan, check_speculation, family_notes
 from mllm.views import VIEW
 
 
@@ -612,6 +613,8 @@ class Patched:
     def _generate(self, generate: Any, args: tuple, kwargs: dict) -> Any:
         config = kwargs.get("generation_config") or self.family.model.generation_config
         check_generation(config, kwargs)
+        if isinstance(kwargs.get("custom_generate"), SelfSpeculation):
+            check_speculation(self.plan.stages)
         views = self._take_views(kwargs)
         chunk = kwargs.pop("prefill_chunk_size", None)
         chunk = config.prefill_chunk_size if chunk is None else chunk
@@ -1126,7 +1129,7 @@ class Patched:
 
     def _book_text(self, run: DecoderRun) -> None:
         """A decode step, or a text-only prefill: the first turn's, or a later turn's."""
-        if self._prompt().drafts:
+        if self._prompt().drafts or drafting():
             return
         past, rows, length = run.past_logical, run.full.valid.shape[1], self._prompt().length
         # Within generate(), several rows behind the prompt are candidates to verify.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllm import compat, flops
@@ -397,6 +397,14 @@ def check_generation(config: Any, given: Mapping[str, Any]) -> None:
             given=name,
             expected="dynamic",
         )
+    if given.get("assistant_early_exit") or getattr(config, "assistant_early_exit", None):
+        raise PlanError(
+            "assistant_early_exit drafts without the pictures, and not with the first layers of a "
+            "model that has a tower",
+            argument="assistant_early_exit",
+            given=given.get("assistant_early_exit") or config.assistant_early_exit,
+            expected="custom_generate=mllm.SelfSpeculation(exit=...)",
+        )
     chunk = given.get("prefill_chunk_size") or config.prefill_chunk_size
     drafted = [
         name
@@ -410,6 +418,24 @@ def check_generation(config: Any, given: Mapping[str, Any]) -> None:
             given=chunk,
             expected=f"None, or no {drafted[0]}" if drafted else "None, or use_cache=True",
         )
+
+
+def check_speculation(stages: Sequence[Any]) -> None:
+    """Refuse a plan beside :class:`mllm.SelfSpeculation` that decides by tokens of drafts.
+
+    Raises:
+        PlanError: a stage on the cache, one that decides about later tokens, or an early exit.
+    """
+    for stage in stages:
+        on_cache, late = stage.site == "cache", getattr(stage, "decodes", False)
+        if on_cache or late or getattr(stage, "exit", None) is not None:
+            raise PlanError(
+                f"{stage.info.name} acts on tokens behind the prompt, and those of a draft may be "
+                "taken back",
+                argument="custom_generate",
+                given=stage.info.name,
+                expected="stages that choose tokens of the prompt, or layerskip without exit",
+            )
 
 
 def family_notes(patched: Patched) -> list[str]:

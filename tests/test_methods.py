@@ -18,7 +18,7 @@ from mllm.plan import Plan, get_method
 TOKENS = SIDE * SIDE
 #: They must be trained; files of their own, or test_depth.py, hold them against their descriptions.
 TRAINED = ["pmod", "mod", "mor", "gammamod", "moh", "skipffn", "layerskip", "dpn", "slowfast",
-           "llavamini_fuse"]  # fmt: skip
+           "llavamini_fuse", "lookingtolearn", "croc"]  # fmt: skip
 NAMES = ["random", "randomllm", "stride", "avgpool", "downsample", "visionzip", "divprune", "fastv"]
 NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "hired", "vscan",
           "vscan_vision", "vscan_llm", "vtw", "feather", "vispruner", "dart", "cdpruner",
@@ -30,7 +30,7 @@ NAMES += ["pyramiddrop", "fastervlm", "prumerge", "prumergeplus", "sparsevlm", "
 #: They choose without arithmetic, or at their identity choose nothing.
 FREE = ["random", "randomllm", "stride", "avgpool", "downsample", "adaptivepool", "pyramid", "ggem",
         "pllava", "tome", "vmtc", "cmai", "windowmerge", "skipffn", "layerskip", "m3",
-        "deepstack", "tcllava"]  # fmt: skip
+        "deepstack", "tcllava", "croc"]  # fmt: skip
 #: Their size is no budget.
 SIZED = ["adaptivepool", "pllava", "cmai", "vtw", "zipvl", "zipvl_prefill", "windowmerge",
          "keytokens", "dualfilter", "mustdrop", "deepstack", "tcllava", *TRAINED]  # fmt: skip
@@ -88,6 +88,8 @@ IDENTITY = {
     "dpn": "dpn:choice=0/0/0",
     "deepstack": "deepstack",
     "slowfast": "slowfast",
+    "lookingtolearn": "lookingtolearn",
+    "croc": "croc",
     "tcllava": "tcllava:gamma=0.0:mask=false",
     "fastv, as a number": f"fastv:layer=2:keep={TOKENS}",
 }

@@ -167,6 +167,8 @@ def stages(draw):
         "depth": st.integers(1, 8),
         "compress": st.sampled_from(["before", "behind"]),
         "fuse": st.sampled_from(["all", "text"]),
+        "shares": st.sampled_from(["token", "feature"]),
+        "match": st.sampled_from(["hungarian", "nearest"]),
     }
     learned = {"m3": (9, 36), "tokenflex": (64, 256), "mqt": (1, 64), "tokenpacker": (36, 144),
                "videoccam": (64, 1024), "dynamicvlm": (None, 1, 36),
@@ -179,9 +181,14 @@ def stages(draw):
     if cls.info.name == "dpn":
         values["least"] = st.integers(1, 64)
     still = ("pmod", "mod", "mor", "gammamod", "moh", "layerskip", "deepstack", "slowfast",
-             "tcllava", "llavamini_fuse")  # fmt: skip
+             "tcllava", "llavamini_fuse", "lookingtolearn", "croc")  # fmt: skip
     if cls.info.name in still:
         values["positions"] = st.sampled_from([None, "original"])
+    if cls.info.name == "lookingtolearn":
+        values["gate"] = st.sampled_from(["soft", "hard"])
+    if cls.info.name == "croc":
+        values |= {"pool": st.integers(1, 9999), "weight": st.floats(0, 99),
+                   "beta": st.floats(0.01, 9)}  # fmt: skip
     if cls.info.name == "moh":
         values["shared"] = st.floats(0.1, 0.4)
     if cls.info.stage == "cache":

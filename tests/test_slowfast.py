@@ -1,4 +1,4 @@
-"""Slow-Fast against a decoder written out by hand, with slow tokens met one by one."""
+"""`slowfast` and `lookingtolearn` by hand: a decoder that meets slow tokens one by one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import _placed, check_family
 
 import mllm
-from mllm.compressors import AvgPool, FastV, SnapKV, Stride
+from mllm.compressors import AvgPool, FastV, LookingToLearn, SnapKV, Stride
 from mllm.errors import PlanError
 from mllm.routers import SlowFast
 
@@ -26,8 +26,20 @@ FAMILIES = ["llava", "qwen2_5_vl", "internvl", "gemma3", "qwen3_vl"]
 PLANS = {
     "two": SlowFast(layers=(1, 2)),
     "behind": SlowFast(every=2, system=False),
+    "token": LookingToLearn(layers=(1, 2)),
+    "feature": LookingToLearn(every=2, system=False, shares="feature"),
+    "hard": LookingToLearn(layers=(0, 3), shares="feature", gate="hard"),
 }
 each = pytest.mark.parametrize("stage", PLANS.values(), ids=PLANS)
+
+
+def grid(families):
+    """Of `lookingtolearn` all families have one kind of gate; the rest is slow."""
+    for family in families:
+        for name, stage in PLANS.items():
+            fast = name not in ("feature", "hard") or family in ("llava", "qwen3_vl")
+            marks = [] if fast else [pytest.mark.slow]
+            yield pytest.param(family, stage, marks=marks, id=f"{family}-{name}")
 
 
 def decoded(net, family, batch):
@@ -43,6 +55,19 @@ def decoded(net, family, batch):
         out = net(input_ids=ids, past_key_values=out.past_key_values, **given)
         found = [torch.cat([x, out.logits[b, -1:]]) for b, x in enumerate(found)]
     return found
+
+
+def taken(stage, gate, out, met):
+    """What a token goes on with, from what its heads give and what they have met."""
+    z, warm = out.flatten(), torch.tanh(gate.warm)
+    if not isinstance(stage, LookingToLearn):
+        return out + torch.tanh(z @ gate.score.weight[0] + gate.score.bias) * warm * met
+    g = torch.sigmoid(gate.score.weight @ torch.cat([z, met.flatten()]) + gate.score.bias)
+    if stage.gate == "hard":
+        g = g.round().detach() + g - g.detach()
+    g = 1 - (1 - g) * warm
+    g = g.view_as(out) if stage.shares == "feature" else g
+    return g * out + (1 - g) * met
 
 
 def by_hand(family, s, bank, stage, edit=None):
@@ -64,22 +89,19 @@ def by_hand(family, s, bank, stage, edit=None):
             for i in range(q.shape[1]):
                 if i < len(s.ids) and s.visual[i] or not stage.system and i < first:
                     continue
-                z = out[:, i].flatten()
-                g = torch.tanh(z @ gate.score.weight[0] + gate.score.bias) * torch.tanh(gate.warm)
                 met = [
                     (keys[:, h // group] @ q[h, i] * scaling).softmax(0) @ values[:, h // group]
                     for h in range(len(q))
                 ]
-                found[:, i] = out[:, i] + g * torch.stack(met)
+                found[:, i] = taken(stage, gate, out[:, i], torch.stack(met))
             return found
 
         edit.beside[layer] = beside
     return edit
 
 
-@each
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, stage", grid(FAMILIES))
 @torch.no_grad()
 def test_it_equals_its_description(family, attn, stage):
     """Of a padded batch with fast tokens alone in the sequence, and of tokens behind it."""
@@ -100,14 +122,15 @@ def test_it_equals_its_description(family, attn, stage):
         equal(logits[b][there], want[there], f"sample {b}", near)
 
 
+@pytest.mark.parametrize("method", [SlowFast, LookingToLearn])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_new_parts_change_nothing(family, attn):
+def test_new_parts_change_nothing(family, attn, method):
     """Bit for bit, with all tokens kept; trained ones do change answers."""
     net, inputs = model(family, attn), collate(family, samples(family))
     plain, answer = net(**inputs).logits, net.generate(**inputs, max_new_tokens=4)
-    with mllm.patch(net, SlowFast(every=1)) as patched:
+    with mllm.patch(net, method(every=1)) as patched:
         assert torch.equal(net(**inputs).logits, plain)
         assert torch.equal(net.generate(**inputs, max_new_tokens=4), answer)
         attention = net.get_decoder().layers[0].self_attn
@@ -120,8 +143,7 @@ def test_new_parts_change_nothing(family, attn):
     assert torch.equal(net(**inputs).logits, plain)
 
 
-@each
-@pytest.mark.parametrize("family", [*FAMILIES, "llava_next"])
+@pytest.mark.parametrize("family, stage", grid([*FAMILIES, "llava_next"]))
 @torch.no_grad()
 def test_batched_equals_alone(family, stage):
     check_family(family, stage)
@@ -168,9 +190,8 @@ def test_a_second_turn_still_knows_the_picture():
             equal(net(input_ids=MORE[None], past_key_values=cache).logits[0], want, "turn", 1e-4)
 
 
-@each
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("family, stage", grid(["llava", "gemma3"]))
 def test_gradients(family, checkpointed, stage):
     """Loss and all gradients are those of the loop; the projector learns from slow tokens."""
     batch = samples(family)
@@ -204,10 +225,11 @@ def test_gradients(family, checkpointed, stage):
         equal(mine[name], p.grad, name, 1e-4 * max(1.0, float(p.grad.abs().max())))
 
 
-def test_new_gates_learn():
+@pytest.mark.parametrize("plan", ["two", "token"])
+def test_new_gates_learn(plan):
     """A gate that is zero gets a gradient all the same; with it the rest follows."""
     net, inputs = model("llava").train(), collate("llava", samples("llava"))
-    with mllm.patch(net, PLANS["two"]):
+    with mllm.patch(net, PLANS[plan]):
         net(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
         assert all(net.mllm._modules["0"][f"{i}_gate"].warm.grad.any() for i in (1, 2))
         assert net.model.multi_modal_projector.linear_2.weight.grad.any()
@@ -227,20 +249,22 @@ def test_the_projector_learns_from_slow_tokens():
     assert (grads[0] - grads[1]).abs().max() > 1e-5
 
 
-def test_text_alone_gives_every_parameter_a_gradient():
+@pytest.mark.parametrize("plan", ["two", "feature"])
+def test_text_alone_gives_every_parameter_a_gradient(plan):
     for family in ("llava", "qwen3_vl"):
         net = model(family).train()
         inputs = collate(family, samples(family, "text"))
-        with mllm.patch(net, PLANS["two"]):
+        with mllm.patch(net, PLANS[plan]):
             net(**inputs, labels=inputs["input_ids"]).loss.backward()
             for name, p in net.mllm.named_parameters():
                 assert p.grad is not None and not p.grad.any(), name
 
 
+@each
 @torch.no_grad()
-def test_an_adapter_is_the_same_bit_for_bit(tmp_path):
+def test_an_adapter_is_the_same_bit_for_bit(stage, tmp_path):
     net, inputs = model("llava"), collate("llava", samples("llava"))
-    with mllm.patch(net, PLANS["two"]) as patched:
+    with mllm.patch(net, stage) as patched:
         teach(net)
         want = net(**inputs).logits
         patched.save_adapter(tmp_path / "adapter")
@@ -249,10 +273,22 @@ def test_an_adapter_is_the_same_bit_for_bit(tmp_path):
 
 
 @torch.no_grad()
-def test_flops_are_what_torch_counts():
+def test_an_adapter_of_other_gates_is_refused(tmp_path):
+    net = model("llava")
+    with mllm.patch(net, PLANS["token"]) as patched:
+        patched.save_adapter(tmp_path)
+    with mllm.patch(net, PLANS["token"].replace(shares="feature")) as patched:
+        with pytest.raises(PlanError) as caught:
+            patched.load_adapter(tmp_path)
+    assert caught.value.argument == "plan"
+
+
+@each
+@torch.no_grad()
+def test_flops_are_what_torch_counts(stage):
     """But for attention to slow tokens, which torch does not count on a CPU."""
     net, (s,) = model("llava", "eager"), samples("llava", "alone")
-    with mllm.patch(net, PLANS["two"]) as patched:
+    with mllm.patch(net, stage) as patched:
         with FlopCounterMode(display=False) as counter:
             net(**collate("llava", [s]))
         row = patched.ledger.as_dict()
@@ -276,11 +312,12 @@ def test_a_reduced_sequence_is_shorter_and_text_is_left_alone():
 @pytest.mark.parametrize("bad, argument", [
     (dict(every=0), "every"), (dict(layers=(4,)), "layers"), (dict(layers=(1, 1)), "layers"),
     (dict(layers=()), "layers"), (dict(positions="compact"), "positions"),
+    (dict(shares="head"), "shares"), (dict(gate="gumbel"), "gate"),
 ])  # fmt: skip
 def test_bad_values(bad, argument):
     net = model("llava")
     with pytest.raises(PlanError) as caught:
-        mllm.patch(net, SlowFast(**bad))
+        mllm.patch(net, LookingToLearn(**bad))
     assert caught.value.argument == argument
     assert not hasattr(net, "mllm")
 

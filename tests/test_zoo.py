@@ -36,6 +36,7 @@ ELSEWHERE = {
     "gammamod": "test_depth.py", "moh": "test_depth.py", "skipffn": "test_depth.py",
     "layerskip": "test_depth.py", "mor": "test_mor.py", "dpn": "test_dpn.py",
     "deepstack": "test_deepstack.py", "slowfast": "test_slowfast.py",
+    "lookingtolearn": "test_slowfast.py", "croc": "test_croc.py",
     **dict.fromkeys(["m3", "mqt", "tokenflex", "tokenpacker"], "test_learned.py"),
     **dict.fromkeys(["videoccam", "dynamicvlm"], "test_temporal.py"), "tcllava": "test_tcllava.py",
     **dict.fromkeys(["llavamini", "llavamini_compress", "llavamini_fuse"], "test_llavamini.py"),
@@ -150,7 +151,7 @@ OTHERS = {
     "llavamini": "a preset", "llavamini_compress": "a square of queries",
     "llavamini_fuse": "nothing leaves",
     "dpn": "a router decides", "deepstack": "nothing leaves", "slowfast": "nothing leaves",
-    "tcllava": "nothing leaves",
+    "tcllava": "nothing leaves", "lookingtolearn": "nothing leaves", "croc": "nothing leaves",
     **dict.fromkeys(ON_CACHE, "slots of the cache"), **dict.fromkeys(EXPERTS, "experts"),
 }  # fmt: skip
 #: Averages below the layers that see everything.

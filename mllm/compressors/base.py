@@ -508,6 +508,8 @@ class _Method:
     named: ClassVar[tuple[str, ...]] = ()
     #: Fields that what is learnt does not depend on: an adapter serves all their values.
     free: ClassVar[tuple[str, ...]] = ()
+    #: What is learnt serves training alone: runs behind it, and inference, go without it.
+    scaffold: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -372,6 +372,8 @@ def _go_on(recipe: Recipe, patched: Any) -> None:
     if not adapters.is_adapter(path) or adapters.is_adapter(recipe.plan):
         return
     if patched is None or patched.routers is None:
+        if all(stage.scaffold for stage in Plan.of(path).stages if stage.info.trained):
+            return
         raise RecipeError(
             f"{path} has what its plan has learnt, and this run would lose it",
             argument="plan",
