@@ -23,10 +23,10 @@ from mllm.eval.words import or_dash, points
 
 COSTS = ("visual_avg", "flops", "kv_bytes", "prefill_s")
 _NAMES = {
-    "visual_avg": "visual tokens",
-    "flops": "prefill FLOPs",
+    "visual_avg": "Visual tokens",
+    "flops": "Prefill FLOPs",
     "kv_bytes": "KV bytes",
-    "prefill_s": "measured prefill",
+    "prefill_s": "Measured prefill",
 }
 
 # Heading, factor and format of the costs in the page's table.
@@ -320,7 +320,7 @@ def _words(made: dict[str, Any]) -> list[str]:
         if ratios and (min(ratios) < 0.995 or max(ratios) > 1.005):
             low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
             span = low if low == high else f"{low} to {high}"
-            said_of.append(f"{_NAMES[name].capitalize()} of {b} are {span} times those of {a}.")
+            said_of.append(f"{_NAMES[name]}: {b} has {span} times what {a} has.")
     other = [row for row in rows if row["plans"][0] != row["plans"][1]]
     if other:
         listed = "; ".join(" and ".join(row["plans"]) for row in other[:5])

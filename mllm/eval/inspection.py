@@ -28,9 +28,10 @@ from PIL import Image
 from mllm.errors import DataError
 from mllm.eval import files, overlay, seen
 from mllm.eval.answer import answer
-from mllm.eval.plans import make_plan, patched_with
+from mllm.eval.plans import make_plan
 from mllm.eval.report import templates
 from mllm.loading import PLACEHOLDER, build_inputs
+from mllm.patch import patch
 from mllm.plan import Plan
 from mllm.signals import AttentionRows, ColumnMass, VisionAttention
 from mllm.tokens import Layout
@@ -240,24 +241,23 @@ def inspect(
             expected="at least one picture, or at least one frame",
         )
     chosen = make_plan(plan)
+    if not chosen.stages:
+        raise DataError(
+            "there is nothing to inspect in the model as it is",
+            argument="plan",
+            given=str(plan),
+            expected="a plan with a stage",
+        )
     inputs = _inputs(processor, question, images, frames)
     as_video = inputs.get("pixel_values_videos") is not None
     pictures = list(images or frames)
-    with patched_with(model, Plan([])):
-        given = inputs.to(model.device, model.dtype)
-        (plain,) = answer(model, processor, given, None, max_new_tokens=max_new_tokens)
-    with patched_with(model, chosen) as patched:
-        tiles = None if patched is None else patched.tiles
-        given = with_tiles(inputs, processor, pictures, tiles).to(model.device, model.dtype)
-        if patched is None:
-            raise DataError(
-                "there is nothing to inspect in the model as it is",
-                argument="plan",
-                given=plan,
-                expected="a plan with a stage",
-            )
-        visual = sum(inputs["input_ids"][0] == f.image_token_id
-                     for f in patched.kinds.values() if f is not None) > 0  # fmt: skip
+    given = inputs.to(model.device, model.dtype)
+    (plain,) = answer(model, processor, given, None, max_new_tokens=max_new_tokens)
+    with patch(model, chosen) as patched:
+        given = with_tiles(inputs, processor, pictures, patched.tiles)
+        given = given.to(model.device, model.dtype)
+        holes = [family.image_token_id for family in patched.kinds.values() if family is not None]
+        visual = np.isin(inputs["input_ids"][0].cpu().numpy(), holes)
         with _recording(patched) as calls:
             (cut,) = answer(model, processor, given, patched, max_new_tokens=max_new_tokens)
         ledger = patched.ledger
@@ -280,7 +280,7 @@ def inspect(
         images=seen_images,
         steps=seen.steps(ledger),
         kept=[ledger.kept(layer)[0].numpy() for layer in range(len(record["layers"]))],
-        heat=_heat(calls, layouts, visual.cpu().numpy()),
+        heat=_heat(calls, layouts, visual),
         reads=[
             (stage.info.name, name, _said(signal, None))
             for _, stage in stages

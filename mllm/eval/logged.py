@@ -59,6 +59,8 @@ def read(folder: Path) -> Logged:
         DataError: there is no run, or one that this version cannot read.
     """
     found = Logged()
+    if (about := folder / "evaluation.json").exists():
+        _check_version(about)
     runs: dict[tuple, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*_results.json")):
         results, about = _results(path)
@@ -103,6 +105,15 @@ def _align(cells: list[dict[str, Any]]) -> None:
                 cell["data"] = sources.source_of(cell["task"]).digest(cell["split"])
             else:
                 cell["data"] = hashlib.sha256(asked.encode()).hexdigest()
+
+
+def _check_version(path: Path) -> None:
+    try:
+        schema = json.loads(path.read_bytes()).get("schema")
+    except (ValueError, AttributeError) as error:
+        raise _foreign(path, "not what mllm eval writes") from error
+    if schema != SCHEMA:
+        raise _foreign(path, f"schema {schema!r}, and this mllm reads schema {SCHEMA}")
 
 
 def named(plan: Plan, average: float) -> dict[str, Any]:
