@@ -156,12 +156,12 @@ def test_equal_runs_are_said_to_be_equal():
 
 def test_what_differs_is_listed_and_what_cannot_be_compared_is_not():
     first, second = runs()
+    second.append(cell("new", 64, "color", [1] * 600))
     for one in second:
         one["about"] |= {"dtype": "bfloat16", "versions": {"mllm": "1"}}
         one["flops"] = 2e9
         if one["task"] == "ocr":
             one["data"] = "scenes 9"
-    second.append(cell("new", 64, "color", [1] * 600))
     made = compare.build(first, second, ("old", "new"))
     differs = {name: (a, b) for name, a, b in made["differs"]}
     assert differs["dtype"] == ("float32", "bfloat16") and differs["mllm"] == ("0", "1")

@@ -165,6 +165,7 @@ def test_pictures_behind_the_views_are_those_that_the_model_was_given(picture):
     assert seen.pictures(processor_of(), packed, [named], [Layout((GRID,) * 2, video=True)]) == [
         "a", "c"
     ]  # fmt: skip
+    assert seen.pictures(processor_of(), packed, [named], [plain]) == ["a"]
     tiles = Layout((GRID, GRID), "rows", Tiling(1, 1, *GRID))
     both = seen.pictures(processor_of(), {"pixel_values": white[None, None]}, [picture], [tiles])
     assert both == [picture, picture]

@@ -112,7 +112,8 @@ def inspect(
             parsed,
             question,
             pictures,
-            frames=clip,
+            frames=clip.frames if clip else (),
+            metadata=clip.metadata() if clip else None,
             max_new_tokens=max_new_tokens,
         )
     for path in outputs:
@@ -126,11 +127,11 @@ def inspect(
             "outputs": written}  # fmt: skip
 
 
-def _clip(images: list[Path], frames: int) -> list[Any]:
-    """Frames of a video, if one is given; else none."""
+def _clip(images: list[Path], frames: int) -> Any:
+    """The :class:`mllm.training.video.Clip` of a video, if one is given; else None."""
     videos = [path for path in images if path.suffix.lower() in VIDEOS]
     if not videos:
-        return []
+        return None
     if len(images) > 1:
         raise DataError(
             "a video is inspected alone",
@@ -140,7 +141,7 @@ def _clip(images: list[Path], frames: int) -> list[Any]:
         )
     from mllm.training.video import read_clip
 
-    return read_clip(videos[0], frames, str(videos[0])).frames
+    return read_clip(videos[0], frames, str(videos[0]))
 
 
 def _show(data: dict[str, Any]) -> None:

@@ -215,6 +215,7 @@ def inspect(
     images: Sequence[Image.Image] = (),
     *,
     frames: Sequence[Image.Image] = (),
+    metadata: dict[str, Any] | None = None,
     max_new_tokens: int = 32,
     width: int = 504,
 ) -> Inspection:
@@ -226,6 +227,8 @@ def inspect(
         question: about the pictures.
         images: pictures of the prompt, in order.
         frames: of a video, instead; a model without videos is shown them as pictures.
+        metadata: of the video, as processors take it (`total_num_frames`, `fps`,
+            `frames_indices`, `duration`); None is a video of these frames.
         max_new_tokens: longest answer.
         width: of a panel of the figure, in pixels.
 
@@ -248,7 +251,7 @@ def inspect(
             given=str(plan),
             expected="a plan with a stage",
         )
-    inputs = _inputs(processor, question, images, frames)
+    inputs = _inputs(processor, question, images, frames, metadata)
     as_video = inputs.get("pixel_values_videos") is not None
     pictures = list(images or frames)
     given = inputs.to(model.device, model.dtype)
@@ -292,7 +295,11 @@ def inspect(
 
 
 def _inputs(
-    processor: Any, question: str, images: Sequence[Image.Image], frames: Sequence[Image.Image]
+    processor: Any,
+    question: str,
+    images: Sequence[Image.Image],
+    frames: Sequence[Image.Image],
+    metadata: dict[str, Any] | None,
 ) -> Any:
     """A batch of one; frames go through the processor's own part for videos where it has one."""
     token = getattr(processor, "video_token", None)
@@ -302,17 +309,14 @@ def _inputs(
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    count = len(frames)
-    where = {
-        "total_num_frames": count,
-        "fps": None,
-        "frames_indices": list(range(count)),
-        "duration": None,
-    }
+    if metadata is None:
+        numbers = list(range(len(frames)))
+        metadata = {"total_num_frames": len(frames), "fps": None, "frames_indices": numbers,
+                    "duration": None}  # fmt: skip
     return processor(
         text=[text],
         videos=[np.stack([np.asarray(frame.convert("RGB")) for frame in frames])],
-        videos_kwargs={"do_sample_frames": False, "video_metadata": [where]},
+        videos_kwargs={"do_sample_frames": False, "video_metadata": [metadata]},
         return_tensors="pt",
     )
 
@@ -393,6 +397,8 @@ def _heat(calls: list[_Call], layouts: Sequence[Layout], visual: np.ndarray) -> 
                 row = row.mean(0)
             at = call.visual.nonzero()[:, 0]
             heat.values[ordinal[call.index[at].numpy()]] = row[at].numpy()
+    for heat in found.values():  # masked logits are -inf
+        heat.values[~np.isfinite(heat.values)] = np.nan
     return [heat for heat in found.values() if np.isfinite(heat.values).any()]
 
 
@@ -429,15 +435,17 @@ def _bits(view: seen.View, kept: np.ndarray) -> str:
 def _levels(values: np.ndarray, view: seen.View) -> dict[str, Any] | None:
     """Attention of a view's cells for the page: three digits each, and nothing where there is none.
 
-    `most` is over all views, so that frames can be compared.
+    Shares are of what is in all views, so that frames can be compared.
     """
     own = values[view.tokens]
     if not np.isfinite(own).any():
         return None
-    most = float(np.nanmax(values)) or 1.0
+    least, most = min(0.0, float(np.nanmin(values))), float(np.nanmax(values))
+    reach = most - least or 1.0
     return {
-        "most": most,
-        "share": [None if np.isnan(x) else round(float(x) / most, 3) for x in own],
+        "least": least,
+        "reach": reach,
+        "share": [None if np.isnan(x) else round((float(x) - least) / reach, 3) for x in own],
     }
 
 

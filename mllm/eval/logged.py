@@ -100,11 +100,12 @@ def _align(cells: list[dict[str, Any]]) -> None:
             cell |= {"n": len(keep), "offsets": cell["offsets"][keep], "ids": cell["ids"][keep]}
             cell["outcomes"] = "".join(cell["outcomes"][i] for i in keep)
             cell["answers"] = [cell["answers"][i] for i in keep]
-            asked = "\n".join(cell.pop("asked")[i] for i in keep)
+            asked = cell.pop("asked")
             if cell["task"] in sources.TASKS:
                 cell["data"] = sources.source_of(cell["task"]).digest(cell["split"])
             else:
-                cell["data"] = hashlib.sha256(asked.encode()).hexdigest()
+                text = "\n".join(asked[i] for i in keep)
+                cell["data"] = hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_version(path: Path) -> None:

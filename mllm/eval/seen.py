@@ -150,8 +150,8 @@ def pictures(
         or any(layout.tiling for layout in layouts)
     ):
         found, counts = [], [len(layout.grids) for layout in layouts]
-        for original, layout, count in zip(given, layouts, counts, strict=True):
-            if layout.video:
+        for original, count in zip(given, counts, strict=True):
+            if isinstance(original, list):
                 found += [original[i * len(original) // count] for i in range(count)]
             else:
                 found += [original] * count

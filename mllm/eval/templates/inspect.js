@@ -113,7 +113,7 @@ views.forEach((figure, n) => figure.addEventListener("click", event => {
   else said += left ? `gone from decoder layer ${left - 1} on` : "dropped before the language model";
   data.heat.forEach((read, k) => {
     const own = view.heat[k], share = own && own.share[i];
-    if (own && share !== null) said += `; ${read.label}: ${(share * own.most).toPrecision(3)}`;
+    if (own && share !== null) said += `; ${read.label}: ${(own.least + share * own.reach).toPrecision(3)}`;
   });
   document.getElementById("said").textContent = said + ".";
 }));
@@ -139,6 +139,7 @@ const modes = [["tokens", -1], ...data.heat.map((read, i) => [read.label, i])].m
 });
 function choose(i) {
   heat = i;
+  if (heat >= 0) slider.value = data.heat[heat].stop;
   modes.forEach((button, k) => button.setAttribute("aria-pressed", k - 1 === heat));
   draw();
 }
