@@ -95,6 +95,17 @@ def test_graded_answers_are_left_out_and_said(tmp_path):
     assert found.graded == ["gqa"] and [c["task"] for c in found.cells] == ["pope"]
 
 
+def test_a_plan_without_costs_is_left_out_and_said(tmp_path):
+    """Tasks that score given answers log none."""
+    logged_run(tmp_path / "a", "", [1, 1])
+    lines = logged_run(tmp_path / "b", "visionzip:keep=64", [1, 0])
+    bare = [json.dumps(json.loads(line) | {"mllm": None}) for line in lines]
+    next((tmp_path / "b").glob("*samples*")).write_text("\n".join(bare) + "\n")
+    found = logged.read(tmp_path)
+    assert found.costless == ["visionzip:keep=64"]
+    assert [c["method"] for c in found.cells] == ["unpatched"]
+
+
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"mllm": {"plan": {}}}', "[1]"])
 def test_a_folder_of_another_version_is_refused(tmp_path, content):
     (tmp_path / "x_results.json").write_text(content)

@@ -198,6 +198,8 @@ def read(path: Path, name: str | None = None) -> Results:
                 f"answers of {task} are graded, not right or wrong; it is left out here, and its "
                 "score is in the results of mllm eval."
             )
+        for plan in found.costless:
+            warnings.append(f"{plan} has no costs in its samples, and is left out here.")
         cells, damaged, doc = found.cells, found.damaged, found.doc
     else:
         from mllm.eval import cells as results_files

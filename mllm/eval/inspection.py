@@ -264,7 +264,7 @@ def inspect(
         with _recording(patched) as calls:
             (cut,) = answer(model, processor, given, patched, max_new_tokens=max_new_tokens)
         ledger = patched.ledger
-        stages = [*patched.reducers, *patched.pruners]
+        stages, cls = [*patched.reducers, *patched.pruners], bool(patched.family.prefix)
     layouts = ledger.layouts[0]
     seen_images = seen.pictures(processor, inputs, [pictures] if as_video else pictures, layouts)
     views = seen.views(layouts)
@@ -283,9 +283,9 @@ def inspect(
         images=seen_images,
         steps=seen.steps(ledger),
         kept=[ledger.kept(layer)[0].numpy() for layer in range(len(record["layers"]))],
-        heat=_heat(calls, layouts, visual),
+        heat=_heat(calls, layouts, visual, cls),
         reads=[
-            (stage.info.name, name, _said(signal, None))
+            (stage.info.name, name, _said(signal, cls))
             for _, stage in stages
             for name, signal in stage.reads().items()
         ],
@@ -371,7 +371,9 @@ def _recording(patched: Any) -> Iterator[list[_Call]]:
             delattr(stage, name)
 
 
-def _heat(calls: list[_Call], layouts: Sequence[Layout], visual: np.ndarray) -> list[Heat]:
+def _heat(
+    calls: list[_Call], layouts: Sequence[Layout], visual: np.ndarray, cls: bool
+) -> list[Heat]:
     """Attention by visual token; calls of one stage for pictures of several layouts are joined."""
     total = sum(layout.tokens for layout in layouts)
     starts = np.cumsum([0, *(layout.tokens for layout in layouts)])
@@ -383,7 +385,7 @@ def _heat(calls: list[_Call], layouts: Sequence[Layout], visual: np.ndarray) -> 
             key = id(call.stage), call.layer, signal
             heat = found.setdefault(
                 key,
-                Heat(name, _said(signal, call.layer), call.layer,
+                Heat(name, _said(signal, cls), call.layer,
                      np.full(total, np.nan, np.float32)),
             )  # fmt: skip
             if call.layer is None:
@@ -402,14 +404,14 @@ def _heat(calls: list[_Call], layouts: Sequence[Layout], visual: np.ndarray) -> 
     return [heat for heat in found.values() if np.isfinite(heat.values).any()]
 
 
-def _said(signal: Any, layer: int | None) -> str:
-    """A signal in words."""
+def _said(signal: Any, cls: bool) -> str:
+    """A signal in words; `cls` says whether the tower has [CLS]."""
     if isinstance(signal, VisionAttention):
-        of = {"cls": "of [CLS]", "received": "that each patch receives"}
         where = "the block that feeds the projector"
         if signal.block is not None:
             where = f"block {signal.block:g}"
-        asked = of.get(signal.query, "of [CLS], or received where there is none")
+        by_cls = signal.query == "cls" or signal.query == "auto" and cls
+        asked = "of [CLS]" if by_cls else "that each patch receives"
         return f"attention {asked} in {where} of the tower"
     if isinstance(signal, AttentionRows | ColumnMass):
         at = "before its cut" if signal.layer is None else f"in decoder layer {signal.layer}"
@@ -424,7 +426,8 @@ def _said(signal: Any, layer: int | None) -> str:
             "rows that it chooses"
         )  # fmt: skip
         return f"attention of {asked} {at}"
-    return type(signal).__name__
+    first = (type(signal).__doc__ or type(signal).__name__).split("\n")[0].split(":")[0]
+    return first.rstrip(".").replace("`", "")
 
 
 def _bits(view: seen.View, kept: np.ndarray) -> str:

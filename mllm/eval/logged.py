@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,11 +34,13 @@ class Logged:
         cells: one for each plan and task; runs of the same plan later in time replace earlier ones.
         damaged: lines of samples that are not whole.
         graded: tasks that were left out because their answers are not simply right or wrong.
+        costless: plans that were left out because no sample says how many tokens they kept.
     """
 
     cells: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
     graded: list[str] = field(default_factory=list)
+    costless: list[str] = field(default_factory=list)
 
     def doc(self, cell: dict[str, Any], index: int) -> tuple[str, str]:
         """Question and answer of a sample, read where it lies."""
@@ -71,8 +74,12 @@ def read(folder: Path) -> Logged:
             task = samples.name.removesuffix(".jsonl").split("_samples_", 1)[1]
             if (cell := _cell(samples, task, results, about, found)) is not None:
                 made.append(cell)
-        total = sum(cell["n"] for cell in made)
-        average = sum(cell["visual_avg"] * cell["n"] for cell in made) / max(1, total)
+        costs = [(cell["visual_avg"], cell["n"]) for cell in made]
+        costs = [(average, n) for average, n in costs if math.isfinite(average)]
+        if made and plan.stages and not costs:  # tasks that only score given answers
+            found.costless.append(plan.spec)
+            continue
+        average = sum(average * n for average, n in costs) / max(1, sum(n for _, n in costs))
         for cell in made:
             cell |= named(plan, average)
             runs[about["plan_sha256"], about.get("adapter_sha256"), plan.seed, cell["task"]] = cell

@@ -255,7 +255,11 @@ def comma_separated(table: dict[str, Any]) -> str:
 def grouped(
     cells: list[dict[str, Any]],
 ) -> tuple[dict[str, dict], dict[tuple[str, int | None], Entry], list[dict], int]:
-    """A first cell per task, the entries, what is missing, and how many cells were left out."""
+    """A first cell per task, the entries, what is missing, and how many cells were left out.
+
+    Raises:
+        DataError: as :func:`build`.
+    """
     if not cells:
         raise DataError(
             "a table needs at least one cell of a sweep",
@@ -275,8 +279,8 @@ def grouped(
             left_out += 1
             continue
         first = tasks.setdefault(task, cell)
-        if origin(cell) != origin(first):
-            given = f"{origin(first)} and {origin(cell)}"
+        if _origin(cell) != _origin(first):
+            given = f"{_origin(first)} and {_origin(cell)}"
             raise DataError(
                 f"the cells of task {task!r} cannot be compared: {given}",
                 argument="cells",
@@ -298,7 +302,7 @@ def grouped(
     return tasks, entries, missing, left_out
 
 
-def origin(cell: dict[str, Any]) -> str:
+def _origin(cell: dict[str, Any]) -> str:
     """What cells must share to be compared; older cells are all of the plain style."""
     about = cell["about"]
     return (

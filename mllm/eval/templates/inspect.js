@@ -59,9 +59,10 @@ function drawView(figure, view, stop) {
       pen.fillRect(...box(i));
     }
   });
+  const faint = kept.filter(fate => fate === MERGED).length > 150;
   kept.forEach((fate, i) => {
     if (fate !== MERGED || view.into[i] < 0) return;
-    pen.strokeStyle = colour[view.into[i]] + "b0";
+    pen.strokeStyle = colour[view.into[i]] + (faint ? "58" : "b0");
     pen.lineWidth = line;
     pen.beginPath();
     pen.moveTo(...middle(i));
