@@ -3,8 +3,9 @@
     python -m benchmarks.report_scale [FILE]    writes benchmarks/results/report-scale-cpu.json
 
 Two made-up runs in the real formats: a folder of `mllm eval` with 100,000 samples (five plans, four
-tasks), and a sweep of eleven rows with 100,000 questions each. Every report is a process of its own, from
-its start to its end; processor time is given beside the time on the wall, which others may stretch.
+tasks), and a sweep of eleven rows with 100,000 questions each. Every report is a process of its
+own, from start to end; processor time is given beside the time on the wall, which others may
+stretch.
 """
 
 from __future__ import annotations

@@ -98,11 +98,11 @@ def test_graded_answers_are_left_out_and_said(tmp_path):
 def test_a_plan_without_costs_is_left_out_and_said(tmp_path):
     """Tasks that score given answers log none."""
     logged_run(tmp_path / "a", "", [1, 1])
-    lines = logged_run(tmp_path / "b", "visionzip:keep=64", [1, 0])
+    lines = logged_run(tmp_path / "b", "visionzip:keep=32", [1, 0])
     bare = [json.dumps(json.loads(line) | {"mllm": None}) for line in lines]
     next((tmp_path / "b").glob("*samples*")).write_text("\n".join(bare) + "\n")
     found = logged.read(tmp_path)
-    assert found.costless == ["visionzip:keep=64"]
+    assert found.costless == ["visionzip:keep=32"]
     assert [c["method"] for c in found.cells] == ["unpatched"]
 
 
