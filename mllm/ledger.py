@@ -245,6 +245,14 @@ class Ledger:
             for sample in record.images
         ]
 
+    @property
+    def layouts(self) -> list[list[Layout]]:
+        """Per sample, how the visual tokens of its pictures and videos lie, in prompt order."""
+        record = self._record
+        if record is None or record.reduction is None:
+            return []
+        return [[record.reduction.layouts[i] for i in sample] for sample in record.images]
+
     def tokens(self, layer: int) -> list[int]:
         """Per sample, rows (text and visual, no padding) that enter decoder layer `layer`."""
         return [] if self._record is None else self._enters(layer).sum(1).tolist()

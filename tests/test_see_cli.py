@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from eval_tiny import TOKENS, save_tiny
 from PIL import Image
 
 from mllm.cli import app
+from mllm.errors import DataError
+from mllm.yardstick import VERSION
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,89 @@ def test_inspect_writes_the_figure_and_tells_what_it_shows(model, picture, tmp_p
     ]
     assert Image.open(output).format == "PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "picture.png"]
+    assert [row["signal"] for row in data["reads"] if row["stage"] == "fastv"] == ["rows"]
+
+
+class Data(HTMLParser):
+    """Scripts and images of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.sources, self.scripts, self.inside = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag == "script"
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        self.scripts += [data] * self.inside
+
+
+def drawn(page) -> dict:
+    script = "".join(Data(page).scripts)
+    return json.JSONDecoder().raw_decode(script.split("const data = ")[1])[0]
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    from mllm.loading import load_model
+
+    return load_model(model, device="cpu", dtype="float32")
+
+
+def test_the_page_of_inspect_has_every_layer_and_the_attention_that_was_read(
+    model, loaded, picture, tmp_path
+):
+    """The heat is what the methods ranked by: the tokens that stay are those with most of it."""
+    from mllm.eval.inspection import inspect
+
+    asked = "<b>what</b> is </script> here?"
+    plan = "visionzip:keep=16:cls=false:dominant=1.0+fastv:layer=2:keep=8"
+    pictures = [Image.open(picture), Image.open(picture).rotate(90)]
+    made = inspect(*loaded, plan, asked, pictures, max_new_tokens=2)
+    data, page = drawn(made.html()), made.html()
+    assert "</b> is" not in page and page.count("</script>") == 1
+    assert all(source.startswith("data:") for source in Data(page).sources)
+    assert len(data["stops"]) == 1 + len(made.ledger["layers"]) and data["total"] == 2 * TOKENS
+    assert data["counts"][:4] == [2 * TOKENS, 32, 32, 32] and data["counts"][4] == 16
+    for i, view in enumerate(data["views"]):
+        first, last = (view["kept"][data["stops"][k]] for k in (0, -1))
+        assert first.count("1") == 16 == made.budgets[i]["kept_llm"]
+        assert last.count("1") == made.budgets[i]["last"] and made.budgets[i]["tokens"] == TOKENS
+        tower = np.array(view["heat"][0]["share"])
+        kept = np.array(list(first)) == "1"
+        assert tower[kept].min() >= tower[~kept].max()
+        assert [share is None for share in view["heat"][1]["share"]] == (~kept).tolist()
+    read = np.concatenate([[x for x in v["heat"][1]["share"] if x is not None]
+                           for v in data["views"]])  # fmt: skip
+    stay = np.concatenate([np.array(list(v["kept"][data["stops"][-1]])) == "1"
+                           for v in data["views"]])  # fmt: skip
+    before = np.concatenate([np.array(list(v["kept"][data["stops"][0]])) == "1"
+                             for v in data["views"]])  # fmt: skip
+    assert read[stay[before]].min() >= read[~stay[before]].max()
+    assert [heat["stop"] for heat in data["heat"]] == [0, 3]
+    assert "the last prompt token in decoder layer 1" in data["heat"][1]["label"]
+    assert made._repr_html_().startswith("<iframe srcdoc=") and "picture 2" in page
+    assert made.save(tmp_path / "a.html").read_text() == page
+    with pytest.raises(DataError, match="does not say"):
+        made.save(tmp_path / "a.pdf")
+
+
+def test_inspect_shows_frames_as_pictures_to_a_model_without_videos(loaded, picture):
+    from mllm.eval.inspection import inspect
+
+    frames = [Image.open(picture)] * 3
+    made = inspect(*loaded, "visionzip:keep=4", "what?", frames=frames, max_new_tokens=1)
+    assert [row["name"] for row in made.budgets] == ["frame 1", "frame 2", "frame 3"]
+    assert made.panels[3].title == "Frame 1: entering the LLM: 4 of 64"
+    with pytest.raises(DataError, match="not both"):
+        inspect(*loaded, "visionzip:keep=4", "what?")
+    with pytest.raises(DataError, match="nothing to inspect"):
+        inspect(*loaded, "none", "what?", frames=frames)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +141,7 @@ def test_inspect_writes_the_figure_and_tells_what_it_shows(model, picture, tmp_p
         ({"image": "broken.png"}, "image"),
         ({"image": "absurd.png"}, "image"),
         ({"output": "no/such/folder/out.png"}, "output"),
+        ({"output": "out.pdf"}, "output"),
         ({"plan": "visionzip:keep=0"}, "keep"),
         ({"plan": "fastv:layer=99"}, "layer"),
         ({"plan": "visionzap"}, "method"),
@@ -135,6 +223,7 @@ def cell(method, budget, outcomes):
         "kv_bytes": 1,
         "prefill_s": {"median": 0.05, "ci": [0.04, 0.06]},
         "outcomes": outcomes,
+        "data": f"scenes {VERSION}",
         "about": {
             "weights_sha256": "0" * 64,
             "dtype": "bfloat16",
@@ -155,11 +244,18 @@ def test_report_shows_the_cells_of_a_sweep(tmp_path, capsys):
     ]
     results = tmp_path / "cells.jsonl"
     results.write_text("".join(json.dumps(c) + "\n" for c in cells))
-    words = ("report", results, "-o", tmp_path / "page.html", "--svg", tmp_path / "plot.svg")
-    assert run(*words, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["data"]["rows"] == 3
+    words = ["report", results, "--model", "none"]
+    for name in ("page.html", "table.md", "table.csv"):
+        words += ["-o", tmp_path / name]
+    assert run(*words, "--svg", tmp_path / "plot.svg", "--json") == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert data["rows"] == 3 and data["gallery"] == {"lost": 3, "won": 0}
     page = (tmp_path / "page.html").read_text()
-    assert "visionzip:keep=64" in page
+    assert "visionzip:keep=64" in page and "| `visionzip:keep=64` | 64 |" in (
+        tmp_path / "table.md"
+    ).read_text()
+    assert (tmp_path / "table.csv").read_text().count("\n") == 1 + 3 * 2
+    assert "3 of 3 lost and 0 of 0 won are shown" in page and page.count("data:image/jpeg") == 3
     assert "not better than random; not compared with downsample, which is missing" in page
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
 
@@ -187,3 +283,80 @@ def test_token_map_draws_two_rows_a_line():
     from mllm.cli.demo import token_map
 
     assert token_map((3, 2), [0, 2, 3]) == "    █▄\n    ··"
+
+
+def two_runs(tmp_path, **more):
+    for name, right in (("old", "1110"), ("new", "0011")):
+        cells = [cell("unpatched", None, "1111"), cell("visionzip", 64, right) | more]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
+    return tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_report_compares_two_runs(tmp_path, capsys, against):
+    old, new = two_runs(tmp_path)
+    pair = (new, "--against", old) if against else (old, new)
+    words = ("-o", tmp_path / "page.html", "--csv", tmp_path / "c.csv", "--model", "none")
+    assert run("report", *pair, *words, "--json") == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert data["rows"] == 2 and data["resolved"] == 0
+    assert data["gallery"] == {"lost": 2, "won": 1}
+    page = (tmp_path / "page.html").read_text()
+    assert "new against old" in page and "Right in old, wrong in new" in page
+    assert "−25.0" in page and "visionzip,64,all,4,0.75,0.5,-0.25" in (
+        tmp_path / "c.csv"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "argument"),
+    [
+        (["-o", "page.pdf"], "output"),
+        (["-o", "no/such/page.html"], "output"),
+        (["old.jsonl", "--against", "old.jsonl"], "against"),
+        (["old.jsonl", "--svg", "plot.svg"], "svg"),
+        (["missing.jsonl"], "results"),
+        (["empty"], "results"),
+        (["other.jsonl"], "results"),
+        (["--model", "tiny-llava"], "model"),
+    ],
+)
+def test_report_refuses_bad_input(tmp_path, capsys, monkeypatch, words, argument):
+    monkeypatch.chdir(tmp_path)
+    two_runs(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other.jsonl").write_text(json.dumps(cell("a", 64, "1") | {"schema": 99}) + "\n")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run("report", "new.jsonl", *words, "--json") == 2
+    assert json.loads(capsys.readouterr().out)["error"]["argument"] == argument
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_truncated_line_is_skipped_counted_and_said(tmp_path, capsys):
+    old, _ = two_runs(tmp_path)
+    with old.open("a") as file:
+        file.write(json.dumps(cell("random", 64, "1000"))[:50])
+    assert run("report", old, "-o", tmp_path / "a.html", "--model", "none", "--json") == 0
+    caught = capsys.readouterr()
+    assert json.loads(caught.out)["data"]["damaged"] == 1
+    for text in (caught.err, (tmp_path / "a.html").read_text()):
+        assert "1 damaged line was skipped in old.jsonl" in text
+
+
+def test_the_gallery_draws_what_plans_kept_by_the_model_of_the_results(model, loaded, tmp_path):
+    from mllm.cli.report import Asked, Files, report
+    from mllm.eval.provenance import describe_run
+
+    about = {"about": describe_run(loaded[0])}
+    plan = {"plan": "visionzip:keep=16", "answers": ["yes", "no"], **about}
+    cells = [
+        cell("unpatched", None, "10") | about | {"answers": ["no", "yes"]},
+        cell("visionzip", 16, "01") | plan,
+    ]
+    results = tmp_path / "cells.jsonl"
+    results.write_text("".join(json.dumps(c) + "\n" for c in cells))
+    page = tmp_path / "page.html"
+    report(results, None, Files.of([page], None, None, None), Asked(5, str(model), "cpu"))
+    text = page.read_text()
+    assert "visionzip at 16. Entering the LLM: 16 of 64" in text
+    assert text.count("data:image/jpeg") == 4 and "✓ no" in text and "✗ yes" in text

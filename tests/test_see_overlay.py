@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mllm.errors import PlanError
-from mllm.eval import overlay
+from mllm.eval import overlay, seen
 from mllm.eval.overlay import Fate
+from mllm.tokens import Layout, Tiling
 
 GRID = (4, 6)
 
@@ -82,15 +85,6 @@ def test_tokens_gone_before_are_darker_than_those_dropped_here(picture):
     assert cell(drawing, 3).mean() < 0.5 * cell(drawing, 20).mean()
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 3, 8, 8), (5, 3, 8, 8), (64, 1176)])
-def test_tiles_and_patches_are_refused(shape):
-    """LLaVA-NeXT and Idefics3, InternVL, Qwen-VL."""
-    with pytest.raises(PlanError, match="Identity sees a picture as tiles") as caught:
-        overlay.check_plain(torch.nn.Identity(), torch.zeros(shape))
-    assert caught.value.argument == "model"
-    overlay.check_plain(torch.nn.Identity(), torch.zeros(1, 3, 8, 8))
-
-
 def test_as_seen_undoes_the_normalisation(picture):
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255
@@ -101,7 +95,7 @@ def test_as_seen_undoes_the_normalisation(picture):
 class FakeLedger:
     """A pre-LLM stage that keeps 6 of 24 tokens, and a cut to 2 before layer 2 of 4."""
 
-    grid = [[GRID]]
+    layouts = [[Layout((GRID,))]]
     merged_into = [torch.tensor([0, 1, 2, 3, 4, 5] + [5] * 18)]
 
     def kept(self, layer):
@@ -112,7 +106,7 @@ class FakeLedger:
 
 
 def test_panels_show_each_change_once_and_a_figure_holds_them(picture):
-    panels = overlay.panels(picture, FakeLedger(), width=120)
+    panels = seen.panels([picture], FakeLedger(), width=120)
     assert [panel.title for panel in panels] == [
         "As the model sees it: 24 visual tokens",
         "Entering the LLM: 6 of 24",
@@ -123,3 +117,58 @@ def test_panels_show_each_change_once_and_a_figure_holds_them(picture):
     assert wide.width >= 3 * 120
     narrow = overlay.figure(panels, ["Question"], columns=1)
     assert narrow.height > 3 * 80
+
+
+def test_views_are_the_grids_of_pictures_frames_and_tiles():
+    """Every visual token but separators is in one view, in reading order."""
+    tiled = Layout(((2, 2), (2, 3)), "rows", Tiling(1, 2, 2, 3))
+    video = Layout(((1, 2),) * 3, "end", video=True)
+    views = seen.views([tiled, video])
+    assert [view.name for view in views] == [
+        "picture 1, overview", "picture 1, tiles",
+        "picture 2, frame 1", "picture 2, frame 2", "picture 2, frame 3",
+    ]  # fmt: skip
+    assert [view.tokens.tolist() for view in views] == [
+        [0, 1, 2, 3], [4, 5, 6, 8, 9, 10], [12, 13], [14, 15], [16, 17],
+    ]  # fmt: skip
+    assert [view.picture for view in views] == [0, 0, 1, 1, 1]
+    assert [view.name for view in seen.views([Layout((GRID,))])] == [""]
+
+
+def test_what_went_into_another_view_is_merged_without_a_line(picture):
+    first, second = seen.views([Layout(((1, 2),))] * 2)
+    into = np.array([0, 2, 2, -1])
+    assert first.merged_into(into).tolist() == [0, -2]
+    assert second.merged_into(into).tolist() == [0, -1]
+    step = seen.Step(None, np.array([0, 2]), None, into)
+    drawn = seen.panel(first, picture, step, width=240)
+    assert drawn.fates == (Fate.KEPT, Fate.MERGED)
+    assert drawn.title == "Picture 1: entering the LLM: 1 of 2"
+
+
+def processor_of(**parts):
+    norm = SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    return SimpleNamespace(image_processor=norm, video_processor=norm, **parts)
+
+
+def test_pictures_behind_the_views_are_those_that_the_model_was_given(picture):
+    plain, white = Layout((GRID,)), torch.ones(3, 8, 12)
+    one = seen.pictures(processor_of(), {"pixel_values": white[None]}, [picture], [plain])
+    assert one[0].size == (12, 8) and np.asarray(one[0]).min() == 255
+    frames = {"pixel_values_videos": white.expand(1, 3, 3, 8, 12)}
+    video = Layout((GRID,) * 3, "end", video=True)
+    assert len(seen.pictures(processor_of(), frames, [[picture] * 3], [video])) == 3
+    packed = {"pixel_values": torch.ones(64, 588), "image_grid_thw": torch.tensor([[1, 8, 8]])}
+    assert seen.pictures(processor_of(), packed, [picture], [plain])[0] is picture
+    packed = {"pixel_values_videos": torch.ones(64, 588), "video_grid_thw": torch.ones(1, 3)}
+    named = list("abcd")  # two frames a grid
+    assert seen.pictures(processor_of(), packed, [named], [Layout((GRID,) * 2, video=True)]) == [
+        "a", "c"
+    ]  # fmt: skip
+    assert seen.pictures(processor_of(), packed, [named], [plain]) == ["a"]
+    tiles = Layout((GRID, GRID), "rows", Tiling(1, 1, *GRID))
+    both = seen.pictures(processor_of(), {"pixel_values": white[None, None]}, [picture], [tiles])
+    assert both == [picture, picture]
+    with pytest.raises(PlanError, match="cannot be drawn") as caught:
+        seen.pictures(processor_of(), {"pixel_values": white[None]}, [picture], [plain] * 2)
+    assert caught.value.argument == "model"

@@ -22,14 +22,14 @@ SUMMARIES = {
     "doctor": "Say what works with a model, and why the rest does not.",
     "estimate": "Say what a plan will cost, without weights.",
     "run": "Answer one question with and without a plan, side by side.",
-    "inspect": "Draw the kept and merged visual tokens over a picture.",
+    "inspect": "Show what a plan keeps and merges, layer by layer.",
     "calibrate": "Fit a method's layers or budgets to a model.",
     "train": "Train or fine-tune from a recipe, with or without a plan.",
     "recipes": "List the shipped recipes, or copy one.",
     "eval": "Score a model under a plan with lmms-eval.",
     "sweep": "Score many plans and budgets; resumable.",
     "tune": "Find the plan that fits a goal; resumable.",
-    "report": "Build the HTML report from results.",
+    "report": "Make a page of results, or compare two runs.",
     "bench": "Measure speed and memory against the unpatched model.",
 }
 

@@ -206,7 +206,7 @@ class Run:
                         is_correct(given.text, sample["answer"], sample["metric"])
                         for given, sample in zip(answers, questions.samples, strict=True)
                     ]
-                    for name in ("visual_avg", "prefill_flops"):
+                    for name in ("visual_avg", "prefill_flops", "kv_bytes"):
                         outcome.costs[name] += [given.efficiency[name] for given in answers]
                     bar.advance(job)
                 shared.forget()
@@ -247,6 +247,7 @@ class Run:
                     entry.budget,
                     visual_avg=means["visual_avg"],
                     flops=means["prefill_flops"],
+                    kv_bytes=means["kv_bytes"],
                     prefill_s=median(outcome.seconds) if outcome.seconds else None,
                     tasks={task: (sum(r), len(r)) for task, r in outcome.right.items()},
                     sanity=entry.method in SANITY,
@@ -281,7 +282,7 @@ class Run:
                     said[outcome.texts[task][i]].append(outcome.entry)
                 weight = sum(o.entry.method not in SANITY for o in changed)
                 flip = Flip(
-                    self._one(task, questions, i)[1],
+                    [("", self._one(task, questions, i)[1])],
                     task,
                     sample["question"],
                     sample["answer"],
@@ -298,19 +299,19 @@ class Run:
     def overlays(self) -> list[Any]:
         """One question of each of three tasks, drawn under a few plans."""
         import mllm
+        from mllm.eval import seen
         from mllm.eval.answer import answer
-        from mllm.eval.overlay import panels
         from mllm.eval.report import Overlay
 
         shown = [o.entry for o in self.done if (o.entry.method, o.entry.budget) in SHOWN]
         result = []
         for task, questions in list(self.questions.items())[:3]:
-            inputs, seen = self._one(task, questions, 0)
+            inputs, picture = self._one(task, questions, 0)
             pictures = []
             for entry in shown:
                 with mllm.patch(self.model, entry.plan) as patched:
                     answer(self.model, self.processor, inputs, patched, max_new_tokens=1)
-                    first, *later = panels(seen, patched.ledger, width=336)
+                    first, *later = seen.panels([picture], patched.ledger, width=336)
                 pictures += [(first.title, first.image)] * (not pictures)
                 pictures += [(f"{entry.name}: {p.title}", p.image) for p in later]
             sample = questions.samples[0]

@@ -1,4 +1,4 @@
-"""`mllm inspect`: which visual tokens a plan keeps, merges and drops, drawn over the picture."""
+"""`mllm inspect`: which visual tokens a plan keeps, merges and drops, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,117 +19,129 @@ from mllm.cli._common import (
     run_command,
     unwritable,
 )
+from mllm.errors import DataError
+
+SUFFIXES = (".png", ".html", ".htm")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg")
 
 
 def command(
-    image: Annotated[Path, typer.Argument(help="Picture file.")],
-    question: Annotated[str, typer.Argument(help="Question about it.")],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or one video.")],
+    question: Annotated[str, typer.Argument(help="Question about them.")],
     plan: PlanOption,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="PNG to write; replaced if it is there.")
-    ] = Path("inspect.png"),
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write, .png or .html; give it again for both.",
+            show_default="inspect.html and inspect.png",
+        ),
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames that are taken of a video.")] = 8,
     model: ModelOption = "tiny-llava",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Draw the kept, merged and dropped visual tokens over the picture, stage by stage.
+    """Show what a plan does with pictures or a video and a question, stage by stage.
 
-    Example: mllm inspect photo.png "How many dogs?" --plan visionzip:keep=64 -o kept.png
+    The page has every layer on a slider, the attention that stages have read, both answers and the
+    ledger; the picture has the stages side by side.
+
+    Example: mllm inspect photo.png "How many dogs?" --plan visionzip:keep=64 -o kept.html
     """
+    outputs = output or [Path("inspect.html"), Path("inspect.png")]
     run_command(
         "inspect",
-        lambda: inspect(image, question, plan, output, model, max_new_tokens, device, dtype),
+        lambda: inspect(
+            images, question, plan, outputs, model, frames, max_new_tokens, device, dtype
+        ),
         json,
         _show,
     )
 
 
 def inspect(
-    image: Path,
+    images: list[Path],
     question: str,
     plan: str,
-    output: Path,
+    outputs: list[Path],
     model: str,
+    frames: int,
     max_new_tokens: int,
     device: str | None,
     dtype: str,
 ) -> dict[str, Any]:
-    """Answer with and without the plan, draw what it did to the tokens, and write the figure.
+    """Answer with and without the plan, draw what it did to the tokens, and write the files.
 
     Raises:
-        DataError: the picture cannot be read, or the output cannot be written.
-        PlanError: the plan cannot be read, or does not work on this model, or the model does not
-            see a picture as one plain grid.
+        DataError: a picture cannot be read, or an output cannot be written.
+        PlanError: the plan cannot be read, or does not work on this model, or the model cuts
+            pictures in a way that cannot be drawn.
     """
-    check_writable(output)
+    for path in outputs:
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(
+                f"{path} does not say what to write",
+                argument="output",
+                given=str(path),
+                expected=f"a name that ends in {', '.join(SUFFIXES)}",
+            )
+        check_writable(path)
     with err_console().status("loading"):
         import transformers
 
-        from mllm.eval import overlay
-        from mllm.eval.answer import answer
-        from mllm.eval.plans import check_plans, patched_with
-        from mllm.loading import build_inputs, load_image, load_model
+        from mllm.eval import inspection
+        from mllm.eval.plans import check_plans
+        from mllm.loading import load_image, load_model
         from mllm.plan import Plan
-        from mllm.views import with_tiles
 
         transformers.utils.logging.disable_progress_bar()
-        parsed, picture = Plan.of(plan), load_image(image)
+        parsed = Plan.of(plan)
+        clip = _clip(images, frames)
+        pictures = [] if clip else [load_image(path) for path in images]
         check_plans(model, [parsed])
         loaded, processor = load_model(model, device=device, dtype=dtype)
-        inputs = build_inputs(processor, [([picture], question)])
-        overlay.check_plain(loaded, inputs["pixel_values"])
 
     with err_console().status("answering"):
-        answers = []
-        for stages in (Plan([]), parsed):
-            with patched_with(loaded, stages) as patched:
-                grid = None if patched is None else patched.tiles
-                given = with_tiles(inputs, processor, [picture], grid)
-                given = given.to(loaded.device, loaded.dtype)
-                (result,) = answer(loaded, processor, given, patched, max_new_tokens=max_new_tokens)
-                answers.append(result.text)
-        ledger = patched.ledger
-        record = ledger.as_dict()
-        shape = processor.image_processor
-        seen = overlay.as_seen(inputs["pixel_values"][0], shape.image_mean, shape.image_std)
-        panels = overlay.panels(seen, ledger)
-
-    share = record["prefill_flops"][0] / record["baseline_prefill_flops"][0]
-    data = {
-        "image": str(image),
-        "question": question,
-        "plan": parsed.spec,
-        "answer": answers[1],
-        "unpatched_answer": answers[0],
-        "visual_tokens": record["visual_tokens"][0],
-        "kept_llm": record["kept_llm"][0],
-        "visual_avg": record["visual_avg"][0],
-        "prefill_flops_share": share,
-        "panels": [panel.title for panel in panels],
-        "output": str(output),
-    }
-    caption = [
-        f"Question: {question}",
-        f"Unpatched answer: {answers[0]}",
-        f"With {plan}: {answers[1]}",
-        f"{data['visual_tokens']} visual tokens, {data['kept_llm']} into the LLM, "
-        f"{data['visual_avg']:.1f} per decoder layer on average; {share:.0%} of the prefill FLOPs",
-    ]
-    _save(overlay.figure(panels, caption), output)
-    return data
+        made = inspection.inspect(
+            loaded,
+            processor,
+            parsed,
+            question,
+            pictures,
+            frames=clip.frames if clip else (),
+            metadata=clip.metadata() if clip else None,
+            max_new_tokens=max_new_tokens,
+        )
+    for path in outputs:
+        try:
+            made.save(path)
+        except OSError as error:
+            raise unwritable(path, error) from error
+    written = [str(path) for path in outputs]
+    names = [str(path) for path in images]
+    return {"image": names[0], "images": names, **made.as_dict(), "output": written[0],
+            "outputs": written}  # fmt: skip
 
 
-def _save(picture: Any, path: Path) -> None:
-    """Write a PNG to a temporary name beside `path`, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
+def _clip(images: list[Path], frames: int) -> Any:
+    """The :class:`mllm.training.video.Clip` of a video, if one is given; else None."""
+    videos = [path for path in images if path.suffix.lower() in VIDEOS]
+    if not videos:
+        return None
+    if len(images) > 1:
+        raise DataError(
+            "a video is inspected alone",
+            argument="images",
+            given=", ".join(map(str, images)),
+            expected="one video, or pictures",
+        )
+    from mllm.training.video import read_clip
+
+    return read_clip(videos[0], frames, str(videos[0]))
 
 
 def _show(data: dict[str, Any]) -> None:
@@ -139,4 +151,10 @@ def _show(data: dict[str, Any]) -> None:
     console.print(f"patched    {data['kept_llm']:>5} into the LLM   ", end="")
     console.print(data["answer"], markup=False)
     console.print(f"{data['visual_avg']:.1f} visual tokens per decoder layer on average")
-    console.print(f"wrote {data['output']}", markup=False, soft_wrap=True)
+    for row in data["budgets"] if len(data["budgets"]) > 1 else ():
+        console.print(
+            f"{row['name']}: {row['kept_llm']} of {row['tokens']} into the LLM, "
+            f"{row['last']} into the last layer"
+        )
+    for path in data["outputs"]:
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)

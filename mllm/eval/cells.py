@@ -6,6 +6,7 @@ line without its end, which readers skip and count.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -79,15 +80,16 @@ def parsed(path: str | os.PathLike) -> tuple[list[tuple[int, Any]], int]:
     path = Path(path)
     found: list[tuple[int, Any]] = []
     damaged = 0
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
-        if not line.strip():
-            continue
-        try:
-            found.append((number, json.loads(line)))
-        except ValueError as error:  # UnicodeDecodeError too
-            if not line.lstrip(b"\0").startswith(b"{") and line.strip(b"\0"):
-                raise foreign(path, number, "not JSON") from error
-            damaged += 1
+    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                found.append((number, json.loads(line)))
+            except ValueError as error:  # UnicodeDecodeError too
+                if not line.lstrip(b"\0").startswith(b"{") and line.strip(b"\0\r\n"):
+                    raise foreign(path, number, "not JSON") from error
+                damaged += 1
     return found, damaged
 
 

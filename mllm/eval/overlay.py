@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mllm.errors import PlanError
-
 # Okabe and Ito's colours for colour-blind readers, without black (kept borders) and the yellow that
 # a white border hides.
 COLOURS = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
@@ -52,26 +50,6 @@ class Panel:
     fates: tuple[Fate, ...] = ()
 
 
-def check_plain(model: Any, pixels: Any) -> None:
-    """Refuse models that see a picture as tiles or packed patches: there is no one grid to draw.
-
-    Args:
-        model: the model.
-        pixels: `pixel_values` of one picture.
-
-    Raises:
-        PlanError: they are not `[1, 3, height, width]`.
-    """
-    if pixels.dim() != 4 or len(pixels) != 1:
-        raise PlanError(
-            f"{type(model).__name__} sees a picture as tiles or patches, which are not drawn",
-            argument="model",
-            given=list(pixels.shape),
-            expected="a model that sees a picture as one grid, as LLaVA 1.5 and Gemma 3 do; "
-            "the kept tokens of others are in patched.ledger.kept(layer)",
-        )
-
-
 def as_seen(pixels: Any, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """The picture behind normalised pixel values: resized and cropped as the model saw it.
 
@@ -97,7 +75,8 @@ def fates(
     Args:
         tokens: visual tokens of the picture at the start.
         kept: indices that go on from here.
-        merged_into: per token the index that took it in (its own: kept; -1: dropped).
+        merged_into: per token the index that took it in (its own: kept; -1: dropped; -2: one in
+            another picture).
         before: indices that had come this far; None means all.
 
     Returns:
@@ -110,7 +89,7 @@ def fates(
     result = np.full(tokens, int(Fate.DROPPED))
     if merged_into is not None:
         into = np.asarray([int(i) for i in merged_into])
-        result[(into >= 0) & (into != np.arange(tokens))] = Fate.MERGED
+        result[(into != -1) & (into != np.arange(tokens))] = Fate.MERGED
     if before is not None:
         result[np.setdiff1d(np.arange(tokens), before)] = Fate.GONE
     result[kept] = Fate.KEPT
@@ -171,11 +150,13 @@ def draw_tokens(
     targets: dict[int, str] = {}
     if into is not None:
         merged = np.flatnonzero(fate == Fate.MERGED)
-        for target in sorted({into[i] for i in merged}):
+        for target in sorted({into[i] for i in merged if into[i] >= 0}):
             targets[target] = COLOURS[len(targets) % len(COLOURS)]
         for i in merged:
-            draw.rectangle(tuple(boxes[i]), fill=targets[into[i]] + "59")
+            draw.rectangle(tuple(boxes[i]), fill=targets.get(into[i], QUIET) + "59")
         for i in merged:
+            if into[i] < 0:
+                continue
             draw.line((*_centre(boxes[i]), *_centre(boxes[into[i]])), targets[into[i]] + "99", line)
         for i in np.flatnonzero(fate == Fate.KEPT):
             x0, y0, x1, y1 = boxes[i]
@@ -222,38 +203,6 @@ def figure(panels: Sequence[Panel], caption: Sequence[str], *, columns: int = 3)
     for j, text in enumerate(paragraphs):
         draw.text((gap, y + j * 22), text, INK, text_font)
     return sheet
-
-
-def panels(image: Image.Image, ledger: Any, *, width: int = 504) -> list[Panel]:
-    """The panels of one answer: the picture, after the pre-LLM stage, and after each later cut.
-
-    Args:
-        image: the picture as the model saw it.
-        ledger: of a prefill whose first sample has this picture alone.
-        width: of one panel in pixels.
-    """
-    grid, before = ledger.grid[0][0], ledger.kept("llm")[0].tolist()
-    tokens = grid[0] * grid[1]
-    height = round(width * image.height / image.width)
-    made = [
-        Panel(
-            f"As the model sees it: {tokens} visual tokens",
-            image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS),
-        )
-    ]
-    if len(before) < tokens:
-        drawing, seen = draw_tokens(
-            image, grid, before, merged_into=ledger.merged_into[0].tolist(), width=width
-        )
-        made.append(Panel(f"Entering the LLM: {len(before)} of {tokens}", drawing, seen))
-    for layer in range(len(ledger.as_dict()["layers"])):
-        now = ledger.kept(layer)[0].tolist()
-        if now != before:
-            drawing, seen = draw_tokens(image, grid, now, before=before, width=width)
-            title = f"Entering decoder layer {layer}: {len(now)} of {len(before)}"
-            made.append(Panel(title, drawing, seen))
-            before = now
-    return made
 
 
 def _indices(values: Iterable[int], tokens: int) -> np.ndarray:

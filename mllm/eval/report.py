@@ -1,8 +1,9 @@
-"""One self-contained HTML page about a set of plans: plots, table, overlays, changed answers.
+"""One self-contained HTML page about a set of plans: plots, tables, overlays, changed answers.
 
-The page has no script, fetches nothing and opens from the file system. Plots are SVG written here;
-pictures are embedded. `write` takes a `Report`, which knows nothing about models: the demo and the
-sweep both fill one.
+The page fetches nothing and opens from the file system. Plots are SVG (:mod:`mllm.eval.plots`),
+pictures are embedded, and the script in it only helps to read: without it everything is there.
+`write` takes a `Report`, which knows nothing about models: the demo, a sweep and an evaluation all
+fill one.
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from PIL import Image
 
+from mllm.eval import plots
 from mllm.eval.files import write_text
 from mllm.eval.stats import wilson
+
+# Rows above which a page opens on one budget instead of all of them.
+MANY_ROWS = 60
+# Points of difference from which a cell of the heat map is one shade stronger.
+SHADES = (1, 3, 6, 12, 25)
+_TOLD = 900  # characters of explanation that stand open; more of it is folded
 
 
 @dataclass
@@ -42,6 +49,10 @@ class Row:
         same: share of questions with the unpatched model's answer text; None if not known.
         verdict: against random, downsample and unpatched, in words; empty where none was drawn.
         note: shown in the table, for example why a budget was not reached.
+        kv_bytes: of the KV cache after the prefill of a sample, mean; NaN if not known.
+        versus: `random`, `downsample`, `unpatched` -> the paired difference to that row, as
+            :func:`mllm.eval.table.build` gives it, or None.
+        task_versus: task name -> the same difference to the unpatched model on that task.
     """
 
     name: str
@@ -57,6 +68,9 @@ class Row:
     ci: tuple[float, float] | None = None
     same: float | None = None
     verdict: str = ""
+    kv_bytes: float = math.nan
+    versus: dict[str, Any] = field(default_factory=dict)
+    task_versus: dict[str, Any] = field(default_factory=dict)
 
     @property
     def correct(self) -> int:
@@ -85,6 +99,7 @@ class Row:
             "sanity": self.sanity,
             "visual_avg": None if math.isnan(self.visual_avg) else self.visual_avg,
             "prefill_flops": None if math.isnan(self.flops) else self.flops,
+            "kv_bytes": None if math.isnan(self.kv_bytes) else self.kv_bytes,
             "prefill_s": self.prefill_s,
             "n": self.n,
             "correct": self.correct,
@@ -110,16 +125,20 @@ class Flip:
     """A question where plans changed whether the answer is right.
 
     Attributes:
-        image: as the model saw it.
+        pictures: (caption, picture): as the model saw it, then what a plan kept; may be none.
+        task, question, truth: as asked; empty where they are not known.
+        unpatched: answer of the unpatched model, or of the first run of a comparison.
         answers: (answer, the plans that gave it) of the plans that changed it.
+        first: whose answer `unpatched` is.
     """
 
-    image: Image.Image
+    pictures: list[tuple[str, Image.Image]]
     task: str
     question: str
     truth: str
     unpatched: str
     answers: list[tuple[str, list[str]]]
+    first: str = "unpatched"
 
 
 @dataclass
@@ -141,6 +160,8 @@ class Report:
         lost: questions the unpatched model answers right and some plans wrong.
         won: the reverse.
         changed: what `Row.flipped` counts.
+        warnings: what is wrong with the results, such as damaged lines.
+        gallery: how the questions in `lost` and `won` were chosen, and from how many.
     """
 
     title: str
@@ -152,36 +173,71 @@ class Report:
     won: list[Flip] = field(default_factory=list)
     training: Training | None = None
     changed: str = "answers that differ from the unpatched model's"
+    warnings: list[str] = field(default_factory=list)
+    gallery: str = ""
 
 
-def _templates() -> Environment:
-    return Environment(
+def templates() -> Environment:
+    """The templates, with the filters that they use."""
+    environment = Environment(
         loader=PackageLoader("mllm.eval"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters.update(
+        picture=_picture,
+        percent=_percent,
+        interval=_interval,
+        points=_points,
+        mark=mark,
+        shade=shade,
+        at=budget_name,
+        number=_number,
+    )
+    return environment
 
 
 def render(report: Report) -> str:
     """The page as text."""
-    environment = _templates()
-    environment.filters.update(picture=_picture, percent=_percent, interval=_interval)
-    measured = [row for row in report.rows if row.n]
+    rows = report.rows
+    measured = [row for row in rows if row.n]
     tasks = list(dict.fromkeys(task for row in measured for task in row.tasks))
-    base = next((row for row in measured if row.budget is None), None)
-    plots = {
-        "tokens": pareto(measured, "tokens"),
-        "flops": pareto(measured, "flops"),
-        "time": pareto(measured, "time") if all(row.prefill_s for row in measured) else None,
-        "tasks": [(task, pareto(measured, "tokens", task)) for task in tasks] * (len(tasks) > 1),
-        "loss": _loss(report.training) if report.training else None,
-    }
+    drawn = plots.styles(rows)
+    axes = [axis for axis in plots.AXES if len(plots.measured(rows, axis)) > 1 or len(measured) < 2]
+    figures = []
+    for axis in axes:
+        there = plots.measured(rows, axis)
+        if there:
+            left_out = len(measured) - len(there)
+            figures.append(
+                (plots.AXES[axis].heading, plots.pareto(rows, axis, drawn=drawn), left_out)
+            )
+    several = len(tasks) > 1
     known = {
         "same": any(row.same is not None for row in measured),
         "verdict": any(row.verdict for row in measured),
+        "time": any(row.prefill_s is not None for row in measured),
+        "kv": any(math.isfinite(row.kv_bytes) for row in measured),
+        "changed": any(row.flipped is not None for row in measured),
     }
-    names = [row.name for row in report.rows if row.budget is not None]
-    legend = [(name, _key(name, measured)) for name in dict.fromkeys(names)]
-    return environment.get_template("report.html.j2").render(
-        report=report, tasks=tasks, base=base, plots=plots, legend=legend, known=known
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            tasks=tasks,
+            base=next((row for row in measured if row.budget is None), None),
+            figures=figures,
+            by_task=[
+                (task, plots.pareto(rows, "tokens", task, drawn))
+                for task in tasks * several
+                if any(task in row.tasks for row in plots.measured(rows, "tokens"))
+            ],
+            loss=plots.losses(report.training.losses) if report.training else None,
+            known=known,
+            legend=[(name, plots.key(style), style) for name, style in drawn.items()],
+            groups=list(_by_budget(rows)),
+            opened=_opened(rows),
+            folded=sum(map(len, report.lead)) > _TOLD,
+        )
     )
 
 
@@ -190,202 +246,41 @@ def write(report: Report, path: Path) -> None:
     write_text(path, render(report))
 
 
-def picture(rows: Sequence[Row], title: str) -> str:
-    """Accuracy over visual tokens as an SVG file of its own, with a title and a legend."""
-    measured = [row for row in rows if row.n]
-    names = list(dict.fromkeys(row.name for row in measured if row.budget is not None))
-    plot = str(pareto(measured, "tokens")).replace(
-        "<svg ", f'<svg x="0" y="34" width="{_WIDTH}" height="{_HEIGHT}" ', 1
-    )
-    parts = [f'<text class="title" x="{_LEFT}" y="24">{escape(title)}</text>', plot]
-    for i, name in enumerate(names):
-        y = 70 + 24 * i
-        key = str(_key(name, measured)).replace("<svg ", f'<svg x="{_WIDTH + 6}" y="{y}" ', 1)
-        note = " (sanity)" if _is_sanity(name, measured) else ""
-        parts += [key, f'<text x="{_WIDTH + 48}" y="{y + 12}">{escape(name + note)}</text>']
-    width, height, margin = _WIDTH + 220, _HEIGHT + 40, 10
-    style = _templates().get_template("plot.css").render()
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} 0 {width} {height}" '
-        f'font-family="system-ui, sans-serif"><style>{style}</style>'
-        f'<rect x="{-margin}" width="{width}" height="{height}" fill="var(--paper)"/>'
-        f"{''.join(parts)}</svg>\n"
-    )
+def budget_name(budget: int | float | None) -> str:
+    """What stands above the rows of a budget."""
+    if budget is None:
+        return "unpatched"
+    return f"{budget:.0%} of the KV slots" if isinstance(budget, float) else f"{budget} tokens"
 
 
-_X: dict[str, tuple[str, Callable[[Row], float], bool]] = {
-    "tokens": ("visual tokens, average over layers", lambda row: row.visual_avg, True),
-    "flops": ("prefill GFLOPs per question", lambda row: row.flops / 1e9, False),
-    "time": (
-        "milliseconds to the first token, per question",
-        lambda row: 1e3 * (row.prefill_s or math.nan),
-        False,
-    ),
-}
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 310, 46, 14, 14, 44
-_MARKERS = ("circle", "square", "diamond", "up", "down", "cross")
+def mark(versus: dict[str, Any] | None) -> str:
+    """A sign of what a difference says: filled after correction, hollow before it only."""
+    if not versus or versus["verdict"] == "not better":
+        return ""
+    signs = {"better": "▲△", "worse": "▼▽"}[versus["verdict"]]
+    return signs[not versus["holds"]]
 
 
-@dataclass
-class _Frame:
-    """Maps data to the plane of a plot."""
-
-    x: tuple[float, float]
-    y: tuple[float, float]
-    log: bool
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        scale = math.log if self.log else float
-        share = (scale(x) - scale(self.x[0])) / ((scale(self.x[1]) - scale(self.x[0])) or 1)
-        up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
-        return (
-            _LEFT + share * (_WIDTH - _LEFT - _RIGHT),
-            _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM),
-        )
+def shade(points: float) -> str:
+    """The heat map's class of a difference in points: `h0`, `up1` to `up5`, `down1` to `down5`."""
+    step = sum(abs(points) >= limit for limit in SHADES)
+    return "h0" if not step else f"{'up' if points > 0 else 'down'}{step}"
 
 
-def pareto(rows: Sequence[Row], axis: str, task: str | None = None) -> Markup:
-    """Accuracy over cost as SVG: a line per plan, the unpatched model as a level.
-
-    Args:
-        rows: measured rows.
-        axis: "tokens", "flops" or "time".
-        task: only this task; None for all questions together.
-    """
-    title, cost, log = _X[axis]
-    points = {
-        id(row): (cost(row), 100 * right / n)
-        for row in rows
-        for right, n in [row.tasks[task] if task else (row.correct, row.n)]
-    }
-    xs, ys = zip(*points.values(), strict=True)
-    x = (min(xs) / 1.15, max(xs) * 1.15) if log else (0.0, max(xs) * 1.06)
-    frame = _Frame(x, (0.0 if task else max(0.0, math.floor(min(ys) / 10 - 0.4) * 10), 100.0), log)
-    what = f"accuracy{' on ' + task if task else ''} over {title}"
-    parts = [_axes(frame, title, "% right")]
-    base = next((row for row in rows if row.budget is None), None)
-    if base:
-        x0, y0 = frame.at(frame.x[0], points[id(base)][1])
-        star = frame.at(*points[id(base)])[0]
-        parts.append(f'<path class="level" d="M{x0:.1f} {y0:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(
-            f'<text class="level end" x="{star - 10:.1f}" y="{y0 - 5:.1f}">unpatched</text>'
-        )
-        parts.append(_point("m-none", "star", frame, points[id(base)], _describe(base, task)))
-    names = dict.fromkeys(row.name for row in rows if row.budget is not None)
-    for name in sorted(names, key=lambda name: not _is_sanity(name, rows)):
-        line = sorted((row for row in rows if row.name == name), key=lambda r: points[id(r)][0])
-        style, marker = _style(name, rows)
-        path = " ".join("{:.1f} {:.1f}".format(*frame.at(*points[id(row)])) for row in line)
-        parts.append(f'<path class="line {style}" d="M{path}"/>')
-        parts += [_point(style, marker, frame, points[id(r)], _describe(r, task)) for r in line]
-    return _svg(parts, what)
+def _by_budget(rows: Sequence[Row]) -> Iterator[tuple[int | float | None, list[Row]]]:
+    """Rows of equal budget together, in the order of the page."""
+    # 1 token and all slots, 1.0, are equal as numbers.
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((type(row.budget), row.budget), []).append(row)
+    for (_, budget), members in groups.items():
+        yield budget, members
 
 
-def _is_sanity(name: str, rows: Sequence[Row]) -> bool:
-    return any(row.sanity for row in rows if row.name == name)
-
-
-def _style(name: str, rows: Sequence[Row]) -> tuple[str, str]:
-    """CSS class and marker of a plan: one colour and shape each; sanity rows grey and hollow."""
-    sanity = _is_sanity(name, rows)
-    peers = [row.name for row in rows if row.budget is not None and row.sanity == sanity]
-    index = list(dict.fromkeys(peers)).index(name)
-    kind = f"sanity s{index % 4}" if sanity else f"c{index % 6}"
-    return kind, _MARKERS[index % len(_MARKERS)]
-
-
-def _key(name: str, rows: Sequence[Row]) -> Markup | None:
-    """The legend's sample of a plan's line; None if it has no measured row."""
-    if all(row.name != name for row in rows):
-        return None
-    style, marker = _style(name, rows)
-    shape = _shape(style, marker, 17, 8)
-    return Markup(
-        f'<svg class="key" viewBox="0 0 34 16" width="34" height="16" aria-hidden="true">'
-        f'<path class="line {style}" d="M1 8H33"/>{shape}</svg>'
-    )
-
-
-def _describe(row: Row, task: str | None) -> str:
-    right, n = row.tasks[task] if task else (row.correct, row.n)
-    low, high = wilson(right, n)
-    return (
-        f"{row.spec or 'unpatched'}: {right} of {n} right ({100 * low:.0f} to {100 * high:.0f} %), "
-        f"{row.visual_avg:.1f} visual tokens, {row.flops / 1e9:.2f} GFLOPs"
-    )
-
-
-def _point(style: str, marker: str, frame: _Frame, point: tuple[float, float], text: str) -> str:
-    shape = _shape(style, marker, *frame.at(*point))
-    return f"<g><title>{escape(text)}</title>{shape}</g>"
-
-
-def _shape(style: str, marker: str, x: float, y: float) -> str:
-    if marker == "circle":
-        return f'<circle class="mark {style}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
-    outline = {
-        "square": "M-4 -4H4V4H-4Z",
-        "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0Z",
-        "up": "M0 -5.4L5 4H-5Z",
-        "down": "M0 5.4L5 -4H-5Z",
-        "cross": "M-1.6 -5H1.6V-1.6H5V1.6H1.6V5H-1.6V1.6H-5V-1.6H-1.6Z",
-        "star": "M0 -6.5L2 -2H6.5L3 1.2L4.3 6L0 3.2L-4.3 6L-3 1.2L-6.5 -2H-2Z",
-    }[marker]
-    return f'<path class="mark {style}" transform="translate({x:.1f} {y:.1f})" d="{outline}"/>'
-
-
-def _loss(training: Training) -> Markup:
-    steps, losses = zip(*training.losses, strict=True)
-    top = max(losses) * 1.08
-    frame = _Frame((min(steps), max(steps)), (0.0, top), False)
-    path = " ".join("{:.1f} {:.1f}".format(*frame.at(*point)) for point in training.losses)
-    parts = [_axes(frame, "step", "loss"), f'<path class="line c0" d="M{path}"/>']
-    parts += [
-        _point("c0", "circle", frame, point, f"step {point[0]}: loss {point[1]:.3f}")
-        for point in training.losses[:: max(1, len(losses) // 40)]
-    ]
-    return _svg(parts, "training loss over steps")
-
-
-def _axes(frame: _Frame, x_title: str, y_title: str) -> str:
-    parts = []
-    for value in _ticks(*frame.y, log=False):
-        x, y = frame.at(frame.x[0], value)
-        parts.append(f'<path class="grid" d="M{x:.1f} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text class="end" x="{x - 6:.1f}" y="{y + 4:.1f}">{value:g}</text>')
-    for value in _ticks(*frame.x, log=frame.log):
-        x, y = frame.at(value, frame.y[0])
-        parts.append(f'<path class="tick" d="M{x:.1f} {y:.1f}v4"/>')
-        parts.append(f'<text class="mid" x="{x:.1f}" y="{y + 17:.1f}">{value:g}</text>')
-    x, y = frame.at(frame.x[0], frame.y[0])
-    parts.append(f'<path class="axis" d="M{x:.1f} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="mid" x="{middle}" y="{_HEIGHT - 6}">{escape(x_title)}</text>')
-    half = (_TOP + _HEIGHT - _BOTTOM) / 2
-    parts.append(
-        f'<text class="mid" transform="translate(12 {half}) rotate(-90)">{escape(y_title)}</text>'
-    )
-    return "".join(parts)
-
-
-def _ticks(low: float, high: float, *, log: bool) -> list[float]:
-    """Round values inside an interval: doublings on a logarithmic axis, else about five steps."""
-    if log:
-        powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-        return [2.0**power for power in powers]
-    rough = (high - low) / 5 or 1.0
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _svg(parts: Sequence[str], label: str) -> Markup:
-    return Markup(
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )
+def _opened(rows: Sequence[Row]) -> str:
+    """The budget that a long page opens on, the middle one; empty for all of them."""
+    budgets = [budget for budget, _ in _by_budget(rows) if budget is not None]
+    return str(budgets[len(budgets) // 2]) if len(rows) > MANY_ROWS and budgets else ""
 
 
 def _picture(image: Image.Image, width: int) -> str:
@@ -394,14 +289,24 @@ def _picture(image: Image.Image, width: int) -> str:
         height = round(image.height * width / image.width)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="JPEG", quality=86)
+    image.convert("RGB").save(buffer, format="JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.0f}"
+def _percent(value: float, digits: int = 0) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def _interval(row: Row) -> str:
     low, high = row.interval
     return f"{100 * low:.0f}–{100 * high:.0f}"
+
+
+def _points(versus: dict[str, Any]) -> str:
+    """A difference in points with its interval, for a table cell."""
+    low, high = (100 * bound for bound in versus["ci"])
+    return f"{100 * versus['diff']:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def _number(value: float | None, scale: float = 1.0, form: str = ".3g") -> str:
+    return "–" if value is None or math.isnan(value) else format(value * scale, form)

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +40,20 @@ _MARKS = {
 
 
 @dataclass
-class _Entry:
+class Entry:
     """The finished runs of one method at one budget: per seed, a cell for every task."""
 
     method: str
     budget: int | float | None
     runs: list[dict[str, dict[str, Any]]]
 
-    def outcomes(self, tasks: Sequence[str]) -> list[list[list[bool]]]:
+    def outcomes(self, tasks: Sequence[str]) -> list[list[np.ndarray]]:
         """Per seed and task, one truth value per question."""
-        return [[_bits(run[task]) for task in tasks] for run in self.runs]
+        return [[bits(run[task]) for task in tasks] for run in self.runs]
 
-    def flat(self, tasks: Sequence[str]) -> list[list[bool]]:
+    def flat(self, tasks: Sequence[str]) -> list[np.ndarray]:
         """Per seed, the outcomes of all tasks in one row."""
-        return [list(chain.from_iterable(rows)) for rows in self.outcomes(tasks)]
+        return [np.concatenate(rows) for rows in self.outcomes(tasks)]
 
     def answers(self, tasks: Sequence[str]) -> list[list[str]] | None:
         """Per seed, the answers of all tasks in one row; None if a cell holds none."""
@@ -86,7 +85,7 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
     Raises:
         DataError: no cells, or those of a task differ in model, split, style, dtype or backend.
     """
-    tasks, entries, missing, left_out = _grouped(list(cells))
+    tasks, entries, missing, left_out = grouped(list(cells))
     rows = [_row(entry, tasks, entries) for entry in entries.values() if entry.runs]
     # Equal budgets stand together: they are what is compared.
     rows.sort(key=lambda row: -(row["budget"] or float("inf")))
@@ -118,12 +117,13 @@ def write(table: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table for people."""
+    """The table for people; `title` and `written` of the table, where set, name its source."""
     tasks = table["tasks"]
     about = table["about"]
     each = words.per_task(table)
     lines = [
-        f"# Yardstick: {len(tasks)} tasks, {each} questions each, {table['split']} split",
+        f"# {table.get('title', 'Yardstick')}: {len(tasks)} tasks, {each} questions each, "
+        f"{table['split']} split",
         "",
         *(f"{paragraph}\n" for paragraph in table["words"]),
         "## All tasks",
@@ -215,8 +215,11 @@ def markdown(table: dict[str, Any]) -> str:
         f"{about['dtype']}, {about['backend']}, {about['device']}, {about['threads']} threads; "
         f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}; weights "
         f"{about['weights_sha256'][:12]}; commit {about['commit'] or 'unknown'}; {versions}. "
-        "Written by `mllm sweep`; the cells, with the outcome of every question, are in the JSON "
-        "Lines file beside this one.",
+        + table.get(
+            "written",
+            "Written by `mllm sweep`; the cells, with the outcome of every question, are in the "
+            "JSON Lines file beside this one.",
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -249,10 +252,14 @@ def comma_separated(table: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _grouped(
+def grouped(
     cells: list[dict[str, Any]],
-) -> tuple[dict[str, dict], dict[tuple[str, int | None], _Entry], list[dict], int]:
-    """A first cell per task, the entries, what is missing, and how many cells were left out."""
+) -> tuple[dict[str, dict], dict[tuple[str, int | None], Entry], list[dict], int]:
+    """A first cell per task, the entries, what is missing, and how many cells were left out.
+
+    Raises:
+        DataError: as :func:`build`.
+    """
     if not cells:
         raise DataError(
             "a table needs at least one cell of a sweep",
@@ -291,7 +298,7 @@ def _grouped(
                 missing.append({"method": method, "budget": budget, "seed": seed, "tasks": absent})
             else:
                 done.append(run)
-        entries[method, budget] = _Entry(method, budget, done)
+        entries[method, budget] = Entry(method, budget, done)
     return tasks, entries, missing, left_out
 
 
@@ -306,9 +313,9 @@ def _origin(cell: dict[str, Any]) -> str:
 
 
 def _row(
-    entry: _Entry, tasks: Iterable[str], entries: dict[tuple[str, int | None], _Entry]
+    entry: Entry, tasks: Iterable[str], entries: dict[tuple[str, int | None], Entry]
 ) -> dict[str, Any]:
-    def baseline(name: str) -> _Entry | None:
+    def baseline(name: str) -> Entry | None:
         budget = None if name == UNPATCHED else entry.budget
         found = entries.get((baseline_at(name, budget), budget))
         return found if found and found.runs else None
@@ -326,7 +333,7 @@ def _row(
 
 
 def _figures(
-    entry: _Entry, tasks: Sequence[str], others: dict[str, _Entry | None]
+    entry: Entry, tasks: Sequence[str], others: dict[str, Entry | None]
 ) -> dict[str, Any]:
     """What is known of an entry on some tasks."""
     cells = [run[task] for run in entry.runs for task in tasks]
@@ -351,7 +358,7 @@ def _figures(
     }
 
 
-def _compared(ours: _Entry, theirs: _Entry, tasks: Sequence[str]) -> dict[str, Any]:
+def _compared(ours: Entry, theirs: Entry, tasks: Sequence[str]) -> dict[str, Any]:
     found = stats.paired_seeds(ours.outcomes(tasks), theirs.outcomes(tasks))
     return found.as_dict() | {
         "verdict": found.verdict,
@@ -365,7 +372,7 @@ def _compared(ours: _Entry, theirs: _Entry, tasks: Sequence[str]) -> dict[str, A
 
 
 def _loyalty(
-    entry: _Entry, unpatched: _Entry | None, tasks: Sequence[str]
+    entry: Entry, unpatched: Entry | None, tasks: Sequence[str]
 ) -> dict[str, Any] | None:
     """Same answers as unpatched; None for that row itself and where answers were not kept."""
     if unpatched is None or entry.method == UNPATCHED:
@@ -378,7 +385,7 @@ def _loyalty(
 
 
 def _difficult(
-    entry: _Entry, others: dict[str, _Entry | None], tasks: Sequence[str]
+    entry: Entry, others: dict[str, Entry | None], tasks: Sequence[str]
 ) -> dict[str, Any] | None:
     """Score where downsampling loses the answer; None for the two rows that choose the subset."""
     unpatched, downsample = others[UNPATCHED], others["downsample"]
@@ -411,8 +418,9 @@ def _correct(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _bits(cell: dict[str, Any]) -> list[bool]:
-    return [value == "1" for value in cell["outcomes"]]
+def bits(cell: dict[str, Any]) -> np.ndarray:
+    """Outcomes of a cell: bool `[n]`."""
+    return np.frombuffer(cell["outcomes"].encode(), np.uint8) == ord("1")
 
 
 def _mean(cells: list[dict], name: str) -> float:
