@@ -192,9 +192,9 @@ def _words(found: dict[str, Any]) -> list[str]:
     compared = len(rows) - counts["not compared"]
     if compared:
         words.append(
-            f"Of {compared} rows that both have, {counts['better']} are resolved better in B, "
-            f"{counts['worse']} worse, {counts['not resolved']} not resolved. At 95 %, one of "
-            "twenty rows without any change is expected to look resolved."
+            f"Rows that both have: {compared}; resolved better in B: {counts['better']}, worse: "
+            f"{counts['worse']}, not resolved: {counts['not resolved']}. At 95 %, one of twenty "
+            "rows without any change is expected to look resolved."
         )
         if not counts["better"]:
             words.append("Nothing is resolved better in B.")

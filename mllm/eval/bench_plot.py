@@ -11,7 +11,7 @@ from mllm.eval.bench_words import Row, verdict
 KINDS = (".svg", ".png")
 _COLOURS = {"faster": "#1b7837", "slower": "#b2182b", "open": "#777777", "none": "#3b6ea5"}
 _LABELS = {
-    "ratio": "times as fast as unpatched (95 % interval); a bar marks the ideal",
+    "ratio": "times as fast (95 % interval); a bar marks the ideal",
     "cost": "what choosing costs, of what fewer tokens save (95 % interval)",
     "share": "share of the ideal reached (95 % interval)",
 }

@@ -75,6 +75,21 @@ BENCH_CPU = Shape(
     ),
 )  # fmt: skip
 
+# As large, of a family that takes pictures of any size.
+BENCH_QWEN = Shape(
+    name="bench-qwen-cpu",
+    family="qwen2_5_vl",
+    vision=dict(
+        depth=6, hidden_size=512, intermediate_size=1408, num_heads=8, out_hidden_size=1024,
+        patch_size=14, window_size=112, fullatt_block_indexes=[5],
+    ),
+    text=dict(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=8192, max_position_embeddings=32768,
+        rope_parameters=dict(rope_type="default", mrope_section=[8, 12, 12], rope_theta=1e6),
+    ),
+)  # fmt: skip
+
 LLAVA_7B = Shape(
     name="llava-1.5-7b",
     vision=dict(
@@ -103,7 +118,7 @@ QWEN25_7B = Shape(
     visual=(576, 2880, 20000),
 )  # fmt: skip
 
-SHAPES = {shape.name: shape for shape in (BENCH_CPU, LLAVA_7B, QWEN25_7B)}
+SHAPES = {shape.name: shape for shape in (BENCH_CPU, BENCH_QWEN, LLAVA_7B, QWEN25_7B)}
 
 
 def build(config: Any, dtype: torch.dtype, device: str) -> Any:

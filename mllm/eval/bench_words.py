@@ -42,17 +42,22 @@ def speed(rows: Sequence[Row]) -> list[str]:
     words = []
     if compared and "faster" not in compared:
         words.append(
-            f"No real speed-up: none of {len(compared)} rows is resolved faster than unpatched "
+            f"No real speed-up: of {_rows(len(compared))} none is resolved faster than unpatched "
             f"({compared.count('slower')} slower, {compared.count('open')} not resolved)."
         )
     elif compared:
         words.append(
-            f"Of {len(compared)} rows {compared.count('faster')} are resolved faster than "
-            f"unpatched, {compared.count('slower')} slower, {compared.count('open')} not resolved."
+            f"Of {_rows(len(compared))} resolved faster than unpatched: "
+            f"{compared.count('faster')}; slower: {compared.count('slower')}; not resolved: "
+            f"{compared.count('open')}."
         )
     if out := sum(row["status"] == "oom" for row in rows):
-        words.append(f"{out} of {len(rows)} rows ran out of memory.")
+        words.append(f"Out of memory: {out} of {_rows(len(rows))}.")
     return words
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 # From which length
