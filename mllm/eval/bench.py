@@ -243,6 +243,7 @@ def opened(
     if size is not None and (visual is not None or length is not None):
         raise cannot_measure("size", list(size), "it without visual and length")
     load_before = round(os.getloadavg()[0], 2)
+    machine(device, dtype)  # while memory is free
     base, shape = model_of(model, dtype, device)
     shape["parameters"] = sum(p.numel() for p in base.parameters())
     family = resolve(base)

@@ -48,6 +48,9 @@ def _measured(device: str, dtype: str, threads: int) -> Hardware:
     flops = 2 * side**3 / _best(lambda: a @ a, cuda)
     buffer = torch.zeros(2, size, dtype=torch.uint8, device=device)
     bandwidth = 2 * size / _best(lambda: buffer[0].copy_(buffer[1]), cuda)
+    del a, buffer
+    if cuda:
+        torch.cuda.empty_cache()
     source = f"measured: product of {side} x {side} matrices, copy of {size // 2**20} MiB"
     return Hardware("this machine", {dtype: flops}, bandwidth, source=source)
 
