@@ -40,19 +40,27 @@ def machine(device: str, dtype: str) -> Hardware:
 
 
 @functools.cache
-@torch.inference_mode()
 def _measured(device: str, dtype: str, threads: int) -> Hardware:
     cuda = torch.device(device).type == "cuda"
     side, size = (8192, 2**30) if cuda else (1024, 2**27)
-    a = torch.randn(side, side, device=device).to(getattr(torch, dtype))
-    flops = 2 * side**3 / _best(lambda: a @ a, cuda)
-    buffer = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    bandwidth = 2 * size / _best(lambda: buffer[0].copy_(buffer[1]), cuda)
-    del a, buffer
+    flops = 2 * side**3 / _product(side, device, dtype)
+    bandwidth = 2 * size / _copy(size, device)
     if cuda:
         torch.cuda.empty_cache()
     source = f"measured: product of {side} x {side} matrices, copy of {size // 2**20} MiB"
     return Hardware("this machine", {dtype: flops}, bandwidth, source=source)
+
+
+@torch.inference_mode()
+def _product(side: int, device: str, dtype: str) -> float:
+    a = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+    return _best(lambda: a @ a, torch.device(device).type == "cuda")
+
+
+@torch.inference_mode()
+def _copy(size: int, device: str) -> float:
+    buffer = torch.zeros(2, size, dtype=torch.uint8, device=device)
+    return _best(lambda: buffer[0].copy_(buffer[1]), torch.device(device).type == "cuda")
 
 
 def _best(run: Callable[[], Any], cuda: bool) -> float:
