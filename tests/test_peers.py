@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import runpy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +112,6 @@ def test_our_answers_are_whole(peers):
 
 
 def task(shape, **given):
-    from dataclasses import asdict
-
     return asdict(shape) | dict(visual=32, words=16, pairs=1, dtype="float32", device="cpu",
                                 threads=1) | given  # fmt: skip
 
@@ -142,15 +142,9 @@ def test_pairs_alternate(side, monkeypatch):
 
 
 def test_the_committed_results_are_of_these_scripts(peers):
-    script = loaded_script()
+    script = runpy.run_path(str(ROOT / "scripts" / "make_performance.py"))
     for name in peers.PEERS:
         file = ROOT / "benchmarks" / "results" / f"peer-{name}.json"
         if file.is_file():
             made = script["part"]([f"peer-{name}"])
             assert made.startswith("| | version |") and f"| {name} |" in made
-
-
-def loaded_script():
-    import runpy
-
-    return runpy.run_path(str(ROOT / "scripts" / "make_performance.py"))

@@ -253,10 +253,9 @@ def _measured(suite: Suite, *, model: str, text: int, **options: Any) -> dict[st
             )
     given = {key: value for key, value in options.items() if value is not None}
     if name == "kernels":
-        for option in ("visual", "sdpa"):
-            if option in given:
-                raise cannot_measure(option, given[option], "it with another suite than kernels")
-        given.pop("unequal")
+        for option in ("visual", "sdpa", "unequal"):
+            if other := given.pop(option, None):
+                raise cannot_measure(option, other, "it with another suite than kernels")
     else:
         given["text"] = text
     measured = {
@@ -325,8 +324,7 @@ def _show(results: dict[str, Any]) -> None:
 def _show_changes(found: dict[str, Any]) -> None:
     console = results_console()
     for row in found["rows"]:
-        console.print(f"{row['plan']}, {row['visual']} visual tokens, batch {row['batch']}: "
-                      f"{row['words']}", markup=False)  # fmt: skip
+        console.print(f"{row['name']}: {row['words']}", markup=False)
     for one in found["differ"]:
         console.print(f"{one['what']}: {one['a']} | {one['b']}", markup=False)
     for words in found["words"]:

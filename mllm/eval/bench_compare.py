@@ -30,10 +30,10 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     on equal devices, versions and threads only.
 
     Returns:
-        `{suite, a, b, differ, rows, only_a, only_b, words}`. `differ` are conditions
-        `{what, a, b}`. A row has its conditions, `figure`, `a` and `b`, `change` (b / a; b - a for
-        `cost`) with `change_ci`, `how` the interval was found, `verdict` "better", "worse", "not
-        resolved" or "not compared", and `words`.
+        `{suite, differ, rows, only_a, only_b, words}`. `differ` are conditions `{what, a, b}`. A
+        row has a `name`, its conditions, `figure`, `a` and `b`, `change` (b / a; b - a for `cost`)
+        with `change_ci`, `how` the interval was found, `verdict` "better", "worse", "not resolved"
+        or "not compared", and `words`.
 
     Raises:
         DataError: the files are of two suites.
@@ -45,11 +45,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
             given=f"{a['suite']}, {b['suite']}",
             expected="two result files of one suite",
         )
-    differ = [
-        {"what": name, "a": x, "b": y}
-        for name, x, y in _conditions(a, b)
-        if x != y
-    ]  # fmt: skip
+    differ = [{"what": name, "a": x, "b": y} for name, x, y in _conditions(a, b) if x != y]
     other = {"device", "threads", "model", *(f"version of {n}" for n in ("torch", "mllm"))}
     alike = not other & {d["what"] for d in differ}
     left, right = _keyed(a["rows"]), _keyed(b["rows"])
@@ -116,7 +112,7 @@ def _figure(row: Row) -> str | None:
 
 def _row(a: Row, b: Row, alike: bool) -> dict[str, Any]:
     figure = _figure(a)
-    found = {**{k: a[k] for k in KEYS if k in a}, "figure": figure}
+    found = {"name": _name(a), **{k: a[k] for k in KEYS if k in a}, "figure": figure}
     none = {"a": None, "b": None, "change": None, "change_ci": None, "how": None,
             "verdict": "not compared"}  # fmt: skip
     if figure is None or figure != _figure(b):

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 import mllm
-from mllm import flops
 from mllm.eval import bench
-from mllm.eval.bench_kv import read_weights, step_peak, time_steps
+from mllm.eval.bench_kv import read_weights, step_flops, step_peak, time_steps
 from mllm.eval.bench_machine import reached
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
 from mllm.eval.bench_words import summed
@@ -95,7 +94,7 @@ def _row(
             for which in (base, other)
         ]
         ledger = patched.ledger.as_dict()
-        slots = [layer.slots for layer in steps[1][1].layers]
+        work = step_flops(base, steps[1][1], ledger["batch"])
         seconds = time_steps(
             steps, inputs, pairs, lambda done: progress and progress(label, done, pairs)
         )
@@ -104,9 +103,7 @@ def _row(
     weights = read_weights(base)
     before, after = weights + ledger["baseline_kv_bytes"], weights + ledger["kv_bytes"]
     ideal, patched_s = before / after, float(np.median(seconds[:, 1]))
-    config, dtype = base.config.get_text_config(), str(base.dtype).removeprefix("torch.")
-    work = flops.lm_head(config, 1) + sum(flops.decoder_layer(config, 1, n + 1) for n in slots)
-    work *= ledger["batch"]
+    dtype = str(base.dtype).removeprefix("torch.")
     status, words = bench.judge(ratio, ratio_ci, ideal, target, pairs)
     return {
         "ratio": ratio,

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 import mllm
+from mllm import flops
 from mllm.cache import Dense, Offloaded, Packed, cache_bytes
 from mllm.compressors.base import AttentionRows, CacheCompressor
 from mllm.errors import PlanError
 from mllm.eval import bench
+from mllm.eval.bench_machine import reached
 from mllm.eval.bench_prompt import Prompt, now
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
 from mllm.eval.bench_words import summed
@@ -159,6 +161,7 @@ def _row(
         cache = prompt.share(patched)
         choosing.append(prompt.told(patched, cache))
         stored = storage(cache, patched.plan.stages, prompt)
+        work = step_flops(base, cache, len(prompt.inputs["input_ids"]))
         claim = "memory" if ragged(cache) or converted(cache) else "time"
         theirs = prompt.unpatched(base)
         ideal = _ideal(base, prompt, stored)
@@ -173,8 +176,11 @@ def _row(
     share, *share_ci = median_interval((spent * depth / prompt.prefill_s[:, None]).ravel())
     target = TARGET if claim == "time" and stored["payload_share"] else None
     status, words = bench.judge(ratio, ratio_ci, ideal, target, pairs)
+    patched_s, dtype = float(np.median(seconds[:, 1])), str(base.dtype).removeprefix("torch.")
+    read = read_weights(base) + stored["payload_bytes"]
     return {
         **stored,
+        **reached(bench.device_of(base), dtype, work, read, patched_s),
         "claim": claim,
         "ratio": ratio,
         "ratio_ci": ratio_ci,
@@ -183,7 +189,7 @@ def _row(
         "share": ratio / ideal,
         "target_share": target,
         "baseline_s": float(np.median(seconds[:, 0])),
-        "patched_s": float(np.median(seconds[:, 1])),
+        "patched_s": patched_s,
         "prefill_s": float(np.median(prompt.prefill_s)),
         "prefills": prefills,
         "scorer_s": float(np.median(spent.sum(1))),
@@ -345,6 +351,13 @@ def time_steps(
         if pair >= 0:
             on_pair(pair + 1)
     return times
+
+
+def step_flops(base: Any, cache: Any, batch: int) -> float:
+    """FLOPs of a decode step from a cache, of the batch."""
+    config = base.config.get_text_config()
+    layers = sum(flops.decoder_layer(config, 1, layer.slots + 1) for layer in cache.layers)
+    return batch * (layers + flops.lm_head(config, 1))
 
 
 def next_token(model: Any, cache: Any, inputs: Inputs) -> dict[str, Any]:

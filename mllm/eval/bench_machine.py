@@ -32,11 +32,14 @@ def machine(device: str, dtype: str) -> Hardware:
         device: torch device.
         dtype: of the matrix product.
     """
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    where = torch.device(device)
+    if where.type == "cuda":
+        name = torch.cuda.get_device_name(where)
         if name in _NAMES:
             return HARDWARE[_NAMES[name]]
-    return _measured(device, dtype, torch.get_num_threads())
+        index = torch.cuda.current_device() if where.index is None else where.index
+        where = torch.device("cuda", index)  # one name, so that it is measured once
+    return _measured(str(where), dtype, torch.get_num_threads())
 
 
 @functools.cache
