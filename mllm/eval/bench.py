@@ -248,15 +248,15 @@ def opened(
     shape["parameters"] = sum(p.numel() for p in base.parameters())
     family = resolve(base)
     if size is not None:
-        sizes = [(visual_tokens(family, one, text), text, one) for one in size]
+        sizes = [(visual_tokens(family, one), text, one) for one in size]
     elif length is not None:
         counts = [whole_images(base, tokens - LEAST_TEXT) for tokens in length]
         sizes = [(n, tokens - n, None) for n, tokens in zip(counts, length, strict=True)]
     else:
         counts = visual or (model.visual if isinstance(model, Shape) else (576, 1152))
         sizes = [(count, text, None) for count in counts]
-    for count, words, one in sizes:
-        pictures(family, None if one else count, one, words)
+    for count, _, one in sizes:
+        pictures(family, None if one else count, one)
 
     def point(many: int, count: int, words: int, one: Size | None) -> Point:
         given = {"size": one} if one else {"visual": count}

@@ -2,7 +2,7 @@
 
 An ideal is the longer of two times on the machine: its peak rate on the FLOPs, and its bandwidth on
 the bytes that have to be read and written once. Caches are filled with other bytes before every
-call, so that nothing is read from them that was not read before.
+call.
 """
 
 from __future__ import annotations
@@ -369,8 +369,9 @@ def time_calls(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Seconds of single calls, float64 `[pairs]` by name, in turns whose order alternates.
 
-    Before each call a buffer larger than caches is written; on a GPU that also keeps it busy until
-    the host has asked for the call, so that launches do not count where they can be hidden.
+    Before each call another buffer is written, of 64 MiB on a CPU and 512 MiB on a GPU, so that
+    caches hold little else; on a GPU that also keeps it busy until the host has asked for the call,
+    so that launches do not count where they can be hidden.
     """
     other = torch.empty(2**29 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     found = {name: np.empty(pairs) for name in runs}

@@ -190,7 +190,9 @@ def random_inputs(
     unequal: bool = False,
     seed: int = 0,
 ) -> Inputs:
-    """Inputs of exact length: noise pictures and random words.
+    """Inputs of exact length: a word, noise pictures with a word behind each, random words.
+
+    Where there are fewer words than that, pictures follow each other without.
 
     Without `unequal` nothing is padded; with it each sample after the first has fewer words and
     is padded on the left.
@@ -207,19 +209,23 @@ def random_inputs(
         DataError: as :func:`pictures`.
     """
     family, draw = resolve(model), torch.Generator().manual_seed(seed)
-    images, size = pictures(family, visual, size, text)
-    inputs = prompt(family, images=images, size=size, text=text, batch=batch)
-    ids = inputs["input_ids"]
-    is_word = ids != family.image_token_id
-    ids = torch.where(is_word, _words(model.config, *ids.shape, draw), ids)
+    images, size = pictures(family, visual, size)
+    inputs = prompt(family, images=images, size=size, text=max(text, images + 1), batch=batch)
+    image, behind = inputs["input_ids"] == family.image_token_id, text - images
+    if behind < 1:
+        count, behind = int(image[0].sum()), text - 1
+        image = (torch.arange(count + text) - 1 < count).expand(batch, -1).clone()
+        image[:, 0] = False
+    ids = _words(model.config, *image.shape, draw).masked_fill(image, family.image_token_id)
     mask = torch.ones_like(ids)
     if unequal:
         for sample in range(batch):
-            gone = min(sample * text * 3 // (4 * batch), text - images - 1)
+            gone = max(0, min(sample * text * 3 // (4 * batch), behind - 1))
             ids[sample, gone:] = ids[sample, : ids.shape[1] - gone].clone()
             ids[sample, :gone], mask[sample, :gone] = 0, 0
+    inputs |= {name: torch.zeros_like(ids) for name in family.asks}
     inputs |= {"input_ids": ids, "attention_mask": mask}
-    if "mm_token_type_ids" in inputs:
+    if family.mrope:
         inputs["mm_token_type_ids"] = (ids == family.image_token_id).int()
     hollow = inputs[family.pixels]
     inputs[family.pixels] = torch.randn(hollow.shape, generator=draw).to(hollow.dtype)
@@ -227,7 +233,7 @@ def random_inputs(
 
 
 def pictures(
-    family: Family, visual: int | None, size: tuple[int, int] | None, text: int
+    family: Family, visual: int | None, size: tuple[int, int] | None
 ) -> tuple[int, tuple[int, int] | None]:
     """Pictures of each sample, and their (height, width) where the model takes several.
 
@@ -236,11 +242,9 @@ def pictures(
         visual: visual tokens of a sample: whole pictures where the model has one size of them,
             else one picture, nearly square.
         size: (height, width) of one picture instead, rounded as the family rounds it.
-        text: words of a sample.
 
     Raises:
-        DataError: `visual` is no whole number of pictures, `size` is not for this model, or there
-            are fewer words than stand between the pictures.
+        DataError: `visual` is no whole number of pictures, or `size` is not for this model.
     """
     grid, images = family.native_grid(), 1
     if grid is not None:
@@ -260,15 +264,13 @@ def pictures(
         size = family.size_of(visual)
         if size is None:
             raise cannot_measure("visual", visual, "size: a picture's tokens follow from it")
-    if text < images + 1:
-        raise cannot_measure("text", text, f"at least {images + 1}: a word behind each image")
     return images, size
 
 
-def visual_tokens(family: Family, size: tuple[int, int], text: int) -> int:
+def visual_tokens(family: Family, size: tuple[int, int]) -> int:
     """Visual tokens of one picture of (height, width)."""
-    images, size = pictures(family, None, size, text)
-    ids = prompt(family, images=images, size=size, text=text, batch=1)["input_ids"]
+    images, size = pictures(family, None, size)
+    ids = prompt(family, images=images, size=size, text=2, batch=1)["input_ids"]
     return int((ids == family.image_token_id).sum())
 
 
