@@ -74,11 +74,11 @@ def measure(
     threads: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The results object of one point, with one row."""
-    base, ((_, _, inputs),), results = bench.opened(
+    base, (point,), results = bench.opened(
         "scaling", model=shape, visual=[visual], text=TEXT, batch=[batch], pairs=pairs,
         dtype=dtype, device=device, threads=threads,
     )  # fmt: skip
-    other, third = bench.twin(base), bench.twin(base)
+    inputs, other, third = point.inputs(), bench.twin(base), bench.twin(base)
     with mllm.patch(other, plan) as patched:
         peaks = [bench.peak_bytes(model, inputs) for model in (base, other)]
         ledger = patched.ledger.as_dict()
@@ -87,7 +87,7 @@ def measure(
         with mllm.patch(third, free):
             chosen, _ = bench.time_pairs(other, third, inputs, pairs, timed=timed)
     said = mllm.estimate(base, plan, visual=visual, text=TEXT, batch=batch, dtype=dtype)
-    row = bench.conditions(base, plan, batch, visual, TEXT, False, pairs)
+    row = point.about(base, plan, pairs)
     ideal = sum(ledger["baseline_prefill_flops"]) / sum(ledger["prefill_flops"])
     for part, name in enumerate(("", "llm_", "decode_")):
         ratio, *ratio_ci = median_interval(times[:, 0, part] / times[:, 1, part])
@@ -232,14 +232,11 @@ def main(arguments: Sequence[str]) -> None:
         limit = int(asked.memory * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     visual, batch = map(int, asked.point.split("x"))
-    try:
-        found = measure(SCALING, visual, batch, asked.plan, asked.pairs, asked.dtype,
-                        asked.device, asked.threads)  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(OUT_OF_MEMORY)
-    except RuntimeError as error:  # the CPU allocator has no error of its own
-        if "allocate memory" not in str(error):
-            raise
+    found = bench.within_memory(
+        lambda: measure(SCALING, visual, batch, asked.plan, asked.pairs, asked.dtype,
+                        asked.device, asked.threads)
+    )  # fmt: skip
+    if found is None:
         sys.exit(OUT_OF_MEMORY)
     print(json.dumps(found))
 

@@ -75,6 +75,26 @@ def routers(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
+def decode(row: Row) -> list[str]:
+    return [
+        str(row["visual"]), str(row["batch"]), times(row), f"{row['ideal']:.2f}",
+        percent(row["share"]), percent(row["roofline_share"]),
+        percent(row["kv_bytes"] / row["baseline_kv_bytes"]), row["words"],
+    ]  # fmt: skip
+
+
+def kernels(row: Row) -> list[str]:
+    if "overhead_s" in row:
+        return ["", str(row["batch"]), row["dtype"], f"{1e6 * row['overhead_s']:.1f}",
+                "", "", "", "", row["words"]]  # fmt: skip
+    each = (row.get(f"{name}_s") for name in ("torch", "reference", "triton"))
+    return [
+        str(row["visual"]), str(row["batch"]), row["dtype"],
+        *("" if x is None else f"{1e6 * x:,.0f}" for x in each),
+        f"{1e6 * row['ideal_s']:,.0f}", percent(row["share"]), row["words"],
+    ]  # fmt: skip
+
+
 #: By suite: the columns behind the plan, and a row's entries.
 TABLES: dict[str, tuple[Sequence[str], Callable[[Row], list[str]]]] = {
     "kv": (
@@ -97,6 +117,16 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[Row], list[str]]]] = {
          "attainable", "in words"],
         train,
     ),
+    "decode": (
+        ["visual tokens", "batch", "step, times as fast", "ideal", "of the ideal",
+         "of what the machine can", "keys and values", "in words"],
+        decode,
+    ),
+    "kernels": (
+        ["tokens", "batch", "dtype", "torch, µs", "reference, µs", "Triton, µs", "ideal, µs",
+         "of the ideal", "in words"],
+        kernels,
+    ),
     "routers": (
         ["part", "rows", "batch", "dtype", "times as fast", "ideal", "of the ideal", "in words"],
         routers,
@@ -110,27 +140,40 @@ def part(names: Sequence[str], folder: Path = RESULTS) -> str:
     found = [json.loads(file.read_text()) for file in files if file.is_file()]
     if not found:
         return "Not measured."
-    if found[0]["suite"] == "peer-kvpress":
-        return _peers(found[0])
+    if found[0]["suite"].startswith("peer-"):
+        return "\n\n".join(map(_peers, found))
     head, entries = TABLES[found[0]["suite"]]
-    measured = [row for results in found for row in results["rows"] if row["status"] != "refused"]
-    body = [[f"`{row['plan']}`", *entries(row)] for row in measured]
-    return "\n".join([*_grid(["plan", *head], body), "", *map(_conditions, names, found)])
+    rows = [row for results in found for row in results["rows"] if row["status"] != "refused"]
+    body = [[f"`{row['plan']}`", *entries(row)] for row in rows if row["status"] != "oom"]
+    lines = [*_grid(["plan", *head], body), "", *map(_conditions, names, found)]
+    lines += [
+        f"`{row['plan']}`, {row['visual']} visual tokens, batch {row['batch']}: {row['words']}."
+        for row in rows if row["status"] == "oom"
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def _peers(results: dict[str, Any]) -> str:
-    head = ["", "version", "decode step, times as fast", "unpatched step, ms", "payload, MiB"]
-    versions = {"mllm": results["versions"], "kvpress": results["kvpress"].get("versions", {})}
+    peer = results["suite"].removeprefix("peer-")
+    what = {"step": "decode step"}.get(kind := results.get("kind", "step"), kind)
+    head = ["", "version", f"{what}, times as fast", f"unpatched {kind}, ms", "payload, MiB"]
+    versions = {"mllm": results["versions"], peer: results[peer].get("versions", {})}
     body = []
-    for name, row in (("mllm", results["ours"]), ("kvpress", results["kvpress"])):
+    for name, row in (("mllm", results["ours"]), (peer, results[peer])):
         if row["status"] == "skipped":
             body.append([name, row["words"], "", "", ""])
             continue
         own = versions[name]
-        about = f"{own[name]}, transformers {own['transformers']}"
-        step, size = f"{1e3 * row['baseline_s']:.0f}", f"{row['payload_bytes'] / 2**20:.0f}"
+        package = [own[n] for n in (name, "optimum-quanto") if n in own]
+        about = ", ".join([*package, f"transformers {own['transformers']}", *_torch(name, own)])
+        step = f"{1e3 * row['baseline_s']:.0f}"
+        size = f"{row['payload_bytes'] / 2**20:.0f}" if "payload_bytes" in row else ""
         body.append([name, about, times(row), step, size])
-    return "\n".join([*_grid(head, body), "", _conditions("peer-kvpress", results)])
+    return "\n".join([*_grid(head, body), "", _conditions(results["suite"], results)])
+
+
+def _torch(name: str, versions: dict[str, str]) -> list[str]:
+    return [f"torch {versions['torch']}"] if name == "compile" else []
 
 
 def _conditions(name: str, results: dict[str, Any]) -> str:

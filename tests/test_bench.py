@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mllm.cli import app
 from mllm.errors import DataError, PlanError
 from mllm.eval import bench, bench_shapes
 from mllm.eval.bench_shapes import Shape
+from mllm.models import resolve
 
 TINY = Shape(
     name="tiny",
@@ -99,11 +101,15 @@ def test_twin_shares_weights_and_is_patched_alone(model):
         assert torch.equal(twin(**inputs).logits, before)
 
 
-def test_inputs_have_the_stated_length(model):
-    inputs = bench.random_inputs(model, visual=32, text=9, batch=3)
-    assert inputs["input_ids"].shape == (3, 2 * 16 + 9)
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 3 * 32
+@pytest.mark.parametrize("text", [9, 2])
+def test_inputs_have_the_stated_length(model, text):
+    """Also where there are too few words to stand between the pictures."""
+    inputs = bench.random_inputs(model, visual=32, text=text, batch=3, unequal=text == 2)
+    image = inputs["input_ids"] == model.config.image_token_id
+    assert image.shape == (3, 2 * 16 + text) and image.sum(1).tolist() == [32] * 3
     assert inputs["pixel_values"].shape == (6, 3, 56, 56)
+    assert image[0].diff().sum() == (4 if text == 9 else 2), "pictures lie apart, or together"
+    assert inputs["attention_mask"].all()
 
 
 def test_unequal_prompts_are_padded_on_the_left(model):
@@ -158,6 +164,107 @@ def test_pictures_of_any_size_are_drawn_for_qwen():
     )  # fmt: skip
     assert [row["visual"] for row in results["rows"]] == [20, 20]
     assert all(row["ideal"] > 1 for row in results["rows"]) and results["sdpa"] == "math"
+
+
+def test_pictures_of_a_size():
+    """112 x 168 pixels are 4 x 6 visual tokens of 28 pixels each."""
+    results = bench.prefill(
+        model=TINY_QWEN, plans=["stride:keep=5"], text=9, size=[(112, 168)], pairs=1,
+        dtype="float32",
+    )  # fmt: skip
+    (row,) = results["rows"]
+    assert (row["visual"], row["size"]) == (24, [112, 168])
+    inputs = bench.random_inputs(TINY_QWEN.build(torch.float32, "cpu"), size=(112, 168), text=9,
+                                 batch=1)  # fmt: skip
+    assert inputs["image_grid_thw"].tolist() == [[1, 8, 12]]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava_next", "idefics3", "mistral3"])
+def test_inputs_of_other_families(family):
+    """What is drawn goes through the model, and is as long as was asked for."""
+    model = families.model(family)
+    own = resolve(model)
+    fixed = own.native_grid()
+    given = {"visual": fixed[0] * fixed[1]} if fixed else {"size": (56, 56)}
+    inputs = bench.random_inputs(model, **given, text=9, batch=2, unequal=True)
+    count = int((inputs["input_ids"][0] == own.image_token_id).sum())
+    assert inputs["input_ids"].shape == (2, count + 9)
+    assert inputs["attention_mask"].sum(1).tolist() == [count + 9, count + 6]
+    if fixed is None:
+        assert count == bench_shapes.visual_tokens(own, (56, 56))
+    with mllm.patch(bench.twin(model), "stride:keep=0.5") as patched, torch.inference_mode():
+        patched.model(**inputs)
+        assert patched.ledger.as_dict()["visual_tokens"][0] <= count
+
+
+def full(*_, **__):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+
+def test_a_point_without_memory_is_a_row_and_the_sweep_goes_on(monkeypatch):
+    real = bench.timed_prefill
+
+    def timed(which, inputs):
+        return full() if inputs["input_ids"].shape[1] == 41 else real(which, inputs)
+
+    monkeypatch.setattr(bench, "timed_prefill", timed)
+    results = bench.prefill(
+        model=TINY, plans=["random:keep=4", "stride:keep=4"], text=9, visual=[16, 32, 48], pairs=1,
+        dtype="float32",
+    )  # fmt: skip
+    found = [(row["visual"], row["status"]) for row in results["rows"]]
+    assert found == [(n, s) for n, s in ((16, "unresolved"), (32, "oom"), (48, "unresolved"))
+                     for _ in range(2)]  # fmt: skip
+    assert results["words"][1] == "Out of memory: 2 of 6 rows."
+
+
+def test_where_only_the_plan_fits_its_peak_is_said(monkeypatch):
+    real = bench.peak_bytes
+    built = []
+
+    def build(*given):
+        built.append(bench_shapes.model_of(*given))
+        return built[0]
+
+    def peak(which, inputs):
+        return full() if which is built[0][0] else real(which, inputs)
+
+    monkeypatch.setattr(bench, "model_of", build)
+    monkeypatch.setattr(bench, "peak_bytes", peak)
+    row = bench.prefill(
+        model=TINY, plans=["random:keep=4"], text=9, visual=[16], pairs=1, dtype="float32"
+    )["rows"][0]
+    assert row["status"] == "oom" and row["peak_bytes"] > 0 and "ratio" not in row
+    assert "out of memory without the plan; with it a prefill takes" in row["words"]
+
+
+def test_inputs_without_memory_are_rows_too(monkeypatch):
+    monkeypatch.setattr(bench, "random_inputs", full)
+    rows = bench.prefill(model=TINY, plans=["random:keep=4"], text=9, pairs=1,
+                         dtype="float32")["rows"]  # fmt: skip
+    assert [row["status"] for row in rows] == ["oom", "oom"]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(bench, "timed_prefill", fails)
+    with pytest.raises(RuntimeError, match="mat1"):
+        bench.prefill(model=TINY, plans=["random:keep=4"], text=9, pairs=1, dtype="float32")
+
+
+def test_a_config_file_gets_random_weights(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(TINY.config().to_json_string())
+    model, about = bench_shapes.model_of(str(path), "float32", "cpu")
+    assert about == {"name": str(path), "weights": "random"}
+    for own, other in zip(model.parameters(), TINY.build(torch.float32, "cpu").parameters(),
+                          strict=True):  # fmt: skip
+        assert torch.equal(own, other)
+    assert bench_shapes.config_of("qwen2-vl-2b").model_type == "qwen2_vl"
+    with pytest.raises(DataError, match="cannot read the configuration"):
+        bench_shapes.model_of(str(tmp_path / "none.json"), "float32", "cpu")
 
 
 def test_the_shapes_of_7b_models_are_theirs():
@@ -215,6 +322,9 @@ def test_verdicts(ratio, ci, ideal, target, pairs, status, part):
         ({"device": "toaster"}, DataError, "toaster"),
         ({"sdpa": "slow"}, DataError, "flash"),
         ({"model": TINY_QWEN, "visual": [0]}, DataError, "1 or more"),
+        ({"size": [(56, 56)]}, DataError, "one size of image"),
+        ({"model": TINY_QWEN, "size": [(0, 56)]}, DataError, "size=56x0"),
+        ({"visual": [16], "size": [(56, 56)]}, DataError, "without visual"),
         ({"plans": ["fastw:keep=0.5"]}, PlanError, "fastw"),
         ({"plans": ["fastv:layer=9:keep=0.5"]}, PlanError, "layer"),
     ],

@@ -20,7 +20,7 @@ FIELDS = PROMISED | {
     "length", "payload_bytes", "payload_expected_bytes", "payload_share", "slack_bytes",
     "meta_bytes", "baseline_kv_bytes", "claim", "target_share", "baseline_s", "patched_s",
     "prefill_s", "prefills", "scorer_s", "scorer_share", "scorer_ci", "baseline_peak_bytes",
-    "unequal", "words",
+    "unequal", "words", "samples", "flops", "bytes", "ideal_s", "roofline_share",
 }  # fmt: skip
 OPTIONS = dict(model=TINY, pairs=1, dtype="float32")
 SLOT = 4 * 2 * 2 * 16 * 4  # layers x KV heads x (key, value) x head_dim x bytes

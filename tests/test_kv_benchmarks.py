@@ -1,15 +1,12 @@
-"""The scripts under benchmarks/ that are about the KV cache: what they ask and what they refuse."""
+"""The script under benchmarks/ that asks about small objects: what it asks."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from test_bench import TINY
 
 from mllm.eval.stats import wilson
 
@@ -22,45 +19,6 @@ def loaded(path: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def peer():
-    return loaded("peers/kvpress.py")
-
-
-def options(**given):
-    asked = dict(python=None, length=120, budget=0.5, pairs=2, dtype="float32", threads=None)
-    return argparse.Namespace(**{**asked, **given})
-
-
-@pytest.mark.parametrize(
-    ("python", "part"),
-    [
-        (None, "no --python"),
-        ("/nowhere/python", "cannot be run"),
-        pytest.param(
-            sys.executable,
-            "kvpress failed: ModuleNotFoundError",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("kvpress") is not None, reason="it is installed"
-            ),
-        ),
-    ],
-)
-def test_without_kvpress_its_row_says_why(peer, python, part):
-    about = {"ours": {"visual": 48, "text": 72}, "threads": 1}
-    row = peer.theirs(options(python=python), TINY, about)
-    assert row["status"] == "skipped" and part in row["words"]
-
-
-def test_our_row_has_the_peers_settings(peer):
-    results = peer.ours(options(length=160), TINY)
-    row = results["ours"]
-    assert row["plan"] == "snapkv:budget=0.5:window=64:kernel=5:pool=avg" and "rows" not in results
-    assert row["payload_share"] == 1.0 and row["batch"] == 1
-    said = peer.words(results | {"kvpress": peer._skipped("why"), "relative": None})
-    assert "kvpress: why" in said and "no claim" in said
 
 
 def test_the_needle_is_among_other_pictures():

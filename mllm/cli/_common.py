@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
+import re
 import sys
 import traceback as tracebacks
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -132,6 +133,23 @@ def _usage(error: Any) -> dict[str, Any]:
     elif error.ctx is not None:
         message = f"{message} (see {error.ctx.command_path} --help)"
     return {**_plain("UsageError", message), "argument": name}
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """(height, width) of `WIDTHxHEIGHT`.
+
+    Raises:
+        DataError: it is something else.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise DataError(
+            f"size={text!r} is no size in pixels; give it as 1920x1080",
+            argument="size",
+            given=text,
+            expected="WIDTHxHEIGHT",
+        )
+    return int(found[2]), int(found[1])
 
 
 def write_text(path: str | Path, text: str) -> None:

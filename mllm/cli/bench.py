@@ -18,6 +18,7 @@ from mllm.cli._common import (
     JsonOption,
     check_writable,
     err_console,
+    picture_size,
     run_command,
     write_text,
 )
@@ -28,8 +29,11 @@ class Suite(str, Enum):
     """What can be measured."""
 
     prefill = "prefill"
+    decode = "decode"
     selection = "selection"
+    select = "select"
     kv = "kv"
+    kernels = "kernels"
     train = "train"
     routers = "routers"
 
@@ -45,19 +49,24 @@ def command(
     suite: Annotated[
         Suite,
         typer.Option(
-            help="prefill: speed and memory. selection: what choosing costs. kv: methods on the "
-            "KV cache, decode steps and bytes. train: training steps. routers: routers over depth, "
-            "and experts."
+            help="prefill: speed and memory. decode: steps behind a prompt. selection (or select): "
+            "what choosing costs. kv: methods on the KV cache, decode steps and bytes. kernels: "
+            "kernels, and the torch they stand for. train: training steps. routers: routers over "
+            "depth, and experts."
         ),
     ] = Suite.prefill,
     model: Annotated[
         str,
         typer.Option(
-            help="bench-cpu, llava-1.5-7b or qwen2.5-vl-7b (random weights), or a model folder."
+            help="bench-cpu, a public model of mllm estimate or a config.json (random weights), "
+            "or a model folder."
         ),
     ] = "bench-cpu",
     plan: Annotated[
-        list[str] | None, typer.Option(help="Plan text; repeatable. Default: the suite's plans.")
+        list[str] | None,
+        typer.Option(
+            help="Plan text, for kernels the name of one; repeatable. Default: the suite's."
+        ),
     ] = None,
     visual: Annotated[
         list[int] | None,
@@ -66,12 +75,19 @@ def command(
             "routers one."
         ),
     ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="WIDTHxHEIGHT of one picture per sample instead of --visual, for models that take "
+            "any size; repeatable."
+        ),
+    ] = None,
     text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
     length: Annotated[
         list[int] | None,
         typer.Option(
-            help="kv: tokens of the prompt, pictures and text; repeatable. Default: 8192, unless "
-            "--visual is given."
+            help="kv, decode, kernels: tokens of the prompt, pictures and text; repeatable. "
+            "Default: for kv 8192, for kernels 1152, on a GPU 4096 and 32768."
         ),
     ] = None,
     budget: Annotated[
@@ -108,6 +124,16 @@ def command(
     output: Annotated[
         str | None, typer.Option(help="Also write the results to this file, row by row.")
     ] = None,
+    plot: Annotated[
+        str | None, typer.Option(help="Also draw them, to an .svg or .png file.")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A.json B.json",
+            help="Measure nothing; say what changed from one result file to another.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Time plans against the unpatched model in interleaved pairs, beside the ideal from FLOPs.
@@ -120,6 +146,9 @@ def command(
     The suite "kv" reads one long prompt and compresses its cache by every plan: the bytes that are
     really stored, the time of a decode step, what choosing costs as a share of the prefill.
 
+    The suite "decode" times steps behind a prompt under any plan; "kernels" every kernel and the
+    torch that stands for it, at the shapes of a model's layer.
+
     The suite "train" times a training step: forward, backward and optimizer.
 
     The suite "routers" times prefill and training step of a router over depth, and the experts of a
@@ -128,33 +157,32 @@ def command(
     Example: mllm bench --suite prefill --visual 576 --output bench.json
 
     Example: mllm bench --suite kv --length 8192 --budget 0.25 --output kv.json
+
+    Example: mllm bench --compare before.json after.json
     """
 
-    def measure() -> dict[str, Any]:
-        from mllm.eval import bench, bench_kv, bench_routers, bench_selection, bench_train
-        from mllm.eval.bench_shapes import SHAPES, cannot_measure
+    if compare is not None:
+        from mllm.eval import bench_compare
 
-        more: dict[str, Any] = {}
-        if method and suite is not Suite.train:
-            raise cannot_measure("method", method.value, "it with --suite train")
-        if suite is Suite.kv:
-            more = {"length": length or None, "budgets": budget or (bench_kv.BUDGET,)}
-        elif length or budget:
-            name = "length" if length else "budget"
-            raise cannot_measure(name, (length or budget)[0], "it with --suite kv")
-        elif suite is Suite.selection:
-            more = {"batch": (1, 8)}
-        elif suite is Suite.train and method:
-            more = {"method": method.value}
-        if batch:
-            more["batch"] = batch
+        def changed() -> dict[str, Any]:
+            return bench_compare.compare(*map(bench_compare.read, compare))
+
+        run_command("bench", changed, json, _show_changes)
+        return
+
+    def measure() -> dict[str, Any]:
+        from mllm.eval import bench_plot
+
+        if output is not None:
+            check_writable(output)
+        if plot is not None:
+            check_writable(plot)
+            bench_plot.check(plot)
 
         def save(results: dict[str, Any]) -> None:
             if output is not None:
                 write_text(output, jsonlib.dumps(results, indent=1) + "\n")
 
-        if output is not None:
-            check_writable(output)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -164,18 +192,17 @@ def command(
             transient=True,
         ) as bar:
             task = bar.add_task("building the model", total=None)
-            measured = {
-                Suite.prefill: bench.prefill,
-                Suite.selection: bench_selection.selection,
-                Suite.kv: bench_kv.kv,
-                Suite.train: bench_train.train,
-                Suite.routers: bench_routers.routers,
-            }[suite]
-            results = measured(
-                model=SHAPES.get(model, model),
+            results = _measured(
+                suite,
+                model=model,
                 plans=plan or None,
                 visual=visual or None,
+                size=[picture_size(one) for one in size] if size else None,
                 text=text,
+                length=length or None,
+                budgets=budget or None,
+                batch=batch or None,
+                method=None if method is None else method.value,
                 unequal=unequal,
                 pairs=pairs,
                 dtype=dtype,
@@ -186,11 +213,61 @@ def command(
                     task, description=label, completed=done, total=total
                 ),
                 on_row=save,
-                **more,
             )
+        save(results)
+        if plot is not None:
+            bench_plot.plot(results, plot)
         return results
 
     run_command("bench", measure, json, _show)
+
+
+#: Options that only some suites have.
+_ONLY = {
+    "length": ("kv", "decode", "kernels"),
+    "budgets": ("kv",),
+    "method": ("train",),
+    "size": ("prefill", "decode", "selection", "kv", "train"),
+}
+
+
+def _measured(suite: Suite, *, model: str, text: int, **options: Any) -> dict[str, Any]:
+    """The results of a suite; options that are None, or not the suite's, are left out."""
+    from mllm.eval import (
+        bench,
+        bench_decode,
+        bench_kernels,
+        bench_kv,
+        bench_routers,
+        bench_selection,
+        bench_train,
+    )
+    from mllm.eval.bench_shapes import SHAPES, cannot_measure
+
+    name = "selection" if suite is Suite.select else suite.value
+    for option, suites in _ONLY.items():
+        if name not in suites and (given := options.pop(option)) is not None:
+            shown = given[0] if isinstance(given, list) else given
+            raise cannot_measure(
+                option.removesuffix("s"), shown, f"it with --suite {' or '.join(suites)}"
+            )
+    given = {key: value for key, value in options.items() if value is not None}
+    if name == "kernels":
+        for option in ("visual", "sdpa", "unequal"):
+            if other := given.pop(option, None):
+                raise cannot_measure(option, other, "it with another suite than kernels")
+    else:
+        given["text"] = text
+    measured = {
+        "prefill": bench.prefill,
+        "decode": bench_decode.decode,
+        "selection": bench_selection.selection,
+        "kv": bench_kv.kv,
+        "kernels": bench_kernels.kernel_suite,
+        "train": bench_train.train,
+        "routers": bench_routers.routers,
+    }[name]
+    return measured(model=SHAPES.get(model, model), **given)
 
 
 @dataclass(frozen=True)
@@ -201,22 +278,24 @@ class _Look:
         columns: behind the plan.
         cells: of a row; None where nothing was measured.
         remark: below the table; None for none.
+        heading: above it, of visual tokens, text tokens and batch.
     """
 
     columns: tuple[str, ...]
     cells: Callable[[dict[str, Any]], list[str] | None]
     remark: Callable[[dict[str, Any]], str | None]
+    heading: str = "{0} visual tokens and {1} of text, batch {2}"
 
 
 def _show(results: dict[str, Any]) -> None:
-    console, look = results_console(), _LOOKS[Suite(results["suite"])]
+    console, look = results_console(), _LOOKS[results["suite"]]
     console.print(
         f"{results['suite']}, {results['model_shape']['name']}, {results['device']}, "
         f"{results['threads']} threads, load {results['load_before']} before"
     )
     sizes = groupby(results["rows"], lambda r: (r["batch"], r["visual"], r["text"]))
     for (batch, visual, text), rows in sizes:
-        console.print(f"\n{visual} visual tokens and {text} of text, batch {batch}")
+        console.print("\n" + look.heading.format(visual, text, batch))
         table = Table(box=None, pad_edge=False)
         table.add_column("plan", no_wrap=True)
         for column in look.columns:
@@ -228,9 +307,28 @@ def _show(results: dict[str, Any]) -> None:
                 table.add_row(row["plan"], *cells)
             if remark := f"{row['words']}." if cells is None else look.remark(row):
                 remarks.append(f"{row['plan']}: {remark}")
-        console.print(table)
+        if table.row_count:
+            console.print(table)
         for remark in remarks:
             console.print(remark, markup=False)
+    at = results["machine"]
+    console.print(
+        f"\nIdeal times are of {at['flops'] / 1e12:.3g} TFLOP/s and "
+        f"{at['bandwidth'] / 1e9:.3g} GB/s ({at['source']}).",
+        markup=False,
+    )
+    for words in results["words"]:
+        console.print(words, markup=False)
+
+
+def _show_changes(found: dict[str, Any]) -> None:
+    console = results_console()
+    for row in found["rows"]:
+        console.print(f"{row['name']}: {row['words']}", markup=False)
+    for one in found["differ"]:
+        console.print(f"{one['what']}: {one['a']} | {one['b']}", markup=False)
+    for words in found["words"]:
+        console.print(words, markup=False)
 
 
 def _speed(row: dict[str, Any], digits: int) -> list[str]:
@@ -246,7 +344,7 @@ def _speed(row: dict[str, Any], digits: int) -> list[str]:
 
 
 def _time_cells(row: dict[str, Any]) -> list[str] | None:
-    return None if row["status"] == "oom" else _speed(row, 0)
+    return _speed(row, 0) if "ratio" in row else None
 
 
 def _prefill_remark(row: dict[str, Any]) -> str:
@@ -254,12 +352,13 @@ def _prefill_remark(row: dict[str, Any]) -> str:
     return (
         f"{row['words']}. The unpatched code at these lengths would reach "
         f"{row['attainable']:.2f}x. Language model alone {row['llm_ratio']:.2f}x of "
-        f"{row['llm_ideal']:.2f}; peak {peak:.0f} of {before:.0f} MiB."
+        f"{row['llm_ideal']:.2f}; peak {peak:.0f} of {before:.0f} MiB; "
+        f"{row['roofline_share']:.0%} of what the machine can."
     )
 
 
 def _routers_cells(row: dict[str, Any]) -> list[str] | None:
-    return None if row["status"] == "oom" else [row["part"], *_speed(row, 1)]
+    return [row["part"], *_speed(row, 1)] if "ratio" in row else None
 
 
 def _selection_cells(row: dict[str, Any]) -> list[str] | None:
@@ -296,17 +395,47 @@ def _train_remark(row: dict[str, Any]) -> str:
     )
 
 
+def _decode_remark(row: dict[str, Any]) -> str:
+    size, before = row["kv_bytes"] / 2**20, row["baseline_kv_bytes"] / 2**20
+    peak, whole = row["peak_bytes"] / 2**20, row["baseline_peak_bytes"] / 2**20
+    return (
+        f"{row['words']}. Keys and values {size:.1f} of {before:.1f} MiB; peak of a step "
+        f"{peak:.0f} of {whole:.0f} MiB; {row['roofline_share']:.0%} of what the machine can."
+    )
+
+
+def _kernel_cells(row: dict[str, Any]) -> list[str] | None:
+    if "torch_s" not in row:
+        return None
+    times = (row.get(f"{name}_s") for name in ("torch", "reference", "triton"))
+    return [
+        *("–" if x is None else f"{1e6 * x:,.0f} µs" for x in times),
+        f"{1e6 * row['ideal_s']:,.0f} µs",
+        f"{row['share']:.2f}",
+        row["backend"],
+    ]
+
+
 _SPEED = ("before", "after", "speed-up (95 %)", "ideal", "share")
 _LOOKS = {
-    Suite.prefill: _Look(_SPEED, _time_cells, _prefill_remark),
-    Suite.selection: _Look(
+    "prefill": _Look(_SPEED, _time_cells, _prefill_remark),
+    "decode": _Look(
+        _SPEED, lambda row: _speed(row, 1) if "ratio" in row else None, _decode_remark
+    ),
+    "selection": _Look(
         ("layer avg", "saved", "spent", "share (95 %)"), _selection_cells, lambda row: None
     ),
-    Suite.kv: _Look(
+    "kv": _Look(
         ("MiB + slack + meta", "of budget", *_SPEED, "scorer"),
         _kv_cells,
         lambda row: f"{row['words']}.",
     ),
-    Suite.train: _Look(_SPEED, _time_cells, _train_remark),
-    Suite.routers: _Look(("part", *_SPEED), _routers_cells, lambda row: f"{row['words']}."),
+    "kernels": _Look(
+        ("torch", "reference", "Triton", "ideal", "share", "served"),
+        _kernel_cells,
+        lambda row: f"{row['words']}.",
+        "{0} tokens, batch {2}",
+    ),
+    "train": _Look(_SPEED, _time_cells, _train_remark),
+    "routers": _Look(("part", *_SPEED), _routers_cells, lambda row: f"{row['words']}."),
 }

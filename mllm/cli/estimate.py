@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mllm.cli._common import JsonOption, err_console, run_command
+from mllm.cli._common import JsonOption, err_console, picture_size, run_command
 from mllm.errors import DataError
 from mllm.roofline import HARDWARE, Hardware, device
 from mllm.shapes import SHAPES
@@ -67,7 +66,7 @@ def command(
 
     def work() -> Any:
         at = _device(hardware, peak, bandwidth, memory, dtype)
-        shape = _size(size)
+        shape = None if size is None else picture_size(size)
         with err_console().status("running the engine over shapes"):
             import mllm
 
@@ -83,21 +82,6 @@ def command(
             console.print(part, markup=False)
 
     run_command("estimate", work, json, show)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of `WIDTHxHEIGHT`."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise DataError(
-            f"size={text!r} is no size in pixels; give it as 1920x1080",
-            argument="size",
-            given=text,
-            expected="WIDTHxHEIGHT",
-        )
-    return int(found[2]), int(found[1])
 
 
 def _device(

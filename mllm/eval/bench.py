@@ -10,41 +10,47 @@ import contextlib
 import copy
 import functools
 import gc
-import json
 import os
 import platform
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 import mllm
 from mllm import compat, flops
+from mllm.eval.bench_clock import clock_of, peak_of
+from mllm.eval.bench_machine import machine, reached, said
 from mllm.eval.bench_shapes import (
     BENCH_CPU,
     Inputs,
     Shape,
     cannot_measure,
+    model_of,
+    pictures,
     random_inputs,
     text_inputs,
+    visual_tokens,
     whole_images,
 )
+from mllm.eval.bench_words import CLAIM_PAIRS, summed
 from mllm.eval.provenance import commit, versions
 from mllm.eval.stats import median_interval
-from mllm.loading import load_model, pick_device
+from mllm.loading import pick_device
+from mllm.models import resolve
 
 Progress = Callable[[str, int, int], None]  # what runs, pairs done, pairs in all
 OnRow = Callable[[dict[str, Any]], None]  # the results so far, after each row
+Size = tuple[int, int]  # height and width of a picture, in pixels
+
+T = TypeVar("T")
 
 SDPA = ("flash", "efficient", "math", "cudnn")
 DTYPES = ("bfloat16", "float16", "float32")
-CLAIM_PAIRS = 30  # fewer pairs are a look, not a figure to quote
+OOM = {"status": "oom", "words": "out of memory"}
 LEAST_TEXT = 64  # of a prompt whose length alone is given
 
 
@@ -63,6 +69,7 @@ def prefill(
     model: str | Shape = BENCH_CPU,
     plans: Sequence[str] | Mapping[str, float | None] | None = None,
     visual: Sequence[int] | None = None,
+    size: Sequence[Size] | None = None,
     text: int = 63,
     batch: Sequence[int] = (1,),
     unequal: bool = False,
@@ -77,10 +84,12 @@ def prefill(
     """Time the prefill: one forward with pictures, vision tower and cache included.
 
     Args:
-        model: a shape to build with random weights, or a path for `mllm.load_model`.
+        model: a shape or public model to build with random weights, a `config.json` likewise, or a
+            path for `mllm.load_model`.
         plans: spec texts, perhaps with targets (shares of the ideal); None for `PREFILL_PLANS`.
         visual: visual tokens per sample: whole images where the model has one size of image, one
             image of that size where it takes any; None for the shape's own.
+        size: (height, width) of one picture per sample instead, where the model takes any size.
         text: text tokens per sample.
         batch: batch sizes.
         unequal: whether prompts of a batch have unequal lengths, left padded: the first has
@@ -97,7 +106,11 @@ def prefill(
     Returns:
         The bench results object, schema 1. Times in seconds, `peak_bytes` in bytes: the largest
         sum of live tensors during one forward, weights included. `ratio` is unpatched time /
-        patched time; `share` = ratio / ideal. `llm_*` leave the tower and projector out.
+        patched time, `samples` that of every pair; `share` = ratio / ideal. `llm_*` leave the tower
+        and projector out. `ideal_s` is the least time of `flops` and of reading the weights
+        (`bytes`) on `machine`, `roofline_share` = ideal_s / patched_s. A point that runs out of
+        memory is a row of status "oom". `break_even`: :func:`mllm.eval.bench_words.break_even`;
+        `words`: what the rows say together.
         `attainable` is the ratio of the unpatched model's own times: its tower as it is, its
         decoder layers at the lengths that the plan leaves them. Between `ideal` and `attainable`
         lies what tower and short matrices lose per FLOP, between `attainable` and `ratio` what
@@ -108,27 +121,56 @@ def prefill(
             device, dtype, kernel or model, or no inputs can be drawn for the model.
         PlanError: a plan cannot work on this model.
     """
-    base, draw, results = opened(
-        "prefill", model=model, visual=visual, text=text, batch=batch, unequal=unequal,
+    base, points, results = opened(
+        "prefill", model=model, visual=visual, size=size, text=text, batch=batch, unequal=unequal,
         pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
     )  # fmt: skip
-    rows = results["rows"]
     targets = targets_of(plans, PREFILL_PLANS)
-    for size, count, inputs in draw:
+    for point in points:
         with kernel(sdpa):
-            base_peak = peak_bytes(base, inputs)
+            inputs = within_memory(point.inputs)
+            base_peak = inputs and within_memory(functools.partial(peak_bytes, base, inputs))
         for plan, target in targets.items():
-            label = f"{plan}, {count} visual tokens, batch {size}"
-            try:
-                with kernel(sdpa):
-                    row = _row(base, plan, inputs, pairs, target, label, progress)
+            label = f"{plan}, {point.visual} visual tokens, batch {point.batch}"
+            run = functools.partial(_row, base, plan, inputs, pairs, target, label, progress)
+            row = None
+            with kernel(sdpa):
+                if base_peak:
+                    row = within_memory(run)
+                elif inputs:
+                    row = _only_patched(base, plan, inputs)
+            if row is not None and base_peak:
                 row["baseline_peak_bytes"] = base_peak
-            except torch.OutOfMemoryError:
-                row = {"status": "oom", "words": "out of memory"}
-            rows.append({**conditions(base, plan, size, count, text, unequal, pairs), **row})
+            results["rows"].append({**point.about(base, plan, pairs), **(row or OOM)})
             if on_row is not None:
                 on_row(results)
-    return results
+    return summed(results)
+
+
+def within_memory(run: Callable[[], T]) -> T | None:
+    """What `run` gives; None where memory runs out, and then what it held is free again."""
+    try:
+        return run()
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:  # the CPU allocator has no error of its own
+        if "allocate memory" not in str(error):
+            raise
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _only_patched(base: Any, plan: str, inputs: Inputs) -> dict[str, Any] | None:
+    """A row where the unpatched model runs out of memory: nothing to compare, but does it fit?"""
+    other = twin(base)
+    with mllm.patch(other, plan):
+        peak = within_memory(functools.partial(peak_bytes, other, inputs))
+    if peak is None:
+        return None
+    words = f"out of memory without the plan; with it a prefill takes {peak / 2**20:.0f} MiB"
+    return {**OOM, "peak_bytes": peak, "words": words}
 
 
 def targets_of(
@@ -140,11 +182,44 @@ def targets_of(
     return own if plans is None else {plan: own.get(plan) for plan in plans}
 
 
+@dataclass(frozen=True)
+class Point:
+    """What is measured: samples of a batch, their visual and text tokens.
+
+    Attributes:
+        size: (height, width) of the picture, where that was asked for.
+        unequal: whether samples have unequal lengths.
+        inputs: draws them.
+    """
+
+    batch: int
+    visual: int
+    text: int
+    size: Size | None
+    unequal: bool
+    inputs: Callable[[], Inputs]
+
+    def about(self, base: Any, plan: str, pairs: int) -> dict[str, Any]:
+        """What a row was measured under."""
+        return {
+            "plan": plan,
+            "batch": self.batch,
+            "visual": self.visual,
+            "text": self.text,
+            **({} if self.size is None else {"size": list(self.size)}),
+            "unequal": self.unequal,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "backend": compat.attention_name(base.get_decoder()),
+            "pairs": pairs,
+        }
+
+
 def opened(
     suite: str,
     *,
     model: str | Shape,
     visual: Sequence[int] | None,
+    size: Sequence[Size] | None = None,
     text: int = 63,
     batch: Sequence[int] = (1,),
     unequal: bool = False,
@@ -154,7 +229,7 @@ def opened(
     sdpa: str | None = None,
     threads: int | None = None,
     length: Sequence[int] | None = None,
-) -> tuple[Any, list[tuple[int, int, Inputs]], dict[str, Any]]:
+) -> tuple[Any, list[Point], dict[str, Any]]:
     """What a suite needs before its first row; arguments as in :func:`prefill`.
 
     Args:
@@ -162,8 +237,47 @@ def opened(
             room for `LEAST_TEXT` text tokens.
 
     Returns:
-        The model; batch size, visual tokens and inputs of every measurement; and the results
-        object without rows.
+        The model, every measurement, and the results object without rows.
+    """
+    device = checked(pairs, batch, text, dtype, device, sdpa, threads)
+    if size is not None and (visual is not None or length is not None):
+        raise cannot_measure("size", list(size), "it without visual and length")
+    load_before = round(os.getloadavg()[0], 2)
+    machine(device, dtype)  # while memory is free
+    base, shape = model_of(model, dtype, device)
+    shape["parameters"] = sum(p.numel() for p in base.parameters())
+    family = resolve(base)
+    if size is not None:
+        sizes = [(visual_tokens(family, one), text, one) for one in size]
+    elif length is not None:
+        counts = [whole_images(base, tokens - LEAST_TEXT) for tokens in length]
+        sizes = [(n, tokens - n, None) for n, tokens in zip(counts, length, strict=True)]
+    else:
+        counts = visual or (model.visual if isinstance(model, Shape) else (576, 1152))
+        sizes = [(count, text, None) for count in counts]
+    for count, _, one in sizes:
+        pictures(family, None if one else count, one)
+
+    def point(many: int, count: int, words: int, one: Size | None) -> Point:
+        given = {"size": one} if one else {"visual": count}
+        draw = functools.partial(
+            random_inputs, base, **given, text=words, batch=many, unequal=unequal
+        )
+        return Point(many, count, words, one, unequal, draw)
+
+    return base, [point(many, *one) for many in batch for one in sizes], {
+        **header(suite, device, dtype, load_before), "model_shape": shape, "sdpa": sdpa, "rows": [],
+    }  # fmt: skip
+
+
+def checked(
+    pairs: int, batch: Sequence[int], text: int, dtype: str, device: str | None,
+    sdpa: str | None = None, threads: int | None = None,
+) -> str:  # fmt: skip
+    """The device, once arguments are known to be good and threads are set.
+
+    Raises:
+        DataError: an argument that cannot be used.
     """
     for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
         if min(values) < 1:
@@ -176,52 +290,37 @@ def opened(
         raise cannot_measure("sdpa", sdpa, " or ".join(SDPA))
     if threads is not None:
         torch.set_num_threads(threads)
-    load_before = round(os.getloadavg()[0], 2)
-    device = pick_device(device)
-    if isinstance(model, Shape):
-        base, shape = model.build(getattr(torch, dtype), device), asdict(model)
-    else:
-        base, shape = load_model(model, dtype=dtype, device=device)[0], {"name": model}
-    shape["parameters"] = sum(p.numel() for p in base.parameters())
-    visual = visual or (model.visual if isinstance(model, Shape) else (576, 1152))
-    sizes = [(count, text) for count in visual]
-    if length is not None:
-        counts = [whole_images(base, tokens - LEAST_TEXT) for tokens in length]
-        sizes = [(count, tokens - count) for count, tokens in zip(counts, length, strict=True)]
-    draw = [
-        (size, count, random_inputs(base, visual=count, text=words, batch=size, unequal=unequal))
-        for size in batch
-        for count, words in sizes
-    ]
-    results = {
+    return pick_device(device)
+
+
+def header(suite: str, device: str, dtype: str, load_before: float) -> dict[str, Any]:
+    """Fields of a results object that say what stands behind it."""
+    return {
         "schema": 1,
         "suite": suite,
-        "model_shape": shape,
+        "model_shape": {},
         "device": device_name(device),
+        "machine": said(machine(device, dtype), dtype),
         "versions": versions(),
         "commit": commit(),
         "threads": torch.get_num_threads(),
-        "sdpa": sdpa,
         "load_before": load_before,
-        "rows": [],
     }
-    return base, draw, results
 
 
-def conditions(
-    base: Any, plan: str, batch: int, visual: int, text: int, unequal: bool, pairs: int
-) -> dict[str, Any]:
-    """What a row was measured under."""
-    return {
-        "plan": plan,
-        "batch": batch,
-        "visual": visual,
-        "text": text,
-        "unequal": unequal,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "backend": compat.attention_name(base.get_decoder()),
-        "pairs": pairs,
-    }
+def device_of(base: Any) -> Any:
+    """:func:`mllm.eval.bench_machine.machine` of a model."""
+    return machine(str(base.device), str(base.dtype).removeprefix("torch."))
+
+
+def held_bytes(base: Any) -> int:
+    """Bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in base.parameters())
+
+
+def samples(values: np.ndarray) -> list[float]:
+    """One figure of every pair, as it is kept in a row."""
+    return [float(f"{x:.5g}") for x in values]
 
 
 def kernel(sdpa: str | None) -> contextlib.AbstractContextManager:
@@ -265,17 +364,24 @@ def _row(
     attainable, *attainable_ci = median_interval(total[:, 0] / floor)
     ratio, *ratio_ci = median_interval(total[:, 0] / total[:, 1])
     llm_ratio, *llm_ci = median_interval(llm[:, 0] / llm[:, 1])
-    ideal = sum(ledger["baseline_prefill_flops"]) / sum(ledger["prefill_flops"])
+    saved, *saved_ci = median_interval(total[:, 0] - total[:, 1])
+    work = sum(ledger["prefill_flops"])
+    ideal = sum(ledger["baseline_prefill_flops"]) / work
     status, words = judge(ratio, ratio_ci, ideal, target, pairs)
+    dtype, patched_s = str(base.dtype).removeprefix("torch."), float(np.median(total[:, 1]))
     return {
         "ratio": ratio,
         "ratio_ci": ratio_ci,
+        "samples": samples(total[:, 0] / total[:, 1]),
+        "saved_s": saved,
+        "saved_s_ci": saved_ci,
+        **reached(device_of(base), dtype, work, held_bytes(base), patched_s),
         "ideal": ideal,
         "share": ratio / ideal,
         "peak_bytes": peak,
         "status": status,
         "baseline_s": float(np.median(total[:, 0])),
-        "patched_s": float(np.median(total[:, 1])),
+        "patched_s": patched_s,
         "attainable": attainable,
         "attainable_ci": attainable_ci,
         "attainable_share": ratio / attainable,
@@ -399,82 +505,11 @@ def timed_prefill(model: Any, inputs: Inputs) -> tuple[float, float]:
     return end - start, end - decoder
 
 
-def clock_of(model: Any) -> _CpuClock | _CudaClock:
-    """A clock for the device of a model: `mark()` at each moment, then `seconds()` of all."""
-    return _CudaClock() if model.device.type == "cuda" else _CpuClock()
-
-
-class _CpuClock:
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def mark(self) -> None:
-        self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        return self.marks
-
-
-class _CudaClock:
-    """CUDA events: the GPU's own time, whatever the queue of launches does."""
-
-    def __init__(self) -> None:
-        self.marks: list[torch.cuda.Event] = []
-        torch.cuda.synchronize()
-
-    def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append(event)
-
-    def seconds(self) -> list[float]:
-        torch.cuda.synchronize()
-        return [self.marks[0].elapsed_time(event) / 1e3 for event in self.marks]
-
-
 @torch.inference_mode()
 def peak_bytes(model: Any, inputs: Inputs) -> int:
     """Largest sum of live tensor bytes during one prefill, the model's weights included."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     run = functools.partial(model, **inputs, use_cache=True, logits_to_keep=1)
-    return weights + peak_of(model.device, run)
-
-
-def peak_of(device: torch.device, run: Callable[[], Any]) -> int:
-    """Most bytes of tensors that lived at once during `run`, beyond what lived before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # The CPU allocator keeps no peak; the profiler's trace has every allocation and release.
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as p:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        p.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    memory = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    steps = np.cumsum([size for _, size in sorted(memory, key=lambda item: item[0])])
-    return int(max(0, steps.max(initial=0)))
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Keep the profiler's native log lines (one at start, one at stop) off the terminal."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "w") as sink:
-        os.dup2(sink.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+    return held_bytes(model) + peak_of(model.device, run)
 
 
 def _llm_ideal(config: Any, ledger: dict[str, Any]) -> float:

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 
 import mllm
+from mllm import flops
 from mllm.cache import Dense, Offloaded, Packed, cache_bytes
 from mllm.compressors.base import AttentionRows, CacheCompressor
 from mllm.errors import PlanError
 from mllm.eval import bench
+from mllm.eval.bench_machine import reached
 from mllm.eval.bench_prompt import Prompt, now
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
+from mllm.eval.bench_words import summed
 from mllm.eval.plans import budgets_slots
 from mllm.eval.stats import median_interval
 from mllm.models import resolve
@@ -30,7 +33,6 @@ LENGTH = 8192
 BUDGET = "0.25"
 TARGET = 0.85  # of the ideal, for plans that store plain rectangles
 PAYLOAD = 0.02  # how far the payload may be from budget x slot size
-_OOM = {"status": "oom", "words": "out of memory"}
 SCORER = 0.10  # of the prefill, for scorers that look at a window of queries
 
 
@@ -40,6 +42,7 @@ def kv(
     plans: Sequence[str] | None = None,
     budgets: Sequence[str] = (BUDGET,),
     visual: Sequence[int] | None = None,
+    size: Sequence[bench.Size] | None = None,
     text: int = 63,
     length: Sequence[int] | None = None,
     batch: Sequence[int] = (1,),
@@ -57,9 +60,10 @@ def kv(
     Args:
         plans: spec texts of cache methods; None is :func:`every_method` at each of `budgets`.
         budgets: slots per layer and KV head, as in a spec: `0.25` or `2048`.
-        visual, text: visual tokens and text tokens per sample, for a prompt of that size.
+        visual, size, text: visual tokens (or a picture's size) and text tokens per sample, for a
+            prompt of that size.
         length: tokens of the prompt: as many whole pictures as leave room for some text. None is
-            8,192, where `visual` is not given.
+            8,192, where neither `visual` nor `size` is given.
         pairs: decode steps of each of two models, in interleaved pairs.
         model, batch, unequal, dtype, device, sdpa, threads, progress, on_row: as in
             :func:`mllm.eval.bench.prefill`.
@@ -85,39 +89,38 @@ def kv(
         DataError: as :func:`mllm.eval.bench.prefill`.
         PlanError: a plan that cannot work on this model, or that is no cache method's.
     """
-    if visual is None and length is None:
+    if visual is None and size is None and length is None:
         length = (LENGTH,)
-    base, draw, results = bench.opened(
-        "kv", model=model, visual=visual, text=text, length=length, batch=batch, unequal=unequal,
-        pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
+    base, points, results = bench.opened(
+        "kv", model=model, visual=visual, size=size, text=text, length=length, batch=batch,
+        unequal=unequal, pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
     )  # fmt: skip
     chosen = {spec: _stages(spec) for spec in plans or every_method(budgets)}
-    for size, count, inputs in draw:
-        tokens = inputs["input_ids"].shape[1]
+    for point in points:
+        tokens = point.visual + point.text
         with bench.kernel(sdpa), torch.inference_mode():
             on_prefill = functools.partial(
-                progress or (lambda *_: None), f"reading {tokens} tokens, batch {size}"
+                progress or (lambda *_: None), f"reading {tokens} tokens, batch {point.batch}"
             )
-            try:
-                prompt = Prompt.read(base, inputs, chosen.values(), pairs, on_prefill)
-            except torch.OutOfMemoryError:
-                prompt = None
+
+            def read(point: bench.Point = point, on_prefill: Callable = on_prefill) -> Prompt:
+                return Prompt.read(base, point.inputs(), chosen.values(), pairs, on_prefill)
+
+            prompt = bench.within_memory(read)
             for spec in chosen:
-                label = f"{spec}, {tokens} tokens, batch {size}"
+                label = f"{spec}, {tokens} tokens, batch {point.batch}"
+                run = functools.partial(_row, base, spec, prompt, pairs, label, progress)
                 try:
-                    row = _row(base, spec, prompt, pairs, label, progress) if prompt else _OOM
+                    row = bench.within_memory(run) if prompt else None
                 except PlanError as error:
                     if plans:
                         raise
                     row = {"status": "refused", "words": str(error)}
-                except torch.OutOfMemoryError:
-                    row = _OOM
-                words = tokens - count
-                about = bench.conditions(base, spec, size, count, words, unequal, pairs)
-                results["rows"].append({**about, "length": tokens, **row})
+                about = point.about(base, spec, pairs)
+                results["rows"].append({**about, "length": tokens, **(row or bench.OOM)})
                 if on_row is not None:
                     on_row(results)
-    return results
+    return summed(results)
 
 
 def every_method(budgets: Sequence[str]) -> list[str]:
@@ -158,36 +161,35 @@ def _row(
         cache = prompt.share(patched)
         choosing.append(prompt.told(patched, cache))
         stored = storage(cache, patched.plan.stages, prompt)
+        work = step_flops(base, cache, len(prompt.inputs["input_ids"]))
         claim = "memory" if ragged(cache) or converted(cache) else "time"
         theirs = prompt.unpatched(base)
         ideal = _ideal(base, prompt, stored)
         steps = ((base, theirs), (other, cache))
-        seconds = _pairs(
+        seconds = time_steps(
             steps, prompt.inputs, pairs, lambda done: progress and progress(label, done, pairs)
         )
-        weights = sum(p.numel() * p.element_size() for p in base.parameters())
-        peaks = [
-            weights + sum(_held(kept)) + bench.peak_of(
-                model.device, functools.partial(model, **next_token(model, kept, prompt.inputs))
-            )
-            for model, kept in steps
-        ]  # fmt: skip
+        peaks = [step_peak(*step, prompt.inputs) for step in steps]
     ratio, *ratio_ci = median_interval(seconds[:, 0] / seconds[:, 1])
     spent = prompt.reading(patched.plan.stages) + np.array(choosing)
     depth = spent.shape[1]
     share, *share_ci = median_interval((spent * depth / prompt.prefill_s[:, None]).ravel())
     target = TARGET if claim == "time" and stored["payload_share"] else None
     status, words = bench.judge(ratio, ratio_ci, ideal, target, pairs)
+    patched_s, dtype = float(np.median(seconds[:, 1])), str(base.dtype).removeprefix("torch.")
+    read = read_weights(base) + stored["payload_bytes"]
     return {
         **stored,
+        **reached(bench.device_of(base), dtype, work, read, patched_s),
         "claim": claim,
         "ratio": ratio,
         "ratio_ci": ratio_ci,
+        "samples": bench.samples(seconds[:, 0] / seconds[:, 1]),
         "ideal": ideal,
         "share": ratio / ideal,
         "target_share": target,
         "baseline_s": float(np.median(seconds[:, 0])),
-        "patched_s": float(np.median(seconds[:, 1])),
+        "patched_s": patched_s,
         "prefill_s": float(np.median(prompt.prefill_s)),
         "prefills": prefills,
         "scorer_s": float(np.median(spent.sum(1))),
@@ -301,13 +303,18 @@ def converted(cache: Any) -> bool:
 
 def _ideal(base: Any, prompt: Prompt, stored: dict[str, Any]) -> float:
     """Bytes that a decode step reads, unpatched / patched: weights of the LLM, keys and values."""
+    weights = read_weights(base)
+    return (weights + stored["baseline_kv_bytes"]) / (weights + stored["payload_bytes"])
+
+
+def read_weights(base: Any) -> int:
+    """Bytes of the weights that a decode step reads."""
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     read = {id(p): p for module in (decoder, head) for p in module.parameters()}
     embedding = base.get_input_embeddings().weight
     if embedding is not head.weight:  # one row of it is read
         read.pop(id(embedding), None)
-    weights = sum(p.numel() * p.element_size() for p in read.values())
-    return (weights + stored["baseline_kv_bytes"]) / (weights + stored["payload_bytes"])
+    return sum(p.numel() * p.element_size() for p in read.values())
 
 
 def _held(cache: Any) -> tuple[int, int]:
@@ -317,10 +324,21 @@ def _held(cache: Any) -> tuple[int, int]:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), 0
 
 
-def _pairs(
+def step_peak(model: Any, cache: Any, inputs: Inputs) -> int:
+    """Most bytes that live in one decode step, weights and cache included."""
+    step = functools.partial(model, **next_token(model, cache, inputs))
+    return bench.held_bytes(model) + sum(_held(cache)) + bench.peak_of(model.device, step)
+
+
+def time_steps(
     steps: Sequence, inputs: Inputs, pairs: int, on_pair: Callable[[int], Any]
 ) -> np.ndarray:
-    """Seconds of a decode step, float64 `[pairs, 2]`, in interleaved pairs after two warm-ups."""
+    """Seconds of a decode step, float64 `[pairs, 2]`, in interleaved pairs after two warm-ups.
+
+    Args:
+        steps: two models, each with a cache that holds a prompt.
+        inputs: of the prompt.
+    """
     times = np.empty((pairs, 2))
     for pair in range(-2, pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
@@ -333,6 +351,13 @@ def _pairs(
         if pair >= 0:
             on_pair(pair + 1)
     return times
+
+
+def step_flops(base: Any, cache: Any, batch: int) -> float:
+    """FLOPs of a decode step from a cache, of the batch."""
+    config = base.config.get_text_config()
+    layers = sum(flops.decoder_layer(config, 1, layer.slots + 1) for layer in cache.layers)
+    return batch * (layers + flops.lm_head(config, 1))
 
 
 def next_token(model: Any, cache: Any, inputs: Inputs) -> dict[str, Any]:

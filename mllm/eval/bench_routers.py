@@ -6,6 +6,7 @@ the load of experts is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import mllm
 from mllm.errors import PlanError
 from mllm.eval import bench, bench_train
 from mllm.eval.bench_shapes import BENCH_CPU, Shape
+from mllm.eval.bench_words import summed
 from mllm.eval.stats import median_interval
 from mllm.models import resolve
 from mllm.plan import Plan
@@ -80,7 +82,7 @@ def routers(
 
         if own:
             measured(model=model, plans=own, visual=sizes, on_row=keep, **options)
-    return results
+    return summed(results)
 
 
 def _experts(plan: str) -> bool:
@@ -109,21 +111,21 @@ def dispatch(
         where the FFN has as many rows (`dense_rows`) as cost what the experts cost, router
         included; so `share` is the share of its FLOP rate. `peak_bytes` has the layer's weights.
     """
-    base, draw, results = bench.opened(
+    base, points, results = bench.opened(
         "dispatch", model=model, visual=visual, pairs=pairs, **options
     )
-    for size, count, _ in draw:
+    for point in points:
+        point = dataclasses.replace(point, text=0, unequal=False)
         for plan, target in plans.items():
-            label = f"{plan}, {count} rows, batch {size}"
-            try:
-                row = _row(base, plan, size, count, pairs, target, label, progress)
-            except torch.OutOfMemoryError:
-                row = {"status": "oom", "words": "out of memory"}
-            about = bench.conditions(base, plan, size, count, 0, False, pairs)
-            results["rows"].append({**about, **row})
+            label = f"{plan}, {point.visual} rows, batch {point.batch}"
+            run = functools.partial(
+                _row, base, plan, point.batch, point.visual, pairs, target, label, progress
+            )
+            row = bench.within_memory(run) or bench.OOM
+            results["rows"].append({**point.about(base, plan, pairs), **row})
             if on_row is not None:
                 on_row(results)
-    return results
+    return summed(results)
 
 
 def _row(
@@ -171,6 +173,7 @@ def _row(
     return {
         "ratio": ratio,
         "ratio_ci": ci,
+        "samples": bench.samples(seconds[:, 0] / seconds[:, 1]),
         "ideal": ideal,
         "share": ratio / ideal,
         "peak_bytes": peaks[1],

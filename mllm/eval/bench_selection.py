@@ -13,6 +13,7 @@ What is saved is many times what is spent, so the unpatched model runs in a few 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ from mllm.compressors.base import (
 from mllm.errors import PlanError
 from mllm.eval import bench
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
+from mllm.eval.bench_words import summed
 from mllm.eval.stats import median_interval
 from mllm.plan import MethodInfo, get_method, methods
 
@@ -50,6 +52,7 @@ def selection(
     model: str | Shape = BENCH_CPU,
     plans: Sequence[str] | None = None,
     visual: Sequence[int] | None = None,
+    size: Sequence[bench.Size] | None = None,
     text: int = 63,
     batch: Sequence[int] = (1, 8),
     unequal: bool = False,
@@ -67,36 +70,36 @@ def selection(
         plans: spec texts; None is :func:`every_method`.
         pairs: rounds of plan and free choice per row; in :data:`BASELINES` of them the unpatched
             model runs as well.
-        model, visual, text, batch, unequal, dtype, device, sdpa, threads, progress, on_row: as in
-            :func:`mllm.eval.bench.prefill`.
+        model, visual, size, text, batch, unequal, dtype, device, sdpa, threads, progress, on_row:
+            as in :func:`mllm.eval.bench.prefill`.
 
     Returns:
         The bench results object, schema 1. A row has `spent_s`, `saved_s` (medians, seconds),
-        `cost` = spent / saved with `cost_ci`, `baseline_s`, `visual_avg` (tokens per layer and
-        sample), `selection_flops` (booked by the ledger, per sample), `status` and `words`. A plan
-        that the model refuses, or that saves nothing, has a row that says so and no `cost`.
+        `cost` = spent / saved with `cost_ci` (`samples`: that of every round), `baseline_s`,
+        `visual_avg` (tokens per layer and sample), `selection_flops` (booked by the ledger, per
+        sample), `status` and `words`. A plan that the model refuses, or that saves nothing, has a
+        row that says so and no `cost`.
     """
-    base, draw, results = bench.opened(
-        "selection", model=model, visual=visual, text=text, batch=batch, unequal=unequal,
-        pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
+    base, points, results = bench.opened(
+        "selection", model=model, visual=visual, size=size, text=text, batch=batch,
+        unequal=unequal, pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
     )  # fmt: skip
-    for size, count, inputs in draw:
+    for point in points:
+        inputs = bench.within_memory(point.inputs)
         for plan in plans or every_method():
-            label = f"{plan}, {count} visual tokens, batch {size}"
+            label = f"{plan}, {point.visual} visual tokens, batch {point.batch}"
+            run = functools.partial(_row, base, plan, inputs, pairs, label, progress)
             try:
                 with bench.kernel(sdpa):
-                    row = _row(base, plan, inputs, pairs, label, progress)
+                    row = bench.within_memory(run) if inputs else None
             except PlanError as error:
                 if plans:
                     raise
                 row = {"status": "refused", "words": str(error)}
-            except torch.OutOfMemoryError:
-                row = {"status": "oom", "words": "out of memory"}
-            about = bench.conditions(base, plan, size, count, text, unequal, pairs)
-            results["rows"].append({**about, **row})
+            results["rows"].append({**point.about(base, plan, pairs), **(row or bench.OOM)})
             if on_row is not None:
                 on_row(results)
-    return results
+    return summed(results)
 
 
 def every_method() -> list[str]:
@@ -148,6 +151,7 @@ def _row(
         "saved_s": saved,
         "cost": cost,
         "cost_ci": ci,
+        "samples": bench.samples(spent / saved),
         **judge(cost, ci, saved, pairs),
     }
 

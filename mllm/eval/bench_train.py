@@ -17,7 +17,9 @@ import mllm
 from mllm import flops
 from mllm.errors import DataError
 from mllm.eval import bench
+from mllm.eval.bench_machine import reached
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape, cannot_measure, text_inputs
+from mllm.eval.bench_words import summed
 from mllm.eval.stats import median_interval
 from mllm.models import resolve
 
@@ -33,6 +35,7 @@ def train(
     plans: Sequence[str] | Mapping[str, float | None] | None = None,
     method: str = "full",
     visual: Sequence[int] | None = None,
+    size: Sequence[bench.Size] | None = None,
     text: int = 63,
     batch: Sequence[int] = (1,),
     unequal: bool = False,
@@ -55,8 +58,8 @@ def train(
         method: `"full"` trains projector and language model, `"lora"` adapters of rank 8 in every
             projection of the language model alone.
         visual: as in :func:`mllm.eval.bench.prefill`; None for one picture of the shape, or 576.
-        model, text, batch, unequal, pairs, dtype, device, sdpa, threads, progress, on_row: as in
-            :func:`mllm.eval.bench.prefill`.
+        model, size, text, batch, unequal, pairs, dtype, device, sdpa, threads, progress, on_row:
+            as in :func:`mllm.eval.bench.prefill`.
 
     Returns:
         The bench results object, schema 1. `ratio` is unpatched time / patched time of a whole
@@ -73,31 +76,35 @@ def train(
     """
     if method not in METHODS:
         raise cannot_measure("method", method, " or ".join(METHODS))
-    if visual is None:
+    if visual is None and size is None:
         visual = model.visual[:1] if isinstance(model, Shape) else (576,)
-    base, draw, results = bench.opened(
-        "train", model=model, visual=visual, text=text, batch=batch, unequal=unequal, pairs=pairs,
-        dtype=dtype, device=device, sdpa=sdpa, threads=threads,
+    base, points, results = bench.opened(
+        "train", model=model, visual=visual, size=size, text=text, batch=batch, unequal=unequal,
+        pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
     )  # fmt: skip
     optimizer = prepare(base, method)
     targets = bench.targets_of(plans, PLANS)
-    for size, count, inputs in draw:
-        inputs = supervised(inputs, text)
-        peak = None
+    for point in points:
+        with bench.kernel(sdpa):
+            inputs = bench.within_memory(lambda point=point: supervised(point.inputs(), text))
+            run = functools.partial(peak_bytes, base, optimizer, inputs)
+            peak = inputs and bench.within_memory(run)
         for plan, target in targets.items():
-            label = f"{plan}, {count} visual tokens, batch {size}"
-            try:
-                with bench.kernel(sdpa):
-                    peak = peak or peak_bytes(base, optimizer, inputs)
-                    row = _row(base, optimizer, plan, inputs, pairs, target, label, progress)
+            label = f"{plan}, {point.visual} visual tokens, batch {point.batch}"
+            run = functools.partial(
+                _row, base, optimizer, plan, inputs, pairs, target, label, progress
+            )
+            with bench.kernel(sdpa):
+                row = bench.within_memory(run) if peak else None
+            if row is None:
+                optimizer.zero_grad()  # gradients of a step that was not done
+            else:
                 row["baseline_peak_bytes"] = peak
-            except torch.OutOfMemoryError:
-                row = {"status": "oom", "words": "out of memory"}
-            about = bench.conditions(base, plan, size, count, text, unequal, pairs)
-            results["rows"].append({**about, "method": method, **row})
+            about = point.about(base, plan, pairs)
+            results["rows"].append({**about, "method": method, **(row or bench.OOM)})
             if on_row is not None:
                 on_row(results)
-    return results
+    return summed(results)
 
 
 def prepare(base: Any, method: str) -> torch.optim.Optimizer:
@@ -176,17 +183,22 @@ def _row(
     ratio, *ratio_ci = median_interval(total[:, 0] / total[:, 1])
     passes_ratio, *passes_ci = median_interval(passes[:, 0] / passes[:, 1])
     before, after = step_flops(base, ledger, full)
-    ideal = before / after
+    ideal, patched_s = before / after, float(np.median(total[:, 1]))
+    dtype, trained = str(base.dtype).removeprefix("torch."), optimizer.param_groups[0]["params"]
+    # Weights are read forward and backward; the trained ones, gradients and states to be updated.
+    touched = 2 * bench.held_bytes(base) + 7 * sum(p.numel() * p.element_size() for p in trained)
     status, words = bench.judge(ratio, ratio_ci, ideal, target, pairs)
     return {
         "ratio": ratio,
         "ratio_ci": ratio_ci,
+        "samples": bench.samples(total[:, 0] / total[:, 1]),
+        **reached(bench.device_of(base), dtype, after, touched, patched_s),
         "ideal": ideal,
         "share": ratio / ideal,
         "peak_bytes": peak,
         "status": status,
         "baseline_s": float(np.median(total[:, 0])),
-        "patched_s": float(np.median(total[:, 1])),
+        "patched_s": patched_s,
         "optimizer_s": float(np.median(times[:, 0, 2])),
         "passes_ratio": passes_ratio,
         "passes_ci": passes_ci,

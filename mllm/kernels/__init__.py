@@ -34,6 +34,7 @@ Mode = Literal["auto", "triton", "interpreter", "torch"]
 VALIDATED: frozenset[str] = frozenset()
 
 _MODE: ContextVar[Mode] = ContextVar("mllm_kernels", default="auto")
+_STRICT: ContextVar[bool] = ContextVar("mllm_kernels_strict", default=False)
 # Blocks of `use` that are open, in all threads. While there is none, nobody asks the context
 # variable, at which torch.compile would cut a graph.
 _OPEN = 0
@@ -41,7 +42,7 @@ _COUNTING = threading.Lock()
 
 
 @contextlib.contextmanager
-def use(mode: Mode) -> Iterator[None]:
+def use(mode: Mode, strict: bool = False) -> Iterator[None]:
     """While open, in this thread, say who computes what has a kernel.
 
     What a kernel cannot do (gradients, another device, a head size) stays in torch, and the log
@@ -51,21 +52,24 @@ def use(mode: Mode) -> Iterator[None]:
         mode: `auto`, the default: kernels that are validated, on CUDA; `triton`: all kernels, on
             CUDA; `interpreter`: all kernels in Triton's interpreter, on a CPU, to test them (very
             slow; Triton wants `TRITON_INTERPRET=1` before it is imported); `torch`: none.
+        strict: what a kernel cannot do is an error, so that nobody takes torch's results or times
+            for a kernel's.
 
     Raises:
-        MllmError: another mode.
+        MllmError: another mode; under `strict`, in the block, a kernel that cannot run.
     """
     if mode not in get_args(Mode):
         raise MllmError(
             f"kernels cannot be used as {mode!r}",
             argument="mode", given=mode, expected=f"one of {', '.join(get_args(Mode))}",
         )  # fmt: skip
-    token = _MODE.set(mode)
+    token, strictly = _MODE.set(mode), _STRICT.set(strict)
     _opened(1)
     try:
         yield
     finally:
         _opened(-1)
+        _STRICT.reset(strictly)
         _MODE.reset(token)
 
 
@@ -102,6 +106,11 @@ def run(name: str, reference: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         module = importlib.import_module(f"mllm.kernels.{name}")
         why = module.unsupported(*args, **kwargs)
     if why is not None:
+        if _STRICT.get():
+            raise MllmError(
+                f"the kernel {name} cannot run: {why}",
+                argument="mode", given=mode, expected="use(mode), which stays in torch",
+            )  # fmt: skip
         _say(name, why)
         return reference(*args, **kwargs)
     return getattr(module, name)(*args, **kwargs)
