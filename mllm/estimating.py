@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mllm import flops
 from mllm.cache.layer import cache_bytes
 from mllm.doctor import bones, skeleton
-from mllm.errors import DataError, PlanError
+from mllm.errors import DataError, PlanError, unusable
 from mllm.estimate import Cost, Estimate
 from mllm.hollow import Hollow, guessing, hollow_out, let_guess
 from mllm.ledger import Ledger
@@ -70,8 +70,11 @@ def run(
     """See :func:`mllm.estimate`."""
     for name, value in (("images", images), ("visual", visual), ("text", text), ("new", new),
                         ("batch", batch)):  # fmt: skip
-        if value is not None and value < 1:
-            raise _unfit(name, value, "1 or more")
+        if value is not None and (type(value) is not int or value < 1):
+            raise _unfit(name, value, "a whole number from 1")
+    pair = isinstance(size, list | tuple) and [type(n) is int and n > 0 for n in size]
+    if size is not None and pair != [True, True]:
+        raise _unfit("size", size, "height and width in pixels, such as (1080, 1920)")
     if dtype not in DTYPES:
         raise _unfit("dtype", dtype, " or ".join(DTYPES))
     at = hardware if isinstance(hardware, Hardware) else device(hardware)
@@ -110,12 +113,7 @@ def run(
 
 
 def _unfit(argument: str, given: Any, expected: str) -> DataError:
-    return DataError(
-        f"{argument}={given} cannot be estimated; give {expected}",
-        argument=argument,
-        given=given,
-        expected=expected,
-    )
+    return unusable(argument, given, "estimated", expected)
 
 
 def _more(family: Family) -> list[str]:
@@ -170,10 +168,7 @@ def _pictures(
             raise _unfit("visual", visual, f"a multiple of {each}, the tokens of one image")
         return visual // each, None
     if visual is None:
-        size = size or SIZE
-        if min(size) < 1:
-            raise _unfit("size", size, "height and width of 1 or more")
-        return images or 1, size
+        return images or 1, size or SIZE
     images = images or 1
     if size is not None or visual % images:
         raise _unfit("visual", visual, "it without size, and as a multiple of images")

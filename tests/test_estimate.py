@@ -213,16 +213,28 @@ def test_break_even():
     [
         (dict(batch=0), "batch"),
         (dict(visual=17), "visual"),
-        (dict(size=(60, 60)), "size"),
         (dict(text=2, images=2), "text"),
         (dict(dtype="int8"), "dtype"),
         (dict(hardware="abacus"), "hardware"),
+        (dict(text=6.5), "text"),
+        (dict(images=True), "images"),
+        (dict(batch="2"), "batch"),
+        (dict(size=1080), "size"),
+        (dict(size="1920x1080"), "size"),
+        (dict(size=(1, 2, 3)), "size"),
+        (dict(size=(0, 5)), "size"),
     ],
 )
 def test_bad_input_is_named(given, argument):
     with pytest.raises(DataError) as caught:
-        estimated("llava", None, **({"size": None, "images": None} | given))
+        estimated("qwen2_vl" if "size" in given else "llava", None,
+                  **({"size": None, "images": None} | given))  # fmt: skip
     assert caught.value.argument == argument
+
+
+def test_pictures_of_one_size_are_given_none():
+    with pytest.raises(DataError, match="pictures have one size"):
+        estimated("llava", None, size=(60, 60))
 
 
 @pytest.mark.parametrize(("family", "visual"), [("llava", 48), ("qwen2_5_vl", 42)])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.errors import DataError
+from mllm.errors import DataError, unusable
 
 Inputs = dict[str, Any]
 
@@ -195,9 +195,4 @@ def _pictures(config: Any, visual: int, batch: int, draw: torch.Generator) -> di
 
 def cannot_measure(argument: str, given: Any, expected: str) -> DataError:
     """The error for an argument of the bench that cannot be used."""
-    return DataError(
-        f"{argument}={given} cannot be measured; give {expected}",
-        argument=argument,
-        given=given,
-        expected=expected,
-    )
+    return unusable(argument, given, "measured", expected)
