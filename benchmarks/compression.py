@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from routers import RESULTS, marks, trained
+from routers import marks, publish, trained
 
 from mllm.errors import PlanError
-from mllm.eval.files import write_json, write_text
+from mllm.eval.files import write_json
 from mllm.eval.stats import paired_seeds
 from mllm.training.recipe import EvalPart, load
 from mllm.training.run import evaluate
@@ -136,22 +136,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/compression"))
     parser.add_argument("overrides", nargs="*", help="key=value of the recipe, for all runs")
     given = parser.parse_args()
-    methods, about = {}, {}
+    part, methods = load("lora-control", given.overrides).eval, {}
     for name in given.methods:
         methods[name], record = compare(KINDS[name], given)
-        about = {key: record[key] for key in ("versions", "commit", "device", "threads")}
-    recipe = load("lora-control", given.overrides)
-    data = {
-        "schema": 1,
-        "steps": recipe.train["max_steps"],
-        "batch": recipe.train["per_device_train_batch_size"],
-        "n": recipe.eval.limit * len(recipe.eval.tasks),
-        **about,
-        "methods": methods,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / "compression.json", data)
-    write_text(RESULTS / "compression.md", page(data))
+    found = {"n": part.limit * len(part.tasks), "methods": methods}
+    publish("compression", page, found, record, given.overrides)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,33 @@ def compare(learnt: list[dict[str, Any]], random: list[dict[str, Any]]) -> dict[
     }
 
 
+def publish(
+    name: str, page: Callable[[dict[str, Any]], str], found: dict[str, Any],
+    record: Mapping[str, Any], overrides: Sequence[str],
+) -> None:  # fmt: skip
+    """Write `benchmarks/results/<name>.json`, and its page.
+
+    Args:
+        name: of the results.
+        page: makes Markdown of them.
+        found: results: `n`, `methods` and what else there is.
+        record: of one of the runs, which says where they ran.
+        overrides: of the recipe.
+    """
+    recipe = load("lora-control", overrides)
+    data = {
+        "schema": 1,
+        "steps": recipe.train["max_steps"],
+        "batch": recipe.train["per_device_train_batch_size"],
+        **{key: value for key, value in found.items() if key != "methods"},
+        **{key: record[key] for key in ("versions", "commit", "device", "threads")},
+        "methods": found["methods"],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{name}.json", data)
+    write_text(RESULTS / f"{name}.md", page(data))
+
+
 def page(data: dict[str, Any]) -> str:
     """The results in Markdown."""
     lines = [
@@ -128,7 +155,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/routers"))
     parser.add_argument("overrides", nargs="*", help="key=value of the recipe, for all runs")
     given = parser.parse_args()
-    methods, about = {}, {}
+    methods = {}
     for kind in given.methods:
         options = [*KINDS[kind], *given.overrides]
         pair = [
@@ -140,20 +167,8 @@ def main() -> None:
         ]
         methods[kind] = compare(*pair)
         record = pair[0][0]["record"]
-        about = {key: record[key] for key in ("versions", "commit", "device", "threads")}
-    recipe = load("lora-control", given.overrides)
-    data = {
-        "schema": 1,
-        "steps": recipe.train["max_steps"],
-        "batch": recipe.train["per_device_train_batch_size"],
-        "n": next(iter(methods.values()))["n"],
-        "seeds": given.seeds,
-        **about,
-        "methods": methods,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / "routers.json", data)
-    write_text(RESULTS / "routers.md", page(data))
+    found = {"n": next(iter(methods.values()))["n"], "seeds": given.seeds, "methods": methods}
+    publish("routers", page, found, record, given.overrides)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,9 @@ def causal_mask(
         past_key_values=cache,
         layer_idx=layer,
         # One new row and some padding: transformers would ask the device whether there is any.
-        allow_is_causal_skip=valid is None or hidden.shape[1] > 1,
+        # And without a mask, attention of PaliGemma's decoder would see what is behind a row.
+        allow_is_causal_skip=(valid is None or hidden.shape[1] > 1)
+        and not getattr(config, "use_bidirectional_attention", False),
     )
 
 

@@ -53,5 +53,15 @@ class DataError(MllmError):
     """An image, a data set or a checkpoint that cannot be used."""
 
 
+def unusable(argument: str, given: Any, done: str, expected: str) -> DataError:
+    """The error for an argument with which something cannot be `done`, such as measured."""
+    return DataError(
+        f"{argument}={given} cannot be {done}; give {expected}",
+        argument=argument,
+        given=given,
+        expected=expected,
+    )
+
+
 class CacheMismatchError(MllmError):
     """A KV cache that does not belong to this model, plan or moment."""

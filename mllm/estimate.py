@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,13 @@ class Estimate:
         return 1 + -int(-late // saved) if saved > 0 else None
 
     @property
+    def _faster_up_to(self) -> int:
+        """New tokens up to which a plan saves time whose steps take longer."""
+        early = self.plain.ttft_s - self.patched.ttft_s
+        late = self.patched.decode_s - self.plain.decode_s
+        return math.ceil(early / late) if early > 0 and late > 0 else 0
+
+    @property
     def selection_share(self) -> float | None:
         """What choosing costs, of the FLOPs that fewer tokens save; None if nothing is saved."""
         cost = self.patched.selection_flops
@@ -176,7 +184,9 @@ class Estimate:
     def _remarks(self) -> Iterator[str]:
         if self.plan:
             even = self.break_even
-            if even is None:
+            if even is None and (most := self._faster_up_to) > 0:
+                yield f"The plan is faster up to {most} new tokens: its steps take longer."
+            elif even is None:
                 yield "No real speed-up: the plan is slower for any number of new tokens."
             elif even:
                 yield f"The plan is faster from {even} new tokens on."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mllm import flops
 from mllm.cache.layer import cache_bytes
 from mllm.doctor import bones, skeleton
-from mllm.errors import DataError, PlanError
+from mllm.errors import DataError, PlanError, unusable
 from mllm.estimate import Cost, Estimate
 from mllm.hollow import Hollow, guessing, hollow_out, let_guess
 from mllm.ledger import Ledger
@@ -70,8 +70,11 @@ def run(
     """See :func:`mllm.estimate`."""
     for name, value in (("images", images), ("visual", visual), ("text", text), ("new", new),
                         ("batch", batch)):  # fmt: skip
-        if value is not None and value < 1:
-            raise _unfit(name, value, "1 or more")
+        if value is not None and (type(value) is not int or value < 1):
+            raise _unfit(name, value, "a whole number from 1")
+    pair = isinstance(size, list | tuple) and [type(n) is int and n > 0 for n in size]
+    if size is not None and pair != [True, True]:
+        raise _unfit("size", size, "height and width in pixels, such as (1080, 1920)")
     if dtype not in DTYPES:
         raise _unfit("dtype", dtype, " or ".join(DTYPES))
     at = hardware if isinstance(hardware, Hardware) else device(hardware)
@@ -110,12 +113,7 @@ def run(
 
 
 def _unfit(argument: str, given: Any, expected: str) -> DataError:
-    return DataError(
-        f"{argument}={given} cannot be estimated; give {expected}",
-        argument=argument,
-        given=given,
-        expected=expected,
-    )
+    return unusable(argument, given, "estimated", expected)
 
 
 def _more(family: Family) -> list[str]:
@@ -170,10 +168,7 @@ def _pictures(
             raise _unfit("visual", visual, f"a multiple of {each}, the tokens of one image")
         return visual // each, None
     if visual is None:
-        size = size or SIZE
-        if min(size) < 1:
-            raise _unfit("size", size, "height and width of 1 or more")
-        return images or 1, size
+        return images or 1, size or SIZE
     images = images or 1
     if size is not None or visual % images:
         raise _unfit("visual", visual, "it without size, and as a multiple of images")
@@ -221,6 +216,7 @@ class Weights:
     Attributes:
         whole: of everything; `count` are its parameters.
         tower, projector, layers, head: of what a prefill reads.
+        once: of what a plan has learnt, without experts: the prefill alone reads it.
     """
 
     whole: int
@@ -229,22 +225,31 @@ class Weights:
     projector: int
     layers: list[int]
     head: int
+    once: int
 
     @classmethod
-    def of(cls, family: Family) -> Weights:
-        """Those of a model; layers share what stands beside them, which a plan has added."""
+    def of(cls, family: Family, experts: Mapping[int, nn.Module] | None = None) -> Weights:
+        """Those of a model, with what a plan has added.
+
+        Args:
+            family: of the model.
+            experts: by layer, what stands in for its FFN.
+        """
 
         def size(modules: Iterable[nn.Module | None]) -> int:
             own = {id(p): p for m in modules if m is not None for p in m.parameters()}
             return sum(p.numel() * p.element_size() for p in own.values())
 
-        model, layers = family.model, [size([layer]) for layer in family.layers]
+        model, experts = family.model, experts or {}
+        layers = [size([layer]) for layer in family.layers]
+        for i, instead in experts.items():
+            layers[i] += size([instead]) - size([family.mlp(i)])
         projector, head = size([family.projector]), size([model.get_output_embeddings()])
         tower = size([family.tower, family.projector]) - projector
-        beside = size([getattr(model, NAME, None)]) // len(layers)
+        once = size([getattr(model, NAME, None)]) - size(experts.values())
         return cls(
-            size([model]), sum(p.numel() for p in model.parameters()), tower, projector,
-            [n + beside for n in layers], head,
+            size([model]), sum(p.numel() for p in model.parameters()), tower, projector, layers,
+            head, once,
         )  # fmt: skip
 
 
@@ -299,7 +304,7 @@ def prefill(
             raise _unknown(plan, f"{stage.info.name} stores as many tokens as that asks for")
     patched = Patched(net, Plan(stages, 0 if plan is None else plan.seed))
     family, given = patched.family, _hollow(inputs)
-    own = Weights.of(family)
+    own = Weights.of(family, patched.upcycled.layers)
     hollow_out(net)
     _skip_blocks(patched)
     for stage in patched.plan.stages:
@@ -375,7 +380,7 @@ def _cost(side: Side, family: Family, at: Hardware, dtype: str, new: int, batch:
     head = at.seconds(batch * flops.lm_head(config, 1), weights.head, dtype)
     ttft = at.seconds(side.vision - side.projector, weights.tower, dtype)
     ttft += at.seconds(side.projector, weights.projector, dtype)
-    ttft += at.seconds(side.selection, 0, dtype) + head
+    ttft += at.seconds(side.selection, weights.once, dtype) + head
     step, grown = head, (new - 1) / 2
     for i, slots in enumerate(side.slots):
         ttft += at.seconds(side.layers[i], weights.layers[i], dtype)

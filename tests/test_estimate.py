@@ -166,6 +166,31 @@ def test_every_part_takes_the_longer_of_computing_and_reading():
     assert found.plain.kv_bytes == slot * (16 + 9)
 
 
+def bytes_of(*modules):
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def test_what_a_plan_has_learnt_is_read_once_and_experts_at_every_step():
+    slow, new = Hardware("computes at once", {"float32": 1e30}, 1e6), 5
+    net, layers = families.model("llava"), families.LAYERS
+    body = bytes_of(net.model.language_model.layers, net.lm_head)
+    front = bytes_of(net.model.vision_tower, net.model.multi_modal_projector)
+    slot = 2 * 4 * 2 * 12 * 4 * 2  # keys and values, layers, heads, width, bytes, samples
+    for plan in ("llavamini:depth=2:heads=2", "moellava"):
+        found = estimated("llava", plan, new=new, hardware=slow)
+        with mllm.patch(net, plan) as patched:
+            own = bytes_of(net.mllm)
+            steps = 0
+            if experts := patched.upcycled.layers:
+                steps = own - bytes_of(*(net.model.language_model.layers[i].mlp for i in experts))
+        assert own > body / layers
+        read = body + steps + found.patched.kv_bytes + slot * (new - 1) / 2
+        assert found.patched.decode_s == pytest.approx(read / 1e6)
+        once = 0 if steps else own
+        assert found.patched.ttft_s == pytest.approx((front + body + steps + once) / 1e6)
+        assert found.patched.weight_bytes == found.plain.weight_bytes + own
+
+
 def test_break_even():
     base = estimated("llava", "snapkv:budget=0.5:window=2", new=5)
     late = dataclasses.replace(base.patched, ttft_s=1.0, decode_s=0.1)
@@ -175,6 +200,12 @@ def test_break_even():
     assert even.break_even == 4
     never = dataclasses.replace(even, patched=dataclasses.replace(late, decode_s=0.2))
     assert never.break_even is None and "No real speed-up" in str(never)
+    # 0.25 s are saved at first, and 0.1 s lost in each of 4 steps.
+    short = dataclasses.replace(
+        even, plain=dataclasses.replace(late, ttft_s=1.25, decode_s=0.1, total_s=1.65),
+        patched=dataclasses.replace(late, decode_s=0.2, total_s=1.8),
+    )  # fmt: skip
+    assert short.break_even is None and "faster up to 3 new tokens" in str(short)
 
 
 @pytest.mark.parametrize(
@@ -182,16 +213,28 @@ def test_break_even():
     [
         (dict(batch=0), "batch"),
         (dict(visual=17), "visual"),
-        (dict(size=(60, 60)), "size"),
         (dict(text=2, images=2), "text"),
         (dict(dtype="int8"), "dtype"),
         (dict(hardware="abacus"), "hardware"),
+        (dict(text=6.5), "text"),
+        (dict(images=True), "images"),
+        (dict(batch="2"), "batch"),
+        (dict(size=1080), "size"),
+        (dict(size="1920x1080"), "size"),
+        (dict(size=(1, 2, 3)), "size"),
+        (dict(size=(0, 5)), "size"),
     ],
 )
 def test_bad_input_is_named(given, argument):
     with pytest.raises(DataError) as caught:
-        estimated("llava", None, **({"size": None, "images": None} | given))
+        estimated("qwen2_vl" if "size" in given else "llava", None,
+                  **({"size": None, "images": None} | given))  # fmt: skip
     assert caught.value.argument == argument
+
+
+def test_pictures_of_one_size_are_given_none():
+    with pytest.raises(DataError, match="pictures have one size"):
+        estimated("llava", None, size=(60, 60))
 
 
 @pytest.mark.parametrize(("family", "visual"), [("llava", 48), ("qwen2_5_vl", 42)])

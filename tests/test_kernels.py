@@ -230,6 +230,17 @@ def test_ragged_heads(device, seed, slots, dtype, close):
     check_attention(device, segment, query, None, scaling, close)
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_heads_in_bfloat16(device, seed):
+    """What is stored is rounded to it, and so are weights, but not in the interpreter."""
+    query, keys, values, there, seen, scaling = stored(seed, torch.bfloat16)
+    for make in (Packed.of, lambda *given: Quantised.of(*given, 4, 4, 8)):
+        check_attention(
+            device, lambda place, make=make: make(*(t.to(place) for t in (keys, values, there))),
+            query, seen, scaling, 2e-2,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype, close", CLOSE)
 @pytest.mark.parametrize(
     "seed, key_bits, value_bits, size",

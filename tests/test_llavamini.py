@@ -193,7 +193,7 @@ def entering(net):
 
 @pytest.mark.parametrize("fuse", ["all", "text"])
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl", "qwen3_vl", "internvl",
-                                    "llava_next", "idefics3"])  # fmt: skip
+                                    "llava_next", "idefics3", "paligemma"])  # fmt: skip
 @torch.no_grad()
 def test_new_layers_are_the_model_s_first(family, fuse):
     """What enters the LLM is what two layers of the unpatched decoder make of the sequence."""
@@ -202,6 +202,8 @@ def test_new_layers_are_the_model_s_first(family, fuse):
     plain = copy.deepcopy(reference(family)).get_decoder()
     if family == "gemma3":
         plain.config.sliding_window = 4096  # fusion sees everything before
+    for layer in plain.layers:
+        layer.self_attn.is_causal = True  # and nothing behind
     inputs = collate(family, batch)
     with mllm.patch(net, [Stride(keep=3, positions="original"), stage]) as patched:
         states = net(**inputs, output_hidden_states=True).hidden_states
@@ -231,7 +233,7 @@ def test_new_layers_are_the_model_s_first(family, fuse):
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "qwen2_5_vl", "gemma3",
-                                    pytest.param("idefics3", marks=pytest.mark.slow),
+                                    "paligemma", pytest.param("idefics3", marks=pytest.mark.slow),
                                     pytest.param("qwen3_vl", marks=pytest.mark.slow),
                                     pytest.param("llava_onevision", marks=pytest.mark.slow),
                                     pytest.param("qwen2_5_vl_video", marks=pytest.mark.slow),

@@ -351,23 +351,33 @@ def test_four_bits_say_what_is_missing(small, tmp_path, monkeypatch):
         check_four_bits()
 
 
-@pytest.mark.parametrize("exclude", [None, ["down_proj"], r".*\.down_proj"])
-def test_what_a_plan_has_put_in_gets_no_lora(exclude, small, tmp_path):
-    """LLaVA-Mini has layers of its own, whose projections are called as the model's are."""
+@pytest.mark.parametrize(
+    "method",
+    [{"target_modules": r".*\.(q_proj|down_proj)"}, {"modules_to_save": ["mlp"]}],
+    ids=["adapters", "modules_to_save"],
+)
+def test_layers_that_a_plan_copies_are_the_models_own(method, small, tmp_path):
+    """LLaVA-Mini copies decoder layers, which in a recipe PEFT has been at; its adapter is read
+    back by a model where it has not."""
     model, _ = load_model(small)
-    method = {"type": "lora", "target_modules": r".*\.(q_proj|down_proj)"}
-    method |= {} if exclude is None else {"exclude_modules": exclude}
-    plan = "llavamini:depth=1"
-    with mllm.patch(model, plan):
-        wrapped = wrap_lora(model, recipe_for(small, tmp_path, plan=plan, method=method))
-        names = [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")]
-    assert {name.split(".")[-2] for name in names} == (
-        {"q_proj", "down_proj"} if exclude is None else {"q_proj"}
-    )
-    assert not any(".mllm." in name for name in names)
-    with mllm.patch(model, plan):  # behind the adapters, as recipes do
-        own = [name for name, _ in model.named_parameters() if name.startswith("mllm.")]
-        assert own and not any("lora" in name or "base_layer" in name for name in own)
+    plan, word = "llavamini:depth=1", torch.ones(1, 1, dtype=torch.long)
+    layer = model.get_decoder().layers[0]
+    want = {name: x.clone() for name, x in layer.state_dict().items()}
+    wrapped = wrap_lora(model, recipe_for(small, tmp_path, method={"type": "lora", **method}))
+    assert layer.state_dict().keys() != want.keys()
+    with mllm.patch(model, plan) as patched:
+        own = model.mllm.state_dict()
+        start = "1.fusion.layers.0."
+        own = {k.removeprefix(start): x for k, x in own.items() if k.startswith(start)}
+        assert own.keys() == want.keys()
+        assert all(torch.equal(x, want[name]) for name, x in own.items())
+        assert all(p.requires_grad for p in model.mllm.parameters())
+        patched.save_adapter(tmp_path / "adapter")
+    assert wrapped(input_ids=word).logits.isfinite().all()  # what was copied is as it was
+    assert layer.state_dict().keys() != want.keys()
+    with mllm.patch(load_model(small)[0], tmp_path / "adapter") as patched:
+        read = patched.routers.state_dict()
+        assert all(torch.equal(read[start + name], x) for name, x in want.items())
 
 
 # --- distillation

@@ -15,7 +15,7 @@ from test_depth import MORE
 from test_routers import teach
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import _placed, check_family
+from zoo import _placed, check_family, check_generation
 
 import mllm
 from mllm.compressors import AvgPool, FastV, LookingToLearn, SnapKV, Stride
@@ -159,20 +159,8 @@ def test_beside_other_stages():
 
 
 @each
-@torch.no_grad()
 def test_generation_with_and_without_a_cache(stage):
-    net = model("llava")
-    inputs = collate("llava", samples("llava"))
-    options = dict(max_new_tokens=5, do_sample=False)
-    with mllm.patch(net, [Stride(keep=5), stage]):
-        teach(net)
-        cached = net.generate(**inputs, **options)
-        assert torch.equal(cached, net.generate(**inputs, **options, use_cache=False))
-        beams = net.generate(**inputs, **options, num_beams=2)
-        assert torch.equal(beams, net.generate(**inputs, **options, num_beams=2, use_cache=False))
-        lookup = collate("llava", samples("llava", "alone"))
-        greedy = net.generate(**lookup, **options)
-        assert torch.equal(greedy, net.generate(**lookup, **options, prompt_lookup_num_tokens=3))
+    check_generation("llava", [Stride(keep=5), stage], teach)
 
 
 @torch.no_grad()

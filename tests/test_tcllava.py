@@ -12,7 +12,7 @@ from matrix import PRECOMPUTED, equal
 from test_depth import MORE
 from test_slowfast import decoded
 from torch.nn import functional as F
-from zoo import _placed, check_family
+from zoo import _placed, check_family, check_generation
 
 import mllm
 from mllm.compressors import AvgPool, FastV, SnapKV, Stride, TCLLaVA
@@ -133,18 +133,8 @@ def test_beside_other_stages():
 
 
 @each
-@torch.no_grad()
 def test_generation_with_and_without_a_cache(stage):
-    net, inputs = model("llava"), collate("llava", samples("llava"))
-    options = dict(max_new_tokens=5, do_sample=False)
-    with mllm.patch(net, stage):
-        cached = net.generate(**inputs, **options)
-        assert torch.equal(cached, net.generate(**inputs, **options, use_cache=False))
-        beams = net.generate(**inputs, **options, num_beams=2)
-        assert torch.equal(beams, net.generate(**inputs, **options, num_beams=2, use_cache=False))
-        lookup = collate("llava", samples("llava", "alone"))
-        greedy = net.generate(**lookup, **options)
-        assert torch.equal(greedy, net.generate(**lookup, **options, prompt_lookup_num_tokens=3))
+    check_generation("llava", stage)
 
 
 @each

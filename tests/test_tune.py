@@ -224,6 +224,32 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(tmp_path):
     assert [line for _, line in found[0]] == [line for _, line in whole[0]]
 
 
+def test_times_belong_to_a_device_and_its_threads(tmp_path):
+    """Answers do not, so a search goes on elsewhere; its times are measured again."""
+
+    class Timed(Fake):
+        def __init__(self, **about):
+            super().__init__()
+            self.about |= about
+            self.timed = []
+
+        def time(self, plan, pairs):
+            self.timed.append(plan.spec)
+            return super().time(plan, pairs)
+
+    def searched(**about):
+        fake = Timed(**about)
+        _search(tmp_path, Goal("latency", max_loss=2), fake, ("stride", "divprune"), trials=4)
+        return fake
+
+    first = searched(device="cpu", threads=2)
+    assert first.timed and first.asked
+    assert searched(device="cpu", threads=2).timed == []
+    for about in ({"device": "cuda:0", "threads": 2}, {"device": "cpu", "threads": 8}):
+        again = searched(**about)
+        assert again.timed == first.timed and not again.asked
+
+
 def test_another_model_is_refused_and_nothing_is_lost(tmp_path):
     _search(tmp_path, trials=4)
     before = (tmp_path / "trials.jsonl").read_text()

@@ -74,6 +74,28 @@ def check_family(family: str, plan, attn: str = "sdpa", kind="padded") -> list[l
     ]
 
 
+@torch.no_grad()
+def check_generation(family: str, plan, prepare=lambda net: None) -> None:
+    """With a cache as without: greedy, in beams, and with candidates out of the prompt.
+
+    Args:
+        family: of the model.
+        plan: the plan.
+        prepare: what is done to the patched model.
+    """
+    net, inputs = model(family), collate(family, samples(family))
+    options = dict(max_new_tokens=5, do_sample=False)
+    with mllm.patch(net, plan):
+        prepare(net)
+        cached = net.generate(**inputs, **options)
+        assert torch.equal(cached, net.generate(**inputs, **options, use_cache=False))
+        beams = net.generate(**inputs, **options, num_beams=2)
+        assert torch.equal(beams, net.generate(**inputs, **options, num_beams=2, use_cache=False))
+        lookup = collate(family, samples(family, "alone"))
+        greedy = net.generate(**lookup, **options)
+        assert torch.equal(greedy, net.generate(**lookup, **options, prompt_lookup_num_tokens=3))
+
+
 def context(stage, valid: Tensor | None = None, **signals) -> Context:
     """What a pre-LLM method is given, from values; `valid` None is all tokens."""
     if valid is None:

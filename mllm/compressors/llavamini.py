@@ -141,9 +141,10 @@ class LLaVAMiniCompress(TokenReducer):
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """A copied module without adapters of PEFT, which are new where a plan comes behind them."""
+    """A copied module without what PEFT has put in, which is new where a plan comes behind it."""
     for name, child in module.named_children():
-        setattr(module, name, _plain(getattr(child, "base_layer", child)))
+        child = getattr(child, "base_layer", getattr(child, "original_module", child))
+        setattr(module, name, _plain(child))
     return module
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.errors import DataError
+from mllm.errors import DataError, unusable
 from mllm.estimating import prompt
 from mllm.loading import load_model
 from mllm.models import resolve
@@ -309,9 +309,4 @@ def whole_images(model: Any, most: int) -> int:
 
 def cannot_measure(argument: str, given: Any, expected: str) -> DataError:
     """The error for an argument of the bench that cannot be used."""
-    return DataError(
-        f"{argument}={given} cannot be measured; give {expected}",
-        argument=argument,
-        given=given,
-        expected=expected,
-    )
+    return unusable(argument, given, "measured", expected)

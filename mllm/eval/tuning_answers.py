@@ -238,12 +238,14 @@ class Journal:
         return Record(rows, {name: value / n for name, value in sums.items()})
 
     def timing(self, plan: Plan, pairs: int) -> dict[str, Any]:
-        """The evaluator's timing of a plan, measured once.
+        """The evaluator's timing of a plan, measured once on a device, with so many threads.
 
         Raises:
             Refused: the model cannot run the plan.
         """
+        where = {name: self.evaluator.about.get(name) for name in _MACHINE}
         line = {"kind": "timing", "plan": plan.spec, "plan_sha256": plan.sha256, "pairs": pairs}
+        line |= where
         if (known := self._known.get(_name(line))) is None:
             with _refusals(plan):
                 known = line | self.evaluator.time(plan, pairs)
@@ -285,11 +287,14 @@ _NAMES = {
     "answers": ("plan_sha256", "task", "data", "split", "start", "stop"),
     "timing": ("plan_sha256", "pairs"),
 }
+#: What a time belongs to besides.
+_MACHINE = ("device", "threads")
 
 
 def _name(line: dict[str, Any]) -> tuple:
     """What tells a line from others."""
-    return line["kind"], *(line[key] for key in _NAMES[line["kind"]])
+    where = [line.get(key) for key in _MACHINE] if line["kind"] == "timing" else []
+    return line["kind"], *(line[key] for key in _NAMES[line["kind"]]), *where
 
 
 def read(path: str | os.PathLike, about: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mllm.kernels.ragged_decode import added, cannot, cells_of, launch
+from mllm.kernels.ragged_decode import added, begun, cannot, cells_of, launch, left
 
 
 @triton.jit
@@ -44,15 +44,7 @@ def _quantised(
     this, cell = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv = cell // kv_heads, cell % kv_heads
     g, d, v = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BV)
-    q = tl.load(
-        query + batch * qb + (kv * group + g[:, None]) * qh + d[None] * qd,
-        mask=(g[:, None] < group) & (d[None] < width), other=0.0,
-    )  # fmt: skip
-    if UPCAST:
-        q = q.to(tl.float32)
-    m = tl.full((BG,), float("-inf"), tl.float32)
-    s = tl.zeros((BG,), tl.float32)
-    acc = tl.zeros((BG, BV), tl.float32)
+    q, m, s, acc = begun(query, batch, kv, g, group, width, qb, qh, qd, UPCAST, BG, BD, BV)
     groups = tl.cdiv(value_width, size)
     for start in range(this * part, tl.minimum((this + 1) * part, cells), BN):
         n = start + tl.arange(0, BN)
@@ -75,10 +67,7 @@ def _quantised(
         if UPCAST:
             k, x = k.to(tl.float32), x.to(tl.float32)
         m, s, acc = added(m, s, acc, q, k, x, sees & there[None], scaling)
-    at = (this * tl.num_programs(1) + cell) * BG + g
-    tl.store(most + at, m)
-    tl.store(total + at, s)
-    tl.store(sums + at[:, None] * BV + v[None], acc)
+    left(most, total, sums, m, s, acc, this, cell, g, BG, BV)
 
 
 def unsupported(

@@ -27,6 +27,34 @@ FLOATS = torch.float32, torch.float16, torch.bfloat16
 
 
 @triton.jit
+def begun(
+    query, batch, kv, g, group, width, qb, qh, qd,
+    UPCAST: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Queries `[BG, BD]` of heads that share their keys; maximum, sum and values of nothing."""
+    d = tl.arange(0, BD)
+    q = tl.load(
+        query + batch * qb + (kv * group + g[:, None]) * qh + d[None] * qd,
+        mask=(g[:, None] < group) & (d[None] < width), other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        q = q.to(tl.float32)
+    m = tl.full((BG,), float("-inf"), tl.float32)
+    return q, m, tl.zeros((BG,), tl.float32), tl.zeros((BG, BV), tl.float32)
+
+
+@triton.jit
+def left(
+    most, total, sums, m, s, acc, this, cell, g, BG: tl.constexpr, BV: tl.constexpr
+):  # fmt: skip
+    """Store what a part of the cells has come to."""
+    at = (this * tl.num_programs(1) + cell) * BG + g
+    tl.store(most + at, m)
+    tl.store(total + at, s)
+    tl.store(sums + at[:, None] * BV + tl.arange(0, BV)[None], acc)
+
+
+@triton.jit
 def cells_of(
     seen, place, batch, kv, g, n, kv_heads, group, cells, sb, sh, sn, pb, ph, pn,
     SEEN: tl.constexpr, PLACE: tl.constexpr,
@@ -69,15 +97,7 @@ def _ragged(
     this, cell = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv = cell // kv_heads, cell % kv_heads
     g, d, v = tl.arange(0, BG), tl.arange(0, BD), tl.arange(0, BV)
-    q = tl.load(
-        query + batch * qb + (kv * group + g[:, None]) * qh + d[None] * qd,
-        mask=(g[:, None] < group) & (d[None] < width), other=0.0,
-    )  # fmt: skip
-    if UPCAST:
-        q = q.to(tl.float32)
-    m = tl.full((BG,), float("-inf"), tl.float32)
-    s = tl.zeros((BG,), tl.float32)
-    acc = tl.zeros((BG, BV), tl.float32)
+    q, m, s, acc = begun(query, batch, kv, g, group, width, qb, qh, qd, UPCAST, BG, BD, BV)
     for start in range(this * part, tl.minimum((this + 1) * part, cells), BN):
         n = start + tl.arange(0, BN)
         sees, there, row = cells_of(
@@ -94,10 +114,7 @@ def _ragged(
         if UPCAST:
             k, x = k.to(tl.float32), x.to(tl.float32)
         m, s, acc = added(m, s, acc, q, k, x, sees & there[None], scaling)
-    at = (this * tl.num_programs(1) + cell) * BG + g
-    tl.store(most + at, m)
-    tl.store(total + at, s)
-    tl.store(sums + at[:, None] * BV + v[None], acc)
+    left(most, total, sums, m, s, acc, this, cell, g, BG, BV)
 
 
 @triton.jit

@@ -27,6 +27,54 @@ _WAYS = {"none": 0, "mean": 1, "sum": 1, "max": 2}
 
 
 @triton.jit
+def _queries(
+    query, batch, head, at, real, d, width, qb, qh, qn, qd, UPCAST: tl.constexpr
+):  # fmt: skip
+    """Queries of rows `at` of a head each: `[rows, channels]`."""
+    q = tl.load(
+        query + batch * qb + head[:, None] * qh + at[:, None] * qn + d[None] * qd,
+        mask=real[:, None] & (d[None] < width), other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        q = q.to(tl.float32)
+    return q
+
+
+@triton.jit
+def _logits(
+    q, key, mask, batch, kv, head, at, real, n, d, keys, width, behind, scaling, hidden,
+    kb, kh, kn, kd, mb, mh, mq, mk,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Scaled logits `[rows, keys]` of keys `n`; -inf where a query does not see."""
+    there = n < keys
+    k = tl.load(
+        key + batch * kb + kv * kh + n[None] * kn + d[:, None] * kd,
+        mask=there[None] & (d[:, None] < width), other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        k = k.to(tl.float32)
+    x = tl.dot(q, k, input_precision="ieee") * scaling
+    sees = real[:, None] & there[None]
+    if CAUSAL:
+        sees = sees & (n[None] <= at[:, None] + behind)
+    if MASK == 1:
+        sees = sees & (tl.load(mask + batch * mb + n * mk, mask=there, other=0) != 0)[None]
+    if MASK > 1:
+        given = tl.load(
+            mask + batch * mb + head[:, None] * mh + at[:, None] * mq + n[None] * mk,
+            mask=sees, other=0,
+        )  # fmt: skip
+        if MASK == 2:
+            sees = sees & (given != 0)
+        else:
+            given = given.to(tl.float32)
+            sees = sees & (given > hidden)
+            x += given
+    return tl.where(sees, x, float("-inf"))
+
+
+@triton.jit
 def _softmax(
     query, key, rows, mask, most, total,
     heads, kv_heads, count, keys, width, behind, part, scaling, hidden,
@@ -44,41 +92,15 @@ def _softmax(
     head = kv * group + g
     at = tl.load(rows + batch * rb + r * rn, mask=real, other=0)
     d = tl.arange(0, BD)
-    q = tl.load(
-        query + batch * qb + head[:, None] * qh + at[:, None] * qn + d[None] * qd,
-        mask=real[:, None] & (d[None] < width), other=0.0,
-    )  # fmt: skip
-    if UPCAST:
-        q = q.to(tl.float32)
+    q = _queries(query, batch, head, at, real, d, width, qb, qh, qn, qd, UPCAST)
     m = tl.full((BR * BG,), float("-inf"), tl.float32)
     s = tl.zeros((BR * BG,), tl.float32)
     for start in range(this * part, tl.minimum((this + 1) * part, keys), BN):
-        n = start + tl.arange(0, BN)
-        there = n < keys
-        k = tl.load(
-            key + batch * kb + kv * kh + n[None] * kn + d[:, None] * kd,
-            mask=there[None] & (d[:, None] < width), other=0.0,
+        x = _logits(
+            q, key, mask, batch, kv, head, at, real, start + tl.arange(0, BN), d,
+            keys, width, behind, scaling, hidden, kb, kh, kn, kd, mb, mh, mq, mk,
+            MASK, CAUSAL, UPCAST,
         )  # fmt: skip
-        if UPCAST:
-            k = k.to(tl.float32)
-        x = tl.dot(q, k, input_precision="ieee") * scaling
-        sees = real[:, None] & there[None]
-        if CAUSAL:
-            sees = sees & (n[None] <= at[:, None] + behind)
-        if MASK == 1:
-            sees = sees & (tl.load(mask + batch * mb + n * mk, mask=there, other=0) != 0)[None]
-        if MASK > 1:
-            given = tl.load(
-                mask + batch * mb + head[:, None] * mh + at[:, None] * mq + n[None] * mk,
-                mask=sees, other=0,
-            )  # fmt: skip
-            if MASK == 2:
-                sees = sees & (given != 0)
-            else:
-                given = given.to(tl.float32)
-                sees = sees & (given > hidden)
-                x += given
-        x = tl.where(sees, x, float("-inf"))
         new = tl.maximum(m, tl.max(x, 1))
         base = tl.where(new == float("-inf"), 0.0, new)
         s = s * tl.exp(m - base) + tl.sum(tl.exp(x - base[:, None]), 1)
@@ -111,33 +133,12 @@ def _weights(
     blind = tl.zeros((BR,), tl.int32)
     for kv in range(0, kv_heads):
         head = kv * group + g
-        q = tl.load(
-            query + batch * qb + head[:, None] * qh + at[:, None] * qn + d[None] * qd,
-            mask=real[:, None] & (d[None] < width), other=0.0,
+        q = _queries(query, batch, head, at, real, d, width, qb, qh, qn, qd, UPCAST)
+        x = _logits(
+            q, key, mask, batch, kv, head, at, real, n, d,
+            keys, width, behind, scaling, hidden, kb, kh, kn, kd, mb, mh, mq, mk,
+            MASK, CAUSAL, UPCAST,
         )  # fmt: skip
-        k = tl.load(
-            key + batch * kb + kv * kh + n[None] * kn + d[:, None] * kd,
-            mask=there[None] & (d[:, None] < width), other=0.0,
-        )  # fmt: skip
-        if UPCAST:
-            q, k = q.to(tl.float32), k.to(tl.float32)
-        x = tl.dot(q, k, input_precision="ieee") * scaling
-        sees = real[:, None] & there[None]
-        if CAUSAL:
-            sees = sees & (n[None] <= at[:, None] + behind)
-        if MASK == 1:
-            sees = sees & (tl.load(mask + batch * mb + n * mk, mask=there, other=0) != 0)[None]
-        if MASK > 1:
-            given = tl.load(
-                mask + batch * mb + head[:, None] * mh + at[:, None] * mq + n[None] * mk,
-                mask=sees, other=0,
-            )  # fmt: skip
-            if MASK == 2:
-                sees = sees & (given != 0)
-            else:
-                given = given.to(tl.float32)
-                sees = sees & (given > hidden)
-                x += given
         place = ((p[:, None] * cells + batch * kv_heads + kv) * tiles + tile) * (BR * BG)
         m = tl.load(most + place + own[None], mask=p[:, None] < parts, other=float("-inf"))
         s = tl.load(total + place + own[None], mask=p[:, None] < parts, other=0.0)
@@ -145,7 +146,6 @@ def _weights(
         base = tl.where(base == float("-inf"), 0.0, base)
         s = tl.sum(s * tl.exp(m - base[None]), 0)
         dead = real & (s == 0)
-        x = tl.where(sees, x, float("-inf"))
         x = tl.exp(x - base[:, None]) / tl.where(s == 0, 1.0, s)[:, None]
         if WAY == 0:  # a softmax over nothing is not a number
             x = tl.where(dead[:, None], float("nan"), x)

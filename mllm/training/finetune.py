@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from mllm.loading import load_model
 from mllm.plan import Plan
 from mllm.routers import adapter as adapters
 from mllm.routers import stats
-from mllm.routers.base import NAME
 from mllm.routers.experts_parallel import optimizer_groups
 from mllm.training import parts
 from mllm.training.data import Collator, Conversations
@@ -51,7 +49,7 @@ ATTENTION_TARGETS = r".*(language|text)_model.*\.(q|k|v|o)_proj"
 def wrap_lora(model: Any, recipe: Recipe) -> Any:
     """The model with LoRA adapters; everything else is frozen.
 
-    What the plan has put into the model is learnt whole, and gets none.
+    It comes before the plan, so what a plan puts into the model is learnt whole.
 
     Raises:
         RecipeError: PEFT refuses the configuration.
@@ -62,8 +60,6 @@ def wrap_lora(model: Any, recipe: Recipe) -> Any:
     experts = any(stage.info.stage == "experts" for stage in stages)
     targets = ATTENTION_TARGETS if experts else LORA_TARGETS
     options = {"target_modules": targets, **(recipe.method.model_extra or {})}
-    if getattr(model, NAME, None) is not None:
-        options["exclude_modules"] = _and_own(options.get("exclude_modules"))
     try:
         return get_peft_model(model, LoraConfig(**options))
     except (TypeError, ValueError) as error:
@@ -73,14 +69,6 @@ def wrap_lora(model: Any, recipe: Recipe) -> Any:
             given=options,
             expected="keys and values that peft.LoraConfig takes",
         ) from error
-
-
-def _and_own(exclude: str | list[str] | None) -> str:
-    """PEFT's `exclude_modules` as an expression that takes in what a plan has learnt."""
-    if isinstance(exclude, list):  # names, or what they end with
-        exclude = rf"(.*\.)?({'|'.join(map(re.escape, exclude))})"
-    own = rf"(.*\.)?{NAME}\..*"
-    return f"({exclude})|{own}" if exclude else own
 
 
 def check_four_bits() -> None:
