@@ -11,8 +11,12 @@ from typing import Any
 from mllm.errors import DataError
 
 
-def ensure_writable(folder: str | os.PathLike) -> Path:
+def ensure_writable(folder: str | os.PathLike, argument: str = "output") -> Path:
     """Make `folder` if missing and see that files can be made in it.
+
+    Args:
+        folder: the folder.
+        argument: the option that an error names.
 
     Raises:
         DataError: it cannot be made or written to.
@@ -24,7 +28,7 @@ def ensure_writable(folder: str | os.PathLike) -> Path:
     except OSError as error:
         raise DataError(
             f"cannot write to {path}: {error.strerror}",
-            argument="output",
+            argument=argument,
             given=path,
             expected="a folder that this user can write to",
         ) from error
