@@ -174,7 +174,8 @@ class MllmModel(lmms):
 
     def _replies(self, make: list[Callable[[], Prompt]]) -> list[dict[str, Any]]:
         """Replies to prompts, in order: kept ones, and new ones, which are kept at once."""
-        asked = ask(self.engine.processor, make, self._depends_on() if self._kept else ())
+        known = self._depends_on() if self._kept is not None else ()
+        asked = ask(self.engine.processor, make, known)
         found: list[dict[str, Any] | None] = [None] * len(asked)
         todo: list[list[int]] = []
         holes: list[int] = []

@@ -126,9 +126,6 @@ class Responses:
     def __exit__(self, *details: object) -> None:
         self._file.__exit__(*details)
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def get(self, key: str, alone: bool = False) -> dict[str, Any] | None:
         """The reply to a prompt, with the `seconds` that it took; None if there is none.
 

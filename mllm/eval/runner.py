@@ -73,7 +73,8 @@ def evaluate(
         MllmError: lmms-eval is not installed, a task does not exist, or workers without a GPU.
         DataError: `output` or `cache` cannot be written, or belongs to another model or version;
             or data cannot be had.
-        PlanError: a plan that cannot run on the model; found before weights are read.
+        PlanError: a plan that cannot run on the model, or that has not learnt what it must; found
+            before weights are read.
     """
     made = with_adapter([make_plan(plan, seed) for plan in plans], adapter)
     with contextlib.ExitStack() as stack:
@@ -94,7 +95,7 @@ def evaluate(
         manager = public.find_tasks(task_names, task_changes, data_dir)
         devices = devices_for(workers, device) if workers != 1 else []
         if load is None:
-            check_plans(pretrained, made)
+            check_plans(pretrained, made, learnt=True)
             load = functools.partial(
                 lmms.load_on, pretrained, dtype=dtype, attn_implementation=attn_implementation
             )
@@ -172,6 +173,10 @@ def _evaluated(
     results["config"]["model"] = "mllm"
     del results["config"]["resolved_cli_args"]
     samples = results.pop("samples")
+    for config in results["configs"].values():
+        for name, value in config.items():
+            if isinstance(value, str):  # lmms-eval writes functions as text
+                config[name] = files.without_addresses(value)
     record = _record(plan, results, samples, engine.about | own, model.seconds)
     record["answers"] = model.counts | {"damaged": kept.damaged if kept is not None else 0}
     if folder is not None:
