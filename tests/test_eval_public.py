@@ -200,13 +200,8 @@ def test_data_that_cannot_be_fetched(folder):
 
 
 def test_tasks_that_are_scored_otherwise_are_refused():
-    manager = public.Tasks()
-    other = next(
-        name for name in manager.all_subtasks
-        if manager._get_config(name).get("output_type") == "multiple_choice"
-    )  # fmt: skip
-    with pytest.raises(MllmError, match="multiple_choice task"):
-        public.find_tasks([other])
+    with pytest.raises(MllmError, match="egoschema_mcppl is a multiple_choice task"):
+        public.find_tasks(["egoschema_mcppl"])
 
 
 def test_a_wrong_public_name_lists_near_ones():

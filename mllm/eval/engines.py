@@ -18,6 +18,7 @@ import mllm
 from mllm.errors import MllmError
 from mllm.eval.prompts import Prompt, answer_batch
 from mllm.eval.provenance import describe_model, describe_run
+from mllm.loading import load_model
 from mllm.plan import Plan
 
 #: A batch: its number, its prompts, and the seed of what is drawn for it.
@@ -194,6 +195,11 @@ class Pool:
         if not fine:
             raise value
         return value
+
+
+def load_on(pretrained: str, device: str | None, **options: Any) -> tuple[Any, Any]:
+    """:func:`mllm.load_model` with the device second, for processes that each have their own."""
+    return load_model(pretrained, device=device, **options)
 
 
 def devices_for(workers: int, device: str | None) -> list[str]:

@@ -23,10 +23,9 @@ from tqdm import tqdm
 import mllm
 from mllm.errors import DataError, MllmError
 from mllm.eval import responses
-from mllm.eval.engines import Engine, Here, Job, Pool, devices_for
+from mllm.eval.engines import Engine, Here, Job, Pool, devices_for, load_on
 from mllm.eval.plans import make_plan
 from mllm.eval.prompts import Asked, Prompt, ask, batches, render
-from mllm.loading import load_model
 from mllm.plan import Plan, near
 from mllm.routers import adapter as adapters
 
@@ -280,11 +279,6 @@ class MllmModel(lmms):
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics=means,
         )
-
-
-def load_on(pretrained: str, device: str | None, **options: Any) -> tuple[Any, Any]:
-    """:func:`mllm.load_model` with the device second, for processes that each have their own."""
-    return load_model(pretrained, device=device, **options)
 
 
 def _generation_result(reply: dict[str, Any]) -> GenerationResult:

@@ -88,8 +88,8 @@ def evaluate(
         _need_lmms_eval()
         _need_one_process()
 
-        from mllm.eval import lmms, public, responses
-        from mllm.eval.engines import Here, Pool, devices_for
+        from mllm.eval import public, responses
+        from mllm.eval.engines import Here, Pool, devices_for, load_on
 
         data_dir = _existing(data_dir)
         manager = public.find_tasks(task_names, task_changes, data_dir)
@@ -97,7 +97,7 @@ def evaluate(
         if load is None:
             check_plans(pretrained, made, learnt=True)
             load = functools.partial(
-                lmms.load_on, pretrained, dtype=dtype, attn_implementation=attn_implementation
+                load_on, pretrained, dtype=dtype, attn_implementation=attn_implementation
             )
         wanted = [_configured(name, split, limit) for name in task_names]
         if not all(map(_is_ours, task_names)):
@@ -174,9 +174,9 @@ def _evaluated(
     del results["config"]["resolved_cli_args"]
     samples = results.pop("samples")
     for config in results["configs"].values():
-        for name, value in config.items():
+        for key, value in config.items():
             if isinstance(value, str):  # lmms-eval writes functions as text
-                config[name] = files.without_addresses(value)
+                config[key] = files.without_addresses(value)
     record = _record(plan, results, samples, engine.about | own, model.seconds)
     record["answers"] = model.counts | {"damaged": kept.damaged if kept is not None else 0}
     if folder is not None:
