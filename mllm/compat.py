@@ -89,6 +89,7 @@ __all__ = [
     "tested",
     "unset_hf_deepspeed_config",
     "uses_cache",
+    "visual_tokens",
     "warn_if_untested",
 ]
 
@@ -206,6 +207,15 @@ def serve(module: nn.Module, name: str) -> Any:
 def best_resolution(size: list[int], pinpoints: list[list[int]]) -> tuple[int, int]:
     """The (height, width) among `pinpoints` that a picture of `size` pixels is padded to."""
     return select_best_resolution(size, pinpoints)
+
+
+def visual_tokens(processor: Any, sizes: list[tuple[int, int]]) -> list[int] | None:
+    """Placeholder tokens of pictures by (height, width); None where the processor cannot tell."""
+    try:
+        counted = processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes])
+    except (AttributeError, KeyError, TypeError):  # not written, or not for this image processor
+        return None
+    return list(counted["num_image_tokens"])
 
 
 def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:

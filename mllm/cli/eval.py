@@ -29,7 +29,22 @@ def command(
         str | None, typer.Option(help="test, dev or train (our own tasks only).")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for results and samples.")
+        Path | None,
+        typer.Option(
+            "--output", "-o",
+            help="Folder for results, samples and answers; the same command goes on there.",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with local copies of public data sets; nothing is fetched."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes: on the CPU, or with a GPU each.")
+    ] = 1,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for answers that several outputs share, instead of --output."),
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -44,9 +59,11 @@ def command(
     """Score a model under one or more plans with lmms-eval.
 
     Our own tasks (yardstick, easyvqa, mnist) need no network. Public tasks (mme, pope, gqa, ...)
-    run where lmms-eval can fetch their data and has what their scoring needs.
+    run where lmms-eval can fetch their data, or from local copies (--data-dir).
 
-    Example: mllm eval --plan none --plan visionzip:keep=64 --tasks yardstick --limit 100
+    Example: mllm eval --plan none --plan visionzip:keep=64 --tasks yardstick --limit 100 -o run
+
+    A command that was killed goes on where it stopped when it is given again.
     """
 
     def work() -> list[dict[str, Any]]:
@@ -66,6 +83,9 @@ def command(
             seed=seed,
             output=output,
             adapter=adapter,
+            data_dir=data_dir,
+            workers=workers,
+            cache=cache,
         )
         return [{k: v for k, v in record.items() if k != "results"} for record in records]
 
@@ -120,6 +140,12 @@ def _show(records: list[dict[str, Any]]) -> None:
     for record in records:
         if record["files"]:
             console.print(f"Written: {record['files'][0]}", soft_wrap=True)
+    answers = {name: sum(record["answers"][name] for record in records)
+               for name in ("kept", "computed")}  # fmt: skip
+    damaged = records[0]["answers"]["damaged"]
+    if answers["kept"] or damaged:
+        skipped = f"; {damaged} unfinished lines skipped" if damaged else ""
+        console.print(f"{answers['kept']} answers kept, {answers['computed']} computed{skipped}")
 
 
 def _percent(row: dict[str, Any]) -> str:

@@ -172,7 +172,7 @@ class ResultsFile:
                     "--output",
                     argument="output",
                     given=self.path,
-                    expected="a file that no other sweep writes to",
+                    expected="a file that no other process writes to",
                 ) from error
             # The holder before may have removed the file between our opening and locking it.
             try:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import DataError
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
 
-def ensure_writable(folder: str | os.PathLike) -> Path:
+
+def ensure_writable(folder: str | os.PathLike, argument: str = "output") -> Path:
     """Make `folder` if missing and see that files can be made in it.
+
+    Args:
+        folder: the folder.
+        argument: the option that an error names.
 
     Raises:
         DataError: it cannot be made or written to.
@@ -24,7 +31,7 @@ def ensure_writable(folder: str | os.PathLike) -> Path:
     except OSError as error:
         raise DataError(
             f"cannot write to {path}: {error.strerror}",
-            argument="output",
+            argument=argument,
             given=path,
             expected="a folder that this user can write to",
         ) from error
@@ -51,6 +58,11 @@ def write_jsonl(path: str | os.PathLike, rows: list[Any]) -> Path:
     return write_text(path, "".join(lines))
 
 
+def without_addresses(text: str) -> str:
+    """Text without the addresses of objects, which are others every time."""
+    return _ADDRESS.sub("", text)
+
+
 def _plain(value: Any) -> Any:
-    """Numpy scalars as numbers; functions and the like, which configs hold, as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """Numpy scalars as numbers; functions, pictures and the like as text."""
+    return value.item() if hasattr(value, "item") else without_addresses(str(value))

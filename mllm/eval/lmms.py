@@ -8,11 +8,9 @@ python -m lmms_eval --model mllm --tasks yardstick --include_path <mllm.eval.tas
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,20 +18,20 @@ from accelerate import PartialState
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from PIL import Image
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
 
 import mllm
 from mllm.errors import DataError, MllmError
-from mllm.eval.answer import Answer, answer
+from mllm.eval import responses
+from mllm.eval.engines import Engine, Here, Job, Pool, devices_for, load_on
 from mllm.eval.plans import make_plan
-from mllm.loading import load_image, load_model
+from mllm.eval.prompts import Asked, Prompt, ask, batches, render
 from mllm.plan import Plan, near
-from mllm.views import with_tiles
+from mllm.routers import adapter as adapters
 
 DEFAULT_NEW_TOKENS = 256
 _MEANS = ("kept_llm", "visual_in", "visual_avg", "prefill_flops", "kv_bytes")
+_FACTS = ("config_sha256", "processor_sha256", "weights_sha256", "dtype", "backend", "device")
 
 
 @dataclass
@@ -58,8 +56,16 @@ class MllmModel(lmms):
         attn_implementation: `sdpa` or `eager`.
         batch_size: requests per batch; answers do not depend on it.
         seed: seed of the plan.
+        workers: processes that answer, each with a model of its own; answers do not depend on it.
+        cache: folder in which answers are kept and found again; None keeps none.
         max_batch_size: accepted because lmms-eval passes it; not used.
         loaded: (model, processor) to use instead of loading `pretrained`.
+        engine: what answers, instead of loading `pretrained`; it is not closed.
+        kept: open file of answers, instead of one in `cache`; it is not closed.
+
+    Attributes:
+        counts: answers that were found (`kept`) and made (`computed`).
+        seconds: that the answers took, by whoever and whenever they were made.
 
     Raises:
         PlanError, DataError: a plan or model that cannot be used.
@@ -77,52 +83,75 @@ class MllmModel(lmms):
         attn_implementation: str = "sdpa",
         batch_size: int | str = 1,
         seed: int = 0,
+        workers: int | str = 1,
+        cache: str | None = None,
         max_batch_size: int | None = None,
         loaded: tuple[Any, Any] | None = None,
+        engine: Engine | None = None,
+        kept: responses.Responses | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
         _refuse(unknown)
-        self.batch_size = _batch_size(batch_size)
+        self.batch_size = _whole("batch_size", batch_size)
         state = PartialState()
         self._rank, self._world_size = state.process_index, state.num_processes
         if device is None and self._world_size > 1:
             device = str(state.device)
-        self.model, self.processor = loaded or load_model(
-            str(pretrained), dtype=dtype, device=device, attn_implementation=attn_implementation
-        )
         self.plan = make_plan(plan, seed)
-        self.patched = mllm.patch(self.model, self.plan) if self.plan.stages else None
+        self._open: list[Any] = []
+        if engine is None:
+            load = functools.partial(
+                load_on, str(pretrained), dtype=dtype, attn_implementation=attn_implementation
+            )
+            engine = self._engine(load, _whole("workers", workers), device, str(pretrained), loaded)
+        self.engine: Engine | None = engine
+        facts = engine.facts if cache is not None else None  # of the model without a plan
+        engine.use(self.plan)
+        if facts is not None:
+            path = responses.in_cache(cache, facts)
+            if self._rank:
+                path = path.with_stem(f"{path.stem}-{self._rank}")
+            kept = responses.Responses(path, facts, "cache").__enter__()
+            self._open.append(kept)
+        self._kept = kept
+        self.counts = {"kept": 0, "computed": 0}
         self.seconds = 0.0
+
+    def _engine(
+        self, load: Any, workers: int, device: str | None, name: str, loaded: Any
+    ) -> Engine:
+        if workers == 1:
+            return Here(*(loaded or load(device)), name)
+        pool = Pool(load, devices_for(workers, device), name)
+        self._open.append(pool)
+        return pool
 
     @property
     def device(self) -> torch.device:
         """Where the model is; lmms-eval gathers its counts there."""
-        return self.model.device
+        return self.engine.device
+
+    @property
+    def patched(self) -> Any:
+        """What `mllm.patch` returned, where this process answers."""
+        return getattr(self.engine, "patched", None)
 
     def clean(self) -> None:
         """Take the plan out of the model and let go of it (lmms-eval calls this at the end)."""
-        if self.patched is not None:
-            self.patched.remove()
-            self.patched = None
+        if self.engine is not None:
+            self.engine.release()
+            self.engine = None
+        while self._open:
+            self._open.pop().__exit__(None, None, None)
         super().clean()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer every request, in order; one :class:`GenerationResult` each."""
-        asked = [self._request(request) for request in requests]
-        results: list[Answer | None] = [None] * len(asked)
-        started = time.perf_counter()
-        with self._progress(len(asked), "Answering") as bar:
-            for batch in batches(asked, self.batch_size):
-                options = dict(asked[batch[0]].options)
-                inputs = self._encode([asked[i] for i in batch])
-                answers = answer(self.model, self.processor, inputs, self.patched, **options)
-                for index, result in zip(batch, answers, strict=True):
-                    results[index] = result
-                bar.update(len(batch))
-        self.seconds += time.perf_counter() - started
-        self._log(results, time.perf_counter() - started)
-        return [_generation_result(result) for result in results]
+        before = self.seconds
+        found = self._replies([functools.partial(self._request, one) for one in requests])
+        self._log(found, self.seconds - before)
+        return [_generation_result(reply) for reply in found]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is the greedy one.
@@ -130,27 +159,8 @@ class MllmModel(lmms):
         The continuation is forced token by token after an ordinary prefill of the prompt, so a
         plan chooses its tokens without seeing the continuation, as in generation.
         """
-        asked = [self._continuation(request) for request in requests]
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(asked)
-        with self._progress(len(asked), "Scoring") as bar:
-            for batch in batches(asked, self.batch_size):
-                inputs = self._encode([asked[i] for i in batch]).to(self.device)
-                force = _Force([asked[i].continuation for i in batch], self.device)
-                with torch.inference_mode():
-                    self.model.generate(
-                        **inputs,
-                        do_sample=False,
-                        temperature=None,
-                        top_p=None,
-                        top_k=None,
-                        max_new_tokens=force.targets.shape[1],
-                        logits_processor=LogitsProcessorList([force]),
-                        pad_token_id=self.processor.tokenizer.pad_token_id,
-                    )
-                for row, index in enumerate(batch):
-                    results[index] = (float(force.total[row]), bool(force.greedy[row]))
-                bar.update(len(batch))
-        return results
+        found = self._replies([functools.partial(self._continuation, one) for one in requests])
+        return [(reply["score"], reply["greedy"]) for reply in found]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not offered: tasks that feed answers back need a protocol of their own."""
@@ -161,14 +171,73 @@ class MllmModel(lmms):
             expected="tasks with output_type generate_until or loglikelihood",
         )
 
-    def _request(self, request: Instance) -> _Request:
+    def _replies(self, make: list[Callable[[], Prompt]]) -> list[dict[str, Any]]:
+        """Replies to prompts, in order: kept ones, and new ones, which are kept at once."""
+        known = self._depends_on() if self._kept is not None else ()
+        asked = ask(self.engine.processor, make, known)
+        found: list[dict[str, Any] | None] = [None] * len(asked)
+        todo: list[list[int]] = []
+        holes: list[int] = []
+        for batch in batches(asked, self.batch_size):
+            missing = []
+            for index in batch:
+                if self._kept is not None:
+                    # A batch size of one is asked for to have times of single samples.
+                    alone = self.batch_size == 1
+                    found[index] = self._kept.get(asked[index].key, alone)
+                if found[index] is None:
+                    missing.append(index)
+            if len(missing) == len(batch):
+                todo.append(batch)
+            else:
+                holes += missing
+        # A batch is kept whole, so only answers of another command (a lower limit, say) leave
+        # some of it to be asked: these make new batches.
+        new = batches([asked[index] for index in holes], self.batch_size)
+        todo += [[holes[place] for place in batch] for batch in new]
+        self._compute(asked, todo, found)
+        self.seconds += sum(reply["seconds"] for reply in found)
+        return found
+
+    def _compute(
+        self, asked: list[Asked], todo: list[list[int]], found: list[dict[str, Any] | None]
+    ) -> None:
+        computed = sum(map(len, todo))
+        self.counts["computed"] += computed
+        self.counts["kept"] += len(asked) - computed
+
+        def jobs() -> Iterator[Job]:
+            for number, batch in enumerate(todo):
+                seed = int(asked[batch[0]].key[:15], 16)
+                yield number, [asked[index].prompt() for index in batch], seed
+
+        with tqdm(
+            total=len(asked), initial=len(asked) - computed, desc="Answering",
+            disable=self._rank != 0,
+        ) as bar:  # fmt: skip
+            for number, replies, seconds in self.engine.answer(jobs()):
+                batch = todo[number]
+                if self._kept is not None:
+                    self._kept.add([asked[index].key for index in batch], replies, seconds)
+                for index, reply in zip(batch, replies, strict=True):
+                    found[index] = reply | {"seconds": seconds / len(batch)}
+                bar.update(len(batch))
+
+    def _depends_on(self) -> list[Any]:
+        """What every answer depends on, besides its prompt."""
+        facts = [self.engine.facts[name] for name in _FACTS]
+        plan = [self.plan.spec, self.plan.sha256, self.plan.seed]
+        learnt = list(adapters.digest(self.plan.folder).values())
+        return [responses.SCHEMA, mllm.__version__, *facts, *plan, learnt]
+
+    def _request(self, request: Instance) -> Prompt:
         """A generation request: (context, doc_to_messages, options, doc id, task, split)."""
         _, doc_to_messages, options, doc_id, task, split = request.args
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
         stops = options.get("until") or []
         kept = {k: v for k, v in options.items() if k not in ("until", "max_new_tokens")}
-        return self._prompt(
-            messages,
+        return Prompt(
+            *render(self.engine.processor, messages),
             {
                 **kept,
                 "stops": [stops] if isinstance(stops, str) else list(stops),
@@ -176,72 +245,32 @@ class MllmModel(lmms):
             },
         )
 
-    def _continuation(self, request: Instance) -> _Request:
+    def _continuation(self, request: Instance) -> Prompt:
         """A scoring request: (context, continuation, doc_to_visual, doc id, task, split)."""
         context, target, doc_to_visual, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         target = target if isinstance(target, str) else target(doc)
         visuals = (doc_to_visual(doc) if callable(doc_to_visual) else doc_to_visual) or []
         content = [{"type": "image", "url": visual} for visual in visuals]
-        asked = self._prompt(
-            [{"role": "user", "content": [*content, {"type": "text", "text": context}]}], {}
-        )
-        encode = self.processor.tokenizer
-        whole = encode(asked.text + target, add_special_tokens=False)["input_ids"]
-        prefix = encode(asked.text, add_special_tokens=False)["input_ids"]
-        asked.continuation = whole[len(prefix) :]
-        if not asked.continuation:
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": context}]}]
+        text, images = render(self.engine.processor, messages)
+        encode = self.engine.processor.tokenizer
+        whole = encode(text + target, add_special_tokens=False)["input_ids"]
+        prefix = encode(text, add_special_tokens=False)["input_ids"]
+        if not whole[len(prefix) :]:
             raise DataError(
                 f"{task}: the continuation of document {doc_id} is empty",
                 argument="continuation",
                 given=target,
                 expected="at least one token",
             )
-        return asked
+        return Prompt(text, images, {}, whole[len(prefix) :])
 
-    def _prompt(self, messages: list[dict], options: dict[str, Any]) -> _Request:
-        plain, images = [], []
-        for message in messages:
-            content = message["content"]
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            parts = []
-            for part in content:
-                if part["type"] == "image":
-                    images.append(_image(part.get("url", part.get("image"))))
-                    parts.append({"type": "image"})
-                elif part["type"] == "text":
-                    parts.append({"type": "text", "text": part["text"]})
-                else:
-                    raise DataError(
-                        f"the lmms-eval model 'mllm' cannot read {part['type']} yet",
-                        argument="tasks",
-                        given=part["type"],
-                        expected="text and images",
-                    )
-            plain.append({"role": message["role"], "content": parts})
-        text = self.processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        return _Request(text, images, options)
-
-    def _encode(self, asked: list[_Request]) -> Any:
-        images = [image for request in asked for image in request.images]
-        inputs = self.processor(
-            images=images or None,
-            text=[request.text for request in asked],
-            padding=True,
-            return_tensors="pt",
-        )
-        grid = None if self.patched is None else self.patched.tiles
-        return with_tiles(inputs, self.processor, images, grid).to(dtype=self.model.dtype)
-
-    def _progress(self, total: int, what: str) -> tqdm:
-        return tqdm(total=total, desc=what, disable=self._rank != 0)
-
-    def _log(self, results: list[Answer], seconds: float) -> None:
+    def _log(self, found: list[dict[str, Any]], seconds: float) -> None:
         """Means over this call, for the `throughput` block of lmms-eval's results."""
-        tokens = sum(result.output_tokens for result in results)
+        tokens = sum(reply["output_tokens"] for reply in found)
         means = {
-            name: sum(result.efficiency[name] for result in results) / max(1, len(results))
+            name: sum(reply["mllm"][name] for reply in found) / max(1, len(found))
             for name in _MEANS
         }
         log_metrics(
@@ -252,83 +281,20 @@ class MllmModel(lmms):
         )
 
 
-@dataclass
-class _Request:
-    """A prompt as text with its pictures; `continuation` is for scoring."""
-
-    text: str
-    images: list[Image.Image]
-    options: dict[str, Any]
-    continuation: list[int] = field(default_factory=list)
-
-    @property
-    def group(self) -> str:
-        """Requests of one batch must agree in this."""
-        return json.dumps(self.options, sort_keys=True, default=str)
-
-
-class _Force(LogitsProcessor):
-    """Makes each row continue as told, and adds up what the model thought of it."""
-
-    def __init__(self, continuations: list[list[int]], device: torch.device) -> None:
-        longest = max(map(len, continuations))
-        self.targets = torch.tensor(
-            [ids + [-1] * (longest - len(ids)) for ids in continuations], device=device
-        )
-        self.total = torch.zeros(len(continuations), dtype=torch.float64, device=device)
-        self.greedy = torch.ones(len(continuations), dtype=torch.bool, device=device)
-        self.step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        target = self.targets[:, self.step]
-        self.step += 1
-        live, index = target >= 0, target.clamp_min(0)[:, None]
-        logs = scores.float().log_softmax(-1)
-        self.total += torch.where(live, logs.gather(1, index)[:, 0], 0.0).double()
-        self.greedy &= ~live | (logs.argmax(-1) == target)
-        return torch.full_like(scores, float("-inf")).scatter_(1, index, 0.0)
-
-
-def batches(asked: list[_Request], size: int) -> Iterator[list[int]]:
-    """Indices in batches of alike requests: same options, images and, as far as possible, length.
-
-    Alike lengths keep padding rare; the order inside is the order asked.
-    """
-    order = sorted(
-        range(len(asked)),
-        key=lambda i: (asked[i].group, len(asked[i].images), len(asked[i].text), i),
-    )
-    batch: list[int] = []
-    for index in order:
-        same = batch and asked[batch[0]].group == asked[index].group
-        if batch and (len(batch) == size or not same):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _generation_result(result: Answer) -> GenerationResult:
+def _generation_result(reply: dict[str, Any]) -> GenerationResult:
     counts = EfficiencyCounts(
-        input_tokens=result.input_tokens,
-        output_tokens=result.output_tokens,
-        mllm=result.efficiency,
+        input_tokens=reply["input_tokens"],
+        output_tokens=reply["output_tokens"],
+        mllm=reply["mllm"],
     )
-    return GenerationResult(text=result.text, token_counts=counts)
+    return GenerationResult(text=reply["text"], token_counts=counts)
 
 
-def _image(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    return load_image(Path(source))
-
-
-def _batch_size(value: int | str) -> int:
+def _whole(name: str, value: int | str) -> int:
     if not str(value).isdigit() or int(value) < 1:
         raise MllmError(
-            f"batch_size must be a whole number from 1, not {value!r}",
-            argument="batch_size",
+            f"{name} must be a whole number from 1, not {value!r}",
+            argument=name,
             given=value,
             expected="for example 16",
         )
@@ -336,7 +302,10 @@ def _batch_size(value: int | str) -> int:
 
 
 def _refuse(unknown: Iterable[str]) -> None:
-    known = ("pretrained", "plan", "dtype", "device", "attn_implementation", "batch_size", "seed")
+    known = (
+        "pretrained", "plan", "dtype", "device", "attn_implementation", "batch_size", "seed",
+        "workers", "cache",
+    )  # fmt: skip
     for name in unknown:
         expected = near(name, known)
         raise MllmError(

@@ -61,19 +61,33 @@ def with_adapter(plans: Sequence[Plan], folder: str | None) -> list[Plan]:
     return list(plans)
 
 
-def check_plans(pretrained: str, plans: Sequence[Plan]) -> None:
+def check_plans(pretrained: str, plans: Sequence[Plan], learnt: bool = False) -> None:
     """Try plans, and what they have learnt, on a model without weights, before any are read.
+
+    Args:
+        pretrained: model folder, hub name, or `tiny-llava`.
+        plans: to try.
+        learnt: refuse plans that have something to learn and have not learnt it.
 
     Raises:
         DataError: there is no model.
         PlanError: a plan that cannot work on it, or an adapter of another model or plan.
     """
     from mllm.doctor import skeleton
+    from mllm.patcher import UNTRAINED, UNTRAINED_PROJECTOR
 
     model = skeleton(pretrained)
     for plan in plans:
-        with patched_with(model, plan):
-            pass
+        with patched_with(model, plan) as patched:
+            notes = patched.plan_notes if patched is not None and learnt else []
+            if any(note.endswith((UNTRAINED, UNTRAINED_PROJECTOR)) for note in notes):
+                raise PlanError(
+                    f"{plan.spec} has parts that must be trained, and nothing that they have "
+                    "learnt: train it (mllm train), and give the folder as the plan, or --adapter",
+                    argument="plan",
+                    given=plan.spec,
+                    expected="a plan folder with an adapter, or --adapter FOLDER",
+                )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import subprocess
 from importlib import metadata
@@ -68,6 +69,34 @@ def describe_run(model: nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
+    }
+
+
+def describe_model(
+    name: str, model: nn.Module, processor: Any, about: dict[str, Any]
+) -> dict[str, Any]:
+    """What tells a model's answers from those of others: for result folders and kept answers.
+
+    Args:
+        name: as it was given; only for people.
+        model, processor: as `mllm.load_model` gives them.
+        about: of :func:`describe_run`.
+    """
+    from mllm import compat
+
+    settings = getattr(processor, "image_processor", None)
+    settings = settings.to_dict() if settings is not None else {}
+    tokens = len(processor.tokenizer)
+    text = json.dumps([settings, tokens], sort_keys=True, default=str)
+    return {
+        "name": str(name),
+        "class": type(model).__name__,
+        "config_sha256": compat.config_sha256(model),
+        "processor_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "weights_sha256": about["weights_sha256"],
+        "dtype": about["dtype"],
+        "backend": about["backend"],
+        "device": model.device.type,
     }
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
+import functools
 import importlib.util
 import os
 import re
-import time
-from collections.abc import Sequence
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import DataError, MllmError
-from mllm.eval import files, sources, stats, tasks
+from mllm.eval import files, sources, stats
 from mllm.eval.plans import UNPATCHED, check_plans, make_plan, with_adapter
 
 _SUMS = ("kept_llm", "visual_in", "visual_avg", "prefill_flops", "kv_bytes")
@@ -32,8 +34,16 @@ def evaluate(
     seed: int = 0,
     output: str | os.PathLike | None = None,
     adapter: str | None = None,
+    data_dir: str | os.PathLike | None = None,
+    cache: str | os.PathLike | None = None,
+    workers: int = 1,
+    task_changes: Mapping[str, Mapping[str, Any]] | None = None,
+    load: Callable[[str | None], tuple[Any, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate one model under several plans.
+
+    With `output`, answers are kept in it as they come: the same call goes on where a killed one
+    stopped, and asks nothing again when it is repeated.
 
     Args:
         pretrained: model folder, hub name, or `tiny-llava`.
@@ -46,97 +56,139 @@ def evaluate(
         dtype, device, attn_implementation: how to load the model.
         seed: seed of the plans.
         output: folder for `<time>_results.json` and `<time>_samples_<task>.jsonl`, in one folder
-            per plan.
+            per plan, and for the answers (`responses.jsonl`); of one model and version of mllm.
         adapter: folder with what the plans have learnt, perhaps under another budget.
+        data_dir: folder with local copies of public data sets (see `mllm.eval.public`).
+        cache: folder for the answers instead of `output`, which several runs share.
+        workers: processes that answer, on the CPU or with a GPU each; results do not depend on it.
+        task_changes: keys of public tasks' configurations to set, by task.
+        load: loads model and processor on a device, instead of `pretrained` with `dtype` and
+            `attn_implementation`; picklable, if there are several workers.
 
     Returns:
-        One record per plan: `{plan, rows, mllm, files, results}`; `results` is what lmms-eval
-        returned, without the samples.
+        One record per plan: `{plan, rows, mllm, files, answers, results}`; `answers` counts
+        `{kept, computed, damaged}`, and `results` is what lmms-eval returned, without the samples.
 
     Raises:
-        MllmError: lmms-eval is not installed, or a task does not exist.
-        DataError: `output` cannot be written, or data cannot be fetched.
-        PlanError: a plan that cannot run on the model; found before weights are read.
+        MllmError: lmms-eval is not installed, a task does not exist, or workers without a GPU.
+        DataError: `output` or `cache` cannot be written, or belongs to another model or version;
+            or data cannot be had.
+        PlanError: a plan that cannot run on the model, or that has not learnt what it must; found
+            before weights are read.
     """
     made = with_adapter([make_plan(plan, seed) for plan in plans], adapter)
-    if output is not None:
-        output = files.ensure_writable(output)
-    _need_lmms_eval()
-    manager = find_tasks(task_names)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if output is not None:
+            from mllm.eval.run_folder import RunFolder
 
+            folder = stack.enter_context(RunFolder(output))
+        if cache is not None:
+            files.ensure_writable(cache, "cache")
+        _need_lmms_eval()
+        _need_one_process()
+
+        from mllm.eval import public, responses
+        from mllm.eval.engines import Here, Pool, devices_for, load_on
+
+        data_dir = _existing(data_dir)
+        manager = public.find_tasks(task_names, task_changes, data_dir)
+        devices = devices_for(workers, device) if workers != 1 else []
+        if load is None:
+            check_plans(pretrained, made, learnt=True)
+            load = functools.partial(
+                load_on, pretrained, dtype=dtype, attn_implementation=attn_implementation
+            )
+        wanted = [_configured(name, split, limit) for name in task_names]
+        if not all(map(_is_ours, task_names)):
+            public.check_data(manager, wanted, data_dir)
+        if devices:
+            engine = stack.enter_context(Pool(load, devices, pretrained))
+        else:
+            engine = Here(*load(device), pretrained)
+        kept = None
+        if folder is not None:
+            folder.claim(engine.facts)
+        if cache is not None:
+            path = responses.in_cache(cache, engine.facts)
+            kept = stack.enter_context(responses.Responses(path, engine.facts, "cache"))
+        elif folder is not None:
+            path = folder.path / responses.NAME
+            kept = stack.enter_context(responses.Responses(path, engine.facts))
+        command = {
+            "tasks": list(task_names), "limit": limit, "split": split, "changes": task_changes,
+            "batch_size": batch_size, "backend": engine.facts["backend"],
+            "device": engine.facts["device"], "data_dir": data_dir and str(data_dir.resolve()),
+        }  # fmt: skip
+        return [
+            _evaluated(
+                plan, pretrained, [_configured(name, split, limit) for name in task_names],
+                manager, batch_size, limit, engine, kept, folder, command,
+            )
+            for plan in made
+        ]  # fmt: skip
+
+
+def _evaluated(
+    plan: Any,
+    pretrained: str,
+    wanted: list[Any],
+    manager: Any,
+    batch_size: int,
+    limit: int | None,
+    engine: Any,
+    kept: Any,
+    folder: Any,
+    command: dict[str, Any],
+) -> dict[str, Any]:
+    """One plan: its record, and its files."""
     from lmms_eval.evaluator import simple_evaluate
-    from tenacity import RetryError
 
     from mllm.eval.lmms import MllmModel
-    from mllm.eval.provenance import describe_run
-    from mllm.loading import load_model
     from mllm.routers import adapter as adapters
 
-    check_plans(pretrained, made)
-    loaded = load_model(
-        pretrained, dtype=dtype, device=device, attn_implementation=attn_implementation
-    )
-    about = describe_run(loaded[0])
-    records = []
-    for plan in made:
-        wanted = [_configured(name, split, limit) for name in task_names]
-        model = MllmModel(pretrained, plan, batch_size=batch_size, loaded=loaded)
+    own = {"seed": plan.seed, **adapters.digest(plan.folder)}
+    model = MllmModel(pretrained, plan, batch_size=batch_size, engine=engine, kept=kept)
+    with tempfile.TemporaryDirectory() as beside:  # some tasks write files for a test server
+        name, stamp = _slug(plan.spec or UNPATCHED), ""
+        if folder is not None:
+            stamp = folder.stamp(command | {"plan": plan.sha256, **own})
+            beside = folder.fresh(f"{name}/{stamp}_more")
         try:
             results = simple_evaluate(
                 model=model,
                 model_args=f"pretrained={pretrained},plan={plan.spec or 'none'}",
                 tasks=wanted,
                 batch_size=batch_size,
-                device=str(loaded[0].device),
+                device=str(engine.device),
                 limit=limit,
                 bootstrap_iters=0,
                 task_manager=manager,
+                cli_args=Namespace(
+                    output_path=str(beside), process_with_media=True, reasoning_tags=None
+                ),
             )
-        except RetryError as error:  # lmms-eval tries a download several times
-            model.clean()
-            cause = error.last_attempt.exception()
-            raise DataError(
-                f"the data of {', '.join(task_names)} cannot be fetched: {cause}",
-                argument="tasks",
-                given=", ".join(task_names),
-                expected="a network, cached data, or the yardstick tasks",
-            ) from error
-        results["config"]["model"] = "mllm"
-        own = {"seed": plan.seed, **adapters.digest(plan.folder)}
-        records.append(_record(plan, results, about | own, model.seconds, output))
-    return records
-
-
-def find_tasks(names: Sequence[str]) -> Any:
-    """A TaskManager that knows `names`; the index of public tasks is read only if needed.
-
-    Raises:
-        MllmError: a name that neither we nor lmms-eval know; it lists near names.
-    """
-    from lmms_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=tasks.PATH, include_defaults=False)
-    ours = manager.all_tasks
-    for name in names:
-        near = difflib.get_close_matches(name, ours, 3, 0.8)
-        if near and name not in ours:  # a slip of ours: no need to read two thousand files
-            raise _no_task(name, near)
-    if set(names) <= set(ours):
-        return manager
-    manager = TaskManager(include_path=tasks.PATH, model_name="mllm")
-    for name in names:
-        if name not in manager.all_tasks:
-            raise _no_task(name, difflib.get_close_matches(name, manager.all_tasks, 3, 0.5) or ours)
-    return manager
-
-
-def _no_task(name: str, near: list[str]) -> MllmError:
-    return MllmError(
-        f"there is no task {name!r}; did you mean: {', '.join(near)}?",
-        argument="tasks",
-        given=name,
-        expected=", ".join(near),
-    )
+        finally:
+            engine.release()
+    results["config"]["model"] = "mllm"
+    del results["config"]["resolved_cli_args"]
+    samples = results.pop("samples")
+    for config in results["configs"].values():
+        for key, value in config.items():
+            if isinstance(value, str):  # lmms-eval writes functions as text
+                config[key] = files.without_addresses(value)
+    record = _record(plan, results, samples, engine.about | own, model.seconds)
+    record["answers"] = model.counts | {"damaged": kept.damaged if kept is not None else 0}
+    if folder is not None:
+        into = files.ensure_writable(folder.path / name)
+        # The results come last: where they are, everything is.
+        written = [
+            files.write_jsonl(into / f"{stamp}_samples_{task}.jsonl", rows)
+            for task, rows in samples.items()
+        ]
+        whole = files.write_json(into / f"{stamp}_results.json", results)
+        record["files"] = [str(path) for path in (whole, *written)]
+    return record
 
 
 def _need_lmms_eval() -> None:
@@ -149,9 +201,36 @@ def _need_lmms_eval() -> None:
         )
 
 
+def _need_one_process() -> None:
+    """Under torchrun or accelerate, plain lmms-eval spreads tasks over the ranks itself."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MllmError(
+            "mllm eval starts its own processes: give --workers N instead of starting it with "
+            "torchrun or accelerate launch (python -m lmms_eval --model mllm runs under those)",
+            argument="workers",
+            given=os.environ["WORLD_SIZE"],
+            expected="one process with --workers",
+        )
+
+
+def _existing(data_dir: str | os.PathLike | None) -> Path | None:
+    if data_dir is None or Path(data_dir).is_dir():
+        return data_dir and Path(data_dir)
+    raise DataError(
+        f"there is no folder {data_dir} with local copies of data sets",
+        argument="data_dir",
+        given=data_dir,
+        expected="a folder that exists",
+    )
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("yardstick") or name in (*sources.GROUPS, *sources.TASKS)
+
+
 def _configured(name: str, split: str | None, limit: int | None) -> str | dict[str, Any]:
     """A task for lmms-eval; one of ours makes no more samples than are asked for."""
-    if not name.startswith("yardstick") and name not in (*sources.GROUPS, *sources.TASKS):
+    if not _is_ours(name):
         if split is None:
             return name
         raise MllmError(
@@ -167,9 +246,12 @@ def _configured(name: str, split: str | None, limit: int | None) -> str | dict[s
 
 
 def _record(
-    plan: Any, results: dict[str, Any], about: dict[str, Any], seconds: float, output: Path | None
+    plan: Any,
+    results: dict[str, Any],
+    samples: dict[str, list[dict[str, Any]]],
+    about: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
-    samples = results.pop("samples")
     for rows in samples.values():
         for sample in rows:
             counts = (sample["token_counts"] or [None])[0]
@@ -184,21 +266,13 @@ def _record(
         "n": len(costs),
         "totals": totals | {"seconds": seconds},
     }
-    record = {
+    return {
         "plan": plan.spec or UNPATCHED,
         "rows": [_row(name, rows, results) for name, rows in samples.items()],
         "mllm": results["mllm"],
         "files": [],
         "results": results,
     }
-    if output is not None:
-        folder = files.ensure_writable(output / _slug(record["plan"]))
-        stamp = time.strftime("%Y%m%d_%H%M%S")
-        written = [files.write_json(folder / f"{stamp}_results.json", results)]
-        for name, rows in samples.items():
-            written.append(files.write_jsonl(folder / f"{stamp}_samples_{name}.jsonl", rows))
-        record["files"] = [str(path) for path in written]
-    return record
 
 
 def _row(name: str, samples: list[dict], results: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +299,8 @@ def _score(samples: list[dict], scores: dict[str, Any]) -> dict[str, Any]:
     )
     name, score = metric.split(",")[0], scores[metric]
     values = [sample.get(name) for sample in samples]
-    if all(value in (0, 1) for value in values):
+    values = [value.get("score") if isinstance(value, dict) else value for value in values]
+    if all(value in (0, 1) for value in values) and sum(values) == round(score * len(values), 9):
         correct = int(sum(values))
         return {
             "metric": name,
