@@ -61,8 +61,9 @@ def members(cls: type) -> dict[str, Any]:
     for name, value in vars(cls).items():
         if isinstance(value, classmethod | staticmethod):
             value = value.__func__
-        called = inspect.isfunction(value) or isinstance(value, property)
-        if called and not name.startswith("_") and value.__doc__:
+        function = value.fget if isinstance(value, property) else value
+        ours = inspect.isfunction(function) and function.__module__.startswith("mllm")
+        if ours and not name.startswith("_") and value.__doc__:
             found[name] = value
     return found
 
@@ -95,12 +96,23 @@ def _entry(line: str) -> str:
     return f"- {', '.join(words)}: {found[2] or ''}"
 
 
+class _Plain(str):
+    """An annotation that is shown without quotes."""
+
+    __repr__ = str.__str__
+
+
 def signature(name: str, thing: Any) -> str:
     """`name(parameters)` as one would write it."""
     try:
         found = inspect.signature(thing)
     except (TypeError, ValueError):
         return name
+    plain = [p.replace(annotation=_Plain(p.annotation)) if isinstance(p.annotation, str) else p
+             for p in found.parameters.values()]  # fmt: skip
+    returns = found.return_annotation
+    returns = _Plain(returns) if isinstance(returns, str) else returns
+    found = found.replace(parameters=plain, return_annotation=returns)
     return re.sub(r"\bmllm(\.\w+)+\.", "", f"{name}{found}")
 
 

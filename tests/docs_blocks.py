@@ -91,6 +91,8 @@ def parse(words: list[str]) -> dict:
     assert name in SUMMARIES, f"no command {name!r}"
     command = load_command(name)
     if hasattr(command, "commands"):
+        if not rest:
+            return {}
         sub, *rest = rest
         assert sub in command.commands, f"no command {name} {sub}"
         command = command.commands[sub]

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import sys
 import pytest
 import yaml
 from docs_blocks import (
+    FENCE,
     NOTEBOOKS,
     PAGES,
     ROOT,
@@ -129,6 +131,20 @@ def load_recipe(path, found) -> None:
     from mllm.training.recipe import load
 
     load(path, [word for word in found["overrides"] or () if "=" in word], found["tiny"])
+
+
+@named([p for p in PAGES if "`mllm " in text_of(p)])
+def test_commands_in_the_text_exist(item):
+    for command in re.findall(r"`mllm ([a-z][^`\n]*)`", re.sub(FENCE, "", text_of(item))):
+        if "..." in command or "--help" in command:
+            continue
+        try:
+            parse(shlex.split(command))
+        except Exception as error:  # typer carries click under names of its own
+            said = getattr(error, "format_message", lambda error=error: str(error))()
+            # A text may leave out what a command needs, and an option its value.
+            left_out = "Missing " in said or "requires an argument" in said
+            assert left_out, f"mllm {command}: {said}"
 
 
 @named([b for b in BLOCKS if b.kind in ("", "bash")])
@@ -343,7 +359,10 @@ def test_a_newcomers_walk(scratch):
         page: play(str(ROOT / "tests" / "docs_blocks.py"), str(ROOT / "docs" / f"{page}.md"))
         for page in TUTORIALS
     }
-    assert "green" in said["quickstart"] and "fraction above 1" in said["patch"]
+    (shown,) = [b for b in blocks(ROOT / "docs" / "quickstart.md") if b.kind == "text"]
+    lines = {" ".join(line.split()) for line in said["quickstart"].splitlines()}
+    assert {" ".join(line.split()) for line in shown.text.splitlines()} <= lines
+    assert "fraction above 1" in said["patch"]
     assert (scratch / "kept.png").is_file() and (scratch / "report.html").is_file()
     assert (scratch / "runs/first/model/mllm_plan.json").is_file()
 
