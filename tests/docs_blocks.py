@@ -1,6 +1,7 @@
 """The blocks of code in the documentation: found, checked against what there is, and run.
 
-`python tests/docs_blocks.py PAGE` runs a page's blocks in order, in the current folder.
+`python tests/docs_blocks.py PAGE` runs a page's blocks in order, in the current folder; with
+`--python` those in Python alone.
 """
 
 from __future__ import annotations
@@ -149,8 +150,13 @@ def _wrong_keywords(call: ast.Call, function: object, where: str) -> list[str]:
     ]
 
 
-def run(page: Path) -> None:
-    """Run a page's blocks in order: Python in one namespace, `mllm` commands in processes."""
+def run(page: Path, shell: bool = True) -> None:
+    """Run a page's blocks in order: Python in one namespace, `mllm` commands in processes.
+
+    Args:
+        page: a Markdown file.
+        shell: whether commands are run, and files written that the page says to save.
+    """
     names: dict = {"__name__": "__page__"}
     if "tiny-llava" not in "".join(b.text for b in blocks(page) if b.kind == "python"):
         exec(compile(PRELUDE, "prelude", "exec"), names)
@@ -161,13 +167,14 @@ def run(page: Path) -> None:
             # Line numbers of the page, for the traceback.
             code = "\n" * block.line + block.text
             exec(compile(code, str(page), "exec", dont_inherit=True), names)
-        elif block.kind == "bash":
+        elif block.kind == "bash" and shell:
             for words in map(ours, commands(block)):
                 if words is not None:
                     print(f"{block}: mllm {shlex.join(words)}", flush=True)
                     subprocess.run([sys.executable, "-m", "mllm.cli", *words], check=True)
-        elif block.kind == "yaml" and (saved := re.findall(r"[Ss]aved as `(\S+)`", _behind(block))):
-            Path(saved[0]).write_text(block.text)
+        elif block.kind == "yaml" and shell:
+            for name in re.findall(r"[Ss]aved as `(\S+)`", _behind(block)):
+                Path(name).write_text(block.text)
 
 
 def _behind(block: Block) -> str:
@@ -176,4 +183,4 @@ def _behind(block: Block) -> str:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]).resolve())
+    run(Path(sys.argv[1]).resolve(), "--python" not in sys.argv)
