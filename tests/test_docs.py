@@ -48,7 +48,7 @@ def text_of(path) -> str:
 
 
 def named(items):
-    return pytest.mark.parametrize("item", items, ids=str)
+    return pytest.mark.parametrize("item", items, ids=lambda x: getattr(x, "name", str(x)))
 
 
 @pytest.fixture()
