@@ -27,8 +27,10 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 test test-all: export OMP_NUM_THREADS := 1
+# A page of news about mkdocs at every build.
+site: export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test test-all lint docs install clean
+.PHONY: help demo test test-all lint docs site notebooks install clean
 
 help:
 	@echo "make demo      the whole job on the embedded model; leaves demo/report.html"
@@ -36,6 +38,8 @@ help:
 	@echo "make test-all  every test: all combinations of the invariant matrix, 2,000 drawn plans; an hour"
 	@echo "make lint      ruff"
 	@echo "make docs      write the machine-made pages of docs/ anew"
+	@echo "make site      build the documentation into site/, links checked (extra: docs)"
+	@echo "make notebooks run the notebooks of docs/ and keep their outputs (extra: docs)"
 
 install:
 ifneq ($(VENV),none)
@@ -60,5 +64,13 @@ docs: install
 	$(PY) -m scripts.make_verdicts
 	$(PY) -m scripts.make_performance
 
+site notebooks: EXTRAS := $(EXTRAS),docs
+
+site: install
+	$(PY) -m mkdocs build --strict
+
+notebooks: install
+	$(PY) -m scripts.run_notebooks
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .pytest_cache .ruff_cache
