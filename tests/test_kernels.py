@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(params=["interpreter", pytest.param("triton", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
+def device(request):
     """Where tensors have to be so that kernels run; falling back to torch is an error."""
     pytest.importorskip("triton", minversion="3.7.1")  # older interpreters break with numpy 2.4
     interpreter = request.param == "interpreter"
@@ -34,11 +34,7 @@ def device(request, monkeypatch):
     if why := kernels._triton_obstacle(interpreter):
         pytest.skip(why)
 
-    def say(name, why):
-        raise AssertionError(f"{name} runs in torch: {why}")
-
-    monkeypatch.setattr(kernels, "_say", say)
-    with kernels.use(request.param):
+    with kernels.use(request.param, strict=True):
         yield "cpu" if interpreter else "cuda"
 
 
