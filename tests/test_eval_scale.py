@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval")
 
+from mllm import compat  # noqa: E402
 from mllm.cli import app  # noqa: E402
 from mllm.errors import DataError, MllmError  # noqa: E402
 from mllm.eval import engines, responses, run_folder  # noqa: E402
@@ -347,8 +348,11 @@ def test_every_prompt_is_in_one_batch():
         assert min(lengths) >= 15 / 16 * max(lengths)
 
 
-def test_the_shape_is_the_prompts_true_length(loaded):
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_shape_is_the_prompts_true_length(loaded, monkeypatch, tells):
     _, processor = loaded
+    if not tells:  # as some processors do not: then the prompt is made to see
+        monkeypatch.setattr(compat, "visual_tokens", lambda *_: None)
     images = [Image.new("RGB", size, "red") for size in ((112, 112), (300, 50))]
     prompts = [
         Prompt("USER: <image> what is it?", images[:1]), Prompt("<image> and <image>?", images),
@@ -358,8 +362,9 @@ def test_the_shape_is_the_prompts_true_length(loaded):
         prompts, ask(processor, [lambda p=p: p for p in prompts], ()), strict=True
     ):
         made = processor(text=[prompt.text], images=prompt.images or None, return_tensors="pt")
-        # A placeholder counts beside the tokens that stand for it.
-        assert asked.length - len(prompt.images) == made["input_ids"].shape[1]
+        # Where they are counted, a placeholder stands beside its tokens.
+        beside = len(prompt.images) if tells else 0
+        assert asked.length - beside == made["input_ids"].shape[1]
         assert len(asked.shape) == 1 + len(prompt.images)
 
 
