@@ -145,6 +145,9 @@ def test_a_cost_that_some_rows_lack_is_plotted_without_them():
     kv = str(plots.pareto([*rows, row("visionzip", 64, 9)], "kv"))
     assert 'data-name="random"' in kv and "visionzip" not in kv
     assert "KV cache" not in report.render(Report("t", [], [], [row("random", 64, 6)]))
+    text_only = row("textonly", 64, 6, visual_avg=0.0)  # no place on a logarithmic axis
+    assert text_only not in plots.measured([text_only], "tokens")
+    assert text_only in plots.measured([text_only], "flops")
 
 
 def test_the_front_is_what_no_other_row_beats():

@@ -69,8 +69,9 @@ class Style:
 
 
 def measured(rows: Sequence[Row], axis: str) -> list[Row]:
-    """Rows with results whose cost on an axis is known."""
-    return [row for row in rows if row.n and math.isfinite(AXES[axis].cost(row))]
+    """Rows with results whose cost on an axis is known, and can be drawn on its scale."""
+    least = 0.0 if AXES[axis].log else -math.inf
+    return [row for row in rows if row.n and least < AXES[axis].cost(row) < math.inf]
 
 
 def front(rows: Sequence[Row], axis: str, task: str | None = None) -> list[Row]:
