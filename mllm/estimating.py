@@ -27,6 +27,7 @@ from mllm.plan import Plan
 from mllm.roofline import Hardware, device
 from mllm.routers.base import NAME
 from mllm.shapes import SHAPES
+from mllm.views import VIEW
 
 DTYPES = ("bfloat16", "float16", "float32")
 SIZE = (768, 1024)
@@ -205,6 +206,13 @@ def prompt(
     return found | pictures | {family.pixels: pixels.to(family.model.dtype)}
 
 
+def tiles(family: Family, inputs: dict[str, Any], grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The tiles of pictures that are all alike, for plans that are shown some."""
+    count = grid[0] * grid[1]
+    own = {name: inputs[name] for name in family.needs}
+    return {f"{VIEW}{k}": x.repeat(count, *[1] * (x.dim() - 1)) for k, x in own.items()}
+
+
 def _hollow(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: Hollow(x) if isinstance(x, Tensor) and x.is_meta else x for k, x in inputs.items()}
 
@@ -303,7 +311,10 @@ def prefill(
         if not getattr(stage, "exact", True):
             raise _unknown(plan, f"{stage.info.name} stores as many tokens as that asks for")
     patched = Patched(net, Plan(stages, 0 if plan is None else plan.seed))
-    family, given = patched.family, _hollow(inputs)
+    family = patched.family
+    if patched.tiles is not None:
+        inputs = inputs | tiles(family, inputs, patched.tiles)
+    given = _hollow(inputs)
     own = Weights.of(family, patched.upcycled.layers)
     hollow_out(net)
     _skip_blocks(patched)

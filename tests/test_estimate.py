@@ -19,7 +19,7 @@ from mllm.compressors import FastV
 from mllm.doctor import bones
 from mllm.errors import DataError, PlanError
 from mllm.estimate import Estimate
-from mllm.estimating import SEPARATORS, WINDOWS, prompt
+from mllm.estimating import SEPARATORS, WINDOWS, prompt, tiles
 from mllm.models import resolve
 from mllm.plan import get_method
 from mllm.roofline import Hardware
@@ -61,6 +61,8 @@ def measured(family: str, plan: str | None, images: int = 1) -> dict:
     torch.manual_seed(3)
     inputs = {k: torch.randn(x.shape) if x.is_meta else x for k, x in inputs.items()}
     with mllm.patch(net, [] if plan is None else plan) as patched:
+        if patched.tiles is not None:
+            inputs |= tiles(patched.family, inputs, patched.tiles)
         net(**inputs, use_cache=True, logits_to_keep=1)
         return patched.ledger.as_dict()
 
@@ -85,6 +87,15 @@ def test_the_numbers_are_those_of_a_real_run(family, plan):
     assert found.plain.prefill_flops == sum(real["baseline_prefill_flops"])
     assert found.patched.kv_bytes == real["kv_bytes"]
     assert [row["tokens"] for row in found.layers] == [x["tokens"][0] for x in real["layers"]]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mistral3", "idefics3"])
+def test_tiles_are_counted_where_a_plan_is_shown_some(family):
+    plan = "deepstack:grid=1/2"
+    found, real = estimated(family, plan, images=2), measured(family, plan, images=2)
+    assert said(found.ledger) == said(real)
+    plain = found.plain.tower_flops + found.plain.projector_flops
+    assert found.patched.prefill_flops - found.plain.prefill_flops == pytest.approx(2 * plain)
 
 
 @pytest.mark.parametrize("family", SPACED)
