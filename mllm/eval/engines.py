@@ -21,6 +21,8 @@ from mllm.eval.provenance import describe_model, describe_run
 from mllm.loading import load_model
 from mllm.plan import Plan
 
+#: Seconds for a process to end by itself.
+PATIENCE = 5
 #: A batch: its number, its prompts, and the seed of what is drawn for it.
 Job = tuple[int, Sequence[Prompt], int]
 #: Its number, replies as `prompts.answer_batch` gives them, and seconds.
@@ -167,10 +169,12 @@ class Pool:
 
     def close(self) -> None:
         """End the processes."""
-        for ours, process in self._workers.items():
+        for ours in self._workers:
+            ours.close()  # at the end of their pipe they end by themselves, and tidy up
+        for process in self._workers.values():
+            process.join(PATIENCE)
             process.terminate()
             process.join()
-            ours.close()
         self._workers = {}
 
     def __enter__(self) -> Pool:
