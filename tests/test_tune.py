@@ -477,9 +477,9 @@ def test_dry_run_writes_nothing(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_planted_method_wins_on_the_embedded_model(tmp_path, monkeypatch):
+def test_a_planted_method_wins_on_the_embedded_model(tmp_path, request):
     """Against methods that leave a corner of the picture at the same cost."""
-    monkeypatch.setattr(plans, "_REGISTRY", {**plans._load_methods()})
+    request.addfinalizer(lambda: plans._REGISTRY.pop("corner"))
 
     @mllm.register("corner", stage="pre_llm")
     @dataclasses.dataclass
