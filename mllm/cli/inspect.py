@@ -21,7 +21,6 @@ from mllm.cli._common import (
 )
 from mllm.errors import DataError
 
-SUFFIXES = (".png", ".html", ".htm")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg")
 
 
@@ -81,14 +80,11 @@ def inspect(
         PlanError: the plan cannot be read, or does not work on this model, or the model cuts
             pictures in a way that cannot be drawn.
     """
+    from mllm.eval.files import suffix_of
+    from mllm.eval.inspection import SUFFIXES
+
     for path in outputs:
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(
-                f"{path} does not say what to write",
-                argument="output",
-                given=str(path),
-                expected=f"a name that ends in {', '.join(SUFFIXES)}",
-            )
+        suffix_of(path, SUFFIXES)
         check_writable(path)
     with err_console().status("loading"):
         import transformers

@@ -98,19 +98,14 @@ class Files:
         """Sort by suffix.
 
         Raises:
-            MllmError: a suffix that says nothing.
+            DataError: a suffix that says nothing.
         """
+        from mllm.eval.files import suffix_of
+
         made = cls()
         only = markdown or csv  # these alone need no page
         for path in output or ([] if only else [Path("report.html")]):
-            if path.suffix.lower() not in KINDS:
-                raise MllmError(
-                    f"{path} does not say what to write",
-                    argument="output",
-                    given=str(path),
-                    expected=f"a name that ends in {', '.join(KINDS)}",
-                )
-            made.paths.setdefault(KINDS[path.suffix.lower()], []).append(path)
+            made.paths.setdefault(KINDS[suffix_of(path, KINDS)], []).append(path)
         for kind, path in (("markdown", markdown), ("csv", csv), ("svg", svg)):
             if path is not None:
                 made.paths.setdefault(kind, []).append(path)

@@ -6,12 +6,30 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from mllm.errors import DataError
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
+
+
+def suffix_of(path: str | os.PathLike, known: Collection[str]) -> str:
+    """What the end of a file's name says to write, in small letters.
+
+    Raises:
+        DataError: it is none of `known`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in known:
+        raise DataError(
+            f"{path} does not say what to write",
+            argument="output",
+            given=str(path),
+            expected=f"a name that ends in {', '.join(known)}",
+        )
+    return suffix
 
 
 def ensure_writable(folder: str | os.PathLike, argument: str = "output") -> Path:

@@ -37,6 +37,9 @@ from mllm.signals import AttentionRows, ColumnMass, VisionAttention
 from mllm.tokens import Layout
 from mllm.views import with_tiles
 
+#: Of files that :meth:`Inspection.save` writes.
+SUFFIXES = (".html", ".htm", ".png")
+
 
 @dataclass
 class Heat:
@@ -134,15 +137,8 @@ class Inspection:
             DataError: another suffix.
         """
         path = Path(path)
-        if path.suffix.lower() in (".html", ".htm"):
+        if files.suffix_of(path, SUFFIXES) != ".png":
             return files.write_text(path, self.html())
-        if path.suffix.lower() != ".png":
-            raise DataError(
-                f"{path} does not say what to write",
-                argument="output",
-                given=str(path),
-                expected="a name that ends in .html or .png",
-            )
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             self.figure().save(temporary, format="PNG")
