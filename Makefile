@@ -48,7 +48,7 @@ ifneq ($(VENV),none)
 endif
 
 demo: install
-	$(PY) -m mllm.cli demo --output demo $(ARGS)
+	$(PY) -m mllm demo --output demo $(ARGS)
 
 test: install
 	$(PY) -m pytest -q -m "not slow" $(PARALLEL) $(ARGS)

@@ -402,7 +402,7 @@ def test_a_worker_that_dies_is_told(folder, loaded, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_command_with_two_processes_and_kill_9(folder, tmp_path):
     words = [
-        sys.executable, "-m", "mllm.cli", "eval", "--model", str(folder), "--device", "cpu",
+        sys.executable, "-m", "mllm", "eval", "--model", str(folder), "--device", "cpu",
         "--tasks", ",".join(TASKS), "--limit", "8", "--batch-size", "2", "--output",
     ]  # fmt: skip
     subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)

@@ -575,7 +575,7 @@ def test_the_dry_run_of_the_command(small, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_for(small, tmp_path / "run").to_yaml())
     done = subprocess.run(
-        [sys.executable, "-m", "mllm.cli", "train", str(path), "--dry-run", "--nproc", "2"],
+        [sys.executable, "-m", "mllm", "train", str(path), "--dry-run", "--nproc", "2"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

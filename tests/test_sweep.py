@@ -423,7 +423,7 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(folder, loaded, tmp_p
 
 @pytest.mark.slow
 def test_the_command_survives_kill_9_on_the_embedded_model(tmp_path):
-    words = [sys.executable, "-m", "mllm.cli", "sweep", "--plans", "visionzip", "--budgets",
+    words = [sys.executable, "-m", "mllm", "sweep", "--plans", "visionzip", "--budgets",
              "16", "--tasks", "exist,color", "--n", "4", "--timings", "0", "--output"]  # fmt: skip
     subprocess.run([*words, str(tmp_path / "whole.jsonl")], check=True, capture_output=True)
     path = tmp_path / "s.jsonl"

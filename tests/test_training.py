@@ -420,7 +420,7 @@ def test_sigterm_saves_and_exits_143_then_resumes(small_model, tmp_path):
     recipe._written["train"]["max_steps"] = 100_000
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "mllm.cli", "train", str(path), "--json"]
+    command = [sys.executable, "-m", "mllm", "train", str(path), "--json"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -437,7 +437,7 @@ def test_sigterm_saves_and_exits_143_then_resumes(small_model, tmp_path):
 
 def test_the_command_reports_errors_in_one_line():
     done = subprocess.run(
-        [sys.executable, "-m", "mllm.cli", "train", "tiny-llava", "trian.seed=1"],
+        [sys.executable, "-m", "mllm", "train", "tiny-llava", "trian.seed=1"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
