@@ -1,9 +1,9 @@
 """Is learnt compression worth its training? Against methods that need none, at as many tokens.
 
-Every method is trained as `lora-control` trains (its held-back scenes, LoRA and tasks), and so is
-its control: as many steps without compression, afterwards under methods that need no training, at
-the layer-average visual tokens that the learnt one has. One set of weights serves all budgets of a
-method. Runs and answers that are there already are reused:
+Every method is trained as `lora-control` trains (its held-back scenes, steps, LoRA and tasks), and
+so is its control: the same without compression, afterwards under methods that need no training,
+at the layer-average visual tokens that the learnt one has. One set of weights serves all budgets
+of a method. Runs and answers that are there already are reused:
 
     python benchmarks/compression.py --output runs/compression
 """
@@ -37,22 +37,19 @@ class Kind:
     Attributes:
         plan: that it is trained with.
         plans: that its weights are evaluated under, most tokens first.
-        steps: of training, its control's too.
         seeds: how many runs.
     """
 
     plan: str
     plans: tuple[str, ...]
-    steps: int
     seeds: int = 1
 
 
-#: What adds modules learns them from the beginning, and is given twice the steps.
 KINDS = {
-    "m3": Kind("m3", tuple(f"m3:keep={n}" for n in (576, 144, 36, 9, 1)), 100, 3),
-    "tokenflex": Kind("tokenflex", tuple(f"tokenflex:keep={n}" for n in (256, 144, 64)), 200),
-    "dpn": Kind("dpn", ("dpn",), 200),
-    "llavamini": Kind("llavamini", ("llavamini",), 200),
+    "m3": Kind("m3", tuple(f"m3:keep={n}" for n in (576, 144, 36, 9, 1)), 3),
+    "tokenflex": Kind("tokenflex", tuple(f"tokenflex:keep={n}" for n in (256, 144, 64))),
+    "dpn": Kind("dpn", ("dpn",)),
+    "llavamini": Kind("llavamini", ("llavamini",)),
 }
 VISUAL = 576  # of the embedded model
 #: Without training, at the same number of tokens.
@@ -88,12 +85,11 @@ def compare(kind: Kind, given: argparse.Namespace) -> tuple[list[dict[str, Any]]
     """A row for each budget of a method, with its differences, and the record of a run."""
     part = load("lora-control", given.overrides).eval
     seeds = range(1, kind.seeds + 1)
-    folder = given.output / str(kind.steps)
     # The run's own evaluation is of no use here: answers are scored below, and kept.
-    options = [f"train.max_steps={kind.steps}", *given.overrides, "eval.limit=1"]
+    options = [*given.overrides, "eval.limit=1"]
     for plan in (kind.plan, "null"):
-        runs = [trained(plan, seed, folder, options) for seed in seeds]
-    ours = [scores(folder / f"{kind.plan}-{seed}", kind.plans, part) for seed in seeds]
+        runs = [trained(plan, seed, given.output, options) for seed in seeds]
+    ours = [scores(given.output / f"{kind.plan}-{seed}", kind.plans, part) for seed in seeds]
     tokens = {
         plan: float(np.mean([row["visual_avg"] for run in ours for row in run[plan]]))
         for plan in kind.plans
@@ -104,7 +100,7 @@ def compare(kind: Kind, given: argparse.Namespace) -> tuple[list[dict[str, Any]]
         if n < VISUAL
     }
     wanted = [None, *dict.fromkeys(name for names in free.values() for name in names)]
-    theirs = [scores(folder / f"null-{seed}", wanted, part) for seed in seeds]
+    theirs = [scores(given.output / f"null-{seed}", wanted, part) for seed in seeds]
     rows = []
     for plan in kind.plans:
         mine = [run[plan] for run in ours]
@@ -138,22 +134,22 @@ def page(data: dict[str, Any]) -> str:
     lines = [
         "# Learnt compression against methods without training",
         "",
-        f"LoRA on held-back scenes in steps of {data['batch']}, with the method and without any; "
-        f"{data['n']} test questions a seed. Tokens are layer averages. The control has had as "
-        "many steps; it is compressed after its training by the methods that are named, to as many "
-        "tokens, and not at all in the column `all tokens`. In brackets is how much better the "
-        "learnt method is, in points with its 95 % interval. A row of one seed is preliminary.",
+        f"LoRA on held-back scenes, {data['steps']} steps of {data['batch']}, with the method and "
+        f"without any; {data['n']} test questions a seed. Tokens are layer averages. The control "
+        "is compressed after its training by the methods that are named, to as many tokens, and "
+        "not at all in the column `all tokens`. In brackets is how much better the learnt method "
+        "is, in points with its 95 % interval. A row of one seed is preliminary.",
         "",
-        f"| plan | tokens | steps | seeds | accuracy | all tokens | {' | '.join(FREE)} |",
-        "| --- |" + " --- |" * (5 + len(FREE)),
+        f"| plan | tokens | seeds | accuracy | all tokens | {' | '.join(FREE)} |",
+        "| --- |" + " --- |" * (4 + len(FREE)),
     ]
-    for name, rows in data["methods"].items():
+    for rows in data["methods"].values():
         for row in rows:
             against = {str(o["plan"]).split(":")[0]: o for o in row["against"]}
             cells = [_cell(against.get(name)) for name in ("None", *FREE)]
             lines.append(
-                f"| `{row['plan']}` | {row['visual_avg']:.1f} | {data['steps'][name]} | "
-                f"{len(row['accuracy'])} | {np.mean(row['accuracy']):.1%} | {' | '.join(cells)} |"
+                f"| `{row['plan']}` | {row['visual_avg']:.1f} | {len(row['accuracy'])} | "
+                f"{np.mean(row['accuracy']):.1%} | {' | '.join(cells)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -166,21 +162,16 @@ def _cell(other: dict[str, Any] | None) -> str:
     return f"{np.mean(other['accuracy']):.1%} ({difference})"
 
 
-def pictures(data: dict[str, Any]) -> dict[int, str]:
-    """By the number of steps: accuracy over tokens of what had so many, as SVG."""
-    found = {}
-    for steps in set(data["steps"].values()):
-        rows: dict[str | None, Row] = {}
-        for name in (name for name in data["methods"] if data["steps"][name] == steps):
-            for row in data["methods"][name]:
-                seeds = len(row["accuracy"])
-                rows[row["plan"]] = _point(row, row["visual_avg"], data["n"])
-                for other in row["against"]:
-                    tokens = row["visual_avg"] if other["plan"] else VISUAL
-                    rows.setdefault(other["plan"], _point(other, tokens, data["n"]))
-        title = f"LoRA, {steps} steps, {seeds} seed{'s' * (seeds > 1)}: one set of weights a line"
-        found[steps] = plots.picture(list(rows.values()), title)
-    return found
+def picture(data: dict[str, Any]) -> str:
+    """Accuracy over tokens as SVG; what was not trained is of the first method's control."""
+    found: dict[str | None, Row] = {}
+    for rows in data["methods"].values():
+        for row in rows:
+            found[row["plan"]] = _point(row, row["visual_avg"], data["n"])
+            for other in row["against"]:
+                tokens = row["visual_avg"] if other["plan"] else VISUAL
+                found.setdefault(other["plan"], _point(other, tokens, data["n"]))
+    return plots.picture(list(found.values()), f"Held-back scenes, LoRA of {data['steps']} steps")
 
 
 def _point(row: dict[str, Any], tokens: float, n: int) -> Row:
@@ -202,14 +193,10 @@ def main() -> None:
     part, methods = load("lora-control", given.overrides).eval, {}
     for name in given.methods:
         methods[name], record = compare(KINDS[name], given)
-    found = {
-        "n": part.limit * len(part.tasks),
-        "steps": {name: KINDS[name].steps for name in methods},
-        "methods": methods,
-    }
+    found = {"n": part.limit * len(part.tasks), "methods": methods}
     publish("compression", page, found, record, given.overrides)
-    for steps, drawn in pictures(found).items():
-        write_text(RESULTS / f"compression-{steps}.svg", drawn)
+    made = json.loads((RESULTS / "compression.json").read_text())
+    write_text(RESULTS / "compression.svg", picture(made))
 
 
 if __name__ == "__main__":
