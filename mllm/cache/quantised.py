@@ -21,6 +21,7 @@ from mllm.errors import PlanError
 
 #: Bits of a value; 16 is the identity.
 BITS = (2, 4, 8, 16)
+BLOCK = 2**19  # values that a CPU goes through at a time: steps in between stay in its caches
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,20 @@ class ByToken:
         """Quantise rows `[rows, dim]` in groups of `group` channels, or all if there are fewer."""
         parts = x.unflatten(1, (-1, min(group, x.shape[1])))
         low, step = _bounds(parts.amin(2), parts.amax(2), bits)
-        codes = _codes(parts, low[..., None], step[..., None], bits).flatten(1)
-        return cls(_pack(codes, bits), low, step, bits, x.shape[1])
+
+        def packed(part: slice) -> Tensor:
+            codes = _codes(parts[part], low[part, :, None], step[part, :, None], bits)
+            return _pack(codes.flatten(1), bits)
+
+        return cls(_blockwise(packed, x), low, step, bits, x.shape[1])
 
     def rows(self) -> Tensor:
-        codes = _unpack(self.codes, self.bits, self.dim).unflatten(1, (self.low.shape[1], -1))
-        return _values(codes, self.low[..., None], self.step[..., None]).flatten(1)
+        def values(part: slice) -> Tensor:
+            codes = _unpack(self.codes[part], self.bits, self.dim)
+            codes = codes.unflatten(1, (self.low.shape[1], -1))
+            return _values(codes, self.low[part, :, None], self.step[part, :, None]).flatten(1)
+
+        return _blockwise(values, self.codes, self.dim)
 
     def pick(self, index: Tensor) -> ByToken:
         return replace(self, **{n: getattr(self, n)[index] for n in ("codes", "low", "step")})
@@ -121,16 +130,20 @@ class ByChannel:
             bits: of a value.
         """
         members = number.unique_consecutive(return_counts=True)[1]
-        at = number[:, None].expand(x.shape)
-        ends = [
-            x.new_zeros(len(members), x.shape[1], dtype=torch.float32).scatter_reduce(
-                0, at, x.float(), way, include_self=False
-            )
-            for way in ("amin", "amax")
-        ]
-        low, step = _bounds(*(end.to(x.dtype) for end in ends), bits)
-        codes = _codes(x, low[number], step[number], bits)
-        return cls(_pack(codes, bits), low, step, members.to(torch.int32), bits, x.shape[1])
+        # Every group as long as the longest: its last row again and again changes no bound.
+        size = int(members.max()) if len(members) else 1
+        last = members.cumsum(0)[:, None] - 1
+        within = torch.arange(1 - size, 1, device=x.device)
+        at = (last + within).clamp(min=last + 1 - members[:, None])
+        groups = x.index_select(0, at.flatten()).unflatten(0, at.shape)
+        low, step = _bounds(groups.amin(1), groups.amax(1), bits)
+
+        def packed(part: slice) -> Tensor:
+            own = (t.index_select(0, number[part]) for t in (low, step))
+            return _pack(_codes(x[part], *own, bits), bits)
+
+        codes = _blockwise(packed, x)
+        return cls(codes, low, step, members.to(torch.int32), bits, x.shape[1])
 
     def number(self) -> Tensor:
         """Group of every row."""
@@ -138,8 +151,13 @@ class ByChannel:
         return every.repeat_interleave(self.members, output_size=len(self.codes))
 
     def rows(self) -> Tensor:
-        codes, number = _unpack(self.codes, self.bits, self.dim), self.number()
-        return _values(codes, self.low[number], self.step[number])
+        number = self.number()
+
+        def values(part: slice) -> Tensor:
+            own = (t.index_select(0, number[part]) for t in (self.low, self.step))
+            return _values(_unpack(self.codes[part], self.bits, self.dim), *own)
+
+        return _blockwise(values, self.codes, self.dim)
 
     def pick(self, index: Tensor) -> ByChannel:
         groups, members = self.number()[index].unique_consecutive(return_counts=True)
@@ -343,6 +361,30 @@ def check_size(channels: int, group: int, what: str) -> None:
         )
 
 
+def _blockwise(
+    make: Callable[[slice], Tensor], rows: Tensor, width: int | None = None
+) -> Tensor:
+    """`make` of all rows, one block of them after another on a CPU.
+
+    Args:
+        make: gives `[rows of the slice, ...]`.
+        rows: `[rows, ...]`.
+        width: values of a row; None is as many as `rows` has.
+    """
+    count = len(rows)
+    block = max(1, BLOCK // (width or rows.shape[1])) if rows.device.type == "cpu" else count
+    if count <= block:
+        return make(slice(None))
+    found = None
+    for start in range(0, count, block):
+        part = slice(start, start + block)
+        made = make(part)
+        if found is None:
+            found = made.new_empty(count, *made.shape[1:])
+        found[part] = made
+    return found
+
+
 def _bounds(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Least values and steps as they are stored, in the dtype of the keys.
 
@@ -359,23 +401,32 @@ def _codes(x: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
 
 
 def _values(codes: Tensor, low: Tensor, step: Tensor) -> Tensor:
-    return (codes * step.float() + low.float()).to(low.dtype)
+    if codes.device.type == "cpu":  # where what is spread out is gone through one by one
+        low, step = (t.expand(codes.shape).contiguous() for t in (low, step))
+    # Codes are exact in any floating point dtype, and the sum is rounded once.
+    return torch.addcmul(low, codes.to(low.dtype), step)
+
+
+#: Steps that spread a byte's values of so many bits over the bytes of a wider whole number, the
+#: first one lowest: how far a copy is shifted, and what stays.
+_SPREAD = {8: (), 4: ((4, 0x0F0F),), 2: ((12, 0x000F000F), (6, 0x03030303))}
+_WIDE = {8: torch.uint8, 4: torch.int16, 2: torch.int32}
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 `[rows, dim]` below 2**bits as `[rows, bytes]`, filled up with zeros."""
-    many = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % many))
-    return (codes.unflatten(1, (-1, many)) << _shifts(bits, codes)).sum(2, dtype=torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (8 // bits)))
+    wide = codes.contiguous().view(_WIDE[bits])
+    for shift, _ in reversed(_SPREAD[bits]):
+        wide = wide | wide >> shift
+    return wide.to(torch.uint8)  # what is above the lowest byte is no use
 
 
 def _unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    codes = (packed[..., None] >> _shifts(bits, packed)) & (2**bits - 1)
-    return codes.flatten(1)[:, :dim]
-
-
-def _shifts(bits: int, like: Tensor) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8, device=like.device)
+    wide = packed.to(_WIDE[bits])
+    for shift, stays in _SPREAD[bits]:
+        wide = (wide | wide << shift) & stays
+    return wide.view(torch.uint8)[:, :dim]
 
 
 def _joined(one: Any, other: Any, *names: str) -> Any:
