@@ -23,8 +23,9 @@ from routers import marks, publish, trained
 from mllm.errors import PlanError
 from mllm.eval.files import write_json
 from mllm.eval.stats import paired_seeds
-from mllm.training.recipe import EvalPart, load
+from mllm.training.recipe import load
 from mllm.training.run import evaluate
+from mllm.training.schema import EvalPart
 
 
 @dataclass(frozen=True)
