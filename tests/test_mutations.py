@@ -16,6 +16,7 @@ from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mllm.patcher import Patched
 from mllm.pre_llm import VisionRun
 from mllm.tokens import TokenTable
+from mllm.vision_hooks import VisionHooks
 
 FASTV, TWO = "fastv:layer=2:keep=0.5", "fastv:layer=1:keep=0.5+fastv:layer=3:keep=2"
 ZIP, DIV = "visionzip:keep=10", "divprune:keep=6:positions=original"
@@ -157,7 +158,7 @@ def wrong_receiver(mp):
 
 
 def no_class_token(mp):
-    around(mp, Patched, "_tower_post", lambda original, *a: None)
+    around(mp, VisionHooks, "_tower_post", lambda original, *a: None)
 
 
 def nothing_dropped(mp):
