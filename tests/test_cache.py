@@ -273,6 +273,17 @@ def test_unequal_heads_free_memory():
     assert cache_bytes(cache)[0] == full * 4 // 64
 
 
+def test_one_choice_for_all_heads_where_they_differ():
+    """Samples are not taken for heads, of which there are as many."""
+    cache, kv = toy(2)
+    feed(cache, *torch.randn(2, 2, HEADS, 6, DIM), torch.ones(2, 6, dtype=torch.bool))
+    kv.evict(drop=torch.tensor([[[0], [1]], [[2], [3]]]))
+    keep = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]).bool()
+    cache.layers[0].retain(keep)
+    table = cache.layers[0].table
+    assert table.logical[table.valid].tolist() == [1, 2, 3, 0, 2, 3, 3, 4, 5, 2, 4, 5]
+
+
 def test_dropping_one_token_a_step_seldom_copies():
     """A flat buffer lets idle rows lie until they are worth a copy."""
     cache, kv = toy(1)
