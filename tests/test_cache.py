@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import mllm
+from mllm import masks
 from mllm.cache import (
     Dense,
     KVCache,
@@ -920,21 +921,21 @@ def test_a_compact_prompt_cannot_be_cut_in_two():
 def heads_crossed(mp):
     """Query heads are masked by the wrong KV heads."""
 
-    def mask(original, self, *a):
-        made = original(self, *a)
+    def mask(original, *a):
+        made = original(*a)
         return made.flip(1)
 
-    around(mp, DecoderRun, "_with_stored", mask)
+    around(mp, masks, "_with_stored", mask)
 
 
 def heads_alike(mp):
     """What one head holds is shown to all of them."""
 
-    def mask(original, self, *a):
-        made = original(self, *a)
+    def mask(original, *a):
+        made = original(*a)
         return made[:, :1]
 
-    around(mp, DecoderRun, "_with_stored", mask)
+    around(mp, masks, "_with_stored", mask)
 
 
 def nothing_evicted(mp):

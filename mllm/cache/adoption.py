@@ -48,10 +48,12 @@ def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
 
     Raises:
         PlanError: the cache is of another kind.
-        CacheMismatchError: another model or plan filled it.
+        CacheMismatchError: another model or plan filled it, or none did, or a forward broke off.
     """
+    _check_foreign(cache)
     if cache.layers and all(type(layer) is SlotLayer for layer in cache.layers):
         _check_mark(cache, mark, len(windows))
+        _check_alike(cache)
         return
     kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
     plain = type(cache) is DynamicCache and all(
@@ -74,6 +76,31 @@ def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
     cache.layers = layers
     cache.layer_class_to_replicate = None
     cache.mllm = mark
+
+
+def _check_foreign(cache: Cache) -> None:
+    """What an unpatched model has stored was not reduced, and nobody would notice."""
+    layers = getattr(cache, "layers", ())
+    foreign = [x for x in layers if not isinstance(x, SlotLayer) or x.foreign]
+    if stored := max((int(x.get_seq_length()) for x in foreign), default=0):
+        raise CacheMismatchError(
+            f"this cache was filled with {stored} tokens without a plan",
+            argument="past_key_values",
+            given=type(cache).__name__,
+            expected="a new cache, or one that this plan has filled",
+        )
+
+
+def _check_alike(cache: Cache) -> None:
+    """Every forward adds the same tokens to all layers."""
+    seen = [layer.seen for layer in cache.layers]
+    if len(set(seen)) > 1:
+        raise CacheMismatchError(
+            f"a forward pass broke off and left {seen} tokens in the layers",
+            argument="past_key_values",
+            given=seen,
+            expected="a new cache",
+        )
 
 
 def _check_mark(cache: Cache, mark: CacheMark, depth: int) -> None:
