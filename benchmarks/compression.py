@@ -26,8 +26,9 @@ from mllm.eval.files import write_json, write_text
 from mllm.eval.report import Row
 from mllm.eval.stats import paired_seeds, share
 from mllm.eval.sweep import SANITY
-from mllm.training.recipe import EvalPart, load
+from mllm.training.recipe import load
 from mllm.training.run import evaluate
+from mllm.training.schema import EvalPart
 
 
 @dataclass(frozen=True)

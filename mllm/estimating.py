@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm import flops
-from mllm.cache.layer import cache_bytes
+from mllm.cache import cache_bytes
 from mllm.doctor import bones, skeleton
 from mllm.errors import DataError, PlanError, unusable
 from mllm.estimate import Cost, Estimate

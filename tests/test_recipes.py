@@ -28,8 +28,9 @@ from mllm.training.distill import Teacher, distill_loss
 from mllm.training.finetune import check_four_bits, wrap_lora
 from mllm.training.launch import World, deepspeed_config
 from mllm.training.ordering import Order
-from mllm.training.recipe import DataPart, DistillPart, LearningRates, load, shipped, validate
+from mllm.training.recipe import load, shipped, validate
 from mllm.training.run import run
+from mllm.training.schema import DataPart, DistillPart, LearningRates
 from mllm.training.tiny import new_processor
 
 REPOSITORY = Path(__file__).parents[1]
