@@ -6,8 +6,9 @@ Outcomes are 0/1 values, one per question, in the same order for everything that
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -260,10 +261,23 @@ def median_interval(
     values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:
     """Median of `values` with its 95 % percentile bootstrap interval: (median, low, high)."""
+    return _interval(np.median, values, seed, resamples)
+
+
+def mean_interval(
+    values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """Mean of `values` with its 95 % percentile bootstrap interval: (mean, low, high)."""
+    return _interval(np.mean, values, seed, resamples)
+
+
+def _interval(
+    of: Callable[..., Any], values: Sequence[float], seed: int, resamples: int
+) -> tuple[float, float, float]:
     data = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(0, len(data), size=(resamples, len(data)))
-    low, high = np.percentile(np.median(data[picks], axis=1), [2.5, 97.5])
-    return float(np.median(data)), float(low), float(high)
+    low, high = np.percentile(of(data[picks], axis=1), [2.5, 97.5])
+    return float(of(data)), float(low), float(high)
 
 
 def _rows(outcomes: Outcomes) -> list[np.ndarray]:
