@@ -165,7 +165,9 @@ class Pool:
                 yield answered
 
     def release(self) -> None:
-        self.use(Plan([]))
+        # Processes that are gone, as after Ctrl-C, hold no plan; whoever needs them is told.
+        with contextlib.suppress(MllmError):
+            self.use(Plan([]))
 
     def close(self) -> None:
         """End the processes."""
