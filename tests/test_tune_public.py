@@ -252,6 +252,7 @@ def test_a_search_on_scores(tmp_path):
     assert set(lines[1]["outcomes"]) <= {0.3, 0.9, 0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_python_takes_public_tasks_too(data, loaded, tmp_path):
     found = tune(
         *loaded[1:], tmp_path, max_tokens="50%", methods=["stride"], budgets=[0.25],
