@@ -69,7 +69,7 @@ def command(
     def work() -> list[dict[str, Any]]:
         from mllm.eval.runner import evaluate
 
-        _quiet()
+        quiet()
         records = evaluate(
             model,
             plan or ["none"],
@@ -98,7 +98,7 @@ def results_console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep lmms-eval's messages below warnings away, and all of them off stdout."""
     import importlib.util
     import sys

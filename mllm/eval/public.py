@@ -156,8 +156,13 @@ def _check_apart(manager: Tasks, names: Sequence[str]) -> None:
         )
 
 
-def check_data(manager: Tasks, wanted: Sequence[str | dict], data_dir: Path | None) -> None:
+def check_data(
+    manager: Tasks, wanted: Sequence[str | dict], data_dir: Path | None
+) -> dict[str, Any]:
     """Load the data of tasks before any weights are read.
+
+    Returns:
+        lmms-eval's tasks by name, those of a group under it.
 
     Raises:
         DataError: it cannot be fetched or read; the message says how to provide it.
@@ -165,8 +170,8 @@ def check_data(manager: Tasks, wanted: Sequence[str | dict], data_dir: Path | No
     names = [one if isinstance(one, str) else one["task"] for one in wanted]
     try:
         # lmms-eval takes keys out of the configuration that it is given.
-        get_task_dict([dict(one) if isinstance(one, dict) else one for one in wanted], manager,
-                      "chat")  # fmt: skip
+        own = [dict(one) if isinstance(one, dict) else one for one in wanted]
+        return get_task_dict(own, manager, "chat")
     except RetryError as error:  # lmms-eval tries a download several times
         cause = error.last_attempt.exception()
         if isinstance(cause, MllmError):

@@ -88,13 +88,13 @@ def evaluate(
             folder = stack.enter_context(RunFolder(output))
         if cache is not None:
             files.ensure_writable(cache, "cache")
-        _need_lmms_eval()
+        need_lmms_eval()
         _need_one_process()
 
         from mllm.eval import public, responses
         from mllm.eval.engines import Here, Pool, devices_for, load_on
 
-        data_dir = _existing(data_dir)
+        data_dir = existing(data_dir)
         manager = public.find_tasks(task_names, task_changes, data_dir)
         devices = devices_for(workers, device) if workers != 1 else []
         if load is None:
@@ -194,7 +194,8 @@ def _evaluated(
     return record
 
 
-def _need_lmms_eval() -> None:
+def need_lmms_eval() -> None:
+    """Raises MllmError where lmms-eval is not installed."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise MllmError(
             "lmms-eval is not installed; run scripts/install.sh, or "
@@ -216,7 +217,8 @@ def _need_one_process() -> None:
         )
 
 
-def _existing(data_dir: str | os.PathLike | None) -> Path | None:
+def existing(data_dir: str | os.PathLike | None) -> Path | None:
+    """`data_dir` as a path; DataError if it is not there."""
     if data_dir is None or Path(data_dir).is_dir():
         return data_dir and Path(data_dir)
     raise DataError(

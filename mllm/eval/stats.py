@@ -196,6 +196,32 @@ def paired_seeds(
     )
 
 
+def paired_scores(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], *, level: float = LEVEL
+) -> Difference:
+    """:func:`paired` where an answer has a score, which counts to a hundredth.
+
+    Args:
+        ours, theirs: scores in [0, 1] of the same questions, one row per task.
+        level: as for :func:`paired_seeds`.
+
+    Raises:
+        ValueError: if the two do not have the same, non-empty shape.
+    """
+    a, b = ([np.rint(100 * np.asarray(row)).astype(int) for row in side] for side in (ours, theirs))
+    if not a or [row.size for row in a] != [row.size for row in b] or not all(r.size for r in a):
+        raise ValueError("a paired comparison needs the same, non-empty questions on both sides")
+    rows = [x - y for x, y in zip(a, b, strict=True)]
+    values = np.concatenate(rows)
+    totals = _resampled_sums(rows, RESAMPLES) / (100 * values.size)
+    low, high = np.percentile(totals, [50 * level, 100 - 50 * level])
+    diff, gained, lost = values.mean() / 100, int((values > 0).sum()), int((values < 0).sum())
+    p = _normal_p(diff, totals.std())
+    return Difference(
+        float(diff), float(low), float(high), gained, lost, values.size, p, None
+    )  # fmt: skip
+
+
 def mcnemar(gained: int, lost: int) -> tuple[float, float]:
     """Two-sided McNemar test: (exact p, mid-p).
 
