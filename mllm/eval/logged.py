@@ -130,16 +130,18 @@ def _name(plans: dict[tuple, tuple[Plan, dict[tuple, dict[str, Any]]]]) -> None:
         plans: (spec text, hash of the adapter) -> the plan and its cells. All tasks of a plan have
             one budget, whichever command they were asked by.
     """
-    taken = set()
+    taken, specs = set(), set()
     for (spec, adapter), (plan, members) in plans.items():
         costs = [(cell["visual_avg"], cell["n"]) for cell in members.values()]
         costs = [(average, n) for average, n in costs if math.isfinite(average)]
         average = sum(average * n for average, n in costs) / max(1, sum(n for _, n in costs))
         names = named(plan, average)
-        for other in (spec, f"{spec} ({adapter[:8] if adapter else 'no adapter'})"):
-            if (names["method"], names["budget"]) in taken:
-                names["method"] = other
+        if (names["method"], names["budget"]) in taken:
+            names["method"] = spec
+            if spec in specs:
+                names["method"] += f" ({adapter[:8] if adapter else 'no adapter'})"
         taken.add((names["method"], names["budget"]))
+        specs.add(spec)
         for cell in members.values():
             cell |= names
 
