@@ -63,6 +63,7 @@ docs: install
 	$(PY) -m scripts.make_models_doc
 	$(PY) -m scripts.make_verdicts
 	$(PY) -m scripts.make_performance
+	$(PY) -m scripts.make_scaling
 
 site notebooks: EXTRAS := $(EXTRAS),docs
 
