@@ -48,7 +48,7 @@ ifneq ($(VENV),none)
 endif
 
 demo: install
-	$(PY) -m mllm.cli demo --output demo $(ARGS)
+	$(PY) -m mllm demo --output demo $(ARGS)
 
 test: install
 	$(PY) -m pytest -q -m "not slow" $(PARALLEL) $(ARGS)
@@ -63,6 +63,7 @@ docs: install
 	$(PY) -m scripts.make_models_doc
 	$(PY) -m scripts.make_verdicts
 	$(PY) -m scripts.make_performance
+	$(PY) -m scripts.make_scaling
 
 site notebooks: EXTRAS := $(EXTRAS),docs
 

@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from routers import marks, publish, trained
+from routers import RESULTS, marks, publish, trained
 
 from mllm.errors import PlanError
-from mllm.eval.files import write_json
-from mllm.eval.stats import paired_seeds
-from mllm.training.recipe import EvalPart, load
+from mllm.eval import plots
+from mllm.eval.files import write_json, write_text
+from mllm.eval.report import Row
+from mllm.eval.stats import paired_seeds, share
+from mllm.eval.sweep import SANITY
+from mllm.training.recipe import load
 from mllm.training.run import evaluate
+from mllm.training.schema import EvalPart
 
 
 @dataclass(frozen=True)
@@ -48,53 +52,82 @@ KINDS = {
     "dpn": Kind("dpn", ("dpn",)),
     "llavamini": Kind("llavamini", ("llavamini",)),
 }
+VISUAL = 576  # of the embedded model
 #: Without training, at the same number of tokens.
-FREE = ("random", "avgpool", "visionzip", "divprune", "cdpruner")
+FREE = (*SANITY, "visionzip", "cdpruner")
 
 
 def scores(place: Path, plans: Sequence[str | None], part: EvalPart) -> dict[str | None, Any]:
-    """Marks by task, and tokens, of a trained model under each plan; `scores.json` keeps them."""
+    """Marks by task, and tokens, of a trained model under each plan; `scores.json` keeps them.
+
+    A plan that cannot be had on this model, such as a budget between its grids, is left out.
+    """
     file = place / "scores.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
-    for plan in plans:
-        name = plan or "unpatched"
-        if name not in found:
-            rows = evaluate(place / "model", part.model_copy(update={"plans": [plan]}))["rows"]
-            found[name] = [{key: row[key] for key in ("outcomes", "visual_avg")} for row in rows]
-            write_json(file, found)
-    return {plan: found[plan or "unpatched"] for plan in plans}
+    new = [plan for plan in plans if (plan or "unpatched") not in found]
+    new = [plan for plan in new if plan is None or _can(place, plan, part)]
+    if new:
+        for row in evaluate(place / "model", part.model_copy(update={"plans": new}))["rows"]:
+            kept = {key: row[key] for key in ("task", "outcomes", "visual_avg")}
+            found.setdefault(row["plan"] or "unpatched", []).append(kept)
+        write_json(file, found)
+    return {plan: found[name] for plan in plans if (name := plan or "unpatched") in found}
+
+
+def _can(place: Path, plan: str, part: EvalPart) -> bool:
+    try:
+        evaluate(place / "model", part.model_copy(update={"plans": [plan], "limit": 1}))
+    except PlanError:
+        return False
+    return True
 
 
 def compare(kind: Kind, given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each budget of a method, with its differences, and the record of a run."""
     part = load("lora-control", given.overrides).eval
     seeds = range(1, kind.seeds + 1)
-    once = ["eval.limit=1", *given.overrides]  # answers are scored below, and kept
+    # The run's own evaluation is of no use here: answers are scored below, and kept.
+    options = [*given.overrides, "eval.limit=1"]
     for plan in (kind.plan, "null"):
-        runs = [trained(plan, seed, given.output, once) for seed in seeds]
-    places = {
-        plan: [given.output / f"{plan}-{seed}" for seed in seeds] for plan in (kind.plan, "null")
+        runs = [trained(plan, seed, given.output, options) for seed in seeds]
+    ours = [scores(given.output / f"{kind.plan}-{seed}", kind.plans, part) for seed in seeds]
+    tokens = {
+        plan: float(np.mean([row["visual_avg"] for run in ours for row in run[plan]]))
+        for plan in kind.plans
     }
-    ours = [scores(place, kind.plans, part) for place in places[kind.plan]]
+    free = {
+        plan: [f"{name}:keep={round(n)}" for name in FREE]
+        for plan, n in tokens.items()
+        if n < VISUAL
+    }
+    wanted = [None, *dict.fromkeys(name for names in free.values() for name in names)]
+    theirs = [scores(given.output / f"null-{seed}", wanted, part) for seed in seeds]
     rows = []
     for plan in kind.plans:
-        tokens = float(np.mean([row["visual_avg"] for run in ours for row in run[plan]]))
-        rows.append({"plan": plan, "visual_avg": tokens, **_row([run[plan] for run in ours])})
-        rows[-1]["against"] = []
-        for other in (None, *(f"{name}:keep={round(tokens)}" for name in FREE)):
-            try:
-                theirs = [scores(place, [other], part)[other] for place in places["null"]]
-            except PlanError:  # that few tokens are no budget of every method
+        mine = [run[plan] for run in ours]
+        rows.append({"plan": plan, "visual_avg": tokens[plan], **_row(mine), "against": []})
+        for other in (None, *free.get(plan, ())):
+            if other not in theirs[0]:
                 continue
-            difference = paired_seeds(
-                [marks(run[plan]) for run in ours], [marks(rows) for rows in theirs]
+            others = [run[other] for run in theirs]
+            difference = paired_seeds([marks(x) for x in mine], [marks(x) for x in others])
+            rows[-1]["against"].append(
+                {"plan": other, **_row(others), "versus": difference.as_dict()}
             )
-            rows[-1]["against"].append({"plan": other, **_row(theirs), **difference.as_dict()})
     return rows, runs[0]["record"]
 
 
 def _row(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    return {"accuracy": [float(np.mean(np.concatenate(marks(rows)))) for rows in runs]}
+    """Accuracies of the seeds, the interval of their mean, and the mean of each task."""
+    right = [np.concatenate(marks(rows)) for rows in runs]
+    whole = share(right)
+    return {
+        "accuracy": [float(np.mean(x)) for x in right],
+        "ci": [whole.low, whole.high],
+        "tasks": {
+            same[0]["task"]: float(np.mean(marks(same))) for same in zip(*runs, strict=True)
+        },
+    }
 
 
 def page(data: dict[str, Any]) -> str:
@@ -105,11 +138,11 @@ def page(data: dict[str, Any]) -> str:
         f"LoRA on held-back scenes, {data['steps']} steps of {data['batch']}, with the method and "
         f"without any; {data['n']} test questions a seed. Tokens are layer averages. The control "
         "is compressed after its training by the methods that are named, to as many tokens, and "
-        "not at all in the column `all tokens`; in brackets is how much better the learnt method "
+        "not at all in the column `all tokens`. In brackets is how much better the learnt method "
         "is, in points with its 95 % interval. A row of one seed is preliminary.",
         "",
         f"| plan | tokens | seeds | accuracy | all tokens | {' | '.join(FREE)} |",
-        "| --- | --- | --- | --- | --- |" + " --- |" * len(FREE),
+        "| --- |" + " --- |" * (4 + len(FREE)),
     ]
     for rows in data["methods"].values():
         for row in rows:
@@ -125,9 +158,31 @@ def page(data: dict[str, Any]) -> str:
 def _cell(other: dict[str, Any] | None) -> str:
     if other is None:
         return "–"
-    low, high = other["ci"]
-    difference = f"{100 * other['diff']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    low, high = other["versus"]["ci"]
+    difference = f"{100 * other['versus']['diff']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"{np.mean(other['accuracy']):.1%} ({difference})"
+
+
+def picture(data: dict[str, Any]) -> str:
+    """Accuracy over tokens as SVG; what was not trained is of the first method's control."""
+    found: dict[str | None, Row] = {}
+    for rows in data["methods"].values():
+        for row in rows:
+            found[row["plan"]] = _point(row, row["visual_avg"], data["n"])
+            for other in row["against"]:
+                tokens = row["visual_avg"] if other["plan"] else VISUAL
+                found.setdefault(other["plan"], _point(other, tokens, data["n"]))
+    return plots.picture(list(found.values()), f"Held-back scenes, LoRA of {data['steps']} steps")
+
+
+def _point(row: dict[str, Any], tokens: float, n: int) -> Row:
+    plan, seeds = row["plan"], len(row["accuracy"])
+    name = plan.split(":")[0] if plan else "unpatched"
+    right = round(sum(row["accuracy"]) * n)
+    return Row(
+        name, plan or "", round(tokens) if plan else None, tokens,
+        tasks={"all": (right, seeds * n)}, sanity=name in SANITY, ci=tuple(row["ci"]),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -141,6 +196,8 @@ def main() -> None:
         methods[name], record = compare(KINDS[name], given)
     found = {"n": part.limit * len(part.tasks), "methods": methods}
     publish("compression", page, found, record, given.overrides)
+    made = json.loads((RESULTS / "compression.json").read_text())
+    write_text(RESULTS / "compression.svg", picture(made))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from typing import Any
 
 from mllm.eval.files import write_json, write_text
 from mllm.eval.stats import paired, wilson
-from mllm.training.recipe import EvalPart, load
+from mllm.training.recipe import load
 from mllm.training.run import evaluate
+from mllm.training.schema import EvalPart
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -99,7 +99,7 @@ def sweep(path: Path, each: int = 50_000) -> Path:
 def measured(results: Path, page: Path) -> dict[str, Any]:
     """One `mllm report`, from start to end."""
     size = sum(p.stat().st_size for p in results.rglob("*.json*")) or results.stat().st_size
-    command = [sys.executable, "-m", "mllm.cli", "report", str(results), "-o", str(page)]
+    command = [sys.executable, "-m", "mllm", "report", str(results), "-o", str(page)]
     before, started = os.times(), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     wall, after = time.perf_counter() - started, os.times()

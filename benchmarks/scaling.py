@@ -5,7 +5,9 @@
 
 Every point runs in a process of its own, on an otherwise idle machine. One that needs more memory
 than `--memory` is recorded as `oom`, one that takes longer than `--minutes` as `timeout`, and the
-sweep goes on. Points that the output has already are not measured again.
+sweep goes on. Points that the output has already are not measured again; an output that was
+measured under another plan, dtype, device, number of threads or version is refused. Points may have
+other numbers of pairs.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ import numpy as np
 import torch
 
 import mllm
+from mllm.errors import DataError
 from mllm.eval import bench
 from mllm.eval.bench_kv import next_token
 from mllm.eval.bench_selection import free_choice, positions_of
 from mllm.eval.bench_shapes import Inputs, Shape
-from mllm.eval.files import write_json
+from mllm.eval.files import ensure_writable, write_json
+from mllm.eval.provenance import versions
 from mllm.eval.stats import median_interval
+from mllm.loading import pick_device
 
 #: Small, so that 20,000 tokens fit; of a family that takes any number of visual tokens.
 SCALING = Shape(
@@ -74,10 +79,11 @@ def measure(
     threads: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The results object of one point, with one row."""
-    base, (point,), results = bench.opened(
-        "scaling", model=shape, visual=[visual], text=TEXT, batch=[batch], pairs=pairs,
-        dtype=dtype, device=device, threads=threads,
+    asked = bench.Options(
+        visual=[visual], text=TEXT, batch=[batch], pairs=pairs, dtype=dtype, device=device,
+        threads=threads,
     )  # fmt: skip
+    base, (point,), results = bench.opened("scaling", shape, asked)
     inputs, other, third = point.inputs(), bench.twin(base), bench.twin(base)
     with mllm.patch(other, plan) as patched:
         peaks = [bench.peak_bytes(model, inputs) for model in (base, other)]
@@ -185,23 +191,91 @@ def in_a_process(
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def conditions(
+    plan: str, dtype: str, device: str | None, threads: int | None
+) -> dict[str, Any]:
+    """What all points of one output have in common."""
+    own = versions()
+    return {
+        "plan": plan,
+        "dtype": dtype,
+        "device": bench.device_name(pick_device(device)),
+        "threads": threads or torch.get_num_threads(),
+        "torch": own["torch"],
+        "transformers": own["transformers"],
+    }
+
+
+def measured_under(results: dict[str, Any]) -> dict[str, set]:
+    """The same of results so far; None where nobody says."""
+    rows, own = results["rows"], results.get("versions", {})
+    return {
+        **{name: {row.get(name) for row in rows} for name in ("plan", "dtype")},
+        **{name: {results.get(name)} for name in ("device", "threads")},
+        **{name: {own.get(name)} for name in ("torch", "transformers")},
+    }
+
+
+def there_already(output: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, without rows where there are none.
+
+    Raises:
+        DataError: the output is no result of this script, or one of other :func:`conditions`.
+    """
+    if not output.is_file():
+        return {"rows": []}
+    try:
+        results = json.loads(output.read_text())
+        found = measured_under(results)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{output} is no result of this script; give another --output",
+            argument="output", given=str(output), expected="a new file, or one of this script",
+        ) from error  # fmt: skip
+    other = [
+        f"{name} {', '.join(map(str, sorted(found[name] - {None})))} instead of {value}"
+        for name, value in asked.items()
+        if found[name] - {None, value}
+    ]
+    if other:
+        raise DataError(
+            f"{output} was measured with {'; '.join(other)}; ask for the same, or give another "
+            "--output",
+            argument="output", given=str(output), expected="a file of the same conditions",
+        )  # fmt: skip
+    return results
+
+
 def sweep(
-    visual: Sequence[int], batch: Sequence[int], output: Path, plan: str,
+    visual: Sequence[int], batch: Sequence[int], output: Path, asked: dict[str, Any],
     point: Callable[[int, int], dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure what the output has not got; it is written after every point."""
-    results: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {"rows": []}
-    there = {(row["plan"], row["visual"], row["batch"]) for row in results["rows"]}
+    """Measure what the output has not got; it is written after every point.
+
+    Args:
+        asked: :func:`conditions`.
+
+    Raises:
+        DataError: as :func:`there_already`; a folder that cannot be written to.
+    """
+    results, plan = there_already(output, asked), asked["plan"]
+    ensure_writable(output.parent)
+    there = {(row["visual"], row["batch"]) for row in results["rows"]}
     for size in batch:
         for count in visual:
-            if (plan, count, size) in there:
+            if (count, size) in there:
                 continue
             print(f"{count} visual tokens, batch {size}", file=sys.stderr, flush=True)
             found = point(count, size)
             about = {"plan": plan, "visual": count, "text": TEXT, "batch": size}
+            about["dtype"] = asked["dtype"]
             rows = found.pop("rows", None) or [about | found]
             if "suite" in found:
-                results = found | {"rows": results["rows"]}
+                # The commit is that of the first point; later ones of another say so.
+                kept = {"commit": results.get("commit", found["commit"]), "rows": results["rows"]}
+                if found["commit"] != kept["commit"]:
+                    rows = [row | {"commit": found["commit"]} for row in rows]
+                results = found | kept
             results["rows"] += rows
             layers = SCALING.text["num_hidden_layers"]
             write_json(output, results | {"plan": plan, "laws": laws(results["rows"], layers)})
@@ -225,8 +299,12 @@ def main(arguments: Sequence[str]) -> None:
     if asked.point is None:
         if asked.output is None:
             parser.error("--output is missing")
-        sweep(asked.visual, asked.batch, asked.output, asked.plan,
-              lambda *at: in_a_process(arguments, *at, asked.minutes))  # fmt: skip
+        try:
+            alike = conditions(asked.plan, asked.dtype, asked.device, asked.threads)
+            sweep(asked.visual, asked.batch, asked.output, alike,
+                  lambda *at: in_a_process(arguments, *at, asked.minutes))  # fmt: skip
+        except DataError as error:
+            parser.error(str(error))
         return
     if asked.memory is not None:
         limit = int(asked.memory * 2**30)

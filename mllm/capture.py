@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm import attention, compat, flops
+from mllm.ask import context
 from mllm.signals import (
     AttentionRows,
     ColumnMass,
@@ -218,7 +219,7 @@ class Captures:
             behind = prompt.flip(1).long().cumsum(1).flip(1)
             return pick(prompt & (behind <= signal.window))
         stage = self.patched.plan.stages[number]
-        ctx = self.run.context(number, stage, signal.layer, table, known=True)
+        ctx = context(self.run, number, stage, signal.layer, table, known=True)
         return pick(signal.rows(ctx) & table.valid)
 
     def read(
@@ -242,7 +243,7 @@ class Captures:
             elif isinstance(signal, TextEmbeds):
                 signals[name] = self._text(signal, table)
             elif isinstance(signal, Unreduced):
-                signals[name] = self.run.unreduced()
+                signals[name] = self.run.seats.unreduced()
             elif isinstance(signal, Views):
                 signals[name] = self._views(table, stage.info.name)
             else:
@@ -269,7 +270,7 @@ class Captures:
         if views is None:
             self.run.notes.append(f"{method}: no tiles of the pictures came, nothing is added")
             return None
-        return along(self.run.spread(views), table.index, 1)
+        return along(self.run.seats.spread(views, self.run.full.valid), table.index, 1)
 
     def _text(self, signal: TextEmbeds, table: TokenTable) -> Text:
         size = self.run.full.valid.shape[1]

@@ -24,6 +24,7 @@ from mllm.actions import (
     LogitBias,
     Turn,
 )
+from mllm.ask import route
 from mllm.attention import rotate
 from mllm.cache import KVCache, SlotTable
 from mllm.errors import PlanError
@@ -270,7 +271,7 @@ class Changes:
         if then.index is not table.index:
             x = along(x, locate(table.index, then.index, self.run.full.valid.shape[1]), 1)
         inserted = table.inserted.view(*table.inserted.shape, *[1] * (x.dim() - 2))
-        return torch.where(inserted, new, x) if self.run.has_inserted else x
+        return torch.where(inserted, new, x) if self.run.rows.inserted else x
 
     def injected(self, layer: int) -> list[Callable[[Tensor], Tensor]]:
         """What is added to the hidden states that enter a layer."""
@@ -376,7 +377,7 @@ class Changes:
             self._note(layer, narrow, nobody)
             if nobody:
                 _store_nothing(run.cache, layer, hidden, run.patched.family.text_config)
-        inside.given = narrow.attend(layer, hidden[:, : rows.shape[1]], kwargs)
+        inside.given = narrow.arguments(layer, hidden[:, : rows.shape[1]], kwargs)
         if nobody:
             inside.given |= {"attention_mask": None, "past_key_values": None}
         run.attention_table = narrow.table
@@ -385,7 +386,7 @@ class Changes:
     def _note(self, layer: int, narrow: DecoderRun, nobody: bool) -> None:
         """Tell a layer's cache that the rows of `narrow` come, or none of them."""
         run = self.run
-        new = SlotTable.of(narrow.table, narrow.place, narrow.padded)
+        new = SlotTable.of(narrow.table, narrow.rows.place, narrow.rows.padded)
         new = new.first(0) if nobody else new
         held, seen = run.held[layer], run.past_logical + run.full.valid.shape[1]
         table = new if held is None else held.cat(new)
@@ -411,7 +412,7 @@ class Changes:
                 gather_rows(self._bring(x.transpose(1, 2), placed.table, 0), rows).transpose(1, 2)
                 for x in placed.action.stored
             )
-            new = SlotTable.of(narrow.table, narrow.place, narrow.padded)
+            new = SlotTable.of(narrow.table, narrow.rows.place, narrow.rows.padded)
             hidden = run.past_logical + run.full.valid.shape[1] - run.events.certain
             run.cache.layers[layer].set_aside(new, keys, values, hidden)
 
@@ -445,7 +446,7 @@ class Changes:
         return _Beside(
             action.keys, action.values,
             action.valid | ~action.valid.any(1, keepdim=True),  # no softmax over nothing
-            rows, functools.partial(run.route, placed.number, part=action.gate), action.blends,
+            rows, functools.partial(route, run, placed.number, part=action.gate), action.blends,
         )  # fmt: skip
 
     # Stored tokens

@@ -19,8 +19,8 @@ from torch import Tensor
 from mllm import compat
 from mllm.compressors.base import TokenReducer, TowerReducer
 from mllm.errors import PlanError
-from mllm.in_llm import DecoderRun
-from mllm.tokens import Counts, TokenTable, choose_rows, renumber
+from mllm.in_llm import DecoderRun, known_tokens
+from mllm.tokens import Counts, TokenTable, moved_left, renumber
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
@@ -60,21 +60,15 @@ class Chunks:
             raise _refused(size, "without a cache nothing is known of earlier chunks", "use_cache")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise _refused(size, "a prepared attention mask cannot be read in chunks", "a 2-D mask")
-        batch, rows = embeds.shape[:2]
         self.past = run.past_logical = cache.get_seq_length()
-        known = embeds.new_ones(batch, self.past + rows, dtype=torch.bool)
-        if mask is not None:
-            known[:, -mask.shape[1] :] = mask[:, -known.shape[1] :].bool()
-        self.known, valid = known, known[:, self.past :]
+        self.known = known_tokens(embeds, self.past, mask)
+        valid, rows = self.known[:, self.past :], embeds.shape[1]
         if mask is not None and not bool(valid[:, -1].all()):
             raise _refused(
                 size, "they are counted from its end, and the padding is there", "padding left"
             )
         run.cache, run.itemsize = cache, embeds.element_size()
-        if run.counts is None or mask is not run.mask:
-            run.counts = run._counted(valid, mask is None)
-        run._make_table(valid)
-        run.prompt = run._prompt_rows(prompt_length, labels)
+        run.name_rows(valid, mask, prompt_length, labels)
         self.stay: Tensor | None = None
         self.shift: Tensor | None = None
         self._drop()
@@ -92,12 +86,11 @@ class Chunks:
     def _drop(self) -> None:
         """Find the rows that pre-LLM stages leave, and their positions."""
         run = self.whole
-        run.lengths = run.counts.valid
         if not run.patched.before or run.visual is None:
             return
-        self.stay, order = run._kept_rows()
+        self.stay, order = run.seats.kept(run.table)
         if run.reduction.protected is not None:
-            run.protected = run.protects()
+            run.protected = run.seats.spread(run.reduction.protected, run.full.valid)
         table, position = run.full, self.kwargs.get("position_ids")
         if run.compact:
             if order is not None:
@@ -108,12 +101,9 @@ class Chunks:
             layers = run.cache.layers
             before = getattr(layers[0], "shifts", {}).get("llm", 0) if layers else 0
             moved = renumber(position - before, self.stay, table.valid)
-            last = table.valid.long().cumsum(1).argmax(1, keepdim=True)
-            self.shift = (position - moved).gather(1, last)  # from the next turn on
+            self.shift = moved_left(position, moved, table.valid)  # from the next turn on
             self.kwargs["position_ids"] = moved + before  # which every chunk takes off
-        run.lengths = self.stay.sum(1).tolist()
-        rows = choose_rows(self.stay, table.valid, None, max(run.lengths))
-        run.table = table.take(rows, self.stay.gather(1, rows))
+        run.rows, _ = run.rows.staying(self.stay, self.stay.sum(1).tolist(), run.rows.seen)
 
     def __iter__(self) -> Iterator[tuple[DecoderRun, dict[str, Any]]]:
         """Every chunk, started, and the decoder's arguments for it; see :meth:`add`."""
@@ -130,7 +120,7 @@ class Chunks:
                 protected=_part(whole.protected, start, stop),
             )  # fmt: skip
             run.start(kwargs, self.length, None)
-            self.rows.append((run.lengths, run.past))
+            self.rows.append((run.rows.lengths, run.past))
             yield run, kwargs
             start = stop
 

@@ -73,6 +73,7 @@ __all__ = [
     "drafted_sequences",
     "eager_like",
     "encodes_first",
+    "generation_sha256",
     "kept_past",
     "mask_like",
     "next_inputs",
@@ -236,8 +237,17 @@ def config_sha256(model: nn.Module) -> str:
             return {str(k): plain(v) for k, v in value.items() if not left_out(str(k))}
         return value
 
-    config = plain(model.config.to_dict())
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return _sha256(plain(model.config.to_dict()))
+
+
+def generation_sha256(model: nn.Module) -> str:
+    """Hash of what a model's generation config says of its own: penalties, end tokens and so on."""
+    given = model.generation_config.to_diff_dict()
+    return _sha256({k: v for k, v in given.items() if k[0] != "_" and k != "transformers_version"})
+
+
+def _sha256(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def encodes_first(base: nn.Module) -> bool:

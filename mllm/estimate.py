@@ -85,14 +85,14 @@ class Estimate:
 
     @property
     def break_even(self) -> int | None:
-        """New tokens from which on the plan saves time; None is never.
+        """New tokens from which on the plan saves time; None where there is no such number.
 
         0 where its prefill is no slower and its steps are not either.
         """
         late = self.patched.ttft_s - self.plain.ttft_s
         saved = self.plain.decode_s - self.patched.decode_s
         if late <= 0:
-            return 0 if saved >= 0 or self.patched.total_s <= self.plain.total_s else None
+            return 0 if saved >= 0 else None
         return 1 + -int(-late // saved) if saved > 0 else None
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm import flops
-from mllm.cache.layer import cache_bytes
+from mllm.cache import cache_bytes
 from mllm.doctor import bones, skeleton
 from mllm.errors import DataError, PlanError, unusable
 from mllm.estimate import Cost, Estimate
@@ -45,9 +45,10 @@ COUNTED = {
 ASSUMPTIONS = (
     "FLOPs are 2 x multiply-adds of matrix products, attention over the full rectangle; norms, "
     "softmax, embeddings and sampling are not counted.",
-    "Times are a roofline: tower, projector, selection, every decoder layer and the LM head each "
-    "take the longer of their FLOPs at the device's peak rate and of their weights at its full "
-    "bandwidth. Activations, launches and the host cost nothing here, so a real run is slower.",
+    "Times are a roofline: tower, projector, selection, every decoder layer that is run and the LM "
+    "head each take the longer of their FLOPs at the device's peak rate and of their weights at "
+    "its full bandwidth. Activations, launches and the host cost nothing here, so a real run is "
+    "slower.",
     "A decode step reads the weights of all layers that the prefill has run (all experts too), and "
     "what they store, once for the batch; its time is a mean over the new tokens, each of which "
     "takes a slot in every layer.",
@@ -394,8 +395,8 @@ def _cost(side: Side, family: Family, at: Hardware, dtype: str, new: int, batch:
     ttft += at.seconds(side.selection, weights.once, dtype) + head
     step, grown = head, (new - 1) / 2
     for i, slots in enumerate(side.slots):
-        ttft += at.seconds(side.layers[i], weights.layers[i], dtype)
         if side.runs[i]:
+            ttft += at.seconds(side.layers[i], weights.layers[i], dtype)
             window = family.window(i)
             full = slots + grown if window is None else max(slots, min(slots + grown, window - 1))
             more = flops.kv_bytes(config, batch * (full - slots), getattr(torch, dtype).itemsize)

@@ -27,6 +27,7 @@ from mllm.errors import MllmError, PlanError
 from mllm.models import resolve
 from mllm.models.base import Family
 from mllm.patcher import Patched
+from mllm.placeholders import brought
 from mllm.plan import MethodInfo, get_method
 from mllm.plan import methods as known_methods
 from mllm.validate import check_generation
@@ -259,8 +260,8 @@ def _ways(model: nn.Module, family: Family) -> list[Check]:
     with Patched(model, [_probe(family, _Pruner)]) as patched:
         asked: dict[str, Callable[[], Any]] = {
             "generate": generate(),
-            "images": lambda: patched.brought({family.pixels: True}),
-            "videos": lambda: patched.brought({"pixel_values_videos": True}),
+            "images": lambda: brought(patched, {family.pixels: True}),
+            "videos": lambda: brought(patched, {"pixel_values_videos": True}),
             "static cache": generate(cache_implementation="static"),
             "quantised cache of transformers": generate(cache_implementation="quantized"),
             "offloaded cache": generate(cache_implementation="offloaded"),

@@ -81,7 +81,7 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(
             where, dtype=dtype, attn_implementation=attn_implementation
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: no flash attention here
         raise DataError(
             f"cannot load a vision-language model from {path}: {str(error).splitlines()[0]}",
             argument="model",

@@ -468,3 +468,14 @@ def renumber(
         place = order.masked_fill(~keep, last).argsort(dim=1, stable=True).argsort(dim=1)
     first = valid.int().argmax(1, keepdim=True)
     return torch.where(keep, position.gather(1, first) + place, position)
+
+
+def moved_left(position: Tensor, moved: Tensor, valid: Tensor) -> Tensor:
+    """How far the last row of every sample has moved: int64 `[batch, 1]`.
+
+    Args:
+        position, moved: int64 `[batch, rows]`, before and after.
+        valid: bool `[batch, rows]`.
+    """
+    last = valid.long().cumsum(1).argmax(1, keepdim=True)
+    return (position - moved).gather(1, last)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm.eval.bench_words import CLAIM_PAIRS, commits
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 _PART = re.compile(r"(<!-- made from ([\w ,-]+) -->\n).*?(<!-- until here -->)", re.S)
@@ -40,7 +42,7 @@ def kv(row: Row) -> list[str]:
         row["claim"],
         percent(row["payload_bytes"] / row["baseline_kv_bytes"]),
         "–" if row["payload_share"] is None else f"{row['payload_share']:.3f}",
-        percent(row["scorer_share"]),
+        percent(row["scorer_s"] / row["prefill_s"]),
         percent(row["peak_bytes"] / row["baseline_peak_bytes"]),
     ]
 
@@ -136,21 +138,28 @@ TABLES: dict[str, tuple[Sequence[str], Callable[[Row], list[str]]]] = {
 
 def part(names: Sequence[str], folder: Path = RESULTS) -> str:
     """Table and conditions of some result files."""
-    files = [folder / f"{name}.json" for name in names]
-    found = [json.loads(file.read_text()) for file in files if file.is_file()]
+    files = {name: folder / f"{name}.json" for name in names}
+    found = {name: json.loads(x.read_text()) for name, x in files.items() if x.is_file()}
     if not found:
         return "Not measured."
-    if found[0]["suite"].startswith("peer-"):
-        return "\n\n".join(map(_peers, found))
-    head, entries = TABLES[found[0]["suite"]]
-    rows = [row for results in found for row in results["rows"] if row["status"] != "refused"]
-    body = [[f"`{row['plan']}`", *entries(row)] for row in rows if row["status"] != "oom"]
-    lines = [*_grid(["plan", *head], body), "", *map(_conditions, names, found)]
+    suite = next(iter(found.values()))["suite"]
+    if suite.startswith("peer-"):
+        return "\n\n".join(map(_peers, found.values()))
+    head, entries = TABLES[suite]
+    rows = [r for results in found.values() for r in results["rows"] if r["status"] != "refused"]
+    body = [[_named(row), *entries(row)] for row in rows if row["status"] != "oom"]
+    lines = [*_grid(["plan", *head], body), "", *map(_conditions, found, found.values())]
     lines += [
         f"`{row['plan']}`, {row['visual']} visual tokens, batch {row['batch']}: {row['words']}."
         for row in rows if row["status"] == "oom"
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _named(row: Row) -> str:
+    """The plan, and whether its row is a claim."""
+    look = f", a look: {row['pairs']} pairs" if row["pairs"] < CLAIM_PAIRS else ""
+    return f"`{row['plan']}`{look}"
 
 
 def _peers(results: dict[str, Any]) -> str:
@@ -160,7 +169,7 @@ def _peers(results: dict[str, Any]) -> str:
     versions = {"mllm": results["versions"], peer: results[peer].get("versions", {})}
     body = []
     for name, row in (("mllm", results["ours"]), (peer, results[peer])):
-        if row["status"] == "skipped":
+        if row.get("ratio") is None:
             body.append([name, row["words"], "", "", ""])
             continue
         own = versions[name]
@@ -181,7 +190,7 @@ def _conditions(name: str, results: dict[str, Any]) -> str:
     return (
         f"[{name}](../benchmarks/results/{name}.json): {results['model_shape']['name']}, "
         f"{results['device']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commit {results['commit'][:7]}."
+        f"{versions['transformers']}, {commits(results)}."
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import mllm
 from mllm.estimate import Estimate
+from mllm.eval.bench_words import CLAIM_PAIRS, commits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "scaling.md"
@@ -42,9 +43,10 @@ LAW = """\
 
 A decoder layer of the unpatched prefill costs `a + b n + c n^2` seconds for `n` tokens of each
 sample, its decode step `a + b n`: least squares of relative errors, no coefficient below zero. Both
-are the time from the decoder on, LM head included, shared out over the layers. The FLOPs of `mllm
-estimate` are such a polynomial too, so that the rate of either part is what the machine reached in
-it: projections and FFN in the linear part, attention in the quadratic one.
+are the time from the decoder on, LM head included, shared out over the layers. Three points are met
+by three coefficients exactly, and their error says nothing. The FLOPs of `mllm estimate` are such a
+polynomial too, so that the rate of either part is what the machine reached in it: projections and
+FFN in the linear part, attention in the quadratic one.
 """
 FURTHER = """\
 ## Carried on
@@ -53,6 +55,8 @@ What `mllm estimate` says of public shapes under the same plan. **Nothing in thi
 measured**: tokens, FLOPs and KV bytes are those of the ledger, times are a roofline. It assumes
 
 {assumptions}
+- one sample, and {answer} new tokens, over which a decode step is a mean; 64 tokens of text, or one
+  more than there are pictures where that is more (LLaVA, {each} visual tokens each);
 - one device, of which the data sheet's rates are reached and whose memory holds everything: where
   weights and cache do not fit, the row says so, and its times are those of one that had the room;
 - positions beyond what a model was trained on, without asking whether its answers are any good.
@@ -73,23 +77,27 @@ def grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 
 
 def measured(rows: list[dict[str, Any]]) -> list[str]:
-    head = ["visual tokens", "batch", "prefill", "times as fast", "of the FLOPs ideal",
+    head = ["visual tokens", "batch", "pairs", "prefill", "times as fast", "of the FLOPs ideal",
             "decode step", "times as fast", "choosing", "peak, MiB", "with the plan",
             "ledger = estimate"]  # fmt: skip
     body = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["batch"], row["visual"])):
         at = [f"{row['visual']:,}", str(row["batch"])]
         if row["status"] in ("oom", "timeout"):
-            body.append([*at, row["words"], *["–"] * (len(head) - 3)])
+            body.append([*at, "–", row["words"], *["–"] * (len(head) - 4)])
             continue
         ratios = [
             f"{row[name]:.2f} ({row[f'{name}_ci'][0]:.2f} to {row[f'{name}_ci'][1]:.2f})"
             for name in ("ratio", "decode_ratio")
         ]
+        spent, low, high = (
+            f"{x / row['patched_s']:.1%}" for x in (row["selection_s"], *row["selection_s_ci"])
+        )
         body.append([
-            *at, seconds(row["baseline_s"]), ratios[0], f"{row['share']:.0%}",
+            *at, f"{row['pairs']}{', a look' * (row['pairs'] < CLAIM_PAIRS)}",
+            seconds(row["baseline_s"]), ratios[0], f"{row['share']:.0%}",
             seconds(row["decode_baseline_s"]), ratios[1],
-            f"{row['selection_s'] / row['patched_s']:.1%}",
+            f"{spent} ({low} to {high})",
             f"{row['baseline_peak_bytes'] / 2**20:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f}",
             "yes" if row["estimate_equal"] else "**no**",
         ])  # fmt: skip
@@ -118,7 +126,7 @@ def further(plan: str) -> tuple[list[str], list[str]]:
     """The table of extrapolations, and what they assume."""
     head = ["", "device", "visual tokens", "prefill, TFLOPs", "with the plan", "KV, GB",
             "with the plan", "first token", "with the plan", "times as fast", "decode step",
-            "times as fast", "fits"]  # fmt: skip
+            "times as fast", "fits, with the plan"]  # fmt: skip
     body, said = [], {}
     for name, each in MODELS.items():
         for visual in TOKENS:
@@ -145,6 +153,7 @@ def page(name: str, results: dict[str, Any]) -> str:
     """The page of a result file."""
     shape, versions = results["model_shape"], results["versions"]
     text, vision = shape["text"], shape["vision"]
+    dtype = next(row["dtype"] for row in results["rows"] if "dtype" in row)
     table, assumptions = further(results["plan"])
     conditions = (
         f"Shape `{shape['name']}` ({shape['family']}): LLM {text['hidden_size']} wide, FFN "
@@ -152,23 +161,26 @@ def page(name: str, results: dict[str, Any]) -> str:
         f"{text['num_attention_heads']}/{text['num_key_value_heads']} heads; tower "
         f"{vision['hidden_size']} wide, {vision['depth']} blocks; "
         f"{shape['parameters'] / 1e6:.0f} M random weights. Plan `{results['plan']}` against the "
-        f"unpatched model, interleaved; 95 % intervals. {results['device']}, "
+        f"unpatched model, {dtype}, interleaved; 95 % intervals. {results['device']}, "
         f"{results['threads']} threads, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commit {results['commit'][:7]}. "
+        f"{versions['transformers']}, {commits(results)}. "
         f"[{name}](../benchmarks/results/{name}.json)."
     )
     parts = [
         ABOUT.format(name=name),
         "## Measured\n",
         conditions + "\n",
-        "Choosing is what the plan's prefill takes longer than one that keeps the first tokens, as "
-        "a share of it.\n",
+        f"Rows of fewer than {CLAIM_PAIRS} pairs are a look, not a claim. Choosing is what the "
+        "plan's prefill takes longer than one that keeps the first tokens, as a share of it.\n",
         *measured(results["rows"]),
         "",
         LAW,
         *fitted(results["laws"]),
         "",
-        FURTHER.format(assumptions="\n".join(f"- {x}" for x in assumptions)),
+        FURTHER.format(
+            assumptions="\n".join(f"- {x}" for x in assumptions), answer=ANSWER,
+            each=max(MODELS.values()),
+        ),
         *table,
         "",
     ]
@@ -179,7 +191,12 @@ def main(arguments: Sequence[str]) -> None:
     found = sorted(RESULTS.glob("scaling-*.json"))
     if not found:
         sys.exit("nothing was measured: run benchmarks/scaling.py first")
-    made = page(found[0].stem, json.loads(found[0].read_text()))
+    if len(found) > 1:
+        sys.exit(f"the page is of one result, and there are {', '.join(x.name for x in found)}")
+    results = json.loads(found[0].read_text())
+    if "suite" not in results:
+        sys.exit(f"no point of {found[0].name} was measured: all ran out of memory or time")
+    made = page(found[0].stem, results)
     if "--check" not in arguments:
         PAGE.write_text(made)
     elif not PAGE.is_file() or PAGE.read_text() != made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 
 # Before transformers is imported by any test: no network, no fork warnings, no surprises.
@@ -13,6 +14,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton asks when it is imported. Kernels run in its interpreter where they cannot run otherwise.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the model and processor of `eval_tiny`."""
+    from eval_tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    """That model and its processor, on the CPU."""
+    from mllm.loading import load_model
+
+    return load_model(str(folder), device="cpu")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -171,7 +171,7 @@ def run(page: Path, shell: bool = True) -> None:
             for words in map(ours, commands(block)):
                 if words is not None:
                     print(f"{block}: mllm {shlex.join(words)}", flush=True)
-                    subprocess.run([sys.executable, "-m", "mllm.cli", *words], check=True)
+                    subprocess.run([sys.executable, "-m", "mllm", *words], check=True)
         elif block.kind == "yaml" and shell:
             for name in re.findall(r"[Ss]aved as `(\S+)`", _behind(block)):
                 Path(name).write_text(block.text)

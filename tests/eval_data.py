@@ -58,6 +58,15 @@ def textvqa(n: int = 4) -> dict[str, list]:
     }
 
 
+def vqav2(n: int = 2) -> dict[str, list]:
+    return {
+        "question_id": list(range(n)),
+        "question": [f"what color is wall {i}?" for i in range(n)],
+        "answer": ["?"] * n,
+        "image": [picture(i) for i in range(n)],
+    }
+
+
 def table(columns: dict[str, list]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 

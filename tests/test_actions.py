@@ -15,7 +15,7 @@ from matrix import equal
 from torch.utils.flop_counter import FlopCounterMode
 
 import mllm
-from mllm import changes, in_llm
+from mllm import changes, rows
 from mllm.compressors import FastV, Stride
 from mllm.compressors.base import (
     BranchGate,
@@ -840,7 +840,7 @@ def only_layers_to_come(mp):
 
 def inserted_without_a_place(mp):
     """Inserted rows stand at the end."""
-    mp.setattr(in_llm, "locate", lambda rows, among, size: rows * 0 - 2)
+    mp.setattr(rows, "locate", lambda rows, among, size: rows * 0 - 2)
 
 
 MUTATIONS = [

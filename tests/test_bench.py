@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
 
 import families
 import numpy as np
@@ -13,7 +15,18 @@ import mllm
 from mllm import flops
 from mllm.cli import app
 from mllm.errors import DataError, PlanError
-from mllm.eval import bench, bench_shapes
+from mllm.eval import (
+    bench,
+    bench_clock,
+    bench_decode,
+    bench_kv,
+    bench_machine,
+    bench_prompt,
+    bench_routers,
+    bench_selection,
+    bench_shapes,
+    bench_train,
+)
 from mllm.eval.bench_shapes import Shape
 from mllm.models import resolve
 
@@ -216,6 +229,21 @@ def test_a_point_without_memory_is_a_row_and_the_sweep_goes_on(monkeypatch):
     assert found == [(n, s) for n, s in ((16, "unresolved"), (32, "oom"), (48, "unresolved"))
                      for _ in range(2)]  # fmt: skip
     assert results["words"][1] == "Out of memory: 2 of 6 rows."
+    assert all(PROMISED <= set(row) for row in results["rows"])
+    assert results["rows"][2]["ratio_ci"] is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", "std::bad_alloc",
+     "CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x",
+     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"],
+)  # fmt: skip
+def test_whoever_runs_out_of_memory(words):
+    def fails():
+        raise RuntimeError(words)
+
+    assert bench.within_memory(fails) is None
 
 
 def test_where_only_the_plan_fits_its_peak_is_said(monkeypatch):
@@ -234,7 +262,7 @@ def test_where_only_the_plan_fits_its_peak_is_said(monkeypatch):
     row = bench.prefill(
         model=TINY, plans=["random:keep=4"], text=9, visual=[16], pairs=1, dtype="float32"
     )["rows"][0]
-    assert row["status"] == "oom" and row["peak_bytes"] > 0 and "ratio" not in row
+    assert row["status"] == "oom" and row["peak_bytes"] > 0 and row["ratio"] is None
     assert "out of memory without the plan; with it a prefill takes" in row["words"]
 
 
@@ -275,6 +303,108 @@ def test_the_shapes_of_7b_models_are_theirs():
         }
     assert sizes["llava-1.5-7b"] == pytest.approx(7.06e9, rel=0.01)
     assert sizes["qwen2.5-vl-7b"] == pytest.approx(8.29e9, rel=0.01)
+
+
+@pytest.mark.parametrize("suite", ["prefill", "decode", "kv", "selection", "train", "dispatch"])
+def test_every_suite_takes_the_options_of_all(suite, monkeypatch):
+    """By keyword, with one meaning and one default; another keyword is an error at once."""
+    seen = []
+
+    def opened(name, model, asked, **_):
+        seen.append(asked)
+        return None, [], {"suite": name, "rows": []}
+
+    monkeypatch.setattr(bench, "opened", opened)
+    monkeypatch.setattr(bench_train, "prepare", lambda *_: None)
+    run = {
+        "prefill": bench.prefill, "decode": bench_decode.decode, "kv": bench_kv.kv,
+        "selection": bench_selection.selection, "train": bench_train.train,
+        "dispatch": bench_routers.dispatch,
+    }[suite]  # fmt: skip
+    more = {"plans": {"moe": None}} if suite == "dispatch" else {}
+    run(model=TINY, **more)
+    batch = (1, 8) if suite == "selection" else (1,)
+    assert seen[0] == bench.Options(
+        visual=None, size=None, text=63, batch=batch, unequal=False, pairs=30, dtype="bfloat16",
+        device=None, sdpa=None, threads=None, progress=None, on_row=None,
+    )  # fmt: skip
+    given = dict(visual=[16], size=None, text=9, batch=(2,), unequal=True, pairs=3,
+                 dtype="float32", device="cpu", sdpa="math", threads=1, progress=print,
+                 on_row=print)  # fmt: skip
+    run(model=TINY, **more, **given)
+    assert seen[1] == bench.Options(**given)
+    with pytest.raises(TypeError, match="pair"):
+        run(model=TINY, **more, pair=3)
+
+
+def test_lengths_are_those_of_the_models_pictures():
+    """One picture and two; none of a size that the model has not."""
+    asked = bench.Options(dtype="float32", text=9)
+    gemma = families.model("gemma3")
+    each = np.prod(resolve(gemma).native_grid())
+    for single, shares in ((False, [1, 2]), (True, [1])):
+        points = opened_on(gemma, asked, single=single)
+        assert [point.visual for point in points] == [each * n for n in shares]
+    anysize = opened_on(families.model("qwen2_5_vl"), asked)
+    assert [point.visual for point in anysize] == [576, 1152]
+
+
+def opened_on(model, asked, **more):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "model_of", lambda *_: (model, {}))
+        return bench.opened("prefill", "somewhere", asked, **more)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "length", "argument"),
+    [
+        ({"visual": [16]}, [120], "visual"), ({"size": [(56, 56)]}, [120], "size"),
+        ({}, [79], "length"),  # no room for one picture and 64 words
+    ],
+)  # fmt: skip
+def test_one_way_to_say_how_long_a_prompt_is(given, length, argument):
+    with pytest.raises(DataError) as error:
+        bench.opened("kv", TINY, bench.Options(dtype="float32", **given), length=length)
+    assert error.value.argument == argument
+    if argument == "length":
+        assert error.value.expected == "80 or more"
+        bench.opened("kv", TINY, bench.Options(dtype="float32"), length=[80])
+
+
+class Gpu:
+    """What `torch.cuda` is asked, and for which device."""
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated",
+                     "max_memory_allocated", "current_stream"):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, self.noted(name))
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: self)
+
+    def noted(self, name):
+        def call(device=None):
+            self.asked.append(device)
+            return device if name == "current_stream" else 7
+
+        return call
+
+    def record(self, stream=None):
+        self.asked.append(stream)
+
+    def elapsed_time(self, _):
+        return 5.0
+
+
+def test_times_and_peaks_are_those_of_the_models_gpu(monkeypatch):
+    """The current GPU is another one: nobody asks it."""
+    gpu, second = Gpu(monkeypatch), torch.device("cuda:1")
+    clock = bench_clock.clock_of(SimpleNamespace(device=second))
+    clock.mark()
+    assert clock.seconds() == [5e-3]
+    assert bench_clock.peak_of(second, lambda: None) == 0
+    bench_prompt.now(SimpleNamespace(layers=[SimpleNamespace(device=second)]))
+    bench_machine._best(lambda: time.sleep(0.11), second)
+    assert len(gpu.asked) > 12 and set(gpu.asked) == {second}
 
 
 def test_results_are_given_after_each_row():
@@ -347,6 +477,25 @@ def test_command_writes_the_same_results_to_a_file(tmp_path, monkeypatch, cli):
     assert list(tmp_path.iterdir()) == [output]
     shown = cli.invoke(app, words)
     assert shown.exit_code == 0 and "random:keep=4" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "argument"),
+    [
+        ("--suite kernels --text 9", "text"),
+        ("--suite decode --length 120 --text 9", "text"),
+        ("--suite decode --length 120 --visual 16", "visual"),
+        ("--suite kv --plan h2o --budget 0.5", "budget"),
+        ("--compare a.json b.json --plot rows.svg", "plot"),
+        ("--compare a.json b.json --suite kv", "suite"),
+    ],
+)
+def test_no_option_is_passed_over_in_silence(words, argument, monkeypatch, cli):
+    monkeypatch.setitem(bench_shapes.SHAPES, "tiny", TINY)
+    model = [] if "compare" in words else ["--model", "tiny", "--pairs", "1"]
+    result = cli.invoke(app, ["bench", *model, *words.split(), "--json"])
+    assert result.exit_code == 2, result.output
+    assert json.loads(result.stdout)["error"]["argument"] == argument
 
 
 def test_an_unwritable_output_is_refused_before_the_work(tmp_path, cli):

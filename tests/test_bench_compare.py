@@ -53,7 +53,12 @@ def test_a_plan_pays_from_where_it_is_resolved_faster():
     lost, won = 0.176 / 0.8 - 0.176, 0.776 - 0.776 / 1.25
     assert found["tokens"] == pytest.approx(176 + 600 * lost / (lost + won), abs=0.1)
     assert found["status"] == "ok" and "straight line" in found["how"]
-    assert "pays from 776 tokens on; below 176 it does not" in found["words"]
+    assert "pays from 776 tokens on; at 176 it does not" in found["words"]
+
+
+def test_a_plan_that_pays_at_a_shorter_length_too_is_not_said_to_lose_there():
+    (found,) = break_even([row(100, 1.5), row(200, 0.8), row(300, 1.5)])
+    assert found["between"] == [224, 324] and "below" not in found["words"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +175,8 @@ def test_the_command_compares(tmp_path):
     assert shown.exit_code == 0 and "resolved faster: 1.20x" in " ".join(shown.stdout.split())
     data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["data"]
     assert data["rows"][0]["verdict"] == "better"
+    CliRunner().invoke(app, [*words, "--output", str(tmp_path / "changes.json")])
+    assert json.loads((tmp_path / "changes.json").read_text()) == data
     files[1].write_text("[]")
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 2 and "b.json is no result file" in refused.stderr

@@ -56,6 +56,22 @@ def test_work_and_machine_give_the_least_time(monkeypatch):
     assert row["roofline_share"] == pytest.approx(work / 1e6 / 0.2)
 
 
+def test_layers_that_a_plan_does_not_run_are_not_read():
+    """An early exit behind two of four layers; experts are read instead of the FFN."""
+    model = TINY.build(torch.float32, "cpu")
+    config, layers = model.config.text_config, model.get_decoder().layers
+    layer, ffn = (sum(p.nbytes for p in m.parameters()) for m in (layers[0], layers[0].mlp))
+    options = OPTIONS | {"pairs": 1, "visual": [16]}
+    exits, experts = decode(**options, plans=["layerskip:exit=2", "moe:experts=4:layers=1"])["rows"]
+    before = exits["ideal"] * exits["bytes"]
+    saved = 2 * layer + exits["baseline_kv_bytes"] - exits["kv_bytes"]
+    assert exits["kv_bytes"] * 2 == exits["baseline_kv_bytes"]
+    assert before - exits["bytes"] == pytest.approx(saved)
+    work = 2 * flops.decoder_layer(config, 1, 26) + flops.lm_head(config, 1)
+    assert exits["flops"] == work
+    assert experts["bytes"] - before == pytest.approx(3 * ffn, rel=0.02)  # and a router
+
+
 def test_a_length_is_whole_pictures_and_text():
     rows = decode(**OPTIONS | {"pairs": 1}, plans=["random:keep=4"], length=[120])["rows"]
     assert [(row["visual"], row["text"]) for row in rows] == [(48, 72)]

@@ -12,7 +12,7 @@ from test_bench import PROMISED, TINY, TINY_QWEN
 import mllm
 from mllm.cli import app
 from mllm.errors import DataError, PlanError
-from mllm.eval import bench, bench_kv, bench_shapes
+from mllm.eval import bench, bench_kv, bench_prompt, bench_shapes
 from mllm.eval.bench_kv import every_method, kv
 from mllm.eval.bench_prompt import Prompt
 
@@ -59,7 +59,7 @@ def test_every_cache_method_is_measured():
     rows = kv(**OPTIONS, length=[120], batch=(2,), unequal=True, budgets=["0.25"])["rows"]
     names = {row["plan"].split(":")[0] for row in rows}
     registered = {row["name"] for row in mllm.methods() if row["stage"] == "cache"}
-    assert names == registered and not [r["plan"] for r in rows if "ratio" not in r]
+    assert names == registered and not [r["plan"] for r in rows if r["ratio"] is None]
     assert rows[0]["payload_bytes"] == rows[0]["baseline_kv_bytes"]
     for row in rows:
         if row["payload_share"] is not None:
@@ -148,6 +148,32 @@ def test_the_cost_of_choosing_is_that_of_its_signals_and_layers(model):
     assert np.array_equal(one, prompt.read_s[:, 1]) and np.array_equal(both, prompt.read_s.sum(1))
 
 
+def test_the_cost_of_choosing_is_of_all_layers_even_where_most_do_nothing(model, monkeypatch):
+    """4 s of prefill; one layer of four spends 2 s, or the last of a group of two spends 1 s."""
+    _, prompt = read(model, "snapkv:window=8")
+    prompt.prefill_s = np.array([4.0])
+    monkeypatch.setattr(Prompt, "told", lambda *_: np.array([0.0, 2.0, 0.0, 0.0]))
+    monkeypatch.setattr(Prompt, "reading", lambda *_: np.zeros((1, 4)))
+    with torch.inference_mode():
+        row = bench_kv._row(model, "snapkv:window=8", prompt, 1, "", None)
+    assert row["scorer_share"] == 0.5 and row["scorer_s"] == 2.0
+    assert row["scorer_ci"][0] < 0.5 < row["scorer_ci"][1]
+
+
+@torch.inference_mode()
+def test_what_a_group_of_layers_takes_is_theirs_in_equal_parts(model, monkeypatch):
+    _, prompt = read(model, "xkv:group=2:rank_keys=8:rank_values=8")
+    clock = [0.0]
+    monkeypatch.setattr(bench_prompt, "now", lambda _: clock[0])
+    with mllm.patch(bench.twin(model), "xkv:group=2:rank_keys=8:rank_values=8") as patched:
+        (stage,) = (stage for _, stage in patched.compressors)
+        monkeypatch.setattr(
+            type(stage), "group_end", lambda *_: clock.__setitem__(0, clock[0] + 1.0)
+        )
+        seconds = prompt.told(patched, prompt.share(patched))
+    assert seconds.tolist() == [0.5] * 4
+
+
 @pytest.mark.parametrize(
     ("plan", "ci", "part"),
     [
@@ -183,7 +209,7 @@ def test_a_prompt_that_does_not_fit_is_said_for_every_plan(monkeypatch):
     [
         ({"plans": ["visionzip:keep=4"]}, PlanError, "visionzip works before the cache"),
         ({"plans": ["fastv:layer=2+snapkv:budget=40"]}, PlanError, "fastv works before"),
-        ({"length": [70]}, DataError, "multiple of 16"),
+        ({"length": [70]}, DataError, "length=70 .* 80 or more"),
         ({"budgets": ["1.5"]}, PlanError, "budget"),
         ({"pairs": 0}, DataError, "pairs=0"),
     ],

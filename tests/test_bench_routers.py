@@ -41,7 +41,8 @@ def test_command_fields_and_table(tmp_path, monkeypatch):
         assert row["status"] == "unresolved" and "1 pairs" in row["words"]
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "make_performance.py"))
     table = script["part"](["routers"], tmp_path)
-    assert "| `pmod` | train | 16 | 1 | float32 |" in table and "| `moe` | dispatch |" in table
+    assert "| `pmod`, a look: 1 pairs | train | 16 | 1 | float32 |" in table
+    assert "| `moe`, a look: 1 pairs | dispatch |" in table
 
 
 @pytest.mark.parametrize("plan", ["moe:experts=4:top_k=2", "deepseekmoe:experts=4:top_k=1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_bench import TINY, TINY_QWEN
@@ -111,16 +112,27 @@ def test_shapes_and_batches():
 @pytest.mark.parametrize(
     "cost, ci, saved, pairs, status, part",
     [
-        (0.02, (0.01, 0.03), 1.0, 30, "ok", "within 5%"),
-        (0.2, (0.1, 0.3), 1.0, 30, "ok", "above 5%"),
-        (0.05, (0.04, 0.06), 1.0, 30, "unresolved", "unresolved against 5%"),
-        (0.02, (0.01, 0.03), 1.0, 9, "unresolved", "too few"),
-        (-3.0, (-4.0, -2.0), -1.0, 30, "unresolved", "save no time"),
+        (0.02, (0.01, 0.03), (0.9, 1.1), 30, "ok", "within 5%"),
+        (0.2, (0.1, 0.3), (0.9, 1.1), 30, "ok", "above 5%"),
+        (0.05, (0.04, 0.06), (0.9, 1.1), 30, "unresolved", "unresolved against 5%"),
+        (0.02, (0.01, 0.03), (0.9, 1.1), 9, "unresolved", "too few"),
+        (-3.0, (-4.0, -2.0), (-1.1, -0.9), 30, "unresolved", "save no time"),
+        (0.02, (0.01, 0.03), (-0.1, 0.3), 30, "unresolved", "not resolved to save time"),
     ],
 )
 def test_verdicts(cost, ci, saved, pairs, status, part):
     found = judge(cost, ci, saved, pairs)
     assert found["status"] == status and part in found["words"]
+
+
+def test_what_is_saved_has_its_part_in_the_interval():
+    """0.1 s are spent in every round; what they save is 0.5 to 1.5 s, and then hardly known."""
+    times = np.tile([1.1, 1.0], (30, 1))
+    cost, ci, saved = bench_selection.interval(np.array([1.5, 1.8, 2.0, 2.2, 2.5]), times)
+    assert cost == pytest.approx(0.1) and ci == pytest.approx([0.1 / 1.5, 0.1 / 0.5])
+    assert saved == pytest.approx([0.5, 1.5])
+    _, _, saved = bench_selection.interval(np.array([0.98, 0.99, 1.005, 1.01, 1.02]), times)
+    assert saved[0] < 0 < saved[1]
 
 
 def test_a_plan_that_was_asked_for_is_not_passed_over():

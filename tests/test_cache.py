@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import mllm
+from mllm import masks
 from mllm.cache import (
     Dense,
     KVCache,
@@ -271,6 +272,17 @@ def test_unequal_heads_free_memory():
     kv.evict(drop=torch.arange(60)[None], heads=[1])
     assert isinstance(cache.layers[0].segments[0], Dense), "equal again: a view again"
     assert cache_bytes(cache)[0] == full * 4 // 64
+
+
+def test_one_choice_for_all_heads_where_they_differ():
+    """Samples are not taken for heads, of which there are as many."""
+    cache, kv = toy(2)
+    feed(cache, *torch.randn(2, 2, HEADS, 6, DIM), torch.ones(2, 6, dtype=torch.bool))
+    kv.evict(drop=torch.tensor([[[0], [1]], [[2], [3]]]))
+    keep = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]).bool()
+    cache.layers[0].retain(keep)
+    table = cache.layers[0].table
+    assert table.logical[table.valid].tolist() == [1, 2, 3, 0, 2, 3, 3, 4, 5, 2, 4, 5]
 
 
 def test_dropping_one_token_a_step_seldom_copies():
@@ -909,21 +921,21 @@ def test_a_compact_prompt_cannot_be_cut_in_two():
 def heads_crossed(mp):
     """Query heads are masked by the wrong KV heads."""
 
-    def mask(original, self, *a):
-        made = original(self, *a)
+    def mask(original, *a):
+        made = original(*a)
         return made.flip(1)
 
-    around(mp, DecoderRun, "_with_stored", mask)
+    around(mp, masks, "_with_stored", mask)
 
 
 def heads_alike(mp):
     """What one head holds is shown to all of them."""
 
-    def mask(original, self, *a):
-        made = original(self, *a)
+    def mask(original, *a):
+        made = original(*a)
         return made[:, :1]
 
-    around(mp, DecoderRun, "_with_stored", mask)
+    around(mp, masks, "_with_stored", mask)
 
 
 def nothing_evicted(mp):

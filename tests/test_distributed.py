@@ -220,7 +220,7 @@ def test_a_spread_run_resumes_to_the_same_losses(zero, small, tmp_path):
 
 def command(*words, **more):
     return subprocess.run(
-        [sys.executable, "-m", "mllm.cli", "train", *words],
+        [sys.executable, "-m", "mllm", "train", *words],
         cwd=REPOSITORY, env=environment() | more, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -264,7 +264,7 @@ def test_the_same_file_under_every_launcher(launcher, small, tmp_path, alone):
     path = saved_recipe(small, tmp_path, plan=PLAN, batch=2 // processes)
     start = [word.format(port=launch.free_port()) for word in LAUNCHERS[launcher]]
     done = subprocess.run(
-        [sys.executable, *start, "mllm.cli", "train", str(path)],
+        [sys.executable, *start, "mllm", "train", str(path)],
         cwd=REPOSITORY, capture_output=True, text=True,
         env=environment() | {"DS_ACCELERATOR": "cpu", "CCL_WORKER_COUNT": "0"},
     )  # fmt: skip
@@ -277,7 +277,7 @@ def test_the_same_file_under_every_launcher(launcher, small, tmp_path, alone):
 def test_sigterm_reaches_all_processes(small, tmp_path):
     path = saved_recipe(small, tmp_path, batch=1, max_steps=100_000)
     with subprocess.Popen(
-        [sys.executable, "-m", "mllm.cli", "train", str(path), "--nproc", "2", "--json"],
+        [sys.executable, "-m", "mllm", "train", str(path), "--nproc", "2", "--json"],
         cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     ) as process:  # fmt: skip
@@ -326,7 +326,7 @@ def test_killed_and_resumed_is_never_interrupted(seed, method, uninterrupted, tm
     second = validate(first | {"output": {"dir": str(tmp_path / "run")}})
     path = tmp_path / "recipe.yaml"
     path.write_text(second.to_yaml())
-    words = [sys.executable, "-m", "mllm.cli", "train", str(path)]
+    words = [sys.executable, "-m", "mllm", "train", str(path)]
     alike = environment(torch.get_num_threads())  # other numbers of threads round otherwise
     with subprocess.Popen(words, cwd=REPOSITORY, env=alike, stderr=subprocess.DEVNULL) as process:
         wait_for(tmp_path / "run/metrics.jsonl", process)

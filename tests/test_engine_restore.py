@@ -11,6 +11,7 @@ from matrix import FEW, SIDE, anatomy, covering, fresh
 
 import mllm
 from mllm.errors import PlanError
+from mllm.vision_hooks import VisionHooks
 
 few = pytest.mark.parametrize("spec", FEW)
 
@@ -37,6 +38,22 @@ def test_remove_restores_everything(spec, attn):
     with pytest.raises(PlanError, match="removed before"):
         patched.remove()
     assert anatomy(model) == before, "a second remove() changes nothing"
+
+
+@pytest.mark.parametrize("spec", ["fastv:layer=2:keep=0.5", "moellava"])
+def test_a_patch_that_breaks_off_leaves_nothing(spec, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model = fresh()
+    before = anatomy(model)
+    trained = [p.requires_grad for p in model.parameters()]
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(VisionHooks, "install", interrupted)
+        mllm.patch(model, spec)
+    assert anatomy(model) == before
+    assert [p.requires_grad for p in model.parameters()] == trained
+    mllm.patch(model, spec).remove()
 
 
 @few

@@ -202,6 +202,18 @@ def test_what_a_plan_has_learnt_is_read_once_and_experts_at_every_step():
         assert found.patched.weight_bytes == found.plain.weight_bytes + own
 
 
+def test_layers_that_are_not_run_are_not_read():
+    """An early exit: two layers of four, in prefill and steps."""
+    slow = Hardware("computes at once", {"float32": 1e30}, 1e6)
+    found = estimated("llava", "layerskip:exit=2", new=1, hardware=slow)
+    net = families.model("llava")
+    left = bytes_of(*net.model.language_model.layers[2:])
+    for name in ("ttft_s", "decode_s"):
+        saved = getattr(found.plain, name) - getattr(found.patched, name)
+        cache = 0 if name == "ttft_s" else found.plain.kv_bytes - found.patched.kv_bytes
+        assert saved == pytest.approx((left + cache) / 1e6)
+
+
 def test_break_even():
     base = estimated("llava", "snapkv:budget=0.5:window=2", new=5)
     late = dataclasses.replace(base.patched, ttft_s=1.0, decode_s=0.1)
@@ -217,6 +229,10 @@ def test_break_even():
         patched=dataclasses.replace(late, decode_s=0.2, total_s=1.8),
     )  # fmt: skip
     assert short.break_even is None and "faster up to 3 new tokens" in str(short)
+    # So it is where the tokens that were asked for are few enough to gain.
+    few = dataclasses.replace(short, plain=dataclasses.replace(short.plain, total_s=1.35),
+                              patched=dataclasses.replace(short.patched, total_s=1.2))  # fmt: skip
+    assert few.break_even is None and "faster up to 3 new tokens" in str(few)
 
 
 @pytest.mark.parametrize(
@@ -296,3 +312,21 @@ def test_the_command_line():
     for bad in (["--size", "12"], ["--peak", "1"], ["--plan", "nothing"], ["--visual", "7"]):
         refused = cli.invoke(app, ["estimate", "tiny-llava", *bad, "--json"])
         assert refused.exit_code == 2 and not json.loads(refused.stdout)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("more", "argument"),
+    [
+        (["--hardware", "a100-80gb"], "hardware"),
+        (["--hardware", "h100"], "hardware"),  # though it is the default
+        (["--memory", "-1"], "memory"),
+        (["--bandwidth", "nan"], "bandwidth"),
+        (["--peak", "inf"], "peak"),
+    ],
+)
+def test_a_device_of_ones_own_is_one_device(more, argument):
+    """Nothing of it is passed over in silence."""
+    given = ["estimate", "tiny-llava", "--peak", "1", "--bandwidth", "10", *more, "--json"]
+    refused = CliRunner().invoke(app, given)
+    assert refused.exit_code == 2, refused.output
+    assert json.loads(refused.stdout)["error"]["argument"] == argument

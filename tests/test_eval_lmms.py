@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from eval_tiny import TOKENS, save_tiny
+from eval_tiny import TOKENS
 from PIL import Image
 
 pytest.importorskip("lmms_eval")
@@ -15,7 +15,7 @@ from mllm.errors import DataError, MllmError, PlanError  # noqa: E402
 from mllm.eval.answer import costs_of, unpatched_costs  # noqa: E402
 from mllm.eval.lmms import MllmModel  # noqa: E402
 from mllm.eval.plans import make_plan, patched_with  # noqa: E402
-from mllm.loading import build_inputs, load_model  # noqa: E402
+from mllm.loading import build_inputs  # noqa: E402
 from mllm.yardstick import samples  # noqa: E402
 
 PLANS = [
@@ -28,11 +28,6 @@ PLANS = [
     "visionzip:keep=20+fastv:layer=2:keep=6",
 ]
 OPTIONS = {"max_new_tokens": 6, "until": ["\n\n"]}
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load_model(str(save_tiny(tmp_path_factory.mktemp("tiny"))), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +142,25 @@ def test_stop_strings_and_length_are_respected(loaded, docs):
     assert all(r.token_counts.output_tokens <= 2 for r in short)
 
 
+def test_padding_of_a_batch_is_no_generated_token(loaded, docs):
+    """A row that a stop string ends is padded while the others go on."""
+    free = _ask(_model(loaded, docs), docs[:4], {"max_new_tokens": 8})
+    options = {"max_new_tokens": 8, "until": [free[0].text[1]]}
+    alone, together = (_ask(_model(loaded, docs, batch_size=n), docs[:4], options) for n in (1, 4))
+    counts = [[r.token_counts.output_tokens for r in found] for found in (alone, together)]
+    assert counts[0] == counts[1] and min(counts[0]) < max(counts[0])
+
+
+def test_what_is_drawn_does_not_depend_on_a_cache(loaded, docs, tmp_path):
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.0}
+    plain, again, cached = (
+        [r.text for r in _ask(_model(loaded, docs, cache=cache), docs[:3], options)]
+        for cache in (None, None, str(tmp_path))
+    )
+    assert plain == again == cached
+    assert plain != [r.text for r in _ask(_model(loaded, docs), docs[:3])]
+
+
 def test_requests_with_other_options_do_not_share_a_batch(loaded, docs):
     model = _model(loaded, docs, batch_size=8)
     asked = [
@@ -171,6 +185,14 @@ def test_loglikelihood_is_teacher_forcing(loaded, docs):
             logits = model(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}).logits
         logs = logits[0, prompt - 1 : -1].float().log_softmax(-1)
         assert total == pytest.approx(float(logs.gather(1, ids.T).sum()), abs=1e-4)
+
+
+def test_a_models_own_penalty_is_not_scored(loaded, docs, monkeypatch):
+    """Qwen2.5-VL, for one, comes with a penalty on repeated tokens for generation."""
+    pairs = [(0, docs[0]["text"], " red"), (3, docs[3]["text"], " what what")]
+    plain = _score(_model(loaded, docs), pairs)
+    monkeypatch.setattr(loaded[0].generation_config, "repetition_penalty", 1.5)
+    assert _score(_model(loaded, docs), pairs) == plain
 
 
 @pytest.mark.parametrize("plan", ["none", "visionzip:keep=8", "fastv:layer=1:keep=10"])

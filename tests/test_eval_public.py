@@ -9,7 +9,6 @@ from pathlib import Path
 
 import eval_data
 import pytest
-from eval_tiny import save_tiny
 from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval")
@@ -24,11 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import llava15_published as published  # noqa: E402
 
 HUB = "lmms-lab-encoder"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,6 +79,17 @@ def test_tasks_run_on_local_copies(folder, data, tmp_path, monkeypatch):
     configs = record["results"]["configs"]
     assert configs["pope"]["dataset_path"] == "parquet"
     assert configs["mme"]["dataset_path"] == "imagefolder"
+
+
+def test_a_task_for_a_test_server_has_no_score(folder, tmp_path):
+    eval_data.parquet(tmp_path / "VQAv2" / "data", "test", eval_data.vqav2())
+    words = ["--model", folder, "--tasks", "vqav2_test", "--data-dir", tmp_path, "--device", "cpu"]
+    result = CliRunner().invoke(app, ["eval", *map(str, words), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "submission –" in result.stdout
+    (written,) = (tmp_path / "out").glob("unpatched/*_more/submissions/vqav2-test-*.json")
+    assert len(json.loads(written.read_text())) == 2
+    assert len(list((tmp_path / "out").glob("unpatched/*_results.json"))) == 1
 
 
 # Where copies are found

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from eval_tiny import TOKENS, save_tiny
+from eval_tiny import TOKENS
+from test_eval_table import cell as planted
 from typer.testing import CliRunner
 
 import mllm
@@ -19,20 +20,9 @@ from mllm.errors import DataError, MllmError, PlanError
 from mllm.eval import asking, sweep, table, tasks
 from mllm.eval import cells as results
 from mllm.eval.plans import make_plan, plan_for_budget
-from mllm.loading import load_model
 from mllm.yardstick import ADMITTED, TASKS, samples
 
 FOLDER = Path(tasks.PATH) / "yardstick"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(str(folder), device="cpu")
 
 
 def _cli(*words):
@@ -331,17 +321,6 @@ def test_a_foreign_file_is_not_overwritten(loaded, tmp_path):
 # The table
 
 
-def _cell(method, budget, task, outcomes):
-    return {
-        "method": method, "budget": budget, "task": task, "plan": method, "n": len(outcomes),
-        "correct": outcomes.count("1"), "score": outcomes.count("1") / len(outcomes),
-        "ci": [0, 1], "outcomes": outcomes, "visual_avg": 8.0, "kept_llm": 8, "flops": 1e9,
-        "kv_bytes": 1024, "prefill_s": None, "split": "test", "seed": 0,
-        "about": {"versions": {"mllm": "0"}, "dtype": "float32", "backend": "sdpa",
-                  "device": "cpu", "threads": 1, "weights_sha256": "0" * 64, "commit": None},
-    }  # fmt: skip
-
-
 def test_words_follow_the_numbers():
     rows = {
         "unpatched": ("1" * 40, "1" * 40), "random": ("10" * 20, "10" * 20),
@@ -349,7 +328,7 @@ def test_words_follow_the_numbers():
         "bad": ("0" * 40, "10" * 20),
     }  # fmt: skip
     cells = [
-        _cell(name, None if name == "unpatched" else 8, task, rows[name][i])
+        planted(name, None if name == "unpatched" else 8, task, map(int, rows[name][i]))
         for i, task in enumerate(("color", "ocr_word"))
         for name in rows
     ]

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from eval_tiny import save_tiny
@@ -25,27 +26,17 @@ pytest.importorskip("lmms_eval")
 from mllm import compat  # noqa: E402
 from mllm.cli import app  # noqa: E402
 from mllm.errors import DataError, MllmError  # noqa: E402
-from mllm.eval import engines, responses, run_folder  # noqa: E402
+from mllm.eval import cells, engines, files, responses, run_folder, runner  # noqa: E402
 from mllm.eval.lmms import MllmModel  # noqa: E402
 from mllm.eval.prompts import Asked, Prompt, ask, batches  # noqa: E402
 from mllm.eval.runner import evaluate  # noqa: E402
-from mllm.loading import load_model  # noqa: E402
+from mllm.plan import Plan  # noqa: E402
 
 PLANS = ["none", "fastv:layer=1:keep=9"]
 TASKS = ["yardstick_color", "yardstick_ocr_word"]
 OPTIONS = {"limit": 5, "batch_size": 2, "device": "cpu"}
 #: What two runs of the same thing differ in.
 TIMES = {"seconds", "decode_s", "ttft_s", "date", "throughput"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(str(folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +208,35 @@ def test_truncated_and_lost_result_files_are_made_anew(folder, loaded, whole, tm
     assert _answers(_evaluate(folder, loaded, tmp_path))[0] == {"kept": 10, "computed": 0}
     assert (samples.read_text(), other.read_text()) == content
     assert not stump.exists() and mine.exists()
+
+
+def test_the_folder_of_a_long_plan_has_a_name(tmp_path):
+    """File systems allow 255 characters."""
+    long = "+".join(f"fastv:layer={k}:keep=9" for k in range(1, 20))
+    names = {runner._slug(spec) for spec in (long, long + "0", "a:b")}
+    assert len(names) == 3 and "a_b" in names
+    for name in names:
+        (tmp_path / name).mkdir()
+
+
+def test_arrays_of_a_document_are_written(tmp_path):
+    path = files.write_json(tmp_path / "a.json", {"box": np.arange(3), "one": np.float32(0.5)})
+    assert json.loads(path.read_text()) == {"box": [0, 1, 2], "one": 0.5}
+
+
+def test_a_document_counts_once_however_many_filters_a_task_has():
+    """lmms-eval logs a sample for each filter, those of the first one first."""
+    cost = {"batch": 1, "ttft_s": 0.5, "decode_s": 0.5} | dict.fromkeys(runner._SUMS, 4)
+    logged = [
+        {"doc_id": i, "exact_match": value, "token_counts": [{"mllm": cost}], "arguments": []}
+        for values in ([1, 0, 1, 0], [0, 0, 0, 0])
+        for i, value in enumerate(values)
+    ]
+    results = {"results": {"gsm8k": {"exact_match,strict": 0.5, "exact_match,loose": 0.0}}}
+    record = runner._record(Plan([]), results, {"gsm8k": logged}, {}, 1.0)
+    (row,) = record["rows"]
+    assert (row["n"], row["score"]) == (4, 0.5) and row["ci"][0] < 0.5 < row["ci"][1]
+    assert record["mllm"]["n"] == 4 and record["mllm"]["totals"]["kept_llm"] == 16
 
 
 # The answers that are kept
@@ -399,10 +419,26 @@ def test_a_worker_that_dies_is_told(folder, loaded, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/*_results.json"))
 
 
+def test_an_interrupt_with_workers_stays_one(folder, loaded, tmp_path, monkeypatch):
+    """Ctrl-C ends the workers too; that they are gone is not what went wrong."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(engines.multiprocessing, "get_context", lambda name: context)
+
+    def interrupted(pipes):
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _evaluate(folder, loaded, tmp_path, workers=2)
+
+
 @pytest.mark.slow
 def test_the_command_with_two_processes_and_kill_9(folder, tmp_path):
     words = [
-        sys.executable, "-m", "mllm.cli", "eval", "--model", str(folder), "--device", "cpu",
+        sys.executable, "-m", "mllm", "eval", "--model", str(folder), "--device", "cpu",
         "--tasks", ",".join(TASKS), "--limit", "8", "--batch-size", "2", "--output",
     ]  # fmt: skip
     subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)
@@ -473,6 +509,18 @@ def test_results_of_another_model_are_refused(done, tmp_path):
     assert _snapshot(done) == before
 
 
+def test_results_of_another_generation_config_are_refused(folder, loaded, done, monkeypatch):
+    """Edited end tokens or penalties give other answers from the same weights."""
+    before = _snapshot(done)
+    monkeypatch.setattr(loaded[0].generation_config, "repetition_penalty", 1.5)
+    with pytest.raises(DataError, match="another model: .*generation"):
+        _evaluate(folder, loaded, done)
+    assert _snapshot(done) == before
+    about = json.loads((done / run_folder.NAME).read_text())
+    del about["model"]["generation_sha256"]  # of a version that did not say
+    responses.check_model(about["model"], engines.Here(*loaded).facts, done, "output")
+
+
 @pytest.mark.parametrize(
     "name, content, match",
     [
@@ -490,6 +538,20 @@ def test_a_foreign_file_is_left_alone(folder, loaded, tmp_path, name, content, m
     assert (tmp_path / name).read_text() == content
 
 
+def test_a_cache_in_use_is_called_a_cache(folder, loaded, tmp_path):
+    run = functools.partial(_evaluate, folder, loaded, plans=["none"], limit=1, cache=tmp_path)
+    run(None)
+    (path,) = tmp_path.iterdir()
+    with cells.ResultsFile(path):
+        with pytest.raises(DataError, match="is writing to .* another --cache") as caught:
+            run(None)
+    assert caught.value.argument == "cache"
+    path.write_text("my notes\n")
+    with pytest.raises(DataError, match="line 1: not JSON") as caught:
+        run(None)
+    assert caught.value.argument == "cache"
+
+
 def test_a_folder_in_use_is_refused(folder, loaded, tmp_path):
     with run_folder.RunFolder(tmp_path):
         with pytest.raises(DataError, match=f"process {os.getpid()} is writing"):
@@ -500,6 +562,8 @@ def test_a_folder_in_use_is_refused(folder, loaded, tmp_path):
     "words, argument, match",
     [
         (["--tasks", "yardstick_colour"], "tasks", "yardstick_color"),
+        (["--tasks", "yardstick,yardstick_color"], "tasks", "both have the task yardstick_color"),
+        (["--tasks", ","], "tasks", "no task is named"),
         (["--plan", "visonzip:keep=8"], "method", "visionzip"),
         (["--plan", "visionzip:kep=8"], None, "keep"),
         (["--plan", "visionzip:keep=6x"], None, "keep"),

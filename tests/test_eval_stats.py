@@ -288,6 +288,8 @@ def test_median_interval_holds_the_median():
     "said, answer, metric, right",
     [
         (" Red.", "red", "exact", True),
+        ('"Red."', "red", "exact", True),
+        ('"Red".', "red", "exact", True),
         ("top  left", "Top left", "exact", True),
         ("red circle", "red", "exact", False),
         ("", "red", "exact", False),

@@ -220,7 +220,7 @@ def test_smaller_runs_of_a_task_are_left_out():
 
 def test_what_cannot_be_compared_is_not_mixed():
     about = cell("random", 8, "ocr", [1])["about"]
-    others = [{"split": "dev"}, {"style": "sketch"}]
+    others = [{"split": "dev"}, {"style": "sketch"}, {"data": "scenes 2"}, {"protocol": "again"}]
     others += [{"about": about | {name: "1" * 64}} for name in ("weights_sha256", "backend")]
     for other in others:
         cells = [cell("random", 8, "ocr", [1]), cell("stride", 8, "ocr", [1], **other)]
@@ -241,6 +241,14 @@ def test_tasks_may_have_other_numbers_of_questions():
     built = table.build(cells)
     assert {row["n"] for row in built["rows"]} == {70} and built["left_out"] == 0
     assert "2 tasks, 30 to 40 questions each" in table.markdown(built)
+
+
+def test_one_token_and_all_slots_are_two_budgets():
+    cells = [cell(name, 1, "ocr", [1, 0] * 20) for name in ("random", "good")]
+    cells += [cell(name, 1.0, "ocr", [1, 0] * 20) for name in ("randomkv", "held")]
+    first, second = (text for text in table.build(cells)["words"] if text.startswith("At "))
+    assert first.startswith("At 1 tokens, over all tasks, good (") and "held" not in first
+    assert second.startswith("At 1.0 of the slots, over all tasks, held (")
 
 
 def test_csv_and_json_hold_the_statistics():

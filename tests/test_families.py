@@ -28,8 +28,8 @@ from oracles import Cut
 from test_flops import counted
 
 import mllm
+from mllm import masks
 from mllm.errors import DataError, PlanError
-from mllm.in_llm import DecoderRun
 from mllm.models import base, gemma3, resolve
 from mllm.models.base import Family
 from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
@@ -518,34 +518,34 @@ def test_windows_are_told(monkeypatch):
 
 def slots_for_windows(mp):
     """Windows in stored slots: what is left of a pruned prompt seems near."""
-    original = DecoderRun._mask_of_kind
+    original = masks.of_kind
 
-    def mask(self, layer, given):
-        held, self.held = self.held, list(self.held)
+    def mask(run, layer, given):
+        held, run.held = run.held, list(run.held)
         if held and (table := held[layer]) is not None:
-            near = self.past_logical - torch.arange(table.slots, 0, -1)
-            self.held[layer] = table.with_columns(logical=near.expand(table.valid.shape))
+            near = run.past_logical - torch.arange(table.slots, 0, -1)
+            run.held[layer] = table.with_columns(logical=near.expand(table.valid.shape))
         try:
-            return original(self, layer, given)
+            return original(run, layer, given)
         finally:
-            self.held = held
+            run.held = held
 
-    mp.setattr(DecoderRun, "_mask_of_kind", mask)
+    mp.setattr(masks, "of_kind", mask)
 
 
 def causal_blocks(mp):
     """Rows of an image see only what is before them."""
-    original = DecoderRun._mask_of_kind
+    original = masks.of_kind
 
-    def mask(self, layer, given):
+    def mask(run, layer, given):
         if given is not None and given.shape[2] > 1:
             rows = torch.arange(given.shape[2])
             given = (given if given.dtype == torch.bool else given == 0) & (
                 rows[:, None] >= rows[None] + given.shape[2] - given.shape[3]
             )
-        return original(self, layer, given)
+        return original(run, layer, given)
 
-    mp.setattr(DecoderRun, "_mask_of_kind", mask)
+    mp.setattr(masks, "of_kind", mask)
 
 
 def one_rope(mp):

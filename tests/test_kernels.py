@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +166,53 @@ def test_scattered_rows(device, dtype, batch, kept, length, width):
         assert torch.equal(found.cpu(), tokens._scatter_back(x, at, length, real))
 
 
+FAR = 2**26  # elements between neighbours: the 33rd is out of the reach of 32 bits
+
+
+@pytest.fixture(scope="module")
+def room():
+    """8 GiB of addresses, of which a few pages in the middle are ever touched.
+
+    An offset that has become negative is within the first half.
+    """
+    try:
+        return torch.empty(2**32 + 2**12, dtype=torch.float16)[2**31 :]
+    except RuntimeError:
+        pytest.skip("no room")
+
+
+@pytest.mark.parametrize("far", ["keys", "heads"])
+def test_rows_of_tensors_beyond_32_bits(device, room, far):
+    """Neighbouring keys, or neighbouring heads of queries and keys, lie far apart."""
+    room, g = room.to(device), torch.Generator().manual_seed(3)
+    if far == "keys":
+        q, k = normal(g, 1, 2, 1, 16), room.as_strided((1, 1, 33, 16), (0, 0, FAR, 1))
+    else:
+        strides = (0, FAR, 16, 1)
+        q, k = (room[at:].as_strided((1, 33, 2, 16), strides) for at in (0, 64))
+        q.copy_(normal(g, *q.shape))
+    k.copy_(normal(g, *k.shape))
+    q, at = q.to(k), torch.full((1, 1), q.shape[2] - 1)
+    found = attention.row_scores(q, k, at.to(device), None, None)
+    want = attention._row_scores(q.cpu(), k.cpu(), at, None, None, causal=True, heads="mean")
+    torch.testing.assert_close(found.cpu(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_moved_rows_of_tensors_beyond_32_bits(device, room):
+    """Neighbouring channels, or planes, lie far apart."""
+    room, g = room.to(device), torch.Generator().manual_seed(3)
+    x = room.as_strided((1, 3, 33), (0, 1, FAR))
+    planes = room[16:].as_strided((33, 1, 3), (FAR, 0, 1))
+    for t in (x, planes):
+        t.copy_(normal(g, *t.shape))
+    at = torch.tensor([[2, 0, 1]]).to(device)
+    parts = [(x, 1), (planes, 2)]
+    for own, want in zip(tokens.gather_parts(at, parts), tokens._gather_parts(at, parts),
+                         strict=True):  # fmt: skip
+        assert torch.equal(own, want)
+    assert torch.equal(tokens.scatter_back(x, at, 5), tokens._scatter_back(x, at, 5))
+
+
 # One new token over what is stored
 
 
@@ -285,7 +335,9 @@ def test_attention_in_parts_is_attention():
 # Rows of experts
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, close", [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize(
     "counts, width, inner",
     [
@@ -475,12 +527,64 @@ def test_what_decode_kernels_refuse(caplog):
     plain = Quantised.of(x, x, there, 16, 4, 4)
     strided = Plain(plain._keys.codes.T.contiguous().T)
     check(Quantised(strided, plain._values, plain.shape), query)
+    steps = replace(plain._values, step=plain._values.step.repeat_interleave(2, 1)[:, ::2])
+    check(Quantised(plain._keys, steps, plain.shape), query)
     weights = torch.ones(1, 2, 4), torch.ones(1, 4, 2)
     with kernels.use("interpreter"), torch.autocast("cpu", torch.bfloat16):
         dispatch.grouped_ffn(torch.ones(3, 4), [3], None, *weights, torch.relu)
-    words = ["512 channels", "512 channels", "float64", "float64", "stride", "autocast"]
+    words = ["512 channels", "512 channels", "float64", "float64", "stride", "stride", "autocast"]
     assert len(caplog.messages) == len(words)
     assert all(w in m for w, m in zip(words, caplog.messages, strict=True))
+
+
+@pytest.mark.parametrize("name", ["row_scores", "ragged_decode", "quantised_decode"])
+def test_more_programs_than_a_launch_takes_stay_in_torch(name):
+    """CUDA launches 65,535 along the axis of samples and heads."""
+    pytest.importorskip("triton", minversion="3.7.1")
+    module = importlib.import_module(f"mllm.kernels.{name}")
+    for batch, refused in ((2**13 - 1, False), (2**13, True)):
+        q = torch.empty(1, 8, 1, 16).expand(batch, -1, -1, -1)
+        there = torch.ones(1, 8, 1, dtype=torch.bool).expand(batch, -1, -1)
+        rows = Plain(torch.empty(1, 16))
+        given = {
+            "row_scores": (q, q, torch.zeros(batch, 1).long(), None, None),
+            "ragged_decode": (q, rows.codes, rows.codes, there.int(), None, None),
+            "quantised_decode": (q, rows, rows, tuple(there.shape), there.int(), None, None),
+        }  # fmt: skip
+        why = module.unsupported(*given[name])
+        assert (why is not None) == refused and (why is None or "65535 in all" in why)
+
+
+def test_tensors_within_what_is_stored_have_to_be_on_the_device(caplog):
+    """Codes and bounds come in objects of the cache."""
+    kernels._say.cache_clear()
+    side = Plain(torch.empty(2, 16, device="meta"))
+    with kernels.use("interpreter"):
+        assert kernels.run("quantised_decode", lambda *_: 1, torch.zeros(1), side) == 1
+    (line,) = caplog.messages
+    assert "not all on one cpu device" in line
+
+
+def test_kernels_run_with_the_tensors_gpu_as_the_current_one(monkeypatch):
+    """Triton launches there, and a model may be on another, or on several."""
+    pytest.importorskip("triton", minversion="3.7.1")
+    if why := kernels._triton_obstacle(True):
+        pytest.skip(why)
+    assert kernels._current(torch.device("cuda:1")).idx == 1
+    done = []
+
+    @contextlib.contextmanager
+    def current(device):
+        done.append(device.type)
+        yield
+        done.append("left")
+
+    monkeypatch.setattr(kernels, "_current", current)
+    module = importlib.import_module("mllm.kernels.scatter_back")
+    monkeypatch.setattr(module, "scatter_back", lambda *_: done.append("ran"))
+    with kernels.use("interpreter"):
+        tokens.scatter_back(torch.zeros(1, 1, 1), torch.zeros(1, 1).long(), 2)
+    assert done == ["cpu", "ran", "left"]
 
 
 def test_gradients_with_kernels_asked_for():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matrix import CASES, check_generate, check_logits
 
-from mllm import attention, compat, in_llm
+from mllm import attention, compat, in_llm, masks, rows
 from mllm.cache import SlotLayer
 from mllm.compressors import fastv, visionzip
 from mllm.in_llm import DecoderRun
@@ -16,6 +16,7 @@ from mllm.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 from mllm.patcher import Patched
 from mllm.pre_llm import VisionRun
 from mllm.tokens import TokenTable
+from mllm.vision_hooks import VisionHooks
 
 FASTV, TWO = "fastv:layer=2:keep=0.5", "fastv:layer=1:keep=0.5+fastv:layer=3:keep=2"
 ZIP, DIV = "visionzip:keep=10", "divprune:keep=6:positions=original"
@@ -30,11 +31,11 @@ def around(monkeypatch, owner, name, change):
 def parent_mask(mp):
     """Layers after the cut are given what the parent passes to all layers."""
 
-    def arguments(original, self, layer, kind, hidden, kwargs):
-        out = original(self, layer, kind, hidden, kwargs)
+    def arguments(original, self, layer, hidden, kwargs):
+        out = original(self, layer, hidden, kwargs)
         return {**out, "attention_mask": kwargs.get("attention_mask")}
 
-    around(mp, DecoderRun, "_arguments", arguments)
+    around(mp, DecoderRun, "arguments", arguments)
 
 
 def no_mask(mp):
@@ -53,20 +54,20 @@ def no_mask_in_decode(mp):
 
 def no_padding_mask(mp):
     """Samples of unequal counts are padded again, and nobody masks that padding."""
-    around(mp, DecoderRun, "_slot_valid", lambda original, *a: None)
+    around(mp, masks, "slot_valid", lambda original, *a: None)
 
 
 def renumbered_after_the_cut(mp):
     """Kept rows are numbered from zero although the plan keeps their positions."""
 
-    def arguments(original, self, layer, kind, hidden, kwargs):
-        out = original(self, layer, kind, hidden, kwargs)
+    def arguments(original, self, layer, hidden, kwargs):
+        out = original(self, layer, hidden, kwargs)
         if self.visual is not None:
             rows = torch.arange(hidden.shape[1]).expand(hidden.shape[0], -1)
             out["position_embeddings"] = self.patched.family.decoder.rotary_emb(hidden, rows)
         return out
 
-    around(mp, DecoderRun, "_arguments", arguments)
+    around(mp, DecoderRun, "arguments", arguments)
 
 
 def renumbered_before_the_decoder(mp):
@@ -124,7 +125,7 @@ def lowest_scores(mp):
 
 def unordered_rows(mp):
     """Kept rows in the order of nothing in particular."""
-    around(mp, in_llm, "choose_rows", lambda original, *a: original(*a).flip(1))
+    around(mp, rows, "choose_rows", lambda original, *a: original(*a).flip(1))
 
 
 def unmasked_samples_mixed(mp):
@@ -134,7 +135,7 @@ def unmasked_samples_mixed(mp):
         rows = original(keep, valid, *order)
         return rows[:1].expand_as(rows)
 
-    around(mp, in_llm, "choose_rows", choose)
+    around(mp, rows, "choose_rows", choose)
 
 
 def merge_by_average(mp):
@@ -157,7 +158,7 @@ def wrong_receiver(mp):
 
 
 def no_class_token(mp):
-    around(mp, Patched, "_tower_post", lambda original, *a: None)
+    around(mp, VisionHooks, "_tower_post", lambda original, *a: None)
 
 
 def nothing_dropped(mp):
@@ -166,7 +167,7 @@ def nothing_dropped(mp):
     def choose(original, keep, valid, *order):
         return original(valid, valid, *order)
 
-    around(mp, in_llm, "choose_rows", choose)
+    around(mp, rows, "choose_rows", choose)
 
 
 def no_scatter_back(mp):
@@ -300,59 +301,59 @@ def patches_joined_in_reading_order(mp):
 def window_in_slots(mp):
     """A sliding window counts the stored tokens, and not those that were dropped between them."""
 
-    def mask(original, self, layer, parent):
-        held = self.held[layer] if self.held else None
+    def mask(original, run, layer, parent):
+        held = run.held[layer] if run.held else None
         if held is None:
-            return original(self, layer, parent)
-        slots = torch.arange(held.slots) + self.past_logical - held.slots
-        self.held[layer] = held.with_columns(logical=slots.expand_as(held.logical))
+            return original(run, layer, parent)
+        slots = torch.arange(held.slots) + run.past_logical - held.slots
+        run.held[layer] = held.with_columns(logical=slots.expand_as(held.logical))
         try:
-            return original(self, layer, parent)
+            return original(run, layer, parent)
         finally:
-            self.held[layer] = held
+            run.held[layer] = held
 
-    around(mp, DecoderRun, "_mask_of_kind", mask)
+    around(mp, masks, "of_kind", mask)
     mp.setattr(SlotLayer, "_forget", lambda self: None)
 
 
 def window_forgotten(mp):
     """Sliding layers see everything that is stored."""
 
-    def mask(original, self, layer, parent):
-        windows = self.patched.windows
-        self.patched.windows = [None] * len(windows)
+    def mask(original, run, layer, parent):
+        windows = run.patched.windows
+        run.patched.windows = [None] * len(windows)
         try:
-            return original(self, layer, parent)
+            return original(run, layer, parent)
         finally:
-            self.patched.windows = windows
+            run.patched.windows = windows
 
-    around(mp, DecoderRun, "_mask_of_kind", mask)
+    around(mp, masks, "of_kind", mask)
     mp.setattr(SlotLayer, "_forget", lambda self: None)
 
 
 def images_see_forwards_only_back(mp):
     """Rows of an image see only earlier rows of it."""
 
-    def mask(original, self, layer, parent):
+    def mask(original, run, layer, parent):
         if parent is not None and parent.shape[2] > 1:
             own = torch.ones(parent.shape[2:], dtype=torch.bool).tril()
             lowest = False if parent.dtype == torch.bool else torch.finfo(parent.dtype).min
             parent = parent.masked_fill(~own, lowest)
-        return original(self, layer, parent)
+        return original(run, layer, parent)
 
-    around(mp, DecoderRun, "_mask_of_kind", mask)
+    around(mp, masks, "of_kind", mask)
 
 
 def rotary_tables_cut_to_length(mp):
     """Rows that stay take the rotary tables of the first rows."""
 
-    def arguments(original, self, layer, kind, hidden, kwargs):
-        out = original(self, layer, kind, hidden, kwargs)
+    def arguments(original, self, layer, hidden, kwargs):
+        out = original(self, layer, hidden, kwargs)
         whole = kwargs["position_embeddings"]
         out["position_embeddings"] = tuple(t[..., : hidden.shape[1], :] for t in whole)
         return out
 
-    around(mp, DecoderRun, "_arguments", arguments)
+    around(mp, DecoderRun, "arguments", arguments)
 
 
 def rows_and_columns_lost(mp):

@@ -19,8 +19,9 @@ from mllm.errors import DataError, RecipeError
 from mllm.eval import sources, tasks
 from mllm.eval.outside import easyvqa, mnist, packages
 from mllm.training.data import Collator, load_data
-from mllm.training.recipe import DataPart, load
+from mllm.training.recipe import load
 from mllm.training.run import run
+from mllm.training.schema import DataPart
 from mllm.yardstick import TASKS as DRAWN
 from mllm.yardstick import samples as drawn_samples
 

@@ -89,6 +89,9 @@ def test_both_rows_of_a_step(peers):
     assert results["suite"] == "peer-kvpress" and "rows" not in results
     assert results["ours"]["payload_share"] == 1.0 and results["kvpress"]["ratio"] == 1.5
     assert results["relative"] == pytest.approx(results["ours"]["ratio"] / 1.5)
+    assert results["relative_ci"] == pytest.approx(
+        [x / 1.5 for x in results["ours"]["ratio_ci"]], rel=1e-4
+    )
     said = peers.words(results, "kvpress", "step")
     assert "3.0 -> 2.0 ms per step, 1.50x" in said and "1.0 of 2.0 MiB" in said
     assert "no claim" in said
@@ -97,9 +100,11 @@ def test_both_rows_of_a_step(peers):
 def test_slower_is_said_and_so_are_hooks_without_effect(peers):
     row = {**peers._times(np.array([[1.0, 2.0]] * 30)), "status": "ok", "pairs": 30}
     said = peers.words(
-        {"ours": row, "sparsevlm": row | {"hooks_slots": [63, 63]}, "relative": 1.0}, "sparsevlm",
-        "answer",
+        {"ours": row, "sparsevlm": row | {"hooks_slots": [63, 63]}, "relative": 1.0,
+         "relative_ci": [0.9, 1.1]},
+        "sparsevlm", "answer",
     )  # fmt: skip
+    assert "that of sparsevlm: 1.00 (0.90-1.10), not resolved" in said
     assert said.count("no real speed-up: slower") == 2 and "63 to 63 slots" in said
 
 

@@ -28,8 +28,9 @@ from mllm.training.distill import Teacher, distill_loss
 from mllm.training.finetune import check_four_bits, wrap_lora
 from mllm.training.launch import World, deepspeed_config
 from mllm.training.ordering import Order
-from mllm.training.recipe import DataPart, DistillPart, LearningRates, load, shipped, validate
+from mllm.training.recipe import load, shipped, validate
 from mllm.training.run import run
+from mllm.training.schema import DataPart, DistillPart, LearningRates
 from mllm.training.tiny import new_processor
 
 REPOSITORY = Path(__file__).parents[1]
@@ -575,7 +576,7 @@ def test_the_dry_run_of_the_command(small, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_for(small, tmp_path / "run").to_yaml())
     done = subprocess.run(
-        [sys.executable, "-m", "mllm.cli", "train", str(path), "--dry-run", "--nproc", "2"],
+        [sys.executable, "-m", "mllm", "train", str(path), "--dry-run", "--nproc", "2"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -55,13 +56,16 @@ def test_a_budget_that_an_adapter_has_not_names_the_nearest(
     ({"hidden_size": 64}, "tokenflex:counts=4/9:keep=4", "hidden_size"),
     ({}, "tokenflex:counts=4/16:keep=16", "keep"),
 ])  # fmt: skip
-@pytest.mark.parametrize("command", ["eval", "sweep", "run", "inspect"])
+@pytest.mark.parametrize("command", ["eval", "sweep", "run", "inspect", "tune"])
 def test_adapters_are_refused_before_weights_are_read(
     adapters, tmp_path, monkeypatch, command, change, spec, argument
 ):
     if command == "eval":
         pytest.importorskip("lmms_eval")
-    if command in ("run", "inspect") and not change:
+    if command == "tune":
+        pytest.importorskip("optuna")
+        importlib.import_module("mllm.eval.engines")  # before its `load_model` is another
+    if command in ("run", "inspect", "tune") and not change:
         pytest.skip("they take a folder with its own plan")
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -78,6 +82,7 @@ def test_adapters_are_refused_before_weights_are_read(
         "sweep": ["--plans", spec.rpartition(":")[0], "--budgets", "4,9,16", *adapter, "color",
                   "--n", "2", "-o", str(tmp_path / "s.jsonl")],
         "run": given, "inspect": [*given, "-o", str(tmp_path / "out.png")],
+        "tune": ["--max-loss", "1", *adapter, "color", "-o", str(tmp_path / "tuned")],
     }[command]  # fmt: skip
     words = [command, *words, "--model", str(adapters / "model"), "--json"]
     shown = CliRunner().invoke(app, words)

@@ -25,7 +25,8 @@ def report_page() -> str:
     def row(name, budget, right, **more):
         tasks = {task: (right - i, 100) for i, task in enumerate(TASKS)}
         return Row(name, f"{name}:keep={budget}", budget, float(budget or 576), 1e10, 0.05, tasks,
-                   kv_bytes=1e6, verdict="better than random", **more)  # fmt: skip
+                   kv_bytes=1024 * right**2, verdict="better than random",
+                   **more)  # fmt: skip
 
     methods = ("visionzip", "visionzip+fastv:layer=2", "divprune")
     rows = [row("unpatched", None, 95)]
@@ -131,6 +132,12 @@ def test_tables_show_one_budget_and_sort(browser, pages):
     names = """[...document.querySelectorAll('table.heat tbody[data-budget="64"] th[scope=row]')]
         .map(h => h.firstChild.textContent)"""
     assert page.evaluate(names) == ["divprune", "visionzip+fastv:layer=2", "visionzip", "random"]
+    # Largest first, from 4,624 KiB down to 1,296: a comma is no end of a number.
+    results = 'table[aria-describedby="about"]'
+    page.evaluate(f"document.querySelectorAll('{results} thead button')[6].click()")
+    kept = f"""[...document.querySelectorAll('{results} tbody[data-budget="64"] tr:not(.group)')]
+        .map(row => row.cells[6].textContent)"""
+    assert page.evaluate(kept) == ["4,624", "4,489", "4,356", "1,296"]
     assert page.errors == []
 
 

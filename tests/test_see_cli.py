@@ -343,6 +343,39 @@ def test_a_truncated_line_is_skipped_counted_and_said(tmp_path, capsys):
         assert "1 damaged line was skipped in old.jsonl" in text
 
 
+def test_rows_of_several_seeds_and_tasks_of_other_sizes_are_as_they_are(tmp_path, capsys):
+    cells = [cell("unpatched", None, "1111"), cell("unpatched", None, "11") | {"task": "color"}]
+    for seed, right in enumerate(("1000", "1100", "1000")):
+        cells.append(cell("random", 64, right) | {"seed": seed})
+        cells.append(cell("random", 64, "10") | {"seed": seed, "task": "color"})
+    results = tmp_path / "cells.jsonl"
+    results.write_text("".join(json.dumps(c) + "\n" for c in cells))
+    words = ("-o", tmp_path / "page.html", "-o", tmp_path / "table.md", "--model", "none")
+    assert run("report", results, *words, "--json") == 0
+    page, table = ((tmp_path / name).read_text() for name in ("page.html", "table.md"))
+    assert "exist, color; 2 to 4 questions each" in page and "2 to 4 questions each" in table
+    assert "test, seeds 0, 1, 2" in page
+    assert "<td>38.9</td>" in page and "| 38.9 (" in table  # 7 of 18
+
+
+def test_a_report_whose_plot_has_nothing_writes_nothing(tmp_path, capsys):
+    results = tmp_path / "cells.jsonl"
+    results.write_text(json.dumps(cell("unpatched", None, "10") | {"visual_avg": 0.0}) + "\n")
+    words = ("-o", tmp_path / "page.html", "--svg", tmp_path / "plot.svg", "--json")
+    assert run("report", results, *words) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["argument"] == "svg"
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
+
+
+def test_results_of_another_machine_are_reported_without_drawings(tmp_path, capsys):
+    old, _ = two_runs(tmp_path, about=cell("a", 1, "1")["about"] | {"backend": "flash_attention_9"})
+    cells = [json.loads(line) for line in old.read_text().splitlines()]
+    old.write_text("".join(json.dumps(c | {"about": cells[1]["about"]}) + "\n" for c in cells))
+    assert run("report", old, "-o", tmp_path / "page.html", "--json") == 0
+    assert "What plans kept is not drawn: cannot load" in (tmp_path / "page.html").read_text()
+    assert run("report", old, "-o", tmp_path / "page.html", "--model", "tiny-llava", "--json") == 2
+
+
 def test_the_gallery_draws_what_plans_kept_by_the_model_of_the_results(model, loaded, tmp_path):
     from mllm.cli.report import Asked, Files, report
     from mllm.eval.provenance import describe_run

@@ -106,6 +106,60 @@ def test_a_plan_without_costs_is_left_out_and_said(tmp_path):
     assert [c["method"] for c in found.cells] == ["unpatched"]
 
 
+def test_of_a_plans_runs_the_one_that_asked_most_counts(tmp_path):
+    for name, spec in (("a", ""), ("b", "visionzip:keep=64")):
+        logged_run(tmp_path / name, spec, [1, 0, 1])
+    logged_run(tmp_path / "b", "visionzip:keep=64", [0], stamp="20270101_000000")  # --limit 1
+    found = logged.read(tmp_path)
+    assert {c["method"]: c["outcomes"] for c in found.cells} == {
+        "unpatched": "101", "visionzip": "101"
+    }  # fmt: skip
+
+
+def test_a_plan_has_one_budget_for_all_tasks(tmp_path):
+    """Also where pictures of other sizes give another average, and commands asked one task each."""
+    for stamp, task, visual in (("1", "gqa", 63.0), ("2", "pope", 66.0)):
+        for name, spec in (("a", ""), ("b", "fastv:keep=0.5")):
+            logged_run(tmp_path / name, spec, [1, 0], task, stamp=stamp, visual=visual)
+    built = table.build(logged.read(tmp_path).cells)
+    assert [(row["method"], row["budget"]) for row in built["rows"]] == [
+        ("unpatched", None), ("fastv", 64)
+    ]  # fmt: skip
+    assert built["missing"] == []
+
+
+def test_plans_of_one_name_are_told_apart(tmp_path):
+    """Two trainings of one plan, and a plan that keeps as much."""
+    logged_run(tmp_path / "a", "", [1, 1])
+    logged_run(tmp_path / "b", "tokenflex:keep=64", [1, 0], adapter_sha256="a" * 64)
+    logged_run(
+        tmp_path / "b", "tokenflex:keep=64", [0, 0], adapter_sha256="b" * 64, stamp="20270101_0"
+    )
+    logged_run(tmp_path / "c", "tokenflex:keep=144", [0, 1], adapter_sha256="a" * 64)
+    found = {c["method"]: (c["budget"], c["outcomes"]) for c in logged.read(tmp_path).cells}
+    assert found == {
+        "unpatched": (None, "11"), "tokenflex": (64, "10"),
+        "tokenflex:keep=64 (bbbbbbbb)": (64, "00"), "tokenflex:keep=144": (64, "01"),
+    }  # fmt: skip
+
+
+def test_files_of_the_tasks_themselves_are_no_results(tmp_path):
+    """MMBench writes `mmbench_en_dev_results.json` for its server."""
+    logged_run(tmp_path / "a", "", [1, 0])
+    own = tmp_path / "a" / "20260101_000000_more" / "submissions"
+    own.mkdir(parents=True)
+    (own / "mmbench_en_dev_results.json").write_text('{"overall_acc": 0.5}')
+    assert [c["outcomes"] for c in logged.read(tmp_path).cells] == ["10"]
+
+
+def test_of_several_filters_the_first_counts(tmp_path):
+    lines = logged_run(tmp_path, "", [1, 1, 0])
+    again = [json.dumps(json.loads(line) | {"exact_match": 0.0}) for line in lines]
+    next(tmp_path.glob("*samples*")).write_text("\n".join([*lines, *again]) + "\n")
+    (found,) = logged.read(tmp_path).cells
+    assert (found["n"], found["outcomes"]) == (3, "110")
+
+
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"mllm": {"plan": {}}}', "[1]"])
 def test_a_folder_of_another_version_is_refused(tmp_path, content):
     (tmp_path / "x_results.json").write_text(content)
@@ -181,6 +235,16 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_not():
     assert "Prefill FLOPs: new has 2.00 times what old has." in made["words"]
 
 
+def test_what_is_unfinished_or_left_out_is_said():
+    first, second = runs()
+    second = [c for c in second if (c["method"], c["task"]) != ("visionzip", "ocr")]
+    second.append(cell("late", 64, "ocr", [1, 0]))
+    made = compare.build(first, second, ("old", "new"))
+    assert [row["method"] for row in made["rows"]] == ["unpatched", "random"]
+    assert "Not finished, and so not compared: visionzip at 64 in new." in made["words"]
+    assert any(text.startswith("1 cell with fewer questions") for text in made["words"])
+
+
 def test_a_run_of_fewer_questions_is_compared_on_those():
     first, second = runs(n=600)[0], runs(n=600)[1]
     for one in second:
@@ -188,6 +252,34 @@ def test_a_run_of_fewer_questions_is_compared_on_those():
     made = compare.build(first, second, ("old", "new"))
     assert {row["n"] for row in made["rows"]} == {200}
     assert all(row["diff"] == 0 for row in made["rows"])
+
+
+@pytest.mark.parametrize("task", ["gqa", "yardstick_color"])
+def test_questions_are_paired_by_their_number(tmp_path, task):
+    """One run has lost its second sample, the other asked less: 0, 2 and 3 are in both."""
+    right = [1, 1, 0, 0, 1, 1]
+    lines = logged_run(tmp_path / "old", "", right, task)
+    path = next((tmp_path / "old").glob("*samples*"))
+    path.write_text("\n".join([lines[0], lines[1][:60], *lines[2:]]) + "\n")
+    logged_run(tmp_path / "new", "", [1, 1, 0, 1], task)
+    cells = [logged.read(tmp_path / name).cells for name in ("old", "new")]
+    made = compare.build(*cells, ("old", "new"))
+    (row,) = made["rows"]
+    assert (row["n"], row["gained"], row["lost"], row["same"]) == (3, 1, 0, pytest.approx(2 / 3))
+    assert ("questions per task", 5, 4) in made["differs"]
+    _, (won,), _ = compare.flips(*cells, made["tasks"], 5)
+    assert won.changed[0]["ids"][won.index] == won.first["ids"][won.index] == 3
+    assert logged.Logged().doc(won.changed[0], won.index) == ("what 3?", "cat")
+
+
+def test_other_documents_of_a_public_task_are_not_compared(tmp_path):
+    logged_run(tmp_path / "old", "", [1, 1, 0])
+    lines = logged_run(tmp_path / "new", "", [1, 1])
+    other = [json.dumps(json.loads(line) | {"target": "dog"}) for line in lines]
+    next((tmp_path / "new").glob("*samples*")).write_text("\n".join(other) + "\n")
+    cells = [logged.read(tmp_path / name).cells for name in ("old", "new")]
+    with pytest.raises(DataError, match="gqa: other questions: data"):
+        compare.build(*cells, ("old", "new"))
 
 
 def test_nothing_in_common_is_one_error():

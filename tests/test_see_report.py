@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from mllm.errors import DataError
 from mllm.eval import plots, report
 from mllm.eval.report import Flip, Overlay, Report, Row, Training
 
@@ -231,6 +232,12 @@ def test_picture_is_one_well_formed_svg_with_a_legend():
     said = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
     assert {NASTY, "random (sanity)", "fastv", "unpatched"} <= set(said)
     assert "prefers-color-scheme: dark" in text
+
+
+def test_a_picture_of_nothing_is_refused():
+    with pytest.raises(DataError, match="no visual tokens") as caught:
+        plots.picture([row("unpatched", None, 12, visual_avg=0.0)], "text only")
+    assert caught.value.argument == "svg"
 
 
 @pytest.mark.parametrize(

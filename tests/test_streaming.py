@@ -17,8 +17,8 @@ from mllm.training import data as data_module
 from mllm.training import reading
 from mllm.training.data import load_data
 from mllm.training.ordering import Order
-from mllm.training.recipe import DataPart
 from mllm.training.run import run
+from mllm.training.schema import DataPart
 
 needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="pip install datasets")
 COUNT = 30

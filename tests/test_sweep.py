@@ -34,16 +34,6 @@ from mllm.yardstick import samples
 TASKS = ["color", "ocr_word"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(str(folder), device="cpu")
-
-
 @pytest.fixture(autouse=True)
 def short_answers(request, monkeypatch):
     """Two tokens are enough; other processes, which some slow tests start, would not know."""
@@ -233,6 +223,19 @@ def test_grid_of_seeds_and_positions(loaded):
     assert entries[1].method == "random"
 
 
+def test_models_whose_pictures_are_no_single_grid_are_refused(loaded, monkeypatch):
+    model, processor = loaded
+    asked = sweep.Questioning(n=2)
+    sweep.check_tokens(model, processor, "find_image", asked)
+    monkeypatch.setattr(model.config.vision_config, "image_size", 56)
+    with pytest.raises(DataError, match="64 visual tokens, and budgets are fitted to 16"):
+        sweep.check_tokens(model, processor, "color", asked)
+    monkeypatch.setattr(model.config.vision_config, "image_size", [56, 56])
+    with pytest.raises(DataError, match="no fixed number of visual tokens") as caught:
+        sweep.grid(model, ["visionzip"], [8])
+    assert caught.value.argument == "model"
+
+
 # Batches, workers, memory: none changes an answer
 
 
@@ -344,6 +347,21 @@ def test_another_schema_is_refused(loaded, tmp_path, line, match):
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".lock"] == []
 
 
+@pytest.mark.parametrize("name", ["s.json", "s.md", "S.CSV"])
+def test_tables_are_not_written_over_the_cells(folder, tmp_path, name):
+    path = tmp_path / name
+    path.write_text("cells of hours\n")
+    result, payload = _cli("sweep", "--model", folder, "-o", path, "--json")
+    assert result.exit_code == 2 and payload["error"]["argument"] == "output"
+    assert "written over its cells" in payload["error"]["message"]
+    assert path.read_text() == "cells of hours\n"
+
+
+def test_a_folder_is_no_results_file(folder, tmp_path):
+    result, payload = _cli("sweep", "--model", folder, "--n", 1, "-o", tmp_path, "--json")
+    assert result.exit_code == 2 and f"cannot read {tmp_path}" in payload["error"]["message"]
+
+
 def test_two_writers_are_refused(tmp_path):
     path = tmp_path / "s.jsonl"
     with cells.ResultsFile(path):
@@ -423,7 +441,7 @@ def test_killed_again_and_again_nothing_is_lost_or_doubled(folder, loaded, tmp_p
 
 @pytest.mark.slow
 def test_the_command_survives_kill_9_on_the_embedded_model(tmp_path):
-    words = [sys.executable, "-m", "mllm.cli", "sweep", "--plans", "visionzip", "--budgets",
+    words = [sys.executable, "-m", "mllm", "sweep", "--plans", "visionzip", "--budgets",
              "16", "--tasks", "exist,color", "--n", "4", "--timings", "0", "--output"]  # fmt: skip
     subprocess.run([*words, str(tmp_path / "whole.jsonl")], check=True, capture_output=True)
     path = tmp_path / "s.jsonl"

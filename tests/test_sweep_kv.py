@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eval_tiny import save_tiny
 
 import mllm
 from mllm.errors import DataError, MllmError, PlanError
@@ -12,16 +11,10 @@ from mllm.eval import asking, cells, sweep, sweep_file, table
 from mllm.eval.answer import PROTOCOLS, answer
 from mllm.eval.asking import Questions
 from mllm.eval.plans import budgets_slots, make_plan, on_cache, patched_with, plan_for_share
-from mllm.loading import load_model
 from mllm.plan import get_method
 from mllm.yardstick import samples
 
 METHODS = ("snapkv:window=8", "lookm")
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load_model(str(save_tiny(tmp_path_factory.mktemp("tiny"))), device="cpu")
 
 
 @pytest.fixture(autouse=True)

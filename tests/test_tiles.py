@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from eval_tiny import save_tiny
 from PIL import Image
 from train_tiny import save_small
 from typer.testing import CliRunner
@@ -18,7 +17,7 @@ from mllm.eval import asking, sweep
 from mllm.eval.answer import unpatched_costs
 from mllm.eval.forecast import forecast
 from mllm.eval.plans import make_plan, patched_with
-from mllm.loading import build_inputs, load_model
+from mllm.loading import build_inputs
 from mllm.models import resolve
 from mllm.training.recipe import validate
 from mllm.training.run import run as run_recipe
@@ -26,16 +25,6 @@ from mllm.views import tiled, with_tiles
 from mllm.yardstick import prompt, samples
 
 SPEC = "deepstack:grid=1/2"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(str(folder), device="cpu")
 
 
 def by_hand(loaded, asked, spec=SPEC, length=3):

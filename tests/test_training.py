@@ -17,8 +17,9 @@ from mllm.errors import DataError, PlanError, RecipeError
 from mllm.loading import load_model
 from mllm.training import recipe as recipes
 from mllm.training.data import IGNORED, Collator, load_data
-from mllm.training.recipe import DataPart, load
+from mllm.training.recipe import load
 from mllm.training.run import run
+from mllm.training.schema import DataPart
 from mllm.training.tiny import new_model, new_processor
 from mllm.training.trainer import check_sealed, checkpoints, newest_checkpoint
 
@@ -119,6 +120,7 @@ def test_every_shipped_recipe_is_valid(name):
         ("train.learning_rate=[", "not valid YAML"),
         ("train", "no override"),
         ("output.dir.x=1", "has no parts"),
+        ("train={? [a, b] : 1}", "found unhashable key"),
     ],
 )
 def test_a_wrong_override_is_named(override, words):
@@ -126,6 +128,22 @@ def test_a_wrong_override_is_named(override, words):
         load("lora-visionzip", [override])
     message = f"{caught.value} {caught.value.expected}"
     assert words in message
+
+
+def test_an_override_changes_one_place_and_not_its_aliases():
+    changed = load("tiny-llava", ["stages.2.optimizer.matrix_scale=3", "stages.3.losses.words=0"])
+    before = load("tiny-llava")
+    assert changed.stages[2].optimizer.matrix_scale == 3 and changed.stages[3].losses.words == 0
+    changed.stages[2].optimizer, changed.stages[3].losses = (
+        before.stages[2].optimizer, before.stages[3].losses,
+    )  # fmt: skip
+    assert changed.stages == before.stages
+
+
+def test_a_place_in_an_empty_list_is_named():
+    with pytest.raises(RecipeError, match="no place in a list of 0") as caught:
+        load("lora-visionzip", ["data=[]", "data.0.limit=1"])
+    assert caught.value.expected == "a list with entries"
 
 
 def test_lora_needs_a_part_that_is_not_frozen():
@@ -420,7 +438,7 @@ def test_sigterm_saves_and_exits_143_then_resumes(small_model, tmp_path):
     recipe._written["train"]["max_steps"] = 100_000
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "mllm.cli", "train", str(path), "--json"]
+    command = [sys.executable, "-m", "mllm", "train", str(path), "--json"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -437,7 +455,7 @@ def test_sigterm_saves_and_exits_143_then_resumes(small_model, tmp_path):
 
 def test_the_command_reports_errors_in_one_line():
     done = subprocess.run(
-        [sys.executable, "-m", "mllm.cli", "train", "tiny-llava", "trian.seed=1"],
+        [sys.executable, "-m", "mllm", "train", "tiny-llava", "trian.seed=1"],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2

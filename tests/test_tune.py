@@ -25,9 +25,9 @@ from mllm import plan as plans
 from mllm.cli import app
 from mllm.compressors.base import Budget, Keep, Positions, TokenReducer, resolve
 from mllm.errors import DataError, MllmError, PlanError
-from mllm.eval import asking, cells, tune, tuning, tuning_answers, tuning_space
+from mllm.eval import asking, cells, tune, tuning, tuning_model, tuning_space
 from mllm.eval.tuning import Effort, search
-from mllm.eval.tuning_answers import Journal, Record
+from mllm.eval.tuning_answers import Block, Journal, Record
 from mllm.eval.tuning_goal import COSTS, Goal
 from mllm.loading import load_model
 from mllm.plan import Plan
@@ -121,10 +121,10 @@ def test_a_model_that_can_run_nothing(tmp_path):
 
 def test_few_questions_prove_nothing():
     """Ten questions of which none flips leave a loss of a quarter possible."""
-    record = Record(["1" * 10], {})
+    record = Record([[1] * 10], {})
     low, high = tuning.difference(record, record, 1)["ci"]
     assert -0.35 < low < -0.15 and high == 0
-    record = Record(["1" * 1000, "0" * 1000], {})
+    record = Record([[1] * 1000, [0] * 1000], {})
     low, _ = tuning.difference(record, record, 1)["ci"]
     assert -0.0025 < low < -0.0005
     assert tuning.difference(record, record, 3)["ci"][0] < low
@@ -431,14 +431,15 @@ def test_the_cache_is_asked_again(folder, short_answers, monkeypatch):
         asked.append(arguments[-1])
         return questions(*arguments)
 
-    monkeypatch.setattr(tuning_answers, "Questions", watched)
+    monkeypatch.setattr(tuning_model, "Questions", watched)
     loaded = load_model(str(folder), device="cpu")
     evaluator = tuning.ModelEvaluator(*loaded, ["color"], "plain", 4)
-    whole = evaluator.ask(Plan([]), "color", "dev", 0, 4)
+    blocks = [Block("color", "dev", 0, 4)]
+    ((_, whole),) = evaluator.ask(Plan([]), blocks)
     for spec in ("h2o:budget=0.5", "stride:keep=0.5:positions=original+h2o:budget=0.5",
                  "fastv:layer=2:keep=0.5+h2o:budget=0.5"):  # fmt: skip
-        block = evaluator.ask(Plan.from_spec(spec), "color", "dev", 0, 4)
-        assert block["kv_bytes"] < 0.8 * whole["kv_bytes"]
+        ((_, found),) = evaluator.ask(Plan.from_spec(spec), blocks)
+        assert found["kv_bytes"] < 0.8 * whole["kv_bytes"]
     assert asked == ["prompt", "prompt", "again"]
 
 

@@ -18,8 +18,8 @@ from train_tiny import save_small
 from mllm.errors import DataError
 from mllm.training import speed, video
 from mllm.training.data import IGNORED, Collator, load_data
-from mllm.training.recipe import DataPart
 from mllm.training.run import run
+from mllm.training.schema import DataPart
 from mllm.training.tiny import new_processor
 from mllm.training.video import read_clip
 

@@ -250,6 +250,11 @@ def test_every_sprite_is_shipped_with_its_notice():
 def test_auc():
     scores = np.array([0.1, 0.4, 0.35, 0.8])
     assert auc(scores, np.array([False, False, True, True])) == 0.75
+    # Equal scores say nothing, wherever they stand.
+    for first in (True, False):
+        assert auc(np.zeros(6), np.array([first] * 3 + [not first] * 3)) == 0.5
+    tied = auc(np.array([1, 0, 1, 0]), np.array([True, False, False, False]))
+    assert tied == pytest.approx((1 + 0.5 + 1) / 3)
     drawn = sample("needle", "dev", 0)
     assert 0 < object_patches(drawn).sum() < 300
 

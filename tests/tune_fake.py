@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mllm.errors import PlanError
-from mllm.eval.tuning_answers import UNITS
+from mllm.eval.tuning_answers import UNITS, Block, outcomes
 from mllm.plan import Plan
 
 TASKS = ("first", "second")
@@ -54,17 +54,21 @@ class Fake:
     def size(self, task: str, split: str, n: int) -> int:
         return n
 
-    def data(self, task: str, split: str) -> str:
+    def data(self, block: Block) -> str:
         return "made up"
 
-    def ask(self, plan: Plan, task: str, split: str, start: int, stop: int) -> dict[str, Any]:
+    def ask(
+        self, plan: Plan, blocks: Sequence[Block]
+    ) -> Iterator[tuple[Block, dict[str, Any]]]:
         if any(stage.info.name == "visionzip" for stage in plan.stages):
             raise PlanError("this tower has no [CLS]", argument="plan", given=plan.spec)
-        self.before_answer()
-        self.asked += [(plan.spec, task, split, index) for index in range(start, stop)]
-        right = [self.is_right(plan, task, split, index) for index in range(start, stop)]
-        costs = {name: WHOLE[name] * share(plan) * len(right) for name in UNITS}
-        return {"outcomes": "".join("01"[one] for one in right), **costs}
+        for block in blocks:
+            self.before_answer()
+            asked = [(plan.spec, *block[:2], index) for index in range(block.start, block.stop)]
+            self.asked += asked
+            right = [self.is_right(plan, *one[1:]) for one in asked]
+            costs = {name: WHOLE[name] * share(plan) * len(right) for name in UNITS}
+            yield block, {"outcomes": outcomes(right), **costs}
 
     def is_right(self, plan: Plan, task: str, split: str, index: int) -> bool:
         """Whether one question is answered correctly: the same questions are hard for all."""

@@ -29,6 +29,7 @@ import torch
 
 import mllm
 from mllm.eval import bench, bench_kv, bench_shapes, files
+from mllm.eval.bench_compare import change_of
 from mllm.eval.stats import median_interval
 from mllm.loading import pick_device
 
@@ -86,8 +87,10 @@ def ours(peer: Peer, plan: str, options: argparse.Namespace, shape: bench_shapes
 
 def answers(*, plan: str, visual: int, new: int, **given: Any) -> Row:
     """Whole answers of `new` tokens, with the plan and without."""
-    base, (point,), results = bench.opened("answers", visual=[visual], **given)
-    inputs, other, pairs = point.inputs(), bench.twin(base), given["pairs"]
+    model, pairs = given.pop("model"), given["pairs"]
+    options = bench.Options(visual=[visual], **given)
+    base, (point,), results = bench.opened("answers", model, options)
+    inputs, other = point.inputs(), bench.twin(base)
     for model in (base, other):
         model.generation_config.eos_token_id = None
     with mllm.patch(other, plan) as patched:
@@ -173,7 +176,7 @@ def words(results: Row, name: str, kind: str) -> str:
     lines = []
     for who in ("ours", name):
         row = results[who]
-        if "ratio" not in row:
+        if row.get("ratio") is None:
             lines.append(f"{who}: {row['words']}")
             continue
         low, high = row["ratio_ci"]
@@ -195,7 +198,9 @@ def words(results: Row, name: str, kind: str) -> str:
             line += f"; under its hooks layers hold {least} to {most} slots"
         lines.append(line)
     if results["relative"] is not None:
-        lines.append(f"our ratio / that of {name}: {results['relative']:.2f}")
+        low, high = results["relative_ci"]
+        line = f"our ratio / that of {name}: {results['relative']:.2f} ({low:.2f}-{high:.2f})"
+        lines.append(line + ", not resolved" * (low <= 1 <= high))
     if results["ours"]["status"] == "unresolved":
         lines.append(f"a look, no claim: {results['ours']['pairs']} pairs, or not resolved")
     return "\n".join(lines)
@@ -244,11 +249,10 @@ def run(
     results = ours(peer, plan, options, shape)
     results |= {"suite": f"peer-{name}", "kind": peer.kind, "settings": options.settings}
     results[name] = theirs(name, options, shape, results)
-    compared = "ratio" in results[name] and "ratio" in results["ours"]
-    results["relative"] = (
-        results["ours"]["ratio"] / results[name]["ratio"] if compared else None
-    )
-    return results
+    rows, found = (results[name], results["ours"]), [None, None, None]
+    if all(row.get("ratio") is not None for row in rows):
+        found = change_of(*rows, "ratio")
+    return results | {"relative": found[0], "relative_ci": found[0] and list(found[1:3])}
 
 
 if __name__ == "__main__":

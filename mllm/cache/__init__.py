@@ -10,13 +10,15 @@ Events, by which the engine calls a method, are in :mod:`mllm.compressors.base`
 (:class:`~mllm.compressors.base.CacheCompressor`).
 """
 
+from mllm.cache.adoption import CacheMark, adopt, cache_bytes, note_rows
 from mllm.cache.landmarks import Landmarked
-from mllm.cache.layer import CacheMark, SlotLayer, SlotTable, adopt, cache_bytes, note_rows
+from mllm.cache.layer import SlotLayer
 from mllm.cache.lowrank import Fit, LowRank
 from mllm.cache.ops import KVCache, SlotView, Snapshot, refuse_flash
 from mllm.cache.prefix import load_prefix, save_prefix
 from mllm.cache.quantised import Quantised
 from mllm.cache.segments import Dense, Offloaded, Packed, Segment
+from mllm.cache.slots import SlotTable
 
 __all__ = [
     "CacheMark",

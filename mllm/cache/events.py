@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm import attention
+from mllm import ask, attention
 from mllm.cache.ops import KVCache
 from mllm.compressors.base import CacheEvent
 from mllm.signals import AttentionRows, ColumnMass
@@ -68,7 +68,7 @@ class CacheEvents:
             notes=run.notes,
         )  # fmt: skip
         for number, stage in run.patched.compressors:
-            seeds = functools.partial(run.seeds, number, len(valid))
+            seeds = functools.partial(ask.seeds, run, number, len(valid))
             with torch.no_grad():
                 stage.verify_end(dataclasses.replace(event, seeds=seeds))
 
@@ -201,7 +201,7 @@ class CacheEvents:
                 ends=run.ends,
                 notes=run.notes,
                 costs=self.costs,
-                seeds=functools.partial(run.seeds, number, len(run.known)),
+                seeds=functools.partial(ask.seeds, run, number, len(run.known)),
             )
             with torch.no_grad():
                 getattr(stage, name)(event)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllm import compat, kernels
-from mllm.actions import Attend
 from mllm.cache.segments import (
-    SLACK,
     Dense,
     Packed,
     Segment,
@@ -23,219 +20,10 @@ from mllm.cache.segments import (
     attend,
     joined,
 )
-from mllm.cache.sharing import Change, once
-from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from mllm.errors import CacheMismatchError, PlanError
-from mllm.tokens import TokenTable
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class SlotTable:
-    """What the slots of a layer stand for; layers that hold the same tokens share one table.
-
-    Attributes:
-        columns: tensors by name, all `[batch, slots]`, or `[batch, kv_heads, slots]` where heads
-            hold different tokens. `valid` (bool, false for padding and empty cells), `visual`
-            (bool), `logical` (int64, index in the uncompressed sequence), `position0` and under
-            M-RoPE `position1`, `position2` (int64). Methods may add columns of their own: they
-            follow every operation, and new tokens get zero.
-        padded: whether any cell is invalid; known without asking the device.
-        ordered: whether tokens lie in their order, within each segment. A step that lets one go
-            puts the new one in its place.
-    """
-
-    columns: dict[str, Tensor]
-    padded: bool
-    ordered: bool = True
-    _memo: list = field(default_factory=list, repr=False)
-    _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
-    _last: list = field(default_factory=list, repr=False)
-
-    @classmethod
-    def of(cls, table: TokenTable, position: Tensor, padded: bool) -> SlotTable:
-        """The rows of a forward as new slots.
-
-        Args:
-            table: rows that the layers see.
-            position: int64 `[1 or 3, batch, rows]`, what the rotary embedding is given.
-            padded: whether any row is invalid.
-        """
-        columns = {name: getattr(table, name) for name in ("valid", "visual", "logical")}
-        shape = table.valid.shape
-        columns |= {f"position{i}": p.expand(shape) for i, p in enumerate(position)}
-        return cls(columns, padded)
-
-    @classmethod
-    def plain(cls, batch: int, start: int, stop: int, device: torch.device) -> SlotTable:
-        """Text tokens `start` to `stop` of a model without a plan."""
-        index = torch.arange(start, stop, device=device).expand(batch, -1)
-        valid = torch.ones_like(index, dtype=torch.bool)
-        columns = {"valid": valid, "visual": ~valid, "logical": index, "position0": index}
-        return cls(columns, False)
-
-    @property
-    def valid(self) -> Tensor:
-        return self.columns["valid"]
-
-    @property
-    def logical(self) -> Tensor:
-        return self.columns["logical"]
-
-    @property
-    def position(self) -> Tensor:
-        """int64 `[1 or 3, *valid.shape]`."""
-        return torch.stack([t for name, t in self.columns.items() if name[:8] == "position"])
-
-    @property
-    def slots(self) -> int:
-        return self.valid.shape[-1]
-
-    @property
-    def headwise(self) -> bool:
-        """Whether heads hold different tokens."""
-        return self.valid.dim() == 3
-
-    def map(self, change: Callable[[Tensor], Tensor], key: Any) -> SlotTable:
-        """Every column through `change`; `key` tells changes apart."""
-        return once(
-            self._memo,
-            key,
-            lambda: self._with({n: change(t) for n, t in self.columns.items()}),
-        )
-
-    def with_columns(self, **columns: Tensor) -> SlotTable:
-        """The table with some columns exchanged or added."""
-        return self._with(self.columns | columns)
-
-    def _with(self, columns: dict[str, Tensor]) -> SlotTable:
-        return SlotTable(columns, self.padded, self.ordered)
-
-    def first(self, slots: int) -> SlotTable:
-        return self.map(lambda t: t[..., :slots], ("first", slots))
-
-    def last(self, slots: int) -> SlotTable:
-        table = self.map(lambda t: t[..., t.shape[-1] - slots :], ("last", slots))
-        if self._known:
-            table._known["newest"] = self.newest[self.slots - slots :]
-        return table
-
-    @property
-    def newest(self) -> list[int]:
-        """The newest logical index in every slot, over samples and heads; -1 without any.
-
-        Asks the device once; later tokens of a conversation are known without.
-        """
-        if not self._known:
-            there = self.logical.masked_fill(~self.valid, -1)
-            self._known["newest"] = there.flatten(0, -2).amax(0).tolist()
-        return self._known["newest"]
-
-    def cat(self, new: SlotTable) -> SlotTable:
-        """This table with new slots behind; `new` is one for all heads."""
-
-        def joined() -> SlotTable:
-            heads = self.valid.shape[1] if self.headwise else None
-            columns = {}
-            for name in self.columns | new.columns:
-                # An unpatched model appends text with one position.
-                old = self.columns.get(name, self.columns["position0"])
-                more = new.columns.get(name)
-                if more is None:
-                    more = old.new_zeros(new.valid.shape)
-                if heads:
-                    more = more[:, None].expand(-1, heads, -1)
-                columns[name] = torch.cat([old, more], -1)
-            table = SlotTable(columns, self.padded or new.padded, self.ordered)
-            if self._known and new._known:
-                table._known["newest"] = self.newest + new.newest
-            return table
-
-        return once(self._memo, new, joined)
-
-    def behind(self, others: list[SlotTable]) -> SlotTable:
-        """The slots of other tables of this layer, and these behind them."""
-        parts = [*others, self]
-        wide = next((t.valid.shape[1] for t in parts if t.headwise), 0)
-        columns = {}
-        for name in self.columns:
-            own = [t.columns[name] for t in parts]
-            if wide:
-                own = [_headwise(t, wide) for t in own]
-            columns[name] = torch.cat(own, -1)
-        padded, ordered = any(t.padded for t in parts), all(t.ordered for t in parts)
-        return SlotTable(columns, padded, ordered)
-
-    def compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
-        """Columns that stay, in order. Shorter lengths are filled up, first with padding.
-
-        So padding stays on its side, and keeping everything changes nothing.
-
-        Args:
-            keep: bool, of the shape of `valid` or with one for all heads.
-
-        Returns:
-            int64 index of the column behind every new one, shaped like the new `valid`; and the
-            new table.
-        """
-        return self._once("compact", keep, self._compact)
-
-    def _once(self, way: str, keep: Tensor, make: Callable[[Tensor], T]) -> T:
-        """What `make` gives, or gave for an equal `keep`: layers that choose alike share it."""
-        if self._last:
-            before, kept, rest, table = self._last
-            alike = before == way and kept.shape == keep.shape and torch.equal(kept, keep)
-            if alike and (found := table()) is not None:
-                return rest, found
-        made = make(keep)
-        if made is not None:
-            self._last[:] = [way, keep, made[0], weakref.ref(made[1])]
-        return made
-
-    def _compact(self, keep: Tensor) -> tuple[Tensor, SlotTable]:
-        valid = self.valid if self.valid.dim() == keep.dim() else self.valid[:, None]
-        most = int(keep.sum(-1).max()) if keep.numel() else 0
-        rank = torch.where(keep, 2, torch.where(valid, 0, 1))
-        index = rank.argsort(dim=-1, descending=True, stable=True)[..., :most].sort(-1).values
-        if not self.ordered:
-            name = _spread(self.logical, keep).gather(-1, index)
-            index = index.gather(-1, name.argsort(dim=-1, stable=True))
-        valid = keep.gather(-1, index)
-        columns = {n: _spread(t, keep).gather(-1, index) for n, t in self.columns.items()}
-        return index, SlotTable(columns | {"valid": valid}, not bool(valid.all()))
-
-    def closed(self, keep: Tensor) -> tuple[Tensor | None, SlotTable] | None:
-        """As :meth:`compact` where at most one column has to go: the last one fills the gaps.
-
-        Args:
-            keep: bool, of the shape of `valid` or with an axis of heads.
-
-        Returns:
-            int64, shaped like `keep` with one column: where the last column goes, its own place if
-            it goes nowhere; None if all columns are still needed. And the new table. None where
-            more columns have to go, or where more than 1/SLACK of the cells would be empty.
-        """
-        return self._once("closed", keep, self._close)
-
-    def _close(self, keep: Tensor) -> tuple[Tensor | None, SlotTable] | None:
-        many = keep.sum(-1).flatten().tolist()
-        most, last = max(many), self.slots - 1
-        padded = min(many) < most
-        if not last or most < last or sum(many) * SLACK < len(many) * most * (SLACK - 1):
-            return None
-        if most > last:
-            columns = {n: _spread(t, keep) for n, t in self.columns.items()}
-            return None, SlotTable(columns | {"valid": keep}, padded, self.ordered)
-        gap = (~keep[..., :last]).to(torch.uint8).argmax(-1, keepdim=True)
-        gap = torch.where(keep[..., last:], gap, last)
-
-        def filled(t: Tensor) -> Tensor:
-            t = _spread(t, keep)
-            return t.scatter(-1, gap, t[..., last:])[..., :last]
-
-        columns = {n: filled(t) for n, t in (self.columns | {"valid": keep}).items()}
-        return gap, SlotTable(columns, padded, ordered=False)
+from mllm.cache.sharing import Change
+from mllm.cache.slots import SlotTable
+from mllm.compat import DynamicLayer
+from mllm.errors import CacheMismatchError
 
 
 @dataclass
@@ -520,9 +308,7 @@ class SlotLayer(DynamicLayer):
             self.remember(as_of)
         if not self.segments:
             return
-        keep = keep & _as_wide(self.table.valid, keep)
-        if self.table.headwise and keep.dim() == 2:
-            keep = keep[:, None].expand(self.table.valid.shape)
+        keep = self.table.real(keep)
         shared = {} if shared is None else shared
         if not self._closed(keep, as_of, shared):
             key = self.table, tuple(segment.slots for segment in self.segments)
@@ -595,7 +381,7 @@ class SlotLayer(DynamicLayer):
             return
         last, place = self.segments[-1], torch.arange(self.slots, device=keep.device)
         plain = new | (place >= self.slots - last.slots * last.grows)
-        keep = keep & _as_wide(self.table.valid, keep)
+        keep = self.table.real(keep)
         index, moved = self.table.compact(keep & plain)
         self.retain(keep & ~plain, as_of, remembered=True)
         if moved.slots:
@@ -676,10 +462,7 @@ class SlotLayer(DynamicLayer):
         And room for what layers have in common that `join` these slots to others.
         """
         part = self._parts()[-1]
-        if part.headwise and chosen.dim() == 2:
-            chosen = chosen[:, None].expand(part.valid.shape)
-        valid = _as_wide(part.valid, chosen)
-        return *part.compact(valid & chosen), *part.compact(valid & ~chosen), {}
+        return *part.compact(part.real(chosen)), *part.compact(part.real(~chosen)), {}
 
     def remember(self, as_of: int | None = None) -> None:
         """Before a change: keep what `crop` needs to undo it."""
@@ -780,150 +563,3 @@ class SlotLayer(DynamicLayer):
         self.shifts = {name: change(shift) for name, shift in self.shifts.items()}
         self.samples = {name: change(value) for name, value in self.samples.items()}
         self._journal = []
-
-
-def _as_wide(valid: Tensor, keep: Tensor) -> Tensor:
-    """Validity with the axes of `keep`."""
-    return valid if valid.dim() >= keep.dim() else valid[:, None]
-
-
-def _spread(t: Tensor, keep: Tensor) -> Tensor:
-    """A column with the axes of `keep`, of its shape."""
-    return t if t.dim() == keep.dim() else t[:, None].expand(keep.shape)
-
-
-@dataclass
-class CacheMark:
-    """Whose cache it is; kept on the cache as `mllm`.
-
-    Attributes:
-        config_sha256, plan_sha256: of the model and of the plan that fill it.
-        unverified: tokens that are certain, if the newest forward also held candidates of
-            assisted decoding.
-        carried: attributes of the base model that belong to the conversation.
-        state: what methods remember about the conversation.
-        lasting: by stage number, actions that hold for the conversation.
-        pictured: bool `[batch]`, samples that have had images, where methods ask; None is all.
-    """
-
-    config_sha256: str
-    plan_sha256: str
-    unverified: int | None = None
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
-    lasting: dict[int, list[Any]] = field(default_factory=dict)
-    pictured: Tensor | None = None
-
-
-def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
-    """Turn the caller's DynamicCache, in place, into one with :class:`SlotLayer` layers.
-
-    Args:
-        cache: an empty cache, or one adopted before.
-        windows: per decoder layer the window that it sees, None is everything.
-        mark: the model and plan in use.
-
-    Raises:
-        PlanError: the cache is of another kind.
-        CacheMismatchError: another model or plan filled it.
-    """
-    if cache.layers and all(type(layer) is SlotLayer for layer in cache.layers):
-        _check_mark(cache, mark, len(windows))
-        return
-    kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
-    plain = type(cache) is DynamicCache and all(
-        type(layer) is kind for layer, kind in zip(cache.layers, kinds, strict=False)
-    )
-    if not plain or getattr(cache, "offloading", False):
-        raise PlanError(
-            f"a {type(cache).__name__} with "
-            f"{type(cache.layers[0]).__name__ if cache.layers else 'no'} layers cannot hold a "
-            "plan's per-layer lengths",
-            argument="past_key_values",
-            given=type(cache).__name__,
-            expected="a DynamicCache (no static, quantised, sliding or offloaded cache)",
-        )
-    missing = [None] * (len(windows) - len(cache.layers))
-    layers = [
-        SlotLayer(window, getattr(old, "record_past", False))
-        for old, window in zip([*cache.layers, *missing], windows, strict=True)
-    ]
-    cache.layers = layers
-    cache.layer_class_to_replicate = None
-    cache.mllm = mark
-
-
-def _check_mark(cache: Cache, mark: CacheMark, depth: int) -> None:
-    held = cache.mllm
-    if not cache.get_seq_length():
-        cache.mllm = mark
-        return
-    if held.config_sha256 != mark.config_sha256 or len(cache.layers) != depth:
-        what = "model"
-    elif held.plan_sha256 != mark.plan_sha256:
-        what = "plan"
-    else:
-        return
-    raise CacheMismatchError(
-        f"the cache was filled by another {what}",
-        argument="past_key_values",
-        given=getattr(held, "plan_sha256" if what == "plan" else "config_sha256")[:12],
-        expected=f"a cache of this {what}, or a new cache",
-    )
-
-
-def note_rows(
-    cache: Cache,
-    layers: range,
-    table: TokenTable,
-    position: Tensor,
-    padded: bool,
-    advance: int,
-    intact: int,
-    dropped: bool = False,
-) -> None:
-    """Announce the rows of a forward to consecutive layers that all see the same rows.
-
-    Args:
-        cache: an adopted cache.
-        layers: the layers.
-        table: rows that they see.
-        position: int64 `[1 or 3, batch, rows]`, what the rotary embedding is given.
-        padded: whether any row is invalid.
-        advance: tokens by which the logical length grows.
-        intact: every token of this forward from this logical index on gets a slot.
-        dropped: some token gets none.
-    """
-    new = SlotTable.of(table, position, padded)
-    if table.valid.shape[1] == advance and not padded:  # no row has left
-        seen = cache.layers[layers[0]].seen
-        new._known["newest"] = list(range(seen, seen + advance))
-    for layer in (cache.layers[i] for i in layers):
-        slots = new if layer.table is None else layer.table.cat(new)
-        layer.note(slots, advance, intact, dropped)
-    if any(layer.compressed for layer in cache.layers):
-        for layer in cache.layers:
-            layer.planned = True
-
-
-def cache_bytes(cache: Cache | None) -> tuple[int, int]:
-    """Bytes of the tensors that a cache really holds: (keys and values, everything else).
-
-    Room for growth and host memory count; tensors that layers share count once.
-    """
-    layers = [] if cache is None else cache.layers
-    segments = [segment for layer in layers for segment in layer.segments]
-    stored = [t for segment in segments for t in segment.tensors()]
-    lasting = getattr(getattr(cache, "mllm", None), "lasting", {})
-    for action in (p.action for placed in lasting.values() for p in placed):
-        stored += [action.keys, action.values] if isinstance(action, Attend) else []
-    meta = [t for segment in segments for t in segment.meta()]
-    meta += [t for x in layers if x.table is not None for t in x.table.columns.values()]
-    meta += [t for x in layers for t in (*x.shifts.values(), *x.samples.values())]
-    return _storages(stored), _storages(meta)
-
-
-def _storages(tensors: list[Tensor]) -> int:
-    # Not by address: tensors without values (`mllm.hollow`) have none.
-    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(found.values())

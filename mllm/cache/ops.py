@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm import compat
+from mllm.cache.adoption import cache_bytes
 from mllm.cache.landmarks import landmarked
-from mllm.cache.layer import LayerState, Make, SlotLayer, SlotTable, cache_bytes
+from mllm.cache.layer import LayerState, Make, SlotLayer
 from mllm.cache.lowrank import Fit, Rank, factored
 from mllm.cache.rotary import Rotary
 from mllm.cache.segments import Offloaded, Part, Segment, _headwise
+from mllm.cache.slots import SlotTable
 from mllm.errors import CacheMismatchError, PlanError
 
 if TYPE_CHECKING:

@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm import compat
+from mllm.cache.adoption import CacheMark
 from mllm.cache.landmarks import Landmarked
-from mllm.cache.layer import CacheMark, SlotLayer, SlotTable
+from mllm.cache.layer import SlotLayer
 from mllm.cache.lowrank import LowRank, Shared
 from mllm.cache.quantised import Quantised
 from mllm.cache.rotary import Rotary
 from mllm.cache.segments import Dense, Segment, _headwise, from_rows
+from mllm.cache.slots import SlotTable
 from mllm.errors import CacheMismatchError, DataError
 
 if TYPE_CHECKING:

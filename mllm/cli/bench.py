@@ -46,6 +46,7 @@ class Method(str, Enum):
 
 
 def command(
+    context: typer.Context,
     suite: Annotated[
         Suite,
         typer.Option(
@@ -72,7 +73,7 @@ def command(
         list[int] | None,
         typer.Option(
             help="Visual tokens per sample; repeatable. Default: one and two images; for train and "
-            "routers one."
+            "routers one; for kv see --length."
         ),
     ] = None,
     size: Annotated[
@@ -82,19 +83,22 @@ def command(
             "any size; repeatable."
         ),
     ] = None,
-    text: Annotated[int, typer.Option(help="Text tokens per sample.")] = 63,
+    text: Annotated[
+        int | None, typer.Option(help="Text tokens per sample. Default: 63.")
+    ] = None,
     length: Annotated[
         list[int] | None,
         typer.Option(
-            help="kv, decode, kernels: tokens of the prompt, pictures and text; repeatable. "
-            "Default: for kv 8192, for kernels 1152, on a GPU 4096 and 32768."
+            help="kv, decode, kernels: tokens of the prompt, pictures and text, instead of "
+            "--visual and --text; repeatable. Default: for kv 8192, for kernels 1152, on a GPU "
+            "4096 and 32768."
         ),
     ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
-            help="kv: slots per layer and KV head of the default plans, 0.25 or 2048; repeatable. "
-            "Default: 0.25."
+            help="kv: slots per layer and KV head of the default plans, 0.25 or 2048, without "
+            "--plan; repeatable. Default: 0.25."
         ),
     ] = None,
     batch: Annotated[
@@ -112,7 +116,7 @@ def command(
         bool, typer.Option("--unequal", help="Prompts of a batch differ in length (left padded).")
     ] = False,
     pairs: Annotated[int, typer.Option(help="Interleaved pairs; 30 or more for a claim.")] = 30,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; torch's choice if left out.")
     ] = None,
@@ -131,7 +135,8 @@ def command(
         tuple[str, str] | None,
         typer.Option(
             metavar="A.json B.json",
-            help="Measure nothing; say what changed from one result file to another.",
+            help="Measure nothing; say what changed from one result file to another. Goes with "
+            "--output and --json alone.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -165,7 +170,13 @@ def command(
         from mllm.eval import bench_compare
 
         def changed() -> dict[str, Any]:
-            return bench_compare.compare(*map(bench_compare.read, compare))
+            _compares_alone(context)
+            if output is not None:
+                check_writable(output)
+            found = bench_compare.compare(*map(bench_compare.read, compare))
+            if output is not None:
+                write_text(output, jsonlib.dumps(found, indent=1) + "\n")
+            return found
 
         run_command("bench", changed, json, _show_changes)
         return
@@ -231,7 +242,18 @@ _ONLY = {
 }
 
 
-def _measured(suite: Suite, *, model: str, text: int, **options: Any) -> dict[str, Any]:
+def _compares_alone(context: typer.Context) -> None:
+    """DataError where an option beside `--compare` asks for a measurement."""
+    from mllm.eval.bench_shapes import cannot_measure
+
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in ("compare", "output", "json"):
+            raise cannot_measure(name, value, "it without --compare, which measures nothing")
+
+
+def _measured(suite: Suite, *, model: str, **options: Any) -> dict[str, Any]:
     """The results of a suite; options that are None, or not the suite's, are left out."""
     from mllm.eval import (
         bench,
@@ -253,11 +275,14 @@ def _measured(suite: Suite, *, model: str, text: int, **options: Any) -> dict[st
             )
     given = {key: value for key, value in options.items() if value is not None}
     if name == "kernels":
-        for option in ("visual", "sdpa", "unequal"):
+        for option in ("visual", "text", "sdpa", "unequal"):
             if other := given.pop(option, None):
                 raise cannot_measure(option, other, "it with another suite than kernels")
-    else:
-        given["text"] = text
+    for option, other in (("text", "length"), ("budgets", "plans")):
+        if option in given and other in given:
+            raise cannot_measure(
+                option.removesuffix("s"), given[option], f"it without {other.removesuffix('s')}"
+            )
     measured = {
         "prefill": bench.prefill,
         "decode": bench_decode.decode,
@@ -344,7 +369,7 @@ def _speed(row: dict[str, Any], digits: int) -> list[str]:
 
 
 def _time_cells(row: dict[str, Any]) -> list[str] | None:
-    return _speed(row, 0) if "ratio" in row else None
+    return None if row["ratio"] is None else _speed(row, 0)
 
 
 def _prefill_remark(row: dict[str, Any]) -> str:
@@ -358,7 +383,7 @@ def _prefill_remark(row: dict[str, Any]) -> str:
 
 
 def _routers_cells(row: dict[str, Any]) -> list[str] | None:
-    return [row["part"], *_speed(row, 1)] if "ratio" in row else None
+    return None if row["ratio"] is None else [row["part"], *_speed(row, 1)]
 
 
 def _selection_cells(row: dict[str, Any]) -> list[str] | None:
@@ -374,7 +399,7 @@ def _selection_cells(row: dict[str, Any]) -> list[str] | None:
 
 
 def _kv_cells(row: dict[str, Any]) -> list[str] | None:
-    if "ratio" not in row:
+    if row["ratio"] is None:
         return None
     sizes = (row[f"{what}_bytes"] / 2**20 for what in ("payload", "slack", "meta"))
     share = row["payload_share"]
@@ -420,7 +445,7 @@ _SPEED = ("before", "after", "speed-up (95 %)", "ideal", "share")
 _LOOKS = {
     "prefill": _Look(_SPEED, _time_cells, _prefill_remark),
     "decode": _Look(
-        _SPEED, lambda row: _speed(row, 1) if "ratio" in row else None, _decode_remark
+        _SPEED, lambda row: None if row["ratio"] is None else _speed(row, 1), _decode_remark
     ),
     "selection": _Look(
         ("layer avg", "saved", "spent", "share (95 %)"), _selection_cells, lambda row: None

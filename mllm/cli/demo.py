@@ -419,7 +419,7 @@ def _fine_tune(console: Console, output: Path) -> Training | None:
     started = time.perf_counter()
     with err_console().status("fine-tuning with visionzip:keep=32 active"):
         done = subprocess.run(
-            [sys.executable, "-m", "mllm.cli", "train", "lora-visionzip", *overrides],
+            [sys.executable, "-m", "mllm", "train", "lora-visionzip", *overrides],
             capture_output=True,
             text=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -39,10 +40,14 @@ def command(
     new: Annotated[int, typer.Option(help="Tokens of the answer.")] = 128,
     batch: Annotated[int, typer.Option(help="Samples.")] = 1,
     hardware: Annotated[
-        str, typer.Option(help=f"A device by its data sheet: {', '.join(HARDWARE)}.")
-    ] = "h100",
+        str | None,
+        typer.Option(help=f"A device by its data sheet: {', '.join(HARDWARE)}. Default: h100."),
+    ] = None,
     peak: Annotated[
-        float | None, typer.Option(help="TFLOP/s of a device of your own, with --bandwidth.")
+        float | None,
+        typer.Option(
+            help="TFLOP/s of a device of your own, with --bandwidth, instead of --hardware."
+        ),
     ] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="GB/s of a device of your own, with --peak.")
@@ -85,23 +90,31 @@ def command(
 
 
 def _device(
-    name: str, peak: float | None, bandwidth: float | None, memory: float | None, dtype: str
+    name: str | None, peak: float | None, bandwidth: float | None, memory: float | None, dtype: str
 ) -> Hardware:
     """A device by name, or by its own numbers."""
     own = {"peak": peak, "bandwidth": bandwidth, "memory": memory}
     if peak is None and bandwidth is None and memory is None:
-        return device(name)
+        return device("h100" if name is None else name)
     for argument, value in own.items():
         if value is None and argument == "memory":
             continue
-        if value is None or value <= 0:
+        if value is None or not 0 < value < math.inf:
             raise DataError(
-                f"{argument}={value} is no device of your own; give --peak and --bandwidth, both "
-                "above 0",
+                f"{argument}={value} is no device of your own; give --peak, --bandwidth and "
+                "perhaps --memory, all above 0",
                 argument=argument,
                 given=value,
-                expected="--peak TFLOP/s and --bandwidth GB/s",
+                expected="--peak TFLOP/s, --bandwidth GB/s and perhaps --memory GB",
             )
+    if name is not None:
+        raise DataError(
+            f"hardware={name} is one device, and --peak and --bandwidth are another; give one of "
+            "them",
+            argument="hardware",
+            given=name,
+            expected="--hardware alone, or --peak and --bandwidth without it",
+        )
     return Hardware(
         "given", {dtype: peak * 1e12}, bandwidth * 1e9, None if memory is None else memory * 1e9
     )

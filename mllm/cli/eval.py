@@ -69,7 +69,7 @@ def command(
     def work() -> list[dict[str, Any]]:
         from mllm.eval.runner import evaluate
 
-        _quiet()
+        quiet()
         records = evaluate(
             model,
             plan or ["none"],
@@ -98,7 +98,7 @@ def results_console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep lmms-eval's messages below warnings away, and all of them off stdout."""
     import importlib.util
     import sys
@@ -127,7 +127,7 @@ def _show(records: list[dict[str, Any]]) -> None:
                 record["plan"] if index == 0 else "",
                 row["task"].removeprefix("yardstick_"),
                 str(row["n"]),
-                _percent(row),
+                percent(row),
                 _number(row["kept_llm"], 1, ".0f"),
                 _number(row["visual_avg"], 1, ".1f"),
                 _number(row["prefill_flops"], 1e-9, ".2f"),
@@ -148,9 +148,10 @@ def _show(records: list[dict[str, Any]]) -> None:
         console.print(f"{answers['kept']} answers kept, {answers['computed']} computed{skipped}")
 
 
-def _percent(row: dict[str, Any]) -> str:
+def percent(row: dict[str, Any]) -> str:
+    """A score with its interval, or a metric that has none."""
     if row["ci"] is None:
-        return f"{row['metric']} {row['score']:.3f}"
+        return f"{row['metric']} {_number(row['score'], 1, '.3f')}"
     low, high = (100 * bound for bound in row["ci"])
     return f"{100 * row['score']:.1f} ({low:.1f}–{high:.1f})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,11 +119,11 @@ class Files:
                 check_writable(path)
 
     def write(self, **makers: Callable[[], str]) -> None:
-        """Make what is asked for, and write it."""
+        """Make all that is asked for, then write it."""
+        made = {kind: makers[kind]() for kind in self.paths}
         for kind, paths in self.paths.items():
-            text = makers[kind]()
             for path in paths:
-                write_text(path, text)
+                write_text(path, made[kind])
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def read(path: Path, name: str | None = None) -> Results:
             given=str(path),
             expected="a JSON Lines file of mllm sweep, or a folder of mllm eval",
         )
-    name, warnings = name or path.stem, []
+    name, warnings = name or _stem(path), []
     if path.is_dir():
         from mllm.eval import logged
 
@@ -233,7 +234,7 @@ def read(path: Path, name: str | None = None) -> Results:
 
 
 def _report(results: Results, files: Files, asked: Asked) -> dict[str, Any]:
-    from mllm.eval import gallery, plots, table
+    from mllm.eval import gallery, plots, table, words
     from mllm.eval import report as pages
 
     made = table.build(results.cells)
@@ -247,11 +248,11 @@ def _report(results: Results, files: Files, asked: Asked) -> dict[str, Any]:
     if results.logged:
         made |= {"title": "Evaluation", "written": "Written by `mllm report` from `mllm eval`."}
     rows = [_row(row) for row in made["rows"]]
-    about, each = made["about"], f"{made['n']} questions each"
+    each = f"{words.per_task(made)} questions each"
     page = pages.Report(
         f"{'Evaluation' if results.logged else 'Yardstick'}: {', '.join(made['tasks'])}; {each}",
         made["words"],
-        _facts(made["split"], made["seed"], about),
+        _facts(made),
         rows,
         changed="questions that are right under one of plan and unpatched model, not both",
         warnings=results.warnings,
@@ -271,7 +272,7 @@ def _report(results: Results, files: Files, asked: Asked) -> dict[str, Any]:
         page=page_text,
         markdown=lambda: table.markdown(made),
         csv=lambda: table.comma_separated(made),
-        svg=lambda: plots.picture(rows, f"{len(made['tasks'])} tasks of {made['n']} questions"),
+        svg=lambda: plots.picture(rows, f"{len(made['tasks'])} tasks, {each}"),
     )
     shown = {"lost": len(page.lost), "won": len(page.won)}
     return {"rows": len(rows), "damaged": results.damaged, "gallery": shown}
@@ -325,8 +326,9 @@ def _pictures(results: Results, asked: Asked, needed: bool) -> Pictures:
     """
     from mllm.eval.gallery import Pictures
 
+    bare = Pictures(None, results.doc)
     if not needed or asked.model == "none" or not asked.number:
-        return Pictures(None, results.doc)
+        return bare
     with err_console().status("loading the model to draw what plans kept"):
         import transformers
 
@@ -336,9 +338,16 @@ def _pictures(results: Results, asked: Asked, needed: bool) -> Pictures:
         transformers.utils.logging.disable_progress_bar()
         about = results.cells[0]["about"]
         name = asked.model or EMBEDDED
-        loaded = load_model(
-            name, dtype=about["dtype"], device=asked.device, attn_implementation=about["backend"]
-        )
+        try:
+            loaded = load_model(
+                name, dtype=about["dtype"], device=asked.device,
+                attn_implementation=about["backend"],
+            )  # fmt: skip
+        except DataError as error:  # the results may be of another machine
+            if asked.model is not None or asked.device is not None:
+                raise
+            bare.missing[f"what plans kept is not drawn: {error}"] = None
+            return bare
         ours, theirs = weights_sha256(loaded[0]), about["weights_sha256"]
     if ours == theirs:
         return Pictures(loaded, results.doc)
@@ -349,12 +358,11 @@ def _pictures(results: Results, asked: Asked, needed: bool) -> Pictures:
             given=name,
             expected="the model of the results, or none",
         )
-    pictures = Pictures(None, results.doc)
-    pictures.missing[
+    bare.missing[
         f"what plans kept is not drawn: the results are of weights {theirs[:12]}, which are not "
         "those of the embedded model; --model draws it"
     ] = None
-    return pictures
+    return bare
 
 
 def _sampled(lost: list[Any], won: list[Any], counts: dict[bool, int], pictures: Pictures) -> str:
@@ -371,16 +379,25 @@ def _sampled(lost: list[Any], won: list[Any], counts: dict[bool, int], pictures:
 
 def _names(first: Path, second: Path) -> tuple[str, str]:
     """Short names of two runs that tell them apart."""
-    if first.stem != second.stem:
-        return first.stem, second.stem
+    names = _stem(first), _stem(second)
+    if names[0] != names[1]:
+        return names
     if first.resolve().parent.name != second.resolve().parent.name:
-        return tuple(f"{p.resolve().parent.name}/{p.stem}" for p in (first, second))
-    return f"{first.stem} (1)", f"{second.stem} (2)"
+        return tuple(f"{p.resolve().parent.name}/{names[0]}" for p in (first, second))
+    return f"{names[0]} (1)", f"{names[1]} (2)"
 
 
-def _facts(split: str, seed: int, about: dict[str, Any]) -> list[tuple[str, str]]:
+def _stem(path: Path) -> str:
+    """The name of a file or folder, also of `.`."""
+    return Path(os.path.abspath(path)).stem
+
+
+def _facts(made: dict[str, Any]) -> list[tuple[str, str]]:
+    from mllm.eval import words
+
+    about = made["about"]
     return [
-        ("split", f"{split}, seed {seed}"),
+        ("split", f"{made['split']}, {words.seeds(made)}"),
         ("weights", about["weights_sha256"][:12]),
         ("arithmetic", f"{about['dtype']} on {about['device']}, {about['threads']} threads"),
         ("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
@@ -401,8 +418,7 @@ def _row(row: dict[str, Any]) -> Any:
         flops=row["flops"],
         prefill_s=row["prefill_s"],
         tasks={
-            name: (round(task["score"] * task["n"]), task["n"])
-            for name, task in row["tasks"].items()
+            name: (task["score"] * task["n"], task["n"]) for name, task in row["tasks"].items()
         },
         sanity=row["method"].split(":")[0] in (*SANITY, *KV_SANITY),
         flipped=unpatched and unpatched["flipped"],

@@ -15,7 +15,7 @@ from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
 from mllm.cli._common import JsonOption, err_console, run_command
-from mllm.cli.eval import results_console
+from mllm.cli.eval import percent, results_console
 from mllm.errors import MllmError
 
 
@@ -209,6 +209,8 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
         )
         check_plans(chosen.model, [entry.plan for entry in entries if entry.plan.folder])
         loaded = load()
+        if any(isinstance(entry.budget, int) for entry in entries):
+            sweep.check_tokens(*loaded, tasks[0], asked)
         about = describe_run(loaded[0])
         _, todo = sweep.split_cells(entries, tasks, output, about, asked)
     if damaged:
@@ -303,14 +305,9 @@ def _row(cell: dict[str, Any]) -> tuple[str, ...]:
         cell["method"],
         "–" if cell["budget"] is None else str(cell["budget"]),
         str(cell["seed"]),
-        _percent(cell),
+        percent(cell),
         "–" if versus is None else f"{100 * versus['diff']:+.1f} {_interval(versus['ci'], '+.1f')}",
     )
-
-
-def _percent(scored: dict[str, Any]) -> str:
-    low, high = (100 * bound for bound in scored["ci"])
-    return f"{100 * scored['score']:.1f} ({low:.1f}–{high:.1f})"
 
 
 def _interval(bounds: Sequence[float], form: str) -> str:
@@ -332,8 +329,11 @@ def _show_forecast(ahead: dict[str, Any]) -> None:
 
 
 def _show(built: dict[str, Any]) -> None:
+    from mllm.eval import words
+
     table = Table(
-        title=f"{', '.join(built['tasks'])}; {built['n']} questions each", title_justify="left"
+        title=f"{', '.join(built['tasks'])}; {words.per_task(built)} questions each",
+        title_justify="left",
     )
     for column in ("method", "budget", "layer avg", "GFLOPs", "score %", "vs random"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
@@ -344,7 +344,7 @@ def _show(built: dict[str, Any]) -> None:
             "–" if row["budget"] is None else str(row["budget"]),
             f"{row['visual_avg']:.1f}",
             f"{row['flops'] / 1e9:.2f}",
-            _percent(row),
+            percent(row),
             "–" if versus is None else f"{100 * versus['diff']:+.1f}, {versus['verdict']}",
         )
     console = results_console()

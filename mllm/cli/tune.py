@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from mllm.cli._common import (
     err_console,
     run_command,
 )
-from mllm.cli.eval import results_console
+from mllm.cli.eval import quiet, results_console
 from mllm.errors import MllmError
 
 _BUDGET = "a number, or a share of the unpatched model's such as 40%"
@@ -71,7 +72,9 @@ def command(
                      show_default="12 from 0.02 to 0.75"),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="Tasks, separated by commas, as for mllm sweep.")
+        str,
+        typer.Option(help="Tasks, separated by commas, as for mllm sweep; or public ones, as for "
+                     "mllm eval."),
     ] = "admitted",
     trials: Annotated[int, typer.Option(help="Plans to try, without those over the budget.")] = 60,
     first: Annotated[int, typer.Option(help="Dev questions per task for every plan.")] = 16,
@@ -89,8 +92,22 @@ def command(
         int, typer.Option(help="Prefills to time per plan where time is the cost.")
     ] = 8,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    style: Annotated[str, typer.Option(help="Style of the pictures.")] = "plain",
+    style: Annotated[
+        str, typer.Option(help="Style of the pictures of our own tasks.")
+    ] = "plain",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder with what a plan has learnt: it is searched too, by itself, "
+                     "under the budgets that it was trained for."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with local copies of public data sets; nothing is fetched."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes: on the CPU, or with a GPU each.")
+    ] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     dry_run: Annotated[
@@ -107,13 +124,18 @@ def command(
 
     Example: mllm tune --max-flops 30% --methods visionzip,divprune,fastv --trials 40 -o tuned
 
+    Example: mllm tune --max-loss 1 --tasks pope,gqa --data-dir data --workers 4 -o tuned
+
+    Example: mllm tune --max-loss 1 --adapter runs/m3/model --model runs/m3/model -o tuned
+
     Then: mllm run photo.png "How many dogs?" --plan tuned
     """
     options = {
         "max_loss": max_loss, "objective": objective, "max_flops": max_flops,
         "max_tokens": max_tokens, "max_kv_bytes": max_kv_bytes, "max_latency": max_latency,
         "methods": _words(methods), "budgets": _fractions(budgets), "tasks": _words(tasks),
-        "claim": claim, "style": style, "batch_size": batch_size,
+        "claim": claim, "style": style, "batch_size": batch_size, "adapter": adapter,
+        "data_dir": data_dir, "workers": workers,
     }  # fmt: skip
     effort = {"trials": trials, "first": first, "n": n, "confirm": confirm, "n_test": n_test,
               "pairs": pairs, "seed": seed}  # fmt: skip
@@ -143,31 +165,54 @@ def _tune(
         options["budgets"] = list(tuning_space.SHARES)
     tuning_space.check_shares(options["budgets"])
 
-    from mllm.eval import files, sweep, tuning
+    from mllm.eval import engines, plans, tuning
+    from mllm.eval.tuning_model import Chosen, is_ours
     from mllm.loading import load_model
 
     tuning.need(options["claim"])
     much = tuning.Effort(**effort)
-    tuning_space.candidates(tuning.methods_for(goal, options["methods"]))
-    tasks = options["tasks"] = sweep.chosen_tasks(options["tasks"] or [])
-    for split in ("dev", "test"):
-        sweep.check_drawn(tasks, sweep.Questioning(split=split, style=options["style"]))
+    workers = options["workers"]
+    if workers > 1:
+        engines.devices_for(workers, device)  # refuses what there is no GPU for
+    learnt = None
+    if options["adapter"] is not None:
+        learnt = tuning_space.Learnt.of(options["adapter"], model)
+    methods = tuning.methods_for(goal, options["methods"])
+    tuning_space.candidates(methods, learnt)
+    if not all(map(is_ours, options["tasks"] or [])):
+        quiet()
+    tasks = Chosen.of(options["tasks"] or [], options["style"], options["data_dir"])
     if not dry_run:
-        files.ensure_writable(output)
+        tuning.check_output(output)
     console = err_console()
-    with console.status("loading the model"):
-        loaded = load_model(model, dtype=dtype, device=device)
-    with console.status("estimating the cost"):
-        ahead = {"goal": str(goal), **tuning.estimate(*loaded, tasks, much, options["style"])}
-    if dry_run:
-        return ahead
-    console.print(_ahead(ahead), highlight=False, soft_wrap=True)
-    with _display() as (progress, on_trial):
-        evidence = tuning.tune(
-            *loaded, output, **options, effort=much, progress=progress, on_trial=on_trial
-        )
-    written = [tuning.JOURNAL, tuning.EVIDENCE, *([tuning.PLAN_FILE] if evidence["plan"] else [])]
-    return {**evidence, "forecast": ahead, "files": [str(output / name) for name in written]}
+    with contextlib.ExitStack() as stack:
+        with console.status("loading the model"):
+            if learnt is not None:
+                plans.check_plans(model, [learnt.plan], learnt=True)
+            evaluator = stack.enter_context(
+                tasks.asked_of(
+                    *load_model(model, dtype=dtype, device=device),
+                    style=options["style"],
+                    batch_size=options["batch_size"],
+                    workers=workers,
+                    load=functools.partial(engines.load_on, model, dtype=dtype),
+                )
+            )
+        with console.status("estimating the cost"):
+            cost = tuning.estimate(evaluator, tasks.names, much)
+            ahead = {"goal": str(goal), **cost}
+        if dry_run:
+            return ahead
+        console.print(_ahead(ahead), highlight=False, soft_wrap=True)
+        with _display() as (progress, on_trial):
+            evidence = tuning.search(
+                evaluator, output, goal, tasks.names, methods=methods, learnt=learnt,
+                budgets=options["budgets"], claim=options["claim"], effort=much,
+                progress=progress, on_trial=on_trial,
+            )  # fmt: skip
+    names = (tuning.JOURNAL, tuning.EVIDENCE, tuning.PLAN_FILE, *tuning.ADAPTER_FILES)
+    written = [str(output / name) for name in names if (output / name).exists()]
+    return {**evidence, "forecast": ahead, "files": written}
 
 
 @contextlib.contextmanager

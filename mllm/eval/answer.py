@@ -48,15 +48,19 @@ class _Watch(StoppingCriteria):
     def __init__(self, tokenizer: Any, prompt_length: int, stops: Sequence[str]) -> None:
         self.tokenizer, self.prompt_length, self.stops = tokenizer, prompt_length, stops
         self.first_token_at: float | None = None
+        self.rows = 0
+        self.ended: dict[int, int] = {}  # row -> tokens up to its first stop string
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         tails = input_ids[:, self.prompt_length :].tolist()  # also waits for the device
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        done = [False] * len(tails)
+        self.rows, done = len(tails), [False] * len(tails)
         if self.stops:
             texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
             done = [any(stop in text for stop in self.stops) for text in texts]
+            for row in (row for row, ends in enumerate(done) if ends):
+                self.ended.setdefault(row, len(tails[row]))
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -130,9 +134,11 @@ def answer(
         ]
     lengths = inputs["attention_mask"].sum(1).tolist()
     ends = _end_ids(model)
+    stopped = watch.ended if watch.rows == rows else {}  # beams are other rows
     answers = []
-    for ids, length, cost in zip(tails, lengths, costs, strict=True):
-        ids = _until_end(ids, ends)
+    for row, (ids, length, cost) in enumerate(zip(tails, lengths, costs, strict=True)):
+        # What stands behind an end is padding, of a batch that went on.
+        ids = _until_end(ids[: stopped.get(row)], ends)
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
         cost |= {
             "ttft_s": ttft if rows == 1 else None,
@@ -249,7 +255,7 @@ def _end_ids(model: Any) -> set[int]:
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """`ids` up to and with the first end token: what follows is padding of a batch."""
+    """`ids` up to and with the first end token."""
     for index, token in enumerate(ids):
         if token in ends:
             return ids[: index + 1]

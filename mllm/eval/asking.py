@@ -1,6 +1,6 @@
 """Asking a model the questions of a task, in batches that all plans share.
 
-The same prompts, batches and generation as the lmms-eval model, without its per-request cost:
+The same prompts and generation as the lmms-eval model, without its per-request cost:
 pictures are drawn and preprocessed once per task, and plans share the output of the vision tower.
 """
 

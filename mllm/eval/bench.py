@@ -30,6 +30,7 @@ from mllm.eval.bench_shapes import (
     Shape,
     cannot_measure,
     model_of,
+    one_image,
     pictures,
     random_inputs,
     text_inputs,
@@ -50,7 +51,11 @@ T = TypeVar("T")
 
 SDPA = ("flash", "efficient", "math", "cudnn")
 DTYPES = ("bfloat16", "float16", "float32")
+#: Promised of every row; None where nothing was measured.
+FIGURES = ("ratio", "ratio_ci", "ideal", "share", "peak_bytes")
 OOM = {"status": "oom", "words": "out of memory"}
+#: What torch's CPU allocator, C++, CUDA and its libraries say.
+NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 LEAST_TEXT = 64  # of a prompt whose length alone is given
 
 
@@ -64,31 +69,13 @@ PREFILL_PLANS = {
 }
 
 
-def prefill(
-    *,
-    model: str | Shape = BENCH_CPU,
-    plans: Sequence[str] | Mapping[str, float | None] | None = None,
-    visual: Sequence[int] | None = None,
-    size: Sequence[Size] | None = None,
-    text: int = 63,
-    batch: Sequence[int] = (1,),
-    unequal: bool = False,
-    pairs: int = CLAIM_PAIRS,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    sdpa: str | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-    on_row: OnRow | None = None,
-) -> dict[str, Any]:
-    """Time the prefill: one forward with pictures, vision tower and cache included.
+@dataclass(frozen=True)
+class Options:
+    """What every suite can be asked for, by keyword.
 
-    Args:
-        model: a shape or public model to build with random weights, a `config.json` likewise, or a
-            path for `mllm.load_model`.
-        plans: spec texts, perhaps with targets (shares of the ideal); None for `PREFILL_PLANS`.
+    Attributes:
         visual: visual tokens per sample: whole images where the model has one size of image, one
-            image of that size where it takes any; None for the shape's own.
+            image of that size where it takes any; None for the shape's own, or one and two images.
         size: (height, width) of one picture per sample instead, where the model takes any size.
         text: text tokens per sample.
         batch: batch sizes.
@@ -102,6 +89,41 @@ def prefill(
         threads: CPU threads; None leaves torch's choice.
         progress: called after each pair.
         on_row: called with the results so far after each row, so that a long run can be saved.
+    """
+
+    visual: Sequence[int] | None = None
+    size: Sequence[Size] | None = None
+    text: int = 63
+    batch: Sequence[int] = (1,)
+    unequal: bool = False
+    pairs: int = CLAIM_PAIRS
+    dtype: str = "bfloat16"
+    device: str | None = None
+    sdpa: str | None = None
+    threads: int | None = None
+    progress: Progress | None = None
+    on_row: OnRow | None = None
+
+    def keep(self, results: dict[str, Any], row: dict[str, Any]) -> None:
+        """Add a row to the results, and hand them out."""
+        results["rows"].append(row)
+        if self.on_row is not None:
+            self.on_row(results)
+
+
+def prefill(
+    *,
+    model: str | Shape = BENCH_CPU,
+    plans: Sequence[str] | Mapping[str, float | None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Time the prefill: one forward with pictures, vision tower and cache included.
+
+    Args:
+        model: a shape or public model to build with random weights, a `config.json` likewise, or a
+            path for `mllm.load_model`.
+        plans: spec texts, perhaps with targets (shares of the ideal); None for `PREFILL_PLANS`.
+        **options: those of :class:`Options`.
 
     Returns:
         The bench results object, schema 1. Times in seconds, `peak_bytes` in bytes: the largest
@@ -109,8 +131,8 @@ def prefill(
         patched time, `samples` that of every pair; `share` = ratio / ideal. `llm_*` leave the tower
         and projector out. `ideal_s` is the least time of `flops` and of reading the weights
         (`bytes`) on `machine`, `roofline_share` = ideal_s / patched_s. A point that runs out of
-        memory is a row of status "oom". `break_even`: :func:`mllm.eval.bench_words.break_even`;
-        `words`: what the rows say together.
+        memory is a row of status "oom", whose figures are None. `break_even`:
+        :func:`mllm.eval.bench_words.break_even`; `words`: what the rows say together.
         `attainable` is the ratio of the unpatched model's own times: its tower as it is, its
         decoder layers at the lengths that the plan leaves them. Between `ideal` and `attainable`
         lies what tower and short matrices lose per FLOP, between `attainable` and `ratio` what
@@ -121,29 +143,27 @@ def prefill(
             device, dtype, kernel or model, or no inputs can be drawn for the model.
         PlanError: a plan cannot work on this model.
     """
-    base, points, results = opened(
-        "prefill", model=model, visual=visual, size=size, text=text, batch=batch, unequal=unequal,
-        pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
-    )  # fmt: skip
+    asked = Options(**options)
+    base, points, results = opened("prefill", model, asked)
     targets = targets_of(plans, PREFILL_PLANS)
     for point in points:
-        with kernel(sdpa):
+        with kernel(asked.sdpa):
             inputs = within_memory(point.inputs)
             base_peak = inputs and within_memory(functools.partial(peak_bytes, base, inputs))
         for plan, target in targets.items():
             label = f"{plan}, {point.visual} visual tokens, batch {point.batch}"
-            run = functools.partial(_row, base, plan, inputs, pairs, target, label, progress)
+            run = functools.partial(
+                _row, base, plan, inputs, asked.pairs, target, label, asked.progress
+            )
             row = None
-            with kernel(sdpa):
+            with kernel(asked.sdpa):
                 if base_peak:
                     row = within_memory(run)
                 elif inputs:
                     row = _only_patched(base, plan, inputs)
             if row is not None and base_peak:
                 row["baseline_peak_bytes"] = base_peak
-            results["rows"].append({**point.about(base, plan, pairs), **(row or OOM)})
-            if on_row is not None:
-                on_row(results)
+            asked.keep(results, {**point.about(base, plan, asked.pairs), **(row or OOM)})
     return summed(results)
 
 
@@ -153,8 +173,8 @@ def within_memory(run: Callable[[], T]) -> T | None:
         return run()
     except (torch.OutOfMemoryError, MemoryError):
         pass
-    except RuntimeError as error:  # the CPU allocator has no error of its own
-        if "allocate memory" not in str(error):
+    except RuntimeError as error:  # allocators that have no error of their own
+        if not any(words in str(error) for words in NO_MEMORY):
             raise
     gc.collect()
     if torch.cuda.is_available():
@@ -200,7 +220,7 @@ class Point:
     inputs: Callable[[], Inputs]
 
     def about(self, base: Any, plan: str, pairs: int) -> dict[str, Any]:
-        """What a row was measured under."""
+        """What a row is measured under, and None for what every row has once it is."""
         return {
             "plan": plan,
             "batch": self.batch,
@@ -211,86 +231,83 @@ class Point:
             "dtype": str(base.dtype).removeprefix("torch."),
             "backend": compat.attention_name(base.get_decoder()),
             "pairs": pairs,
+            **dict.fromkeys(FIGURES),
         }
 
 
 def opened(
-    suite: str,
-    *,
-    model: str | Shape,
-    visual: Sequence[int] | None,
-    size: Sequence[Size] | None = None,
-    text: int = 63,
-    batch: Sequence[int] = (1,),
-    unequal: bool = False,
-    pairs: int = CLAIM_PAIRS,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    sdpa: str | None = None,
-    threads: int | None = None,
-    length: Sequence[int] | None = None,
-) -> tuple[Any, list[Point], dict[str, Any]]:
-    """What a suite needs before its first row; arguments as in :func:`prefill`.
+    suite: str, model: str | Shape, asked: Options, *,
+    length: Sequence[int] | None = None, single: bool = False,
+) -> tuple[Any, list[Point], dict[str, Any]]:  # fmt: skip
+    """What a suite needs before its first row.
 
     Args:
+        suite: its name.
+        model: as in :func:`prefill`.
+        asked: what was asked for.
         length: tokens per sample, instead of `visual` and `text`: as many whole pictures as leave
             room for `LEAST_TEXT` text tokens.
+        single: only the first of the lengths that are measured where nobody names one.
 
     Returns:
         The model, every measurement, and the results object without rows.
     """
-    device = checked(pairs, batch, text, dtype, device, sdpa, threads)
+    device, visual, size = checked(asked), asked.visual, asked.size
     if size is not None and (visual is not None or length is not None):
         raise cannot_measure("size", list(size), "it without visual and length")
+    if visual is not None and length is not None:
+        raise cannot_measure("visual", list(visual), "it without length")
     load_before = round(os.getloadavg()[0], 2)
-    machine(device, dtype)  # while memory is free
-    base, shape = model_of(model, dtype, device)
+    machine(device, asked.dtype)  # while memory is free
+    base, shape = model_of(model, asked.dtype, device)
     shape["parameters"] = sum(p.numel() for p in base.parameters())
     family = resolve(base)
     if size is not None:
-        sizes = [(visual_tokens(family, one), text, one) for one in size]
+        sizes = [(visual_tokens(family, one), asked.text, one) for one in size]
     elif length is not None:
+        least = LEAST_TEXT + one_image(family, 1)
+        if min(length) < least:
+            raise cannot_measure("length", min(length), f"{least} or more")
         counts = [whole_images(base, tokens - LEAST_TEXT) for tokens in length]
         sizes = [(n, tokens - n, None) for n, tokens in zip(counts, length, strict=True)]
     else:
-        counts = visual or (model.visual if isinstance(model, Shape) else (576, 1152))
-        sizes = [(count, text, None) for count in counts]
+        each = one_image(family, 576)
+        own = model.visual if isinstance(model, Shape) else (each, 2 * each)
+        sizes = [(count, asked.text, None) for count in visual or own[: 1 if single else None]]
     for count, _, one in sizes:
         pictures(family, None if one else count, one)
 
     def point(many: int, count: int, words: int, one: Size | None) -> Point:
         given = {"size": one} if one else {"visual": count}
         draw = functools.partial(
-            random_inputs, base, **given, text=words, batch=many, unequal=unequal
+            random_inputs, base, **given, text=words, batch=many, unequal=asked.unequal
         )
-        return Point(many, count, words, one, unequal, draw)
+        return Point(many, count, words, one, asked.unequal, draw)
 
-    return base, [point(many, *one) for many in batch for one in sizes], {
-        **header(suite, device, dtype, load_before), "model_shape": shape, "sdpa": sdpa, "rows": [],
+    return base, [point(many, *one) for many in asked.batch for one in sizes], {
+        **header(suite, device, asked.dtype, load_before), "model_shape": shape,
+        "sdpa": asked.sdpa, "rows": [],
     }  # fmt: skip
 
 
-def checked(
-    pairs: int, batch: Sequence[int], text: int, dtype: str, device: str | None,
-    sdpa: str | None = None, threads: int | None = None,
-) -> str:  # fmt: skip
+def checked(asked: Options) -> str:
     """The device, once arguments are known to be good and threads are set.
 
     Raises:
         DataError: an argument that cannot be used.
     """
-    for name, values in (("pairs", [pairs]), ("batch", batch), ("text", [text])):
+    threads = 1 if asked.threads is None else asked.threads
+    for name, values in (("pairs", [asked.pairs]), ("batch", asked.batch), ("text", [asked.text]),
+                         ("threads", [threads])):  # fmt: skip
         if min(values) < 1:
             raise cannot_measure(name, min(values), "1 or more")
-    if threads is not None and threads < 1:
-        raise cannot_measure("threads", threads, "1 or more")
-    if dtype not in DTYPES:
-        raise cannot_measure("dtype", dtype, " or ".join(DTYPES))
-    if sdpa not in (None, *SDPA):
-        raise cannot_measure("sdpa", sdpa, " or ".join(SDPA))
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return pick_device(device)
+    if asked.dtype not in DTYPES:
+        raise cannot_measure("dtype", asked.dtype, " or ".join(DTYPES))
+    if asked.sdpa not in (None, *SDPA):
+        raise cannot_measure("sdpa", asked.sdpa, " or ".join(SDPA))
+    if asked.threads is not None:
+        torch.set_num_threads(asked.threads)
+    return pick_device(asked.device)
 
 
 def header(suite: str, device: str, dtype: str, load_before: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 
 def clock_of(model: Any) -> _CpuClock | _CudaClock:
     """A clock for the device of a model: `mark()` at each moment, then `seconds()` of all."""
-    return _CudaClock() if model.device.type == "cuda" else _CpuClock()
+    return _CudaClock(model.device) if model.device.type == "cuda" else _CpuClock()
 
 
 class _CpuClock:
@@ -34,31 +34,35 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """CUDA events: the GPU's own time, whatever the queue of launches does."""
+    """CUDA events: the GPU's own time, whatever the queue of launches does.
 
-    def __init__(self) -> None:
+    The GPU is named throughout, for the current one may be another.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.marks: list[torch.cuda.Event] = []
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
     def mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self.marks.append(event)
 
     def seconds(self) -> list[float]:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         return [self.marks[0].elapsed_time(event) / 1e3 for event in self.marks]
 
 
 def peak_of(device: torch.device, run: Callable[[], Any]) -> int:
     """Most bytes of tensors that lived at once during `run`, beyond what lived before."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     # The CPU allocator keeps no peak; the profiler's trace has every allocation and release.
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -121,7 +121,7 @@ def _row(a: Row, b: Row, alike: bool) -> dict[str, Any]:
     if figure.endswith("_s") and not alike:
         words = "not compared: times of different devices, versions or threads"
         return {**found, **none, "words": words}
-    change, low, high, how = _change(a, b, figure)
+    change, low, high, how = change_of(a, b, figure)
     nothing = 0.0 if figure == "cost" else 1.0
     if min(a["pairs"], b["pairs"]) < CLAIM_PAIRS or low <= nothing <= high:
         verdict = "not resolved"
@@ -133,7 +133,7 @@ def _row(a: Row, b: Row, alike: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _change(a: Row, b: Row, figure: str) -> tuple[float, float, float, str]:
+def change_of(a: Row, b: Row, figure: str) -> tuple[float, float, float, str]:
     """B against A with a 95 % interval, and how that was found."""
     if "samples" in a and "samples" in b:
         draw = np.random.default_rng(0)

@@ -7,6 +7,7 @@ step adds a token.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 
 import mllm
+from mllm.estimating import Weights
 from mllm.eval import bench
 from mllm.eval.bench_kv import read_weights, step_flops, step_peak, time_steps
 from mllm.eval.bench_machine import reached
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
 from mllm.eval.bench_words import summed
 from mllm.eval.stats import median_interval
+from mllm.models import resolve
 
 # Plan and the share of its ideal that we aim at, as for the suite kv.
 PLANS = {"fastv:layer=2:keep=0.25": 0.85, "visionzip:keep=64": 0.85, "snapkv:budget=0.25": 0.85}
@@ -29,34 +32,23 @@ def decode(
     *,
     model: str | Shape = BENCH_CPU,
     plans: Sequence[str] | None = None,
-    visual: Sequence[int] | None = None,
-    size: Sequence[bench.Size] | None = None,
-    text: int = 63,
     length: Sequence[int] | None = None,
-    batch: Sequence[int] = (1,),
-    unequal: bool = False,
-    pairs: int = bench.CLAIM_PAIRS,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    sdpa: str | None = None,
-    threads: int | None = None,
-    progress: bench.Progress | None = None,
-    on_row: bench.OnRow | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Time decode steps behind a prompt.
 
     Args:
+        model: as in :func:`mllm.eval.bench.prefill`.
         plans: spec texts; None for :data:`PLANS`.
         length: tokens per sample, instead of `visual` and `text`: as many whole pictures as leave
             room for some text.
-        pairs: steps of each of the two models.
-        model, visual, size, text, batch, unequal, dtype, device, sdpa, threads, progress, on_row:
-            as in :func:`mllm.eval.bench.prefill`.
+        **options: those of :class:`mllm.eval.bench.Options`; a pair is a step of each model.
 
     Returns:
         The bench results object, schema 1. `ratio` is unpatched time / patched time of a step;
-        `ideal` the ratio of the bytes that it has to read: weights of the language model, keys and
-        values (`baseline_kv_bytes`, `kv_bytes`: of the batch behind the prompt). transformers'
+        `ideal` the ratio of the bytes that it has to read: weights of the decoder layers that are
+        run (all experts) and of the LM head, keys and values (`baseline_kv_bytes`, `kv_bytes`: of
+        the batch behind the prompt). transformers'
         cache copies itself at every token, which the ideal does not count, so a plan whose cache
         appends in place can beat it. `ideal_s` is the least time of a patched step on `machine`.
 
@@ -64,21 +56,19 @@ def decode(
         DataError: as :func:`mllm.eval.bench.prefill`.
         PlanError: a plan cannot work on this model.
     """
-    base, points, results = bench.opened(
-        "decode", model=model, visual=visual, size=size, text=text, length=length, batch=batch,
-        unequal=unequal, pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
-    )  # fmt: skip
+    asked = bench.Options(**options)
+    base, points, results = bench.opened("decode", model, asked, length=length)
     targets = bench.targets_of(plans, PLANS)
     for point in points:
         inputs = bench.within_memory(point.inputs)
         for plan, target in targets.items():
             label = f"{plan}, {point.visual + point.text} tokens, batch {point.batch}"
-            run = functools.partial(_row, base, plan, inputs, pairs, target, label, progress)
-            with bench.kernel(sdpa):
+            run = functools.partial(
+                _row, base, plan, inputs, asked.pairs, target, label, asked.progress
+            )
+            with bench.kernel(asked.sdpa):
                 row = bench.within_memory(run) if inputs else None
-            results["rows"].append({**point.about(base, plan, pairs), **(row or bench.OOM)})
-            if on_row is not None:
-                on_row(results)
+            asked.keep(results, {**point.about(base, plan, asked.pairs), **(row or bench.OOM)})
     return summed(results)
 
 
@@ -94,14 +84,18 @@ def _row(
             for which in (base, other)
         ]
         ledger = patched.ledger.as_dict()
+        own = Weights.of(patched.family, patched.upcycled.layers)
         work = step_flops(base, steps[1][1], ledger["batch"])
         seconds = time_steps(
             steps, inputs, pairs, lambda done: progress and progress(label, done, pairs)
         )
         peaks = [step_peak(*step, inputs) for step in steps]
     ratio, *ratio_ci = median_interval(seconds[:, 0] / seconds[:, 1])
-    weights = read_weights(base)
-    before, after = weights + ledger["baseline_kv_bytes"], weights + ledger["kv_bytes"]
+    whole = Weights.of(resolve(base))
+    rest = read_weights(base) - sum(whole.layers)
+    runs = [max(row["tokens"]) > 0 for row in ledger["layers"]]
+    before = rest + sum(whole.layers) + ledger["baseline_kv_bytes"]
+    after = rest + sum(itertools.compress(own.layers, runs)) + ledger["kv_bytes"]
     ideal, patched_s = before / after, float(np.median(seconds[:, 1]))
     dtype = str(base.dtype).removeprefix("torch.")
     status, words = bench.judge(ratio, ratio_ci, ideal, target, pairs)

@@ -80,7 +80,7 @@ def kernel_suite(
         plans: names out of :data:`NAMES`, and "dispatcher"; None is all.
         length: tokens of a sample; None is 1,152 on a CPU, 4,096 and 32,768 on a GPU.
         pairs: calls of each.
-        batch, dtype, device, threads, progress, on_row: as in :func:`mllm.eval.bench.prefill`.
+        batch, dtype, device, threads, progress, on_row: as in :class:`mllm.eval.bench.Options`.
 
     Returns:
         The bench results object, schema 1. `plan` is the kernel with what was asked of it, `visual`
@@ -94,7 +94,10 @@ def kernel_suite(
     Raises:
         DataError: as :func:`mllm.eval.bench.prefill`; another kernel.
     """
-    device = bench.checked(pairs, batch, 1, dtype, device, None, threads)
+    asked = bench.Options(
+        batch=batch, pairs=pairs, dtype=dtype, device=device, threads=threads, on_row=on_row
+    )
+    device = bench.checked(asked)
     load_before = round(os.getloadavg()[0], 2)
     wanted = list(plans or (*NAMES, DISPATCHER))
     for name in wanted:
@@ -117,10 +120,9 @@ def kernel_suite(
         about = {
             "plan": plan, "batch": many, "visual": count, "text": 0, "dtype": dtype,
             "pairs": pairs, "backend": _served(plan.split(":")[0], cuda),
+            **dict.fromkeys(bench.FIGURES),
         }  # fmt: skip
-        results["rows"].append({**about, **(row or bench.OOM)})
-        if on_row is not None:
-            on_row(results)
+        asked.keep(results, {**about, **(row or bench.OOM)})
 
     for many in batch:
         for count in length:
@@ -324,7 +326,7 @@ def _row(
     best = "torch" if why else "triton"
     median, low, high = median_interval(seconds[best])
     row: dict[str, Any] = {
-        "ratio": None, "ratio_ci": None, "triton_s": None,
+        "triton_s": None,
         **reached(at, dtype, work.flops, work.nbytes, median),
         "peak_bytes": peak_of(device, runs[best]),
     }  # fmt: skip
@@ -411,7 +413,7 @@ def _dispatcher(pairs: int) -> dict[str, Any]:
     spent = found[:, 0] - found[:, 1]
     overhead, *ci = median_interval(spent)
     return {
-        "ratio": None, "ratio_ci": None, "overhead_s": overhead, "overhead_s_ci": ci,
+        "overhead_s": overhead, "overhead_s_ci": ci,
         "samples": bench.samples(spent),
         "status": "ok" if pairs >= CLAIM_PAIRS else "unresolved",
         "words": f"the dispatcher costs {1e6 * overhead:.2f} µs per call",

@@ -25,7 +25,7 @@ from mllm.eval.bench_prompt import Prompt, now
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
 from mllm.eval.bench_words import summed
 from mllm.eval.plans import budgets_slots
-from mllm.eval.stats import median_interval
+from mllm.eval.stats import mean_interval, median_interval
 from mllm.models import resolve
 from mllm.plan import Plan, methods
 
@@ -41,32 +41,19 @@ def kv(
     model: str | Shape = BENCH_CPU,
     plans: Sequence[str] | None = None,
     budgets: Sequence[str] = (BUDGET,),
-    visual: Sequence[int] | None = None,
-    size: Sequence[bench.Size] | None = None,
-    text: int = 63,
     length: Sequence[int] | None = None,
-    batch: Sequence[int] = (1,),
-    unequal: bool = False,
-    pairs: int = bench.CLAIM_PAIRS,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    sdpa: str | None = None,
-    threads: int | None = None,
-    progress: bench.Progress | None = None,
-    on_row: bench.OnRow | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure cache methods on one long prompt of several pictures and text.
 
     Args:
+        model: as in :func:`mllm.eval.bench.prefill`.
         plans: spec texts of cache methods; None is :func:`every_method` at each of `budgets`.
         budgets: slots per layer and KV head, as in a spec: `0.25` or `2048`.
-        visual, size, text: visual tokens (or a picture's size) and text tokens per sample, for a
-            prompt of that size.
         length: tokens of the prompt: as many whole pictures as leave room for some text. None is
             8,192, where neither `visual` nor `size` is given.
-        pairs: decode steps of each of two models, in interleaved pairs.
-        model, batch, unequal, dtype, device, sdpa, threads, progress, on_row: as in
-            :func:`mllm.eval.bench.prefill`.
+        **options: those of :class:`mllm.eval.bench.Options`; a pair is a decode step of each of
+            two models.
 
     Returns:
         The bench results object, schema 1. `ratio` is unpatched time / patched time of a decode
@@ -81,7 +68,7 @@ def kv(
         * `baseline_kv_bytes`: the whole prompt's.
 
         `scorer_s` is what reading the signals and choosing took, `scorer_share` its share of
-        `prefill_s`: a median over layers and `prefills`, with `scorer_ci`. `claim` is `memory`
+        `prefill_s`: a mean over layers and `prefills`, with `scorer_ci`. `claim` is `memory`
         where heads or samples are stored raggedly or keys and values in another form, which no
         kernel serves: then the time has no target. All times in seconds.
 
@@ -89,37 +76,35 @@ def kv(
         DataError: as :func:`mllm.eval.bench.prefill`.
         PlanError: a plan that cannot work on this model, or that is no cache method's.
     """
-    if visual is None and size is None and length is None:
+    asked = bench.Options(**options)
+    if asked.visual is None and asked.size is None and length is None:
         length = (LENGTH,)
-    base, points, results = bench.opened(
-        "kv", model=model, visual=visual, size=size, text=text, length=length, batch=batch,
-        unequal=unequal, pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
-    )  # fmt: skip
+    base, points, results = bench.opened("kv", model, asked, length=length)
     chosen = {spec: _stages(spec) for spec in plans or every_method(budgets)}
     for point in points:
         tokens = point.visual + point.text
-        with bench.kernel(sdpa), torch.inference_mode():
+        with bench.kernel(asked.sdpa), torch.inference_mode():
             on_prefill = functools.partial(
-                progress or (lambda *_: None), f"reading {tokens} tokens, batch {point.batch}"
+                asked.progress or (lambda *_: None), f"reading {tokens} tokens, batch {point.batch}"
             )
 
             def read(point: bench.Point = point, on_prefill: Callable = on_prefill) -> Prompt:
-                return Prompt.read(base, point.inputs(), chosen.values(), pairs, on_prefill)
+                return Prompt.read(base, point.inputs(), chosen.values(), asked.pairs, on_prefill)
 
             prompt = bench.within_memory(read)
             for spec in chosen:
                 label = f"{spec}, {tokens} tokens, batch {point.batch}"
-                run = functools.partial(_row, base, spec, prompt, pairs, label, progress)
+                run = functools.partial(
+                    _row, base, spec, prompt, asked.pairs, label, asked.progress
+                )
                 try:
                     row = bench.within_memory(run) if prompt else None
                 except PlanError as error:
                     if plans:
                         raise
                     row = {"status": "refused", "words": str(error)}
-                about = point.about(base, spec, pairs)
-                results["rows"].append({**about, "length": tokens, **(row or bench.OOM)})
-                if on_row is not None:
-                    on_row(results)
+                about = point.about(base, spec, asked.pairs)
+                asked.keep(results, {**about, "length": tokens, **(row or bench.OOM)})
     return summed(results)
 
 
@@ -173,7 +158,8 @@ def _row(
     ratio, *ratio_ci = median_interval(seconds[:, 0] / seconds[:, 1])
     spent = prompt.reading(patched.plan.stages) + np.array(choosing)
     depth = spent.shape[1]
-    share, *share_ci = median_interval((spent * depth / prompt.prefill_s[:, None]).ravel())
+    # A mean, which is the share of the whole: a method may leave most layers alone.
+    share, *share_ci = mean_interval((spent * depth / prompt.prefill_s[:, None]).ravel())
     target = TARGET if claim == "time" and stored["payload_share"] else None
     status, words = bench.judge(ratio, ratio_ci, ideal, target, pairs)
     patched_s, dtype = float(np.median(seconds[:, 1])), str(base.dtype).removeprefix("torch.")
@@ -356,7 +342,8 @@ def time_steps(
 def step_flops(base: Any, cache: Any, batch: int) -> float:
     """FLOPs of a decode step from a cache, of the batch."""
     config = base.config.get_text_config()
-    layers = sum(flops.decoder_layer(config, 1, layer.slots + 1) for layer in cache.layers)
+    slots = [layer.slots for layer in cache.layers if layer.slots]  # others are not run
+    layers = sum(flops.decoder_layer(config, 1, n + 1) for n in slots)
     return batch * (layers + flops.lm_head(config, 1))
 
 

@@ -57,23 +57,23 @@ def _measured(device: str, dtype: str, threads: int) -> Hardware:
 @torch.inference_mode()
 def _product(side: int, device: str, dtype: str) -> float:
     a = torch.randn(side, side, device=device).to(getattr(torch, dtype))
-    return _best(lambda: a @ a, torch.device(device).type == "cuda")
+    return _best(lambda: a @ a, torch.device(device))
 
 
 @torch.inference_mode()
 def _copy(size: int, device: str) -> float:
     buffer = torch.zeros(2, size, dtype=torch.uint8, device=device)
-    return _best(lambda: buffer[0].copy_(buffer[1]), torch.device(device).type == "cuda")
+    return _best(lambda: buffer[0].copy_(buffer[1]), torch.device(device))
 
 
-def _best(run: Callable[[], Any], cuda: bool) -> float:
+def _best(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the fastest of at least three runs, the first of which is left out."""
     found: list[float] = []
     while len(found) < 4 or sum(found) < SECONDS:
         started = time.perf_counter()
         run()
-        if cuda:
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - started)
     return min(found[1:])
 

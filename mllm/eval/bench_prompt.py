@@ -126,7 +126,7 @@ class Prompt:
     def told(self, patched: Any, cache: Any) -> np.ndarray:
         """Tell the stages of a plan what happened to `cache`: float64 `[layers]`, their seconds.
 
-        What they did when all layers had run counts in equal parts.
+        What they did when all layers, or those of a group, had run counts in equal parts.
         """
         stages = [stage for _, stage in patched.compressors]
         depth = len(self.cache.layers)
@@ -141,9 +141,11 @@ class Prompt:
                     seconds += (now(cache) - started) / depth
                     continue
                 stage.layer_end(event)
-                if stage.group and ((layer + 1) % stage.group == 0 or layer + 1 == depth):
-                    stage.group_end(event)
                 seconds[layer] += now(cache) - started
+                if stage.group and ((layer + 1) % stage.group == 0 or layer + 1 == depth):
+                    first, started = layer - layer % stage.group, now(cache)
+                    stage.group_end(event)
+                    seconds[first : layer + 1] += (now(cache) - started) / (layer + 1 - first)
         return seconds
 
     def reading(self, stages: Sequence[CacheCompressor]) -> np.ndarray:
@@ -186,8 +188,12 @@ def _named(signal: Any) -> tuple:
 
 def now(cache: Any) -> float:
     """Seconds; what was asked of a GPU before is done."""
-    if cache.layers[0].device.type == "cuda":
-        torch.cuda.synchronize()
+    return _seconds(cache.layers[0].device)
+
+
+def _seconds(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -196,17 +202,12 @@ def _timed_reading(
 ) -> tuple[float, Any]:
     """One prefill: its seconds without recording, the cache; `read` is filled with the taps'."""
     model = patched.model
-    cuda = model.device.type == "cuda"
     place = {patched.family.attention(i): i for i in range(len(patched.layers))}
 
     def timed(tap: Callable, signal: int, layer: int, *given: Any) -> None:
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = _seconds(model.device)
         tap(*given)
-        if cuda:
-            torch.cuda.synchronize()
-        read[signal, layer] = time.perf_counter() - started
+        read[signal, layer] = _seconds(model.device) - started
 
     def watch(*_: Any) -> None:
         for module, taps in attention.opened().items():
@@ -219,13 +220,9 @@ def _timed_reading(
 
     hook = patched.layers[0].register_forward_pre_hook(watch)
     try:
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = _seconds(model.device)
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds = _seconds(model.device) - started
     finally:
         hook.remove()
     return seconds - read.sum() - recorder.seconds, output.past_key_values

@@ -45,10 +45,11 @@ def routers(
     """Time routers over depth against the unpatched model, and layers with experts (`dispatch`).
 
     Args:
+        model: as in :func:`mllm.eval.bench.prefill`.
         plans: spec texts; None for :data:`PLANS`. A plan is of experts alone or has none.
         visual: as in :func:`mllm.eval.bench_train.train`; through a layer with experts, as many
             rows; None is :data:`ROWS`.
-        model, on_row, **options: as in :func:`mllm.eval.bench.prefill`.
+        on_row, **options: those of :class:`mllm.eval.bench.Options`.
 
     Returns:
         The bench results object, schema 1. Rows of a router have `part` "prefill" or "train", and
@@ -93,38 +94,33 @@ def dispatch(
     *,
     model: str | Shape,
     plans: Mapping[str, float | None],
-    visual: Sequence[int],
-    pairs: int = bench.CLAIM_PAIRS,
-    progress: bench.Progress | None = None,
-    on_row: bench.OnRow | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Time the experts of the first decoder layer against its dense FFN at as many FLOPs.
 
     Args:
+        model: as in :func:`mllm.eval.bench.prefill`.
         plans: one stage of experts each, and its target.
-        visual: rows of a sample that go through the layer.
-        model, pairs, progress, on_row, **options: as in :func:`mllm.eval.bench.prefill`.
+        **options: those of :class:`mllm.eval.bench.Options`; `visual` are rows of a sample that go
+            through the layer.
 
     Returns:
         The bench results object, schema 1. `ratio` is the time of the FFN / that of the experts,
         where the FFN has as many rows (`dense_rows`) as cost what the experts cost, router
         included; so `share` is the share of its FLOP rate. `peak_bytes` has the layer's weights.
     """
-    base, points, results = bench.opened(
-        "dispatch", model=model, visual=visual, pairs=pairs, **options
-    )
+    asked = bench.Options(**options)
+    base, points, results = bench.opened("dispatch", model, asked)
     for point in points:
         point = dataclasses.replace(point, text=0, unequal=False)
         for plan, target in plans.items():
             label = f"{plan}, {point.visual} rows, batch {point.batch}"
             run = functools.partial(
-                _row, base, plan, point.batch, point.visual, pairs, target, label, progress
-            )
+                _row, base, plan, point.batch, point.visual, asked.pairs, target, label,
+                asked.progress,
+            )  # fmt: skip
             row = bench.within_memory(run) or bench.OOM
-            results["rows"].append({**point.about(base, plan, pairs), **row})
-            if on_row is not None:
-                on_row(results)
+            asked.keep(results, {**point.about(base, plan, asked.pairs), **row})
     return summed(results)
 
 

@@ -8,7 +8,8 @@ choice that costs nothing, so
 
 and the cost of a selection is spent / saved: signals, arithmetic and small kernels, but not what
 the engine does for any plan. Methods that also make the tower cheaper may come out below zero.
-What is saved is many times what is spent, so the unpatched model runs in a few of the rounds only.
+What is saved is many times what is spent, so the unpatched model runs in a few of the rounds only;
+the interval of the cost is that of both.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from mllm.errors import PlanError
 from mllm.eval import bench
 from mllm.eval.bench_shapes import BENCH_CPU, Inputs, Shape
 from mllm.eval.bench_words import summed
-from mllm.eval.stats import median_interval
+from mllm.eval.stats import RESAMPLES
 from mllm.plan import MethodInfo, get_method, methods
 
 #: Visual tokens kept by default: 64 of 576, 320 of 2,880.
@@ -51,54 +52,41 @@ def selection(
     *,
     model: str | Shape = BENCH_CPU,
     plans: Sequence[str] | None = None,
-    visual: Sequence[int] | None = None,
-    size: Sequence[bench.Size] | None = None,
-    text: int = 63,
     batch: Sequence[int] = (1, 8),
-    unequal: bool = False,
-    pairs: int = bench.CLAIM_PAIRS,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    sdpa: str | None = None,
-    threads: int | None = None,
-    progress: bench.Progress | None = None,
-    on_row: bench.OnRow | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Time what choosing costs, as a share of the prefill that it saves.
 
     Args:
+        model: as in :func:`mllm.eval.bench.prefill`.
         plans: spec texts; None is :func:`every_method`.
-        pairs: rounds of plan and free choice per row; in :data:`BASELINES` of them the unpatched
-            model runs as well.
-        model, visual, size, text, batch, unequal, dtype, device, sdpa, threads, progress, on_row:
-            as in :func:`mllm.eval.bench.prefill`.
+        batch: batch sizes.
+        **options: those of :class:`mllm.eval.bench.Options`; a pair is a round of plan and free
+            choice, and in :data:`BASELINES` of them the unpatched model runs as well.
 
     Returns:
         The bench results object, schema 1. A row has `spent_s`, `saved_s` (medians, seconds),
-        `cost` = spent / saved with `cost_ci` (`samples`: that of every round), `baseline_s`,
+        `cost` = spent / saved with `cost_ci` (`samples`: that of every round), `saved_s_ci`,
+        `baseline_s`,
         `visual_avg` (tokens per layer and sample), `selection_flops` (booked by the ledger, per
         sample), `status` and `words`. A plan that the model refuses, or that saves nothing, has a
         row that says so and no `cost`.
     """
-    base, points, results = bench.opened(
-        "selection", model=model, visual=visual, size=size, text=text, batch=batch,
-        unequal=unequal, pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
-    )  # fmt: skip
+    asked = bench.Options(batch=batch, **options)
+    base, points, results = bench.opened("selection", model, asked)
     for point in points:
         inputs = bench.within_memory(point.inputs)
         for plan in plans or every_method():
             label = f"{plan}, {point.visual} visual tokens, batch {point.batch}"
-            run = functools.partial(_row, base, plan, inputs, pairs, label, progress)
+            run = functools.partial(_row, base, plan, inputs, asked.pairs, label, asked.progress)
             try:
-                with bench.kernel(sdpa):
+                with bench.kernel(asked.sdpa):
                     row = bench.within_memory(run) if inputs else None
             except PlanError as error:
                 if plans:
                     raise
                 row = {"status": "refused", "words": str(error)}
-            results["rows"].append({**point.about(base, plan, pairs), **(row or bench.OOM)})
-            if on_row is not None:
-                on_row(results)
+            asked.keep(results, {**point.about(base, plan, asked.pairs), **(row or bench.OOM)})
     return summed(results)
 
 
@@ -143,23 +131,47 @@ def _row(
             )  # fmt: skip
     spent, baseline = times[:, 0] - times[:, 1], float(np.median(whole))
     saved = baseline - float(np.median(times[:, 1]))
-    cost, *ci = median_interval(spent / saved)
+    cost, ci, saved_ci = interval(np.array(whole), times)
     return {
         **about,
         "baseline_s": baseline,
         "spent_s": float(np.median(spent)),
         "saved_s": saved,
+        "saved_s_ci": saved_ci,
         "cost": cost,
         "cost_ci": ci,
         "samples": bench.samples(spent / saved),
-        **judge(cost, ci, saved, pairs),
+        **judge(cost, ci, saved_ci, pairs),
     }
 
 
-def judge(cost: float, ci: Sequence[float], saved: float, pairs: int) -> dict[str, str]:
+def interval(whole: np.ndarray, times: np.ndarray) -> tuple[float, list[float], list[float]]:
+    """The cost with its 95 % interval, and that of what is saved: rounds are drawn anew.
+
+    Args:
+        whole: seconds of the unpatched model, `[rounds in which it ran]`.
+        times: of plan and free choice, `[rounds, 2]`.
+    """
+    draw = np.random.default_rng(0)
+
+    def drawn(values: np.ndarray) -> np.ndarray:
+        return values[draw.integers(0, len(values), (RESAMPLES, len(values)))]
+
+    own = drawn(times)
+    saved = np.median(drawn(whole), 1) - np.median(own[..., 1], 1)
+    spent = np.median(own[..., 0] - own[..., 1], 1)
+    cost = np.median(times[:, 0] - times[:, 1]) / (np.median(whole) - np.median(times[:, 1]))
+    ends = [np.percentile(x, [2.5, 97.5]).tolist() for x in (spent / saved, saved)]
+    return float(cost), *ends
+
+
+def judge(
+    cost: float, ci: Sequence[float], saved_ci: Sequence[float], pairs: int
+) -> dict[str, str]:
     """Status and a sentence for one row, against :data:`TARGET`."""
-    if saved <= 0:
-        return {"status": "unresolved", "words": "fewer tokens save no time here"}
+    if saved_ci[0] <= 0:
+        more = "save no time here" if saved_ci[1] <= 0 else "are not resolved to save time here"
+        return {"status": "unresolved", "words": f"fewer tokens {more}"}
     words = f"choosing costs {cost:.1%} of what fewer tokens save"
     if pairs < bench.CLAIM_PAIRS:
         return {

@@ -303,8 +303,13 @@ def _words(config: Any, batch: int, length: int, draw: torch.Generator) -> Tenso
 
 def whole_images(model: Any, most: int) -> int:
     """The most visual tokens up to `most` that are whole images; `most` if images have any size."""
-    grid = resolve(model).native_grid()
-    return most if grid is None else most - most % (grid[0] * grid[1])
+    return most - most % one_image(resolve(model), 1)
+
+
+def one_image(family: Family, other: int) -> int:
+    """Visual tokens of one image; `other` where images have any size."""
+    grid = family.native_grid()
+    return other if grid is None else grid[0] * grid[1]
 
 
 def cannot_measure(argument: str, given: Any, expected: str) -> DataError:

@@ -34,18 +34,7 @@ def train(
     model: str | Shape = BENCH_CPU,
     plans: Sequence[str] | Mapping[str, float | None] | None = None,
     method: str = "full",
-    visual: Sequence[int] | None = None,
-    size: Sequence[bench.Size] | None = None,
-    text: int = 63,
-    batch: Sequence[int] = (1,),
-    unequal: bool = False,
-    pairs: int = bench.CLAIM_PAIRS,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    sdpa: str | None = None,
-    threads: int | None = None,
-    progress: bench.Progress | None = None,
-    on_row: bench.OnRow | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Time a training step: forward, loss on the last quarter of the text, backward, AdamW.
 
@@ -53,13 +42,12 @@ def train(
     (no gradient checkpointing).
 
     Args:
+        model: as in :func:`mllm.eval.bench.prefill`.
         plans: spec texts, perhaps with targets (shares of the ideal); None for :data:`PLANS`, the
             second of which keeps everything.
         method: `"full"` trains projector and language model, `"lora"` adapters of rank 8 in every
             projection of the language model alone.
-        visual: as in :func:`mllm.eval.bench.prefill`; None for one picture of the shape, or 576.
-        model, size, text, batch, unequal, pairs, dtype, device, sdpa, threads, progress, on_row:
-            as in :func:`mllm.eval.bench.prefill`.
+        **options: those of :class:`mllm.eval.bench.Options`; without `visual` it is one picture.
 
     Returns:
         The bench results object, schema 1. `ratio` is unpatched time / patched time of a whole
@@ -76,34 +64,28 @@ def train(
     """
     if method not in METHODS:
         raise cannot_measure("method", method, " or ".join(METHODS))
-    if visual is None and size is None:
-        visual = model.visual[:1] if isinstance(model, Shape) else (576,)
-    base, points, results = bench.opened(
-        "train", model=model, visual=visual, size=size, text=text, batch=batch, unequal=unequal,
-        pairs=pairs, dtype=dtype, device=device, sdpa=sdpa, threads=threads,
-    )  # fmt: skip
+    asked = bench.Options(**options)
+    base, points, results = bench.opened("train", model, asked, single=True)
     optimizer = prepare(base, method)
     targets = bench.targets_of(plans, PLANS)
     for point in points:
-        with bench.kernel(sdpa):
-            inputs = bench.within_memory(lambda point=point: supervised(point.inputs(), text))
+        with bench.kernel(asked.sdpa):
+            inputs = bench.within_memory(lambda point=point: supervised(point.inputs(), asked.text))
             run = functools.partial(peak_bytes, base, optimizer, inputs)
             peak = inputs and bench.within_memory(run)
         for plan, target in targets.items():
             label = f"{plan}, {point.visual} visual tokens, batch {point.batch}"
             run = functools.partial(
-                _row, base, optimizer, plan, inputs, pairs, target, label, progress
+                _row, base, optimizer, plan, inputs, asked.pairs, target, label, asked.progress
             )
-            with bench.kernel(sdpa):
+            with bench.kernel(asked.sdpa):
                 row = bench.within_memory(run) if peak else None
             if row is None:
                 optimizer.zero_grad()  # gradients of a step that was not done
             else:
                 row["baseline_peak_bytes"] = peak
-            about = point.about(base, plan, pairs)
-            results["rows"].append({**about, "method": method, **(row or bench.OOM)})
-            if on_row is not None:
-                on_row(results)
+            about = point.about(base, plan, asked.pairs)
+            asked.keep(results, {**about, "method": method, **(row or bench.OOM)})
     return summed(results)
 
 

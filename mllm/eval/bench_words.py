@@ -59,6 +59,13 @@ def speed(rows: Sequence[Row], than: str) -> list[str]:
     return words
 
 
+def commits(results: dict[str, Any]) -> str:
+    """The commit that results were measured at, and those of rows that came later."""
+    each = [results["commit"], *(row.get("commit") for row in results.get("rows", ()))]
+    names = [f"{x[:7]}{'+dirty' * x.endswith('+dirty')}" for x in dict.fromkeys(each) if x]
+    return f"commit {' and '.join(names)}" if names else "no commit"
+
+
 def _rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count} rows"
 
@@ -131,7 +138,7 @@ def _said(
         )
     if tokens is not None:
         return (
-            f"pays from {lengths[first]} tokens on; below {low} it does not. It breaks even at "
+            f"pays from {lengths[first]} tokens on; at {low} it does not. It breaks even at "
             f"about {tokens:.0f} ({HOW})."
         )
     if first == 0:

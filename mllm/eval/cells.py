@@ -24,7 +24,6 @@ except ImportError:  # Windows has no such locks: there, a file is not guarded
 SCHEMA = 1
 _FIELDS = frozenset({"method", "budget", "task", "n", "outcomes", "about"})
 Identity = tuple[str, int, str, str, str, str]
-_EXPECTED = "a file that mllm has written, or another --output"
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,31 @@ def read(path: str | os.PathLike) -> Cells:
     return Cells(list(rows.values()), damaged)
 
 
-def parsed(path: str | os.PathLike) -> tuple[list[tuple[int, Any]], int]:
+def parsed(
+    path: str | os.PathLike, argument: str = "output"
+) -> tuple[list[tuple[int, Any]], int]:
     """Numbered lines of a JSON Lines file, and how many a killed run has left unfinished.
 
+    Args:
+        path: of the file; one that does not exist has no lines.
+        argument: the option that an error names.
+
     Raises:
-        DataError: a line is not JSON.
+        DataError: it cannot be read, or a line is not JSON.
     """
     path = Path(path)
     found: list[tuple[int, Any]] = []
     damaged = 0
-    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+    try:
+        opened = path.open("rb") if path.exists() else contextlib.nullcontext(())
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}",
+            argument=argument,
+            given=path,
+            expected=f"a file that this user can read, or another --{argument}",
+        ) from error
+    with opened as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -88,15 +102,20 @@ def parsed(path: str | os.PathLike) -> tuple[list[tuple[int, Any]], int]:
                 found.append((number, json.loads(line)))
             except ValueError as error:  # UnicodeDecodeError too
                 if not line.lstrip(b"\0").startswith(b"{") and line.strip(b"\0\r\n"):
-                    raise foreign(path, number, "not JSON") from error
+                    raise foreign(path, number, "not JSON", argument) from error
                 damaged += 1
     return found, damaged
 
 
-def foreign(path: str | os.PathLike, number: int, what: str) -> DataError:
+def foreign(
+    path: str | os.PathLike, number: int, what: str, argument: str = "output"
+) -> DataError:
     """The error for a line that is not what it should be."""
     return DataError(
-        f"{path}, line {number}: {what}", argument="output", given=path, expected=_EXPECTED
+        f"{path}, line {number}: {what}",
+        argument=argument,
+        given=path,
+        expected=f"a file that mllm has written, or another --{argument}",
     )
 
 
@@ -128,13 +147,14 @@ class ResultsFile:
 
     Args:
         path: JSON Lines file; made with the first cell.
+        argument: the option that errors name.
 
     Raises:
         DataError: another process appends to the file (it is named), or the lock cannot be made.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, argument: str = "output") -> None:
+        self.path, self._argument = Path(path), argument
         self._lock_path = self.path.with_name(self.path.name + ".lock")
         self._lock = self._file = -1
 
@@ -158,7 +178,7 @@ class ResultsFile:
             except OSError as error:
                 raise DataError(
                     f"cannot write {self._lock_path}: {error.strerror}",
-                    argument="output",
+                    argument=self._argument,
                     given=self.path,
                     expected="a folder that this user can write to",
                 ) from error
@@ -169,8 +189,8 @@ class ResultsFile:
                 os.close(lock)
                 raise DataError(
                     f"process {holder} is writing to {self.path}; wait for it, or give another "
-                    "--output",
-                    argument="output",
+                    f"--{self._argument}",
+                    argument=self._argument,
                     given=self.path,
                     expected="a file that no other process writes to",
                 ) from error
@@ -211,7 +231,7 @@ class ResultsFile:
     def _unwritten(self, why: str | None) -> DataError:
         return DataError(
             f"cannot write {self.path}: {why}",
-            argument="output",
+            argument=self._argument,
             given=self.path,
             expected="a file that this user can write, and room on the disk",
         )

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from mllm.errors import DataError
-from mllm.eval import stats, table
+from mllm.eval import logged, stats, table
 from mllm.eval.gallery import Found, in_turn
 from mllm.eval.plots import bar
-from mllm.eval.report import MANY_ROWS, Flip, templates
-from mllm.eval.words import or_dash, points
+from mllm.eval.report import Flip, opened, templates
+from mllm.eval.words import by_budget, left_out, or_dash, points
 
 COSTS = ("visual_avg", "flops", "kv_bytes", "prefill_s")
 _NAMES = {
@@ -48,19 +48,21 @@ def build(
         names: of the runs.
 
     Returns:
-        `{schema, names, differs, tasks, rows, only, apart, words}`. `differs` are (what, first,
-        second) of how the runs were made. A row has `method`, `budget`, `plans`, `scores`, `n`,
-        the paired difference as :func:`mllm.eval.table.build` gives it, `same` (share of equal
-        answers, or None), the costs as pairs, and `tasks` with the same differences; `p_holm` is
-        corrected over the rows, and over all single tasks. `only` lists rows of one run, `apart`
-        tasks that cannot be compared, with the reason.
+        `{schema, names, differs, tasks, rows, only, unfinished, left_out, apart, words}`. `differs`
+        are (what, first, second) of how the runs were made. A row has `method`, `budget`, `plans`,
+        `scores`, `n`, the paired difference as :func:`mllm.eval.table.build` gives it, `same`
+        (share of equal answers, or None), the costs as pairs, and `tasks` with the same
+        differences; `p_holm` is corrected over the rows, and over all single tasks. `only` lists
+        rows of one run, `unfinished` those that lack tasks in one, `apart` tasks that cannot be
+        compared, with the reason; `left_out` counts cells of fewer questions than others of their
+        run.
 
     Raises:
         DataError: nothing can be compared.
     """
-    runs = [table.grouped(list(cells)) for cells in (first, second)]
-    tasks, apart = _tasks([run[0] for run in runs], names)
-    entries = [run[1] for run in runs]
+    runs = _on_common(first, second)
+    firsts, entries = [run[0] for run in runs], [run[1] for run in runs]
+    tasks, apart = _tasks(firsts, names)
     both = [name for name in entries[0] if name in entries[1]]
     rows = []
     for name in both:
@@ -70,7 +72,7 @@ def build(
     if not rows:
         reasons = [f"{task}: {why}" for task, why in apart.items()] or ["no task is in both"]
         if tasks:
-            reasons = ["no method and budget is in both"]
+            reasons = ["no method and budget is in both with all of its tasks"]
         raise DataError(
             f"{names[0]} and {names[1]} have nothing to compare: {'; '.join(reasons)}",
             argument="against",
@@ -87,7 +89,7 @@ def build(
         for name in entries[i]
         if name not in entries[1 - i]
     ]
-    abouts = [next(iter(run[0].values())) for run in runs]
+    abouts = [next(iter(run.values())) for run in firsts]
     made = {
         "schema": 1,
         "names": list(names),
@@ -95,6 +97,10 @@ def build(
         "tasks": list(tasks),
         "rows": rows,
         "only": only,
+        "unfinished": [
+            (names[i], _named(*name)) for name in both for i in (0, 1) if not entries[i][name].runs
+        ],
+        "left_out": sum(run[3] for run in runs),
         "apart": apart,
     }
     return made | {"words": _words(made)}
@@ -108,7 +114,7 @@ def flips(
 
     As :func:`mllm.eval.gallery.choose`, the first run as the reference.
     """  # fmt: skip
-    runs = [table.grouped(list(cells))[1] for cells in (first, second)]
+    runs = [run[1] for run in _on_common(first, second)]
     there = [name for name in runs[0] if name in runs[1] and runs[0][name].runs]
     there = [name for name in there if runs[1][name].runs]
     counts = {True: 0, False: 0}
@@ -116,7 +122,7 @@ def flips(
     for name in there:
         for task in tasks:
             cells = [run[name].runs[0][task] for run in runs]
-            a, b = (table.bits(cell)[: min(c["n"] for c in cells)] for cell in cells)
+            a, b = (table.bits(cell) for cell in cells)
             for right in (True, False):
                 at = np.flatnonzero((a == right) & (b != right))
                 counts[right] += len(at)
@@ -132,7 +138,7 @@ def markdown(made: dict[str, Any]) -> str:
     lines = [f"# {b} against {a}", "", *(f"{text}\n" for text in made["words"])]
     if made["differs"]:
         lines += ["## What differs between the runs", ""]
-        lines += _grid(["", a, b], [[f"{x}" for x in row] for row in made["differs"]]) + [""]
+        lines += table.grid(["", a, b], [[f"{x}" for x in row] for row in made["differs"]]) + [""]
     head = ["method", "budget", "questions", f"{a} %", f"{b} %", "difference", "p (Holm)", "",
             "same answers %"]  # fmt: skip
     body = [
@@ -148,7 +154,7 @@ def markdown(made: dict[str, Any]) -> str:
         ]
         for row in made["rows"]
     ]
-    lines += ["## All tasks", "", *_grid(head, body)]
+    lines += ["## All tasks", "", *table.grid(head, body)]
     if len(made["tasks"]) > 1:
         body = [
             [row["method"], or_dash(row["budget"])]
@@ -158,7 +164,7 @@ def markdown(made: dict[str, Any]) -> str:
             ]
             for row in made["rows"]
         ]
-        lines += ["", "## By task", "", *_grid(["method", "budget", *made["tasks"]], body)]
+        lines += ["", "## By task", "", *table.grid(["method", "budget", *made["tasks"]], body)]
     if made["only"]:
         lines += ["", "## In one run only", ""]
         lines += [f"- {run}: {name}" for run, name in made["only"]]
@@ -191,10 +197,23 @@ def said(own: dict[str, Any], otherwise: str = "not resolved") -> str:
     return own["verdict"] + ("" if own["holds"] else ", before correction only")
 
 
+def _on_common(*cells: Sequence[dict[str, Any]]) -> list[tuple]:
+    """:func:`mllm.eval.table.grouped` of two runs, their entries cut to what both asked."""
+    runs = [table.grouped(list(one)) for one in cells]
+    firsts = [run[0] for run in runs]
+    for task in firsts[0].keys() & firsts[1].keys():
+        both = np.intersect1d(*(logged.ids(run[task]) for run in firsts))
+        for _, entries, *_ in runs:
+            for entry in entries.values():
+                for run in entry.runs:
+                    run[task] = logged.only(run[task], both)
+    return runs
+
+
 def _tasks(
     firsts: list[dict[str, dict[str, Any]]], names: tuple[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Tasks with the same questions in both runs, and why others are not among them."""
+    """Tasks with questions in common, and why others are not among them."""
     common, apart = [], {}
     for task, cell in firsts[0].items():
         other = firsts[1].get(task)
@@ -205,6 +224,7 @@ def _tasks(
             f"{what} {x} and {y}"
             for what, otherwise in (("split", "test"), ("style", "plain"), ("data", "scenes 1"))
             if (x := cell.get(what, otherwise)) != (y := other.get(what, otherwise))
+            and not (what == "data" and _agree(cell, other))
         ]
         if differ:
             apart[task] = f"other questions: {', '.join(differ)}"
@@ -212,6 +232,15 @@ def _tasks(
             common.append(task)
     apart |= {task: f"only in {names[1]}" for task in firsts[1] if task not in firsts[0]}
     return common, apart
+
+
+def _agree(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two cells of a public task, of which one asked more, asked some questions alike."""
+    if "asked" not in first or "asked" not in second:
+        return False
+    asked = [dict(zip(logged.ids(cell), cell["asked"], strict=True)) for cell in (first, second)]
+    both = asked[0].keys() & asked[1].keys()
+    return bool(both) and all(asked[0][i] == asked[1][i] for i in both)
 
 
 def _row(pair: list[table.Entry], tasks: Sequence[str]) -> dict[str, Any]:
@@ -226,22 +255,10 @@ def _row(pair: list[table.Entry], tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _figures(pair: list[table.Entry], tasks: Sequence[str]) -> dict[str, Any]:
-    """Both runs on some tasks; where one asked more questions, on those that both asked."""
-    n = [min(entry.runs[0][task]["n"] for entry in pair) for task in tasks]
-    ours, theirs = (
-        [[row[:k] for row, k in zip(run, n, strict=True)] for run in entry.outcomes(tasks)]
-        for entry in pair
-    )
+    """Both runs on some tasks."""
+    ours, theirs = (entry.outcomes(tasks) for entry in pair)
     found = stats.paired_seeds(theirs, ours)
-    answers = [
-        [
-            [text for task, k in zip(tasks, n, strict=True) for text in run[task]["answers"][:k]]
-            for run in entry.runs
-        ]
-        if all(run[task].get("answers") for run in entry.runs for task in tasks)
-        else None
-        for entry in pair
-    ]
+    answers = [entry.answers(tasks) for entry in pair]
     return {
         "n": found.n,
         "scores": [float(np.mean(np.concatenate([np.concatenate(r) for r in side])))
@@ -328,6 +345,11 @@ def _words(made: dict[str, Any]) -> list[str]:
     if made["apart"]:
         listed = "; ".join(f"{task} ({why})" for task, why in made["apart"].items())
         said_of.append(f"Not compared: {listed}.")
+    if made["unfinished"]:
+        listed = "; ".join(f"{row} in {run}" for run, row in made["unfinished"])
+        said_of.append(f"Not finished, and so not compared: {listed}.")
+    if made["left_out"]:
+        said_of.append(left_out(made["left_out"]))
     if made["only"]:
         said_of.append(f"{len(made['only'])} rows are in one run only; they are listed below.")
     return said_of
@@ -335,11 +357,6 @@ def _words(made: dict[str, Any]) -> list[str]:
 
 def _named(method: str, budget: int | float | None) -> str:
     return method if budget is None else f"{method} at {budget}"
-
-
-def _grid(head: list[str], body: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 @dataclass
@@ -371,12 +388,8 @@ def render(page: Page) -> str:
     costs = {
         name: shown for name, shown in _SHOWN.items() if all(None not in row[name] for row in rows)
     }
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["budget"], []).append(row)
-    budgets = [budget for budget in groups if budget is not None]
+    groups = by_budget(rows, lambda row: row["budget"])
     reach = max((max(map(abs, row["ci"])) for row in rows), default=0.0) or 1.0
-    opened = str(budgets[len(budgets) // 2]) if len(rows) > MANY_ROWS and budgets else ""
     return (
         templates()
         .get_template("compare.html.j2")
@@ -384,8 +397,8 @@ def render(page: Page) -> str:
             made=page.made,
             facts=page.facts,
             warnings=page.warnings,
-            groups=list(groups.items()),
-            opened=opened,
+            groups=groups,
+            opened=opened(groups),
             costs=costs,
             known={"same": any(row["same"] is not None for row in rows)},
             bar=bar,

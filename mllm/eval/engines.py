@@ -112,15 +112,20 @@ class Pool:
         load: loads model and processor on the device it is given; picklable.
         devices: one for each process.
         name: of the model, for people.
+        make: makes the engine of each process; picklable.
 
     Raises:
-        MllmError: a process died, or what went wrong in it.
+        MllmError: a process died, or what went wrong in it. After the latter it can be used on.
     """
 
     device = torch.device("cpu")
 
     def __init__(
-        self, load: Callable[[str], tuple[Any, Any]], devices: Sequence[str], name: str = ""
+        self,
+        load: Callable[[str], tuple[Any, Any]],
+        devices: Sequence[str],
+        name: str = "",
+        make: Callable[[Any, Any, str], Here] = Here,
     ) -> None:
         # A forked process would inherit locks of torch's threads, and could not use CUDA.
         context = multiprocessing.get_context("spawn")
@@ -130,8 +135,8 @@ class Pool:
             for number, device in enumerate(devices):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_work, args=(theirs, load, device, threads, name, number == 0),
-                    daemon=True,
+                    target=_work, daemon=True,
+                    args=(theirs, load, device, threads, name, make, number == 0),
                 )  # fmt: skip
                 process.start()
                 theirs.close()
@@ -145,27 +150,39 @@ class Pool:
     def use(self, plan: Plan) -> None:
         for ours in self._workers:
             _send(ours, ("use", plan))
-        for ours in self._workers:
-            self._receive(ours)
+        errors = []
+        for ours in self._workers:  # of all: what is left unread would answer the next question
+            try:
+                self._receive(ours)
+            except MllmError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def answer(self, jobs: Iterable[Job]) -> Iterator[Answered]:
         waiting, free = iter(jobs), list(self._workers)
         busy: list[Connection] = []
-        while True:
-            while free and (job := next(waiting, None)) is not None:
-                ours = free.pop(0)
-                _send(ours, ("answer", job))
-                busy.append(ours)
-            if not busy:
-                return
-            for ours in wait(busy):
-                answered = self._receive(ours)
-                busy.remove(ours)
-                free.append(ours)
-                yield answered
+        try:
+            while True:
+                while free and (job := next(waiting, None)) is not None:
+                    ours = free.pop(0)
+                    _send(ours, ("answer", job))
+                    busy.append(ours)
+                if not busy:
+                    return
+                for ours in wait(busy):
+                    busy.remove(ours)
+                    free.append(ours)
+                    yield self._receive(ours)
+        finally:
+            for ours in busy:  # after an error, as in `use`
+                with contextlib.suppress(MllmError, OSError):
+                    self._receive(ours)
 
     def release(self) -> None:
-        self.use(Plan([]))
+        # Processes that are gone, as after Ctrl-C, hold no plan; whoever needs them is told.
+        with contextlib.suppress(MllmError):
+            self.use(Plan([]))
 
     def close(self) -> None:
         """End the processes."""
@@ -245,6 +262,7 @@ def _work(
     device: str,
     threads: int,
     name: str,
+    make: Callable[[Any, Any, str], Here],
     describe: bool,
 ) -> None:
     """Do what comes through the pipe until the parent is gone."""
@@ -252,7 +270,7 @@ def _work(
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         try:
             model, processor = load(device)
-            engine = Here(model, processor, name)
+            engine = make(model, processor, name)
             pipe.send((True, (engine.about, engine.facts, processor) if describe else None))
         except MllmError as error:
             pipe.send((False, error))

@@ -66,7 +66,7 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike, data: Any) -> Path:
-    """Write `data` as indented JSON; numpy scalars count as numbers."""
+    """Write `data` as indented JSON; numpy scalars and arrays count as numbers."""
     return write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
@@ -82,5 +82,5 @@ def without_addresses(text: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy scalars as numbers; functions, pictures and the like as text."""
-    return value.item() if hasattr(value, "item") else without_addresses(str(value))
+    """Numpy scalars and arrays as numbers; functions, pictures and the like as text."""
+    return value.tolist() if hasattr(value, "tolist") else without_addresses(str(value))

@@ -208,8 +208,7 @@ class MllmModel(lmms):
 
         def jobs() -> Iterator[Job]:
             for number, batch in enumerate(todo):
-                seed = int(asked[batch[0]].key[:15], 16)
-                yield number, [asked[index].prompt() for index in batch], seed
+                yield number, [asked[i].prompt() for i in batch], asked[batch[0]].seed
 
         with tqdm(
             total=len(asked), initial=len(asked) - computed, desc="Answering",

@@ -18,6 +18,7 @@ from mllm.errors import DataError
 from mllm.eval import sources
 from mllm.eval.cells import SCHEMA
 from mllm.eval.plans import UNPATCHED, budgets_slots
+from mllm.eval.run_folder import MORE
 from mllm.eval.scoring import normalise
 from mllm.plan import Plan
 
@@ -31,7 +32,7 @@ class Logged:
     """What a folder holds.
 
     Attributes:
-        cells: one for each plan and task; runs of the same plan later in time replace earlier ones.
+        cells: one for each plan and task: of the run that asked most, and of such the newest.
         damaged: lines of samples that are not whole.
         graded: tasks that were left out because their answers are not simply right or wrong.
         costless: plans that were left out because no sample says how many tokens they kept.
@@ -56,7 +57,8 @@ def read(folder: Path) -> Logged:
     """Every run in a folder and the folders in it.
 
     Samples are read line by line. A method is a plan's spec text without its budget; the budget
-    is the layer average that it reached, or the share of a KV cache's slots.
+    is the layer average that it reached, or the share of a KV cache's slots. A plan that would
+    have the name of another one is called by its whole text, and by its adapter.
 
     Raises:
         DataError: there is no run, or one that this version cannot read.
@@ -65,7 +67,11 @@ def read(folder: Path) -> Logged:
     if (about := folder / "evaluation.json").exists():
         _check_version(about)
     runs: dict[tuple, dict[str, Any]] = {}
+    plans: dict[tuple, tuple[Plan, dict[tuple, dict[str, Any]]]] = {}
     for path in sorted(folder.rglob("*_results.json")):
+        # What tasks write themselves may be called so, too.
+        if any(part.endswith(MORE) for part in path.relative_to(folder).parts[:-1]):
+            continue
         results, about = _results(path)
         plan = Plan.from_dict(about["plan"])
         made = []
@@ -74,15 +80,16 @@ def read(folder: Path) -> Logged:
             task = samples.name.removesuffix(".jsonl").split("_samples_", 1)[1]
             if (cell := _cell(samples, task, results, about, found)) is not None:
                 made.append(cell)
-        costs = [(cell["visual_avg"], cell["n"]) for cell in made]
-        costs = [(average, n) for average, n in costs if math.isfinite(average)]
-        if made and plan.stages and not costs:  # tasks that only score given answers
-            found.costless.append(plan.spec)
+        costs = [cell["visual_avg"] for cell in made]
+        if made and plan.stages and not any(map(math.isfinite, costs)):
+            found.costless.append(plan.spec)  # tasks that only score given answers
             continue
-        average = sum(average * n for average, n in costs) / max(1, sum(n for _, n in costs))
+        adapter = about.get("adapter_sha256")
         for cell in made:
-            cell |= named(plan, average)
-            runs[about["plan_sha256"], about.get("adapter_sha256"), plan.seed, cell["task"]] = cell
+            key = about["plan_sha256"], adapter, plan.seed, cell["task"]
+            if key not in runs or _asked(cell) >= _asked(runs[key]):
+                runs[key] = cell
+                plans.setdefault((plan.spec, adapter), (plan, {}))[1][key] = cell
     if not runs:
         raise DataError(
             f"{folder} holds no results of mllm eval",
@@ -90,28 +97,70 @@ def read(folder: Path) -> Logged:
             given=str(folder),
             expected="a folder given to mllm eval --output, or a JSON Lines file of mllm sweep",
         )
+    _name(plans)
     found.cells = list(runs.values())
     _align(found.cells)
     return found
+
+
+def ids(cell: dict[str, Any]) -> np.ndarray:
+    """Numbers of a cell's questions in their split, rising: int64 `[n]`."""
+    return cell["ids"] if "ids" in cell else np.arange(cell["n"])
+
+
+def only(cell: dict[str, Any], wanted: np.ndarray) -> dict[str, Any]:
+    """A cell with those of its questions whose numbers are among `wanted`."""
+    keep = np.flatnonzero(np.isin(ids(cell), wanted))
+    if len(keep) == cell["n"]:
+        return cell
+    cut = {name: [cell[name][i] for i in keep] for name in ("answers", "asked") if cell.get(name)}
+    cut |= {name: cell[name][keep] for name in ("offsets",) if name in cell}
+    outcomes = "".join(cell["outcomes"][i] for i in keep)
+    return cell | cut | {"n": len(keep), "outcomes": outcomes, "ids": ids(cell)[keep]}
+
+
+def _asked(cell: dict[str, Any]) -> int:
+    return cell["n"] + cell["lost"]
+
+
+def _name(plans: dict[tuple, tuple[Plan, dict[tuple, dict[str, Any]]]]) -> None:
+    """Method, budget and plan of the cells of each plan; no two plans get the same.
+
+    Args:
+        plans: (spec text, hash of the adapter) -> the plan and its cells. All tasks of a plan have
+            one budget, whichever command they were asked by.
+    """
+    taken, specs = set(), set()
+    for (spec, adapter), (plan, members) in plans.items():
+        costs = [(cell["visual_avg"], cell["n"]) for cell in members.values()]
+        costs = [(average, n) for average, n in costs if math.isfinite(average)]
+        average = sum(average * n for average, n in costs) / max(1, sum(n for _, n in costs))
+        names = named(plan, average)
+        if (names["method"], names["budget"]) in taken:
+            names["method"] = spec
+            if spec in specs:
+                names["method"] += f" ({adapter[:8] if adapter else 'no adapter'})"
+        taken.add((names["method"], names["budget"]))
+        specs.add(spec)
+        for cell in members.values():
+            cell |= names
 
 
 def _align(cells: list[dict[str, Any]]) -> None:
     """Leave out, in all runs of a task, the samples that one of them has lost; name the data."""
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for cell in cells:
-        alike.setdefault((cell["task"], cell["n"] + cell.pop("lost")), []).append(cell)
+        alike.setdefault((cell["task"], _asked(cell)), []).append(cell)
+        del cell["lost"]
     for members in alike.values():
         common = functools.reduce(np.intersect1d, [cell["ids"] for cell in members])
         for cell in members:
-            keep = np.flatnonzero(np.isin(cell["ids"], common))
-            cell |= {"n": len(keep), "offsets": cell["offsets"][keep], "ids": cell["ids"][keep]}
-            cell["outcomes"] = "".join(cell["outcomes"][i] for i in keep)
-            cell["answers"] = [cell["answers"][i] for i in keep]
-            asked = cell.pop("asked")
+            cell |= only(cell, common)
             if cell["task"] in sources.TASKS:
                 cell["data"] = sources.source_of(cell["task"]).digest(cell["split"])
+                del cell["asked"]
             else:
-                text = "\n".join(asked[i] for i in keep)
+                text = "\n".join(cell["asked"])
                 cell["data"] = hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -167,8 +216,11 @@ def _cell(
 ) -> dict[str, Any] | None:
     """The samples of a task as a cell, without method and budget; None if they are graded."""
     metric = _metric(results["results"].get(task, {}))
-    rows, damaged = [], found.damaged
+    rows, damaged, known = [], found.damaged, set()
     for offset, sample in _lines(path, found):
+        if sample["doc_id"] in known:  # again, through another of the task's filters
+            continue
+        known.add(sample["doc_id"])
         value = sample.get(metric)
         value = value.get("score") if isinstance(value, dict) else value
         if value not in (0, 1):
@@ -209,7 +261,7 @@ def _cell(
         "file": str(path),
         "offsets": np.array([row[1] for row in rows]),
         "ids": np.array([row[0] for row in rows]),
-        "asked": [row[4] for row in rows],
+        "asked": [row[4] for row in rows],  # what tells public questions from others
         "lost": found.damaged - damaged,
     }
 

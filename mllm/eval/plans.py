@@ -62,21 +62,34 @@ def with_adapter(plans: Sequence[Plan], folder: str | None) -> list[Plan]:
 
 
 def check_plans(pretrained: str, plans: Sequence[Plan], learnt: bool = False) -> None:
-    """Try plans, and what they have learnt, on a model without weights, before any are read.
+    """:func:`check_on` a model without weights, before any are read.
 
     Args:
         pretrained: model folder, hub name, or `tiny-llava`.
+        plans, learnt: as there.
+
+    Raises:
+        DataError: there is no model.
+        PlanError: as there.
+    """
+    from mllm.doctor import skeleton
+
+    check_on(skeleton(pretrained), plans, learnt)
+
+
+def check_on(model: Any, plans: Sequence[Plan], learnt: bool = False) -> None:
+    """Try plans, and what they have learnt, on a model.
+
+    Args:
+        model: with or without weights.
         plans: to try.
         learnt: refuse plans that have something to learn and have not learnt it.
 
     Raises:
-        DataError: there is no model.
         PlanError: a plan that cannot work on it, or an adapter of another model or plan.
     """
-    from mllm.doctor import skeleton
     from mllm.patcher import UNTRAINED, UNTRAINED_PROJECTOR
 
-    model = skeleton(pretrained)
     for plan in plans:
         with patched_with(model, plan) as patched:
             notes = patched.plan_notes if patched is not None and learnt else []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from mllm.errors import DataError
 from mllm.eval.stats import wilson
 
 if TYPE_CHECKING:
@@ -211,8 +212,19 @@ def picture(rows: Sequence[Row], title: str) -> str:
     """Accuracy over visual tokens as an SVG file of its own, with a title and a legend.
 
     Its colours are in it.
+
+    Raises:
+        DataError: no row has visual tokens.
     """
     from mllm.eval.report import templates
+
+    if not measured(rows, "tokens"):
+        raise DataError(
+            "nothing to plot: the results hold no visual tokens",
+            argument="svg",
+            given=title,
+            expected="results on pictures, or .html, .md or .csv",
+        )
 
     drawn = styles(rows)
     plot = str(pareto(rows, "tokens", drawn=drawn)).replace(

@@ -56,12 +56,14 @@ class Asked:
         shape: tokens of the text, and visual tokens of each picture: prompts of one shape make a
             batch without padding.
         prompt: makes the prompt once more.
+        seed: of what is drawn for its answer: the same under every plan, kept or not.
     """
 
     key: str
     options: str
     shape: tuple[int, ...]
     prompt: Callable[[], Prompt]
+    seed: int = 0
 
     @property
     def length(self) -> int:
@@ -117,13 +119,13 @@ def ask(
         prompt = prompt_of()
         options = json.dumps(prompt.options, sort_keys=True, default=str)
         pictures = [_digest(image) for image in prompt.images]
-        parts = [*depends_on, prompt.text, pictures, options, prompt.continuation]
-        content = json.dumps(parts, ensure_ascii=False, default=str)
+        parts = [prompt.text, pictures, options, prompt.continuation]
+        content = _sha256(0, parts)
         seen[content] = before = seen.get(content, -1) + 1
-        key = hashlib.sha256(f"{before} {content}".encode()).hexdigest()
         if prompt.continuation is not None:
             options = f"score {options}"
-        asked.append(Asked(key, options, _shape(processor, prompt), prompt_of))
+        key, seed = _sha256(before, [*depends_on, *parts]), int(_sha256(before, parts)[:15], 16)
+        asked.append(Asked(key, options, _shape(processor, prompt), prompt_of, seed))
     return asked
 
 
@@ -218,6 +220,8 @@ def _scores(
             temperature=None,
             top_p=None,
             top_k=None,
+            num_beams=1,
+            repetition_penalty=1.0,  # a model's own default would change what is scored
             max_new_tokens=force.targets.shape[1],
             logits_processor=LogitsProcessorList([force]),
             pad_token_id=processor.tokenizer.pad_token_id,
@@ -248,6 +252,11 @@ class _Force(LogitsProcessor):
         self.total += torch.where(live, logs.gather(1, index)[:, 0], 0.0).double()
         self.greedy &= ~live | (logs.argmax(-1) == target)
         return torch.full_like(scores, float("-inf")).scatter_(1, index, 0.0)
+
+
+def _sha256(before: int, parts: list[Any]) -> str:
+    content = json.dumps(parts, ensure_ascii=False, default=str)
+    return hashlib.sha256(f"{before} {content}".encode()).hexdigest()
 
 
 def _shape(processor: Any, prompt: Prompt) -> tuple[int, ...]:

@@ -92,6 +92,7 @@ def describe_model(
         "name": str(name),
         "class": type(model).__name__,
         "config_sha256": compat.config_sha256(model),
+        "generation_sha256": compat.generation_sha256(model),
         "processor_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "weights_sha256": about["weights_sha256"],
         "dtype": about["dtype"],

@@ -108,7 +108,7 @@ def find_tasks(
 
     Raises:
         MllmError: a name that neither we nor lmms-eval know (it lists near names), or a task that
-            asks for more than one answer to a prompt.
+            is no `generate_until` task; none, or two that have a task in common.
         DataError: `data_dir` has no copy of a task's data.
     """
     manager = Tasks(changes, data_dir, everything=False)
@@ -118,6 +118,7 @@ def find_tasks(
         if near and name not in ours:  # a slip of ours: no need to read two thousand files
             raise _no_task(name, near)
     if set(names) <= set(ours):
+        _check_apart(manager, names)
         return manager
     manager = Tasks(changes, data_dir)
     for name in names:
@@ -133,11 +134,35 @@ def find_tasks(
                     given=leaf,
                     expected="a task with output_type generate_until",
                 )
+    _check_apart(manager, names)
     return manager
 
 
-def check_data(manager: Tasks, wanted: Sequence[str | dict], data_dir: Path | None) -> None:
+def _check_apart(manager: Tasks, names: Sequence[str]) -> None:
+    """lmms-eval refuses a task that is asked twice, once the model is there."""
+    found: dict[str, str] = {}
+    for name in names:
+        for leaf in manager.leaves(name):
+            if (other := found.setdefault(leaf, name)) != name:
+                raise MllmError(
+                    f"{other} and {name} both have the task {leaf}",
+                    argument="tasks",
+                    given=", ".join(names),
+                    expected="every task once",
+                )
+    if not found:
+        raise MllmError(
+            "no task is named", argument="tasks", given="", expected="for example yardstick"
+        )
+
+
+def check_data(
+    manager: Tasks, wanted: Sequence[str | dict], data_dir: Path | None
+) -> dict[str, Any]:
     """Load the data of tasks before any weights are read.
+
+    Returns:
+        lmms-eval's tasks by name, those of a group under it.
 
     Raises:
         DataError: it cannot be fetched or read; the message says how to provide it.
@@ -145,8 +170,8 @@ def check_data(manager: Tasks, wanted: Sequence[str | dict], data_dir: Path | No
     names = [one if isinstance(one, str) else one["task"] for one in wanted]
     try:
         # lmms-eval takes keys out of the configuration that it is given.
-        get_task_dict([dict(one) if isinstance(one, dict) else one for one in wanted], manager,
-                      "chat")  # fmt: skip
+        own = [dict(one) if isinstance(one, dict) else one for one in wanted]
+        return get_task_dict(own, manager, "chat")
     except RetryError as error:  # lmms-eval tries a download several times
         cause = error.last_attempt.exception()
         if isinstance(cause, MllmError):

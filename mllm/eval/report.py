@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from PIL import Image
 from mllm.eval import plots
 from mllm.eval.files import write_text
 from mllm.eval.stats import wilson
+from mllm.eval.words import by_budget
 
 # Rows above which a page opens on one budget instead of all of them.
 MANY_ROWS = 60
@@ -42,7 +43,7 @@ class Row:
         visual_avg: layer-average visual tokens reached (input to layer, mean over the samples).
         flops: prefill FLOPs of a sample, mean; vision tower and selection included.
         prefill_s: seconds to the first token per sample, or None where it was not measured.
-        tasks: task name -> (answers right, questions).
+        tasks: task name -> (answers right, of several seeds their mean; questions).
         sanity: a row any method has to beat (random, downsample, avgpool ...).
         flipped: changes against the unpatched model (see `Report.changed`); None for that model.
         ci: 95 % interval of `score`; None for the Wilson interval of the counts in `tasks`.
@@ -61,7 +62,7 @@ class Row:
     visual_avg: float = math.nan
     flops: float = math.nan
     prefill_s: float | None = None
-    tasks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tasks: dict[str, tuple[float, int]] = field(default_factory=dict)
     sanity: bool = False
     flipped: int | None = None
     note: str = ""
@@ -73,7 +74,7 @@ class Row:
     task_versus: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def correct(self) -> int:
+    def correct(self) -> float:
         return sum(right for right, _ in self.tasks.values())
 
     @property
@@ -210,7 +211,7 @@ def render(report: Report) -> str:
             figures.append(
                 (plots.AXES[axis].heading, plots.pareto(rows, axis, drawn=drawn), left_out)
             )
-    several = len(tasks) > 1
+    several, groups = len(tasks) > 1, by_budget(rows, lambda row: row.budget)
     known = {
         "same": any(row.same is not None for row in measured),
         "verdict": any(row.verdict for row in measured),
@@ -234,8 +235,8 @@ def render(report: Report) -> str:
             loss=plots.losses(report.training.losses) if report.training else None,
             known=known,
             legend=[(name, plots.key(style), style) for name, style in drawn.items()],
-            groups=list(_by_budget(rows)),
-            opened=_opened(rows),
+            groups=groups,
+            opened=opened(groups),
             folded=sum(map(len, report.lead)) > _TOLD,
         )
     )
@@ -267,20 +268,11 @@ def shade(points: float) -> str:
     return "h0" if not step else f"{'up' if points > 0 else 'down'}{step}"
 
 
-def _by_budget(rows: Sequence[Row]) -> Iterator[tuple[int | float | None, list[Row]]]:
-    """Rows of equal budget together, in the order of the page."""
-    # 1 token and all slots, 1.0, are equal as numbers.
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((type(row.budget), row.budget), []).append(row)
-    for (_, budget), members in groups.items():
-        yield budget, members
-
-
-def _opened(rows: Sequence[Row]) -> str:
+def opened(groups: Sequence[tuple[int | float | None, Sequence[Any]]]) -> str:
     """The budget that a long page opens on, the middle one; empty for all of them."""
-    budgets = [budget for budget, _ in _by_budget(rows) if budget is not None]
-    return str(budgets[len(budgets) // 2]) if len(rows) > MANY_ROWS and budgets else ""
+    budgets = [budget for budget, _ in groups if budget is not None]
+    many = sum(len(members) for _, members in groups) > MANY_ROWS
+    return str(budgets[len(budgets) // 2]) if many and budgets else ""
 
 
 def _picture(image: Image.Image, width: int) -> str:

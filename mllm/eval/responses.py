@@ -22,7 +22,7 @@ SCHEMA = 1
 NAME = "responses.jsonl"
 _HEADER = frozenset({"schema", "kind", "mllm", "model"})
 #: Facts of a model that its answers depend on; its name is none of them.
-_SAME = ("config_sha256", "processor_sha256", "weights_sha256", "dtype")
+_SAME = ("config_sha256", "generation_sha256", "processor_sha256", "weights_sha256", "dtype")
 
 
 def header(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,10 +65,10 @@ def check_model(
     """Refuse to mix models.
 
     Raises:
-        DataError: another architecture, processor, weights or dtype.
+        DataError: another architecture, generation config, processor, weights or dtype.
     """
     for name in _SAME:
-        if theirs.get(name) != ours[name]:
+        if theirs.get(name, ours[name]) != ours[name]:  # older ones do not say all of it
             what, other = (_called(facts, name) for facts in (ours, theirs))
             raise DataError(
                 f"{path} holds results of another model: {other}, not {what}; nothing was changed: "
@@ -108,7 +108,7 @@ class Responses:
         self, path: str | os.PathLike, model: Mapping[str, Any], argument: str = "output"
     ) -> None:
         self.path, self._model, self._argument = Path(path), model, argument
-        self._file = cells.ResultsFile(path)
+        self._file = cells.ResultsFile(path, argument)
         self._known: dict[str, dict[str, Any]] = {}
         self._alone: dict[str, dict[str, Any]] = {}
         self._begun = False
@@ -155,17 +155,20 @@ class Responses:
                 self._alone.setdefault(key, reply)
 
     def _read(self) -> None:
-        lines, self.damaged = cells.parsed(self.path)
+        lines, self.damaged = cells.parsed(self.path, self._argument)
         for number, line in lines:
             if not isinstance(line, dict):
-                raise cells.foreign(self.path, number, "not a line of answers")
+                raise self._foreign(number, "not a line of answers")
             if not self._begun:
                 if not line.keys() >= _HEADER or line["kind"] != "responses":
-                    raise cells.foreign(self.path, number, "not the first line of answers")
+                    raise self._foreign(number, "not the first line of answers")
                 check_version(line, SCHEMA, self.path, self._argument)
                 check_model(line["model"], self._model, self.path, self._argument)
                 self._begun = True
             elif line.keys() >= {"keys", "replies", "seconds"}:
                 self._take(line["keys"], line["replies"], line["seconds"])
             else:
-                raise cells.foreign(self.path, number, "not a line of answers")
+                raise self._foreign(number, "not a line of answers")
+
+    def _foreign(self, number: int, what: str) -> DataError:
+        return cells.foreign(self.path, number, what, self._argument)

@@ -22,6 +22,8 @@ from mllm.eval import cells, files, responses
 
 SCHEMA = 1
 NAME = "evaluation.json"
+#: End of the folders in which tasks write files of their own.
+MORE = "_more"
 #: What `files.write_text` has begun and not renamed.
 _UNFINISHED = (f".{NAME}.*.tmp", "*/.*_results.json.*.tmp", "*/.*_samples_*.jsonl.*.tmp")
 
@@ -107,7 +109,7 @@ class RunFolder:
         return self._about["runs"][name]
 
     def fresh(self, name: str) -> Path:
-        """An empty folder of that name, for what a task writes itself; made when it does."""
-        path = self.path / name
+        """An empty folder beside results, for what a task writes itself; made when it does."""
+        path = self.path / f"{name}{MORE}"
         shutil.rmtree(path, ignore_errors=True)
         return path

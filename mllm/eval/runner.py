@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -17,6 +18,7 @@ from mllm.errors import DataError, MllmError
 from mllm.eval import files, sources, stats
 from mllm.eval.plans import UNPATCHED, check_plans, make_plan, with_adapter
 
+_LONGEST = 200
 _SUMS = ("kept_llm", "visual_in", "visual_avg", "prefill_flops", "kv_bytes")
 
 
@@ -77,6 +79,7 @@ def evaluate(
             before weights are read.
     """
     made = with_adapter([make_plan(plan, seed) for plan in plans], adapter)
+    task_names = list(dict.fromkeys(task_names))
     with contextlib.ExitStack() as stack:
         folder = None
         if output is not None:
@@ -85,13 +88,13 @@ def evaluate(
             folder = stack.enter_context(RunFolder(output))
         if cache is not None:
             files.ensure_writable(cache, "cache")
-        _need_lmms_eval()
+        need_lmms_eval()
         _need_one_process()
 
         from mllm.eval import public, responses
         from mllm.eval.engines import Here, Pool, devices_for, load_on
 
-        data_dir = _existing(data_dir)
+        data_dir = existing(data_dir)
         manager = public.find_tasks(task_names, task_changes, data_dir)
         devices = devices_for(workers, device) if workers != 1 else []
         if load is None:
@@ -153,7 +156,7 @@ def _evaluated(
         name, stamp = _slug(plan.spec or UNPATCHED), ""
         if folder is not None:
             stamp = folder.stamp(command | {"plan": plan.sha256, **own})
-            beside = folder.fresh(f"{name}/{stamp}_more")
+            beside = folder.fresh(f"{name}/{stamp}")
         try:
             results = simple_evaluate(
                 model=model,
@@ -191,7 +194,8 @@ def _evaluated(
     return record
 
 
-def _need_lmms_eval() -> None:
+def need_lmms_eval() -> None:
+    """Raises MllmError where lmms-eval is not installed."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise MllmError(
             "lmms-eval is not installed; run scripts/install.sh, or "
@@ -213,7 +217,8 @@ def _need_one_process() -> None:
         )
 
 
-def _existing(data_dir: str | os.PathLike | None) -> Path | None:
+def existing(data_dir: str | os.PathLike | None) -> Path | None:
+    """`data_dir` as a path; DataError if it is not there."""
     if data_dir is None or Path(data_dir).is_dir():
         return data_dir and Path(data_dir)
     raise DataError(
@@ -257,6 +262,7 @@ def _record(
             counts = (sample["token_counts"] or [None])[0]
             sample["mllm"] = counts["mllm"] if counts else None
             del sample["arguments"]
+    samples = {name: _once(rows) for name, rows in samples.items()}
     costs = [s["mllm"] for rows in samples.values() for s in rows if s["mllm"]]
     totals = {name: sum(cost[name] for cost in costs) for name in _SUMS}
     results["mllm"] = {
@@ -275,6 +281,11 @@ def _record(
     }
 
 
+def _once(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first sample of each document: a task with several filters logs it for each of them."""
+    return list({sample["doc_id"]: sample for sample in reversed(samples)}.values())[::-1]
+
+
 def _row(name: str, samples: list[dict], results: dict[str, Any]) -> dict[str, Any]:
     """One task: its score with a 95 % interval, and mean costs per sample."""
     costs = [sample["mllm"] for sample in samples if sample["mllm"]]
@@ -291,12 +302,15 @@ def _row(name: str, samples: list[dict], results: dict[str, Any]) -> dict[str, A
 
 
 def _score(samples: list[dict], scores: dict[str, Any]) -> dict[str, Any]:
-    """Wilson interval for 0/1 metrics; for others, lmms-eval's own standard error."""
-    metric = next(
-        key
-        for key, value in scores.items()
-        if "," in key and "_stderr" not in key and isinstance(value, int | float)
-    )
+    """Wilson interval for 0/1 metrics; for others, lmms-eval's own standard error.
+
+    A task that only writes answers for a test server has no score.
+    """
+    metrics = [key for key in scores if "," in key and "_stderr" not in key]
+    numbers = [key for key in metrics if isinstance(scores[key], int | float)]
+    if not numbers:
+        return {"metric": next(iter(metrics), "").split(",")[0], "score": None, "ci": None}
+    metric = numbers[0]
     name, score = metric.split(",")[0], scores[metric]
     values = [sample.get(name) for sample in samples]
     values = [value.get("score") if isinstance(value, dict) else value for value in values]
@@ -315,5 +329,8 @@ def _score(samples: list[dict], scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def _slug(spec: str) -> str:
-    """A spec as a folder name."""
-    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", spec)
+    """A spec as a folder name, which file systems bound to 255 characters."""
+    name = re.sub(r"[^A-Za-z0-9.+=-]+", "_", spec)
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST - 17]}-{hashlib.sha256(spec.encode()).hexdigest()[:16]}"

@@ -10,7 +10,7 @@ METRICS = ("exact", "relaxed")
 
 def normalise(text: str) -> str:
     """Lower-case `text`, with white space collapsed and quotes and final stops removed."""
-    return " ".join(text.lower().split()).strip(" \"'`").rstrip(".,;:!? ")
+    return " ".join(text.lower().split()).strip(" \"'`").rstrip(".,;:!? \"'`")
 
 
 def is_correct(prediction: str, answer: str, metric: str = "exact") -> bool:

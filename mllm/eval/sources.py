@@ -10,9 +10,8 @@ from mllm import yardstick
 from mllm.errors import DataError
 from mllm.eval.outside import easyvqa, mnist
 from mllm.plan import near
+from mllm.yardstick.samples import SPLITS
 from mllm.yardstick.styles import STYLES
-
-SPLITS = ("train", "dev", "test")
 
 
 @dataclass(frozen=True)

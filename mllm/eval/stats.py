@@ -6,8 +6,9 @@ Outcomes are 0/1 values, one per question, in the same order for everything that
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -195,6 +196,32 @@ def paired_seeds(
     )
 
 
+def paired_scores(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], *, level: float = LEVEL
+) -> Difference:
+    """:func:`paired` where an answer has a score, which counts to a hundredth.
+
+    Args:
+        ours, theirs: scores in [0, 1] of the same questions, one row per task.
+        level: as for :func:`paired_seeds`.
+
+    Raises:
+        ValueError: if the two do not have the same, non-empty shape.
+    """
+    a, b = ([np.rint(100 * np.asarray(row)).astype(int) for row in side] for side in (ours, theirs))
+    if not a or [row.size for row in a] != [row.size for row in b] or not all(r.size for r in a):
+        raise ValueError("a paired comparison needs the same, non-empty questions on both sides")
+    rows = [x - y for x, y in zip(a, b, strict=True)]
+    values = np.concatenate(rows)
+    totals = _resampled_sums(rows, RESAMPLES) / (100 * values.size)
+    low, high = np.percentile(totals, [50 * level, 100 - 50 * level])
+    diff, gained, lost = values.mean() / 100, int((values > 0).sum()), int((values < 0).sum())
+    p = _normal_p(diff, totals.std())
+    return Difference(
+        float(diff), float(low), float(high), gained, lost, values.size, p, None
+    )  # fmt: skip
+
+
 def mcnemar(gained: int, lost: int) -> tuple[float, float]:
     """Two-sided McNemar test: (exact p, mid-p).
 
@@ -260,10 +287,23 @@ def median_interval(
     values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:
     """Median of `values` with its 95 % percentile bootstrap interval: (median, low, high)."""
+    return _interval(np.median, values, seed, resamples)
+
+
+def mean_interval(
+    values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """Mean of `values` with its 95 % percentile bootstrap interval: (mean, low, high)."""
+    return _interval(np.mean, values, seed, resamples)
+
+
+def _interval(
+    of: Callable[..., Any], values: Sequence[float], seed: int, resamples: int
+) -> tuple[float, float, float]:
     data = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(0, len(data), size=(resamples, len(data)))
-    low, high = np.percentile(np.median(data[picks], axis=1), [2.5, 97.5])
-    return float(np.median(data)), float(low), float(high)
+    low, high = np.percentile(of(data[picks], axis=1), [2.5, 97.5])
+    return float(of(data)), float(low), float(high)
 
 
 def _rows(outcomes: Outcomes) -> list[np.ndarray]:

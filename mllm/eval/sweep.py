@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mllm.errors import MllmError, PlanError
+from mllm.errors import DataError, MllmError, PlanError
 from mllm.eval import cells, sources, stats
 from mllm.eval.answer import Answer, Protocol, answer
 from mllm.eval.asking import Questions, SharedTower, answer_all, marks
@@ -26,8 +26,10 @@ from mllm.eval.plans import (
 )
 from mllm.eval.provenance import describe_run
 from mllm.eval.scoring import normalise
+from mllm.loading import build_inputs
 from mllm.plan import Plan
 from mllm.routers import adapter as adapters
+from mllm.yardstick import prompt
 
 SANITY = ("random", "downsample", "stride", "avgpool")
 METHODS = (*SANITY, "visionzip", "divprune", "fastv", "visionzip+fastv:layer=2")
@@ -124,7 +126,8 @@ def grid(
     """
     cached = [method for method in dict.fromkeys(methods) if on_cache(method)]
     methods = [method for method in methods if method not in cached]
-    tokens = visual_tokens(model)
+    counted = bool(methods or fixed or not cached)
+    tokens = visual_tokens(model) if counted else 0
     num_layers = model.config.get_text_config().num_hidden_layers
     sanity = [
         method if policy == "compact" else f"{method}:positions={policy}"
@@ -134,7 +137,7 @@ def grid(
     entries, skipped = [Entry(UNPATCHED, None, Plan([]))], []
     plans: list[tuple[str, int | float, Plan]] = []
     planned = set()
-    for method in dict.fromkeys((*sanity, *methods)) if methods or fixed or not cached else ():
+    for method in dict.fromkeys((*sanity, *methods)) if counted else ():
         for budget in sorted(set(budgets), reverse=True):
             try:
                 plan = plan_for_budget(method, budget, tokens=tokens, num_layers=num_layers)
@@ -176,9 +179,41 @@ def _seeds(
 
 
 def visual_tokens(model: Any) -> int:
-    """Visual tokens of one square picture, from the config of the vision tower."""
+    """Visual tokens of one square picture, from the config of the vision tower.
+
+    Raises:
+        DataError: the config does not say.
+    """
     config = model.config.vision_config
-    return (config.image_size // config.patch_size) ** 2
+    side, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    if not (isinstance(side, int) and isinstance(patch, int)):
+        raise _no_grid(model, "has no fixed number of visual tokens per picture")
+    return (side // patch) ** 2
+
+
+def check_tokens(model: Any, processor: Any, task: str, asked: Questioning) -> None:
+    """See that pictures have the number of tokens that budgets are fitted to.
+
+    Raises:
+        DataError: they have another, because the model cuts them into tiles, say.
+    """
+    pictures, text = prompt(draw(task, asked, 1)[0])
+    ids = build_inputs(processor, [(pictures, text)])["input_ids"]
+    there = int((ids == model.config.image_token_id).sum())
+    if there != len(pictures) * visual_tokens(model):
+        raise _no_grid(
+            model, f"gives {len(pictures)} picture(s) of {task} {there} visual tokens, and budgets "
+            f"are fitted to {visual_tokens(model)} of each"
+        )  # fmt: skip
+
+
+def _no_grid(model: Any, why: str) -> DataError:
+    return DataError(
+        f"a sweep needs a model that sees every picture as one grid; {type(model).__name__} {why}",
+        argument="model",
+        given=type(model).__name__,
+        expected="a LLaVA as LLaVA 1.5; mllm eval takes plans for other models",
+    )
 
 
 def key(entry: Entry, task: str, split: str, weights_sha256: str) -> str:

@@ -17,6 +17,8 @@ from mllm.eval.plans import budgets_slots, check_protocol, on_cache
 from mllm.plan import Plan
 
 VERSION = 1
+#: Ends of the names of the tables that stand beside the cells.
+TABLES = (".md", ".csv", ".json")
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,16 @@ class SweepFile:
                 )
         for name in self.seeds_of:
             _check_seeded(name, (*self.methods, *self.fixed))
-        texts = (*self.methods, *self.fixed)
-        for text in texts:
+        for text in (*self.methods, *self.fixed):
             check_protocol(Plan.from_spec(text), self.protocol)
+        if Path(self.output).suffix.lower() in TABLES:
+            raise MllmError(
+                f"a table of the sweep would be written over its cells in {self.output}: tables "
+                f"have the name of the output, and {', '.join(TABLES)}",
+                argument="output",
+                given=self.output,
+                expected="a name that ends in .jsonl",
+            )
         if self.workers > 1 and self.timings:
             raise MllmError(
                 f"{self.workers} workers disturb each other's timings",

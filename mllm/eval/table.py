@@ -83,7 +83,8 @@ def build(cells: Iterable[dict[str, Any]], skipped: Sequence[Any] = ()) -> dict[
         `difficult.score` is None under 20 questions.
 
     Raises:
-        DataError: no cells, or those of a task differ in model, split, style, dtype or backend.
+        DataError: no cells, or those of a task differ in model, split, style, data, dtype, backend
+            or protocol.
     """
     tasks, entries, missing, left_out = grouped(list(cells))
     rows = [_row(entry, tasks, entries) for entry in entries.values() if entry.runs]
@@ -160,7 +161,7 @@ def markdown(table: dict[str, Any]) -> str:
         ]
         for row in table["rows"]
     ]
-    lines += _grid(head, body)
+    lines += grid(head, body)
     lines += ["", "## What can be said", "", *_notes(table["rows"]), ""]
     head = [
         "method",
@@ -183,7 +184,7 @@ def markdown(table: dict[str, Any]) -> str:
         ]
         for row in table["rows"]
     ]
-    lines += _grid(head, body)
+    lines += grid(head, body)
     lines += [
         "",
         "## By task",
@@ -201,11 +202,10 @@ def markdown(table: dict[str, Any]) -> str:
         ]
         for row in table["rows"]
     ]
-    lines += _grid(["method", "budget", *tasks], body)
+    lines += grid(["method", "budget", *tasks], body)
     if table["skipped"]:
         lines += ["", "## Not reachable", ""]
         lines += [f"- `{s['method']}` at {s['budget']}: {s['reason']}" for s in table["skipped"]]
-    seeds = sorted({seed for row in table["rows"] for seed in row["seeds"]})
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += [
         "",
@@ -213,7 +213,7 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         f"Protocol {table['protocol']}; "
         f"{about['dtype']}, {about['backend']}, {about['device']}, {about['threads']} threads; "
-        f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}; weights "
+        f"{words.seeds(table)}; weights "
         f"{about['weights_sha256'][:12]}; commit {about['commit'] or 'unknown'}; {versions}. "
         + table.get(
             "written",
@@ -285,7 +285,8 @@ def grouped(
                 f"the cells of task {task!r} cannot be compared: {given}",
                 argument="cells",
                 given=given,
-                expected="one model, split, style, dtype and backend for each task",
+                expected="one model, split, style, version of the data, dtype, backend and "
+                "protocol for each task",
             )
         name = cell["method"], cell["budget"]
         runs.setdefault(name, {}).setdefault(cell["seed"], {})[task] = cell
@@ -303,12 +304,12 @@ def grouped(
 
 
 def _origin(cell: dict[str, Any]) -> str:
-    """What cells must share to be compared; older cells are all of the plain style."""
+    """What cells must share to be compared; older cells lack some of it: see `cells.identity`."""
     about = cell["about"]
     return (
         f"weights {about['weights_sha256'][:12]}, {cell['split']} split, "
-        f"{cell.get('style', 'plain')} style, {about['dtype']}, {about['backend']}, protocol "
-        f"{cell.get('protocol', 'prompt')}"
+        f"{cell.get('style', 'plain')} style, data {cell.get('data', 'scenes 1')[:12]}, "
+        f"{about['dtype']}, {about['backend']}, protocol {cell.get('protocol', 'prompt')}"
     )
 
 
@@ -488,6 +489,7 @@ def _marked(scores: dict[str, Any]) -> str:
     return f"{100 * scores['score']:.1f} {mark}".strip()
 
 
-def _grid(head: list[str], body: list[list[str]]) -> list[str]:
+def grid(head: list[str], body: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return ["| " + " | ".join(cells) + " |" for cells in lines]

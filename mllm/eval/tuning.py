@@ -6,22 +6,23 @@ import contextlib
 import importlib.util
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mllm.errors import MllmError, PlanError
-from mllm.eval import files, stats, sweep
-from mllm.eval.answer import unpatched_costs
+from mllm.errors import DataError, MllmError, PlanError
+from mllm.eval import files, stats
 from mllm.eval.bench import CLAIM_PAIRS
-from mllm.eval.forecast import PROBE, probe
-from mllm.eval.tuning_answers import Evaluator, Journal, ModelEvaluator, Record, Refused
+from mllm.eval.plans import check_on
+from mllm.eval.tuning_answers import Evaluator, Journal, Record, Refused
 from mllm.eval.tuning_goal import WORDS, Goal
-from mllm.eval.tuning_space import CACHE_METHODS, METHODS, SHARES, Space
-from mllm.loading import build_inputs
-from mllm.plan import PLAN_FILE, Plan
-from mllm.yardstick import prompt
+from mllm.eval.tuning_model import Chosen, ModelEvaluator
+from mllm.eval.tuning_space import CACHE_METHODS, METHODS, SHARES, Learnt, Space
+from mllm.plan import ADAPTER_FILES, PLAN_FILE, Plan
+from mllm.routers import adapter as adapters
 
 if TYPE_CHECKING:
     import optuna
@@ -109,6 +110,10 @@ def tune(
     effort: Effort | None = None,
     style: str = "plain",
     batch_size: int = 16,
+    adapter: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
+    workers: int = 1,
+    load: Callable[[str], tuple[Any, Any]] | None = None,
     progress: Progress | None = None,
     on_trial: OnTrial | None = None,
 ) -> dict[str, Any]:
@@ -130,11 +135,17 @@ def tune(
             every one that needs no training. Stacks of one before the LLM, one inside it and one
             on the cache are searched.
         budgets: fractions among which their budgets are chosen.
-        tasks: of `mllm.eval.sources`, or groups of them.
+        tasks: of `mllm.eval.sources`, or groups of them; or public ones of lmms-eval.
         claim: what has to hold on test: the whole `interval`, or the `mean` alone.
         effort: how much is asked.
-        style: of the pictures.
+        style: of the pictures of our own tasks.
         batch_size: questions per batch.
+        adapter: folder with what a plan has learnt: that plan is searched too, by itself, under the
+            budgets that it was trained for.
+        data_dir: folder with local copies of public data sets (see `mllm.eval.public`).
+        workers: processes that answer, on the CPU or with a GPU each; answers do not depend on it.
+        load: loads the same model and its processor on the device it is given; picklable, needed
+            with several workers.
         progress: told before each block of questions.
         on_trial: told each finished trial.
 
@@ -143,9 +154,9 @@ def tune(
 
     Raises:
         MllmError: no goal or several, a budget that the unpatched model meets, an unknown task, or
-            Optuna is not installed.
-        PlanError: a method that cannot be searched.
-        DataError: `output` cannot be written or is another model's.
+            Optuna is not installed; a public task without lmms-eval; workers without `load`.
+        PlanError: a method that cannot be searched, or no adapter of this model.
+        DataError: `output` cannot be written or is another model's, or data cannot be had.
     """
     goal = Goal.of(
         max_loss=max_loss,
@@ -153,33 +164,33 @@ def tune(
         budgets={"flops": max_flops, "tokens": max_tokens, "kv_bytes": max_kv_bytes,
                  "latency": max_latency},
     )  # fmt: skip
-    chosen = sweep.chosen_tasks(tasks)
-    for split in ("dev", "test"):
-        sweep.check_drawn(chosen, sweep.Questioning(split=split, style=style))
-    evaluator = ModelEvaluator(model, processor, chosen, style, batch_size)
-    return search(
-        evaluator, output, goal, chosen, methods=methods, budgets=budgets, claim=claim,
-        effort=effort, progress=progress, on_trial=on_trial,
-    )  # fmt: skip
+    chosen = Chosen.of(tasks, style, data_dir)
+    learnt = None
+    if adapter is not None:
+        learnt = Learnt.of(adapter, model.name_or_path)
+        check_on(model, [learnt.plan], learnt=True)
+    with chosen.asked_of(
+        model, processor, style=style, batch_size=batch_size, workers=workers, load=load
+    ) as evaluator:
+        return search(
+            evaluator, output, goal, chosen.names, methods=methods, budgets=budgets, claim=claim,
+            effort=effort, learnt=learnt, progress=progress, on_trial=on_trial,
+        )  # fmt: skip
 
 
-def estimate(
-    model: Any, processor: Any, tasks: Sequence[str], effort: Effort, style: str = "plain"
-) -> dict[str, float]:
+def estimate(evaluator: ModelEvaluator, tasks: Sequence[str], effort: Effort) -> dict[str, float]:
     """About what a search costs, if every question cost what it costs the unpatched model.
 
     Returns:
         `questions`, prefill `flops`, and `seconds` by a probe of a few questions.
     """
-    asked = sweep.Questioning(split="dev", style=style)
-    drawn = [prompt(sample) for sample in sweep.draw(tasks[0], asked, PROBE)]
-    costs = unpatched_costs(model, build_inputs(processor, drawn))
-    drawing, answering = probe(model, processor, tasks[0], asked, 1)
+    one = evaluator.probe()
     questions = effort.questions * len(tasks)
+    drawing = len(tasks) * (effort.n + effort.n_test) * one["drawing"]
     return {
         "questions": questions,
-        "flops": questions * sum(cost["prefill_flops"] for cost in costs) / len(drawn),
-        "seconds": questions * answering + len(tasks) * (effort.n + effort.n_test) * drawing,
+        "flops": questions * one["flops"],
+        "seconds": questions * one["answering"] + drawing,
     }
 
 
@@ -200,6 +211,7 @@ def search(
     budgets: Sequence[float] = SHARES,
     claim: Claim = "interval",
     effort: Effort | None = None,
+    learnt: Learnt | None = None,
     progress: Progress | None = None,
     on_trial: OnTrial | None = None,
 ) -> dict[str, Any]:
@@ -207,8 +219,8 @@ def search(
     need(claim)
     effort = effort or Effort()
     methods = methods_for(goal, methods)
-    space = Space(methods, budgets, evaluator.tokens, evaluator.num_layers)
-    folder = files.ensure_writable(output)
+    space = Space(methods, budgets, evaluator.tokens, evaluator.num_layers, learnt)
+    folder = check_output(output)
     with Journal(folder / JOURNAL, evaluator) as journal:
         run = _Search(journal, space, goal, tuple(tasks), effort, claim, progress)
         trials = run.trials(on_trial)
@@ -220,7 +232,7 @@ def search(
         "goal": goal.as_dict(),
         "settings": {
             "methods": list(methods), "budgets": space.shares, "tasks": list(tasks),
-            "claim": claim, **asdict(effort),
+            "claim": claim, **asdict(effort), "adapter": _described(learnt),
         },
         "unpatched": run.unpatched(bool(confirmed)),
         "confirmed": confirmed,
@@ -228,12 +240,45 @@ def search(
         "refused": _counted(trials),
         "about": {**evaluator.about, "optuna": _optuna_version()},
     }  # fmt: skip
-    if evidence["plan"] is None:
-        (folder / PLAN_FILE).unlink(missing_ok=True)  # of an earlier search with another goal
-    else:
-        run.plans[evidence["plan_sha256"]].save_pretrained(folder)
+    chosen = run.plans.get(evidence["plan_sha256"])
+    learns = chosen is not None and adapters.is_adapter(chosen.folder)
+    for name in ADAPTER_FILES if learns else ():
+        temporary = folder / f".{name}.tmp"
+        shutil.copyfile(chosen.folder / name, temporary)
+        temporary.replace(folder / name)
+    # Of an earlier search with another goal.
+    stale = [*(() if learns else ADAPTER_FILES), *([PLAN_FILE] if chosen is None else [])]
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    if chosen is not None:
+        chosen.save_pretrained(folder)
     files.write_json(folder / EVIDENCE, evidence)
     return evidence
+
+
+def check_output(output: str | os.PathLike) -> Path:
+    """The folder of a search, which writes and removes plans there.
+
+    Raises:
+        DataError: it cannot be written to, or has a plan that no search has written.
+    """
+    folder = files.ensure_writable(output)
+    there = [name for name in (PLAN_FILE, *ADAPTER_FILES) if (folder / name).exists()]
+    if there and not (folder / JOURNAL).exists():
+        raise DataError(
+            f"{folder} has {there[0]}, which no search has written; give another --output",
+            argument="output",
+            given=output,
+            expected="another --output",
+        )
+    return folder
+
+
+def _described(learnt: Learnt | None) -> dict[str, Any] | None:
+    """A trained plan, for the evidence."""
+    if learnt is None:
+        return None
+    return {"plan": learnt.plan.spec, **adapters.digest(learnt.plan.folder)}
 
 
 class _Search:
@@ -335,9 +380,8 @@ class _Search:
         """
         if share >= 1:
             return 1 - share
-        gained, lost = _flips(ours, base)
-        n, diff = ours.n, (gained - lost) / ours.n
-        variance = (gained + lost + 1) / (n + 1)
+        n, diff, flipped = ours.n, *_moved(ours, base)
+        variance = (flipped + 1) / (n + 1)
         here, there = variance / n, variance / self.n_test
         needed = -self.goal.max_loss / 100
         if self.claim == "interval":
@@ -424,28 +468,34 @@ def difference(ours: Record, base: Record, count: int) -> dict[str, Any]:
     bootstrap takes a few questions none of which flips for proof.
     """
     level = stats.LEVEL / count
-    found = stats.paired(ours.bits, base.bits, level=level)
-    worse = [[*row, False] if i == 0 else row for i, row in enumerate(ours.bits)]
-    than = [[*row, True] if i == 0 else row for i, row in enumerate(base.bits)]
-    low = stats.paired(worse, than, level=level).low
+    binary = all(x in (0, 1) for one in (ours, base) for row in one.rows for x in row)
+    compare = stats.paired if binary else stats.paired_scores
+    found = compare(ours.rows, base.rows, level=level)
+    worse = [[*row, 0] if i == 0 else row for i, row in enumerate(ours.rows)]
+    than = [[*row, 1] if i == 0 else row for i, row in enumerate(base.rows)]
+    low = compare(worse, than, level=level).low
     return {
         "diff": found.diff, "ci": [low, found.high], "level": 1 - level,
         "gained": found.gained, "lost": found.lost, "p": found.p,
     }  # fmt: skip
 
 
-def _flips(ours: Record, base: Record) -> tuple[int, int]:
-    """Questions that only we, or only the unpatched model, answer correctly."""
-    pairs = Counter(zip("".join(ours.rows), "".join(base.rows), strict=True))
-    return pairs["1", "0"], pairs["0", "1"]
+def _moved(ours: Record, base: Record) -> tuple[float, float]:
+    """The difference of the means, and the sum of its squares: how many answers flipped."""
+    moves = [
+        x - y
+        for own, theirs in zip(ours.rows, base.rows, strict=True)
+        for x, y in zip(own, theirs, strict=True)
+    ]
+    return sum(moves) / len(moves), sum(move**2 for move in moves)
 
 
 def _scored(record: Record) -> dict[str, Any]:
-    right = sum(row.count("1") for row in record.rows)
+    # Scores between right and wrong vary less, so that this is too wide for them, if anything.
     return {
         "n": record.n,
         "score": record.score,
-        "ci": list(stats.wilson(right, record.n)),
+        "ci": list(stats.wilson(sum(map(sum, record.rows)), record.n)),
         **record.costs,
     }
 

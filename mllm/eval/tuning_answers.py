@@ -1,28 +1,18 @@
-"""What `tune` asks and measures, and the file from which a search that was stopped goes on."""
+"""What `tune` is told of a plan, and the file from which a search that was stopped goes on."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import torch
-
-from mllm.errors import DataError, MllmError, PlanError
-from mllm.eval import cells, sources
-from mllm.eval.answer import unpatched_costs
-from mllm.eval.asking import Questions, SharedTower, answer_all, marks
-from mllm.eval.bench import time_pairs, twin
-from mllm.eval.plans import patched_with
-from mllm.eval.provenance import describe_run
-from mllm.eval.stats import median_interval
+from mllm.errors import DataError, MllmError
+from mllm.eval import cells
 from mllm.plan import Plan
-from mllm.yardstick import prompt
+from mllm.routers import adapter as adapters
 
 SCHEMA = 1
 #: What an answer costs, summed over the questions of a block: prefill FLOPs, visual tokens per
@@ -32,6 +22,15 @@ UNITS = ("flops", "tokens", "kv_bytes")
 
 class Refused(Exception):
     """A plan that the model cannot run; the text says why."""
+
+
+class Block(NamedTuple):
+    """Questions `start` to `stop` of a task's `dev` or `test` split."""
+
+    task: str
+    split: str
+    start: int
+    stop: int
 
 
 class Evaluator(Protocol):
@@ -50,17 +49,20 @@ class Evaluator(Protocol):
     def size(self, task: str, split: str, n: int) -> int:
         """`n`, or the number of questions there are if that is less."""
 
-    def data(self, task: str, split: str) -> str:
-        """What tells the questions of a task from those of another version of its data."""
+    def data(self, block: Block) -> str:
+        """What tells the questions of a block from those of another version of its data."""
 
-    def ask(self, plan: Plan, task: str, split: str, start: int, stop: int) -> dict[str, Any]:
-        """Questions `start` to `stop` under a plan (without stages: of the model as it is).
+    def ask(
+        self, plan: Plan, blocks: Sequence[Block]
+    ) -> Iterator[tuple[Block, dict[str, Any]]]:
+        """Blocks under a plan (without stages: of the model as it is), as they are answered.
 
-        Returns:
-            `outcomes`, a text of 0 and 1, and the sums of `UNITS`.
+        Yields:
+            A block, and its `outcomes`, which are a text of 0 and 1, or a list of scores from 0 to
+            1 where there are others; and the sums of `UNITS`.
 
         Raises:
-            MllmError: the model cannot run the plan.
+            MllmError: the model cannot run the plan; or, of `workers`, a process died.
         """
 
     def time(self, plan: Plan, pairs: int) -> dict[str, Any]:
@@ -71,105 +73,17 @@ class Evaluator(Protocol):
         """
 
 
-class ModelEvaluator:
-    """Asks a model the questions of `mllm.eval.sources`; see :class:`Evaluator`.
-
-    A plan with a method on the KV cache is asked under the protocol `again`, for under plain
-    generation the first token of an answer has seen the whole cache.
-
-    Args:
-        model, processor: as `mllm.load_model` gives them.
-        tasks: of `mllm.eval.sources`.
-        style: of the pictures.
-        batch_size: questions per batch.
-    """
-
-    def __init__(
-        self, model: Any, processor: Any, tasks: Sequence[str], style: str, batch_size: int
-    ) -> None:
-        self.model, self.processor = model, processor
-        self.tasks, self.style, self.batch_size = tasks, style, batch_size
-        self.about = {**describe_run(model), "style": style}
-        self.num_layers = model.config.get_text_config().num_hidden_layers
-        self._blocks: dict[tuple, Questions] = {}
-        self._tower = SharedTower(model)
-        first = self._questions(tasks[0], "dev", 0, 1, "prompt")
-        (cost,) = unpatched_costs(model, first.batches[0])
-        self.tokens = cost["visual_in"] // max(1, len(prompt(first.samples[0])[0]))
-
-    @functools.cached_property
-    def _twin(self) -> Any:
-        return twin(self.model)
-
-    def size(self, task: str, split: str, n: int) -> int:
-        return sources.at_most(task, split, n)
-
-    def data(self, task: str, split: str) -> str:
-        return sources.source_of(task).digest(split)
-
-    def ask(self, plan: Plan, task: str, split: str, start: int, stop: int) -> dict[str, Any]:
-        cached = any(stage.site == "cache" for stage in plan.stages)
-        protocol = "again" if cached else "prompt"
-        questions = self._questions(task, split, start, stop, protocol)
-        try:
-            with patched_with(self.model, plan) as patched, self._tower.used_by(plan):
-                answers = answer_all(self.model, self.processor, questions, patched)
-        except torch.OutOfMemoryError as error:
-            raise PlanError("out of memory", argument="plan", given=plan.spec) from error
-        spent = [given.efficiency for given in answers]
-        return {
-            "outcomes": "".join("01"[right] for right in marks(questions, answers)),
-            "flops": sum(cost["prefill_flops"] for cost in spent),
-            "tokens": sum(cost["visual_avg"] for cost in spent),
-            "kv_bytes": sum(cost["kv_bytes"] for cost in spent),
-        }
-
-    def time(self, plan: Plan, pairs: int) -> dict[str, Any]:
-        inputs = self._questions(self.tasks[0], "dev", 0, 1, "prompt").batches[0]
-        with patched_with(self._twin, plan):
-            times, _ = time_pairs(self.model, self._twin, inputs, pairs)
-        unpatched, patched = times[:, 0, 0], times[:, 1, 0]
-        share, *ci = median_interval(patched / unpatched)
-        return {
-            "pairs": pairs,
-            "unpatched_s": float(np.median(unpatched)),
-            "patched_s": float(np.median(patched)),
-            "share": share,
-            "ci": ci,
-        }
-
-    def _questions(self, task: str, split: str, start: int, stop: int, protocol: str) -> Questions:
-        """A block, preprocessed once: all of them of the dev split, of others one task's."""
-        name = task, split, start, stop, protocol
-        if name not in self._blocks:
-            if split != "dev" and any(held[:2] != (task, split) for held in self._blocks):
-                self._blocks.clear()
-                self._tower.forget()
-            make = sources.source_of(task).make
-            samples = [make(task, split, index, self.style) for index in range(start, stop)]
-            self._blocks[name] = Questions(
-                self.processor, samples, self.batch_size, self.model.dtype, self.model.device,
-                protocol,
-            )  # fmt: skip
-        return self._blocks[name]
-
-
 @dataclass(frozen=True)
 class Record:
     """What is known of a plan on some questions.
 
     Attributes:
-        rows: outcomes, one text of 0 and 1 per task.
+        rows: scores from 0 to 1, one row per task.
         costs: mean per question, by `UNITS`; `latency`, in seconds, where it was measured.
     """
 
-    rows: list[str]
+    rows: list[list[float]]
     costs: dict[str, float]
-
-    @property
-    def bits(self) -> list[list[bool]]:
-        """`rows`, as `mllm.eval.stats` takes them."""
-        return [[value == "1" for value in row] for row in self.rows]
 
     @property
     def n(self) -> int:
@@ -178,8 +92,15 @@ class Record:
 
     @property
     def score(self) -> float:
-        """Share of right answers."""
-        return sum(row.count("1") for row in self.rows) / self.n
+        """Mean of all questions: where they are right or wrong, the share of right answers."""
+        return sum(map(sum, self.rows)) / self.n
+
+
+def outcomes(scores: Sequence[float]) -> str | list[float]:
+    """Scores as a journal has them: a text of 0 and 1, or else a list."""
+    if all(score in (0, 1) for score in scores):
+        return "".join("01"[int(score)] for score in scores)
+    return [round(float(score), 2) for score in scores]
 
 
 class Journal:
@@ -198,7 +119,6 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike, evaluator: Evaluator) -> None:
         self.path, self.evaluator = Path(path), evaluator
-        self.asked = self.reused = 0
         self._file = cells.ResultsFile(path)
         self._about = {"kind": "about", "schema": SCHEMA, **evaluator.about}
 
@@ -222,20 +142,43 @@ class Journal:
         Raises:
             Refused: the model cannot run the plan.
         """
-        rows, sums = [], dict.fromkeys(UNITS, 0.0)
-        named = {"kind": "answers", "plan": plan.spec, "plan_sha256": plan.sha256}
-        for task in tasks:
-            row = ""
-            own = [self.evaluator.size(task, split, edge) for edge in edges]
-            for start, stop in zip([0, *own], own, strict=False):
-                if start == stop:
-                    continue
-                block = self._block(plan, named, task, split, start, stop)
-                row += block["outcomes"]
-                sums = {name: value + block[name] for name, value in sums.items()}
-            rows.append(row)
+        named = self._named("answers", plan)
+        blocks = {
+            task: [Block(task, split, *ends) for ends in self._ends(task, split, edges)]
+            for task in tasks
+        }
+        lines = {
+            block: {**named, "data": self.evaluator.data(block), **block._asdict()}
+            for own in blocks.values()
+            for block in own
+        }
+        missing = [block for block, line in lines.items() if _name(line) not in self._known]
+        for block, found in self._ask(plan, missing):
+            self._put(lines[block] | found)
+        known = {block: self._known[_name(line)] for block, line in lines.items()}
+        rows = [
+            [float(score) for block in own for score in known[block]["outcomes"]]
+            for own in blocks.values()
+        ]
         n = sum(map(len, rows))
+        sums = {name: sum((one[name] for one in known.values()), 0.0) for name in UNITS}
         return Record(rows, {name: value / n for name, value in sums.items()})
+
+    def _ends(self, task: str, split: str, edges: Sequence[int]) -> list[tuple[int, int]]:
+        own = [self.evaluator.size(task, split, edge) for edge in edges]
+        return [ends for ends in zip([0, *own], own, strict=False) if ends[0] < ends[1]]
+
+    def _ask(
+        self, plan: Plan, blocks: Sequence[Block]
+    ) -> Iterator[tuple[Block, dict[str, Any]]]:
+        """What the evaluator says to blocks that are not known."""
+        answered = iter(self.evaluator.ask(plan, blocks)) if blocks else iter(())
+        while True:
+            with _refusals(plan):
+                one = next(answered, None)
+            if one is None:
+                return
+            yield one
 
     def timing(self, plan: Plan, pairs: int) -> dict[str, Any]:
         """The evaluator's timing of a plan, measured once on a device, with so many threads.
@@ -244,27 +187,16 @@ class Journal:
             Refused: the model cannot run the plan.
         """
         where = {name: self.evaluator.about.get(name) for name in _MACHINE}
-        line = {"kind": "timing", "plan": plan.spec, "plan_sha256": plan.sha256, "pairs": pairs}
-        line |= where
+        line = {**self._named("timing", plan), "pairs": pairs, **where}
         if (known := self._known.get(_name(line))) is None:
             with _refusals(plan):
                 known = line | self.evaluator.time(plan, pairs)
             self._put(known)
         return known
 
-    def _block(
-        self, plan: Plan, named: dict[str, Any], task: str, split: str, start: int, stop: int
-    ) -> dict[str, Any]:
-        asked = {"task": task, "data": self.evaluator.data(task, split), "split": split}
-        line = {**named, **asked, "start": start, "stop": stop}
-        if (known := self._known.get(_name(line))) is None:
-            with _refusals(plan):
-                known = line | self.evaluator.ask(plan, task, split, start, stop)
-            self._put(known)
-            self.asked += stop - start
-        else:
-            self.reused += stop - start
-        return known
+    def _named(self, kind: str, plan: Plan) -> dict[str, Any]:
+        learnt = adapters.digest(plan.folder)
+        return {"kind": kind, "plan": plan.spec, "plan_sha256": plan.sha256, **learnt}
 
     def _put(self, line: dict[str, Any]) -> None:
         self._file.append(line)
@@ -277,7 +209,7 @@ def _refusals(plan: Plan) -> Iterator[None]:
     try:
         yield
     except MllmError as error:
-        if not plan.stages:
+        if not plan.stages or error.argument == "workers":  # a process that died
             raise
         raise Refused(str(error)) from error
 
@@ -294,7 +226,8 @@ _MACHINE = ("device", "threads")
 def _name(line: dict[str, Any]) -> tuple:
     """What tells a line from others."""
     where = [line.get(key) for key in _MACHINE] if line["kind"] == "timing" else []
-    return line["kind"], *(line[key] for key in _NAMES[line["kind"]]), *where
+    own = [line[key] for key in _NAMES[line["kind"]]]
+    return line["kind"], *own, line.get("adapter_sha256"), *where
 
 
 def read(path: str | os.PathLike, about: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm.errors import MllmError, PlanError
 from mllm.eval.plans import budgets_slots
-from mllm.plan import Plan, get_method
+from mllm.loading import model_path
+from mllm.plan import PLAN_FILE, Plan, get_method
 from mllm.plan import methods as known_methods
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 BEFORE, INSIDE, CACHE = "before", "inside", "cache"
 PLACES = (BEFORE, INSIDE, CACHE)
 NONE = "none"
+LEARNT = "learnt"
 #: Searched unless others are named; the sanity methods first, and those on the cache only where
 #: its memory is what counts.
 METHODS = (
@@ -58,7 +62,7 @@ class Candidate:
         if len(stages) > 1:
             fault = "is a stack; stacks are what is searched: name its methods apart"
         elif stage.info.trained:
-            fault = "must be trained"
+            fault = "must be trained, and what has been is searched with --adapter"
         elif stage.site not in _PLACE_OF:
             own = "+".join(own.info.name for own in Plan(stages).stages)
             fault = f"is several stages; name those of them that you mean: {own}"
@@ -104,6 +108,76 @@ _PLACE_OF = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """A plan that has been trained; one candidate by itself, for it was trained as a whole.
+
+    Attributes:
+        plan: with the folder of what it has learnt, if that is more than the model's own weights.
+        trained: budgets that one set of weights serves; None where there is one plan alone.
+    """
+
+    plan: Plan
+    trained: Sequence[int] | None
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike, model: str | os.PathLike) -> Learnt:
+        """From a folder that training wrote.
+
+        Args:
+            folder: `routers` or `model` of a run, or what `save_adapter` wrote.
+            model: path of the model. Some methods (M3) teach the model and have no weights of
+                their own: of these the folder is the model's.
+
+        Raises:
+            PlanError: nothing was learnt there, or not by this model.
+        """
+        from mllm.routers.adapter import HEADER, is_adapter
+
+        plan = Plan.of(folder) if (Path(folder) / PLAN_FILE).is_file() else None
+        own = Path(model_path(model)).resolve() == Path(folder).resolve()
+        if plan is None or not any(stage.info.trained for stage in plan.stages):
+            fault = "has no plan" if plan is None else f"has {plan.spec}, which learns nothing"
+        elif is_adapter(folder) or own:
+            fault = None
+        else:
+            fault = f"has no {HEADER}, and is not the model that has learnt"
+        if fault:
+            raise PlanError(
+                f"{folder} is no adapter: it {fault}",
+                argument="adapter",
+                given=folder,
+                expected=f"a folder with {PLAN_FILE} and {HEADER}, as training writes it",
+            )
+        budgets = [stage.trained() for stage in plan.stages if "keep" in stage.free]
+        return cls(plan, budgets[0] if len(budgets) == 1 else None)
+
+    @property
+    def names(self) -> set[str]:
+        """Methods that have to be learnt, under the names that a plan may give them."""
+        stages = (*self.plan.written, *self.plan.stages)
+        return {stage.info.name for stage in stages if stage.info.trained}
+
+    def budgets(self, shares: Sequence[float], tokens: int) -> list[int]:
+        """Trained budgets to choose from, rising: all, or of many those next to the shares; none
+        above the tokens of an image, but for the least."""
+        fit = sorted(self.trained or ())
+        fit = [n for n in fit if n <= tokens] or fit[:1]
+        if len(fit) <= len(SHARES):
+            return fit
+        return sorted({min(fit, key=lambda n: abs(n - share * tokens)) for share in shares})
+
+    def at(self, budget: int) -> Plan:
+        """The plan under one of the trained budgets."""
+        stages = [
+            stage.replace(keep=budget) if "keep" in stage.free else stage
+            for stage in self.plan.stages
+        ]
+        plan = Plan(stages, self.plan.seed)
+        plan.folder = self.plan.folder
+        return plan
+
+
 class Space:
     """Candidates, shares and layers, as Optuna asks for them.
 
@@ -112,6 +186,7 @@ class Space:
         shares: budgets to choose from, in (0, 1].
         tokens: visual tokens of an image.
         num_layers: decoder layers.
+        learnt: a trained plan, which is searched besides.
 
     Raises:
         PlanError: a template that cannot be searched.
@@ -119,11 +194,18 @@ class Space:
     """
 
     def __init__(
-        self, templates: Sequence[str], shares: Sequence[float], tokens: int, num_layers: int
+        self,
+        templates: Sequence[str],
+        shares: Sequence[float],
+        tokens: int,
+        num_layers: int,
+        learnt: Learnt | None = None,
     ) -> None:
         self.shares = check_shares(shares)
         self.tokens, self.num_layers = tokens, num_layers
-        found = candidates(templates)
+        self.learnt = learnt
+        self.budgets = learnt.budgets(self.shares, tokens) if learnt else []
+        found = candidates(templates, learnt)
         self.places = {
             place: {text: one for text, one in found.items() if one.place == place}
             for place in PLACES
@@ -133,10 +215,19 @@ class Space:
     def design(self) -> list[dict[str, Any]]:
         """What is tried first: every method alone at its paper's layer, with much, then little."""
         much, little = [], []
+        without = {}
+        if self.learnt:
+            first = {LEARNT: self.learnt.plan.spec}
+            count = len(self.budgets)
+            if count:
+                little.append({**first, f"{LEARNT}_budget": count // 3})
+                first[f"{LEARNT}_budget"] = 2 * count // 3
+            much.append(first)
+            without = {LEARNT: NONE}
         for place, own in self.places.items():
             others = {other: NONE for other in self.places if other != place}
             for text, one in own.items():
-                first = {place: text, **others}
+                first = {place: text, **others, **without}
                 if one.layered:
                     layer = one.stage.at_depth(self.num_layers).layer
                     first["layer"] = max(1, min(layer, self.num_layers - 1))
@@ -153,6 +244,16 @@ class Space:
         Raises:
             PlanError: a method cannot do what is proposed.
         """
+        if self.learnt:
+            spec = self.learnt.plan.spec
+            names = [NONE, spec] if self.places else [spec]
+            if trial.suggest_categorical(LEARNT, names) == spec:
+                if not self.budgets:
+                    return self.learnt.plan
+                last = len(self.budgets) - 1
+                return self.learnt.at(
+                    self.budgets[trial.suggest_int(f"{LEARNT}_budget", 0, last)]
+                )
         chosen: dict[str, Any] = {}
         for place, own in self.places.items():
             names = [*own] if len(self.places) == 1 else [NONE, *own]
@@ -179,8 +280,8 @@ class Space:
         return Plan(stages.values()) if stages else None
 
 
-def candidates(templates: Sequence[str]) -> dict[str, Candidate]:
-    """Candidates by the text that names them.
+def candidates(templates: Sequence[str], learnt: Learnt | None = None) -> dict[str, Candidate]:
+    """Candidates by the text that names them, but for methods of a trained plan.
 
     Raises:
         PlanError: a template that cannot be searched.
@@ -188,11 +289,13 @@ def candidates(templates: Sequence[str]) -> dict[str, Candidate]:
     """
     found: dict[str, Candidate] = {}
     for text in templates:
+        if learnt and text in learnt.names:
+            continue
         if text == "all":
             found |= {name: Candidate.of(name) for name in searchable()}
         else:
             found[text] = Candidate.of(text)
-    if not found:
+    if not found and not (learnt and templates):
         raise MllmError(
             "no methods to search",
             argument="methods",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from mllm.eval.plans import UNPATCHED
 from mllm.eval.stats import LEVEL
 
+T = TypeVar("T")
 _VERDICTS = {
     "better": "{names} {beat} random",
     "not better": "{names} {be} not better than random",
@@ -29,6 +30,18 @@ KV_BUDGETS = (
 def has_shares(rows: Iterable[dict[str, Any]]) -> bool:
     """Whether some budgets are shares of the slots of a KV cache."""
     return any(isinstance(row["budget"], float) for row in rows)
+
+
+def by_budget(
+    rows: Iterable[T], budget_of: Callable[[T], int | float | None]
+) -> list[tuple[int | float | None, list[T]]]:
+    """Rows of equal budget together, in their order."""
+    # 1 token and all slots, 1.0, are equal as numbers.
+    groups: dict[Any, list[T]] = {}
+    for row in rows:
+        budget = budget_of(row)
+        groups.setdefault((type(budget), budget), []).append(row)
+    return [(budget, members) for (_, budget), members in groups.items()]
 
 
 def verdict(method: str, figures: dict[str, Any], budget: int | float | None = None) -> str:
@@ -72,9 +85,9 @@ def paragraphs(table: dict[str, Any]) -> list[str]:
 
 def _compared(table: dict[str, Any]) -> list[str]:
     rows = table["rows"]
-    budgets = dict.fromkeys(row["budget"] for row in rows if row["vs_random"])
-    said = [_at_budget(budget, rows, table["tasks"]) for budget in budgets]
-    if budgets:
+    groups = by_budget((row for row in rows if row["vs_random"]), lambda row: row["budget"])
+    said = [_at_budget(budget, compared, table["tasks"]) for budget, compared in groups]
+    if groups:
         said.append(
             f"Each comparison is paired on the same questions ({per_task(table)} per task); the "
             "brackets are 95 % bootstrap intervals of the difference in points, one by one. A "
@@ -87,12 +100,14 @@ def _compared(table: dict[str, Any]) -> list[str]:
     if table["missing"]:
         said.append(f"Not finished, and so not in the rows: {_missing(table['missing'])}.")
     if table["left_out"]:
-        many = table["left_out"] > 1
-        said.append(
-            f"{table['left_out']} {'cells' if many else 'cell'} with fewer questions than others "
-            f"of the same task {'were' if many else 'was'} left out."
-        )
+        said.append(left_out(table["left_out"]))
     return said
+
+
+def left_out(count: int) -> str:
+    """The sentence about cells that asked less than others."""
+    cells, were = ("cells", "were") if count > 1 else ("cell", "was")
+    return f"{count} {cells} with fewer questions than others of the same task {were} left out."
 
 
 def per_task(table: dict[str, Any]) -> str:
@@ -100,6 +115,12 @@ def per_task(table: dict[str, Any]) -> str:
     counts = {figures["n"] for row in table["rows"] for figures in row["tasks"].values()}
     low, high = min(counts, default=table["n"]), max(counts, default=table["n"])
     return str(low) if low == high else f"{low} to {high}"
+
+
+def seeds(table: dict[str, Any]) -> str:
+    """The seeds of all rows."""
+    found = sorted({seed for row in table["rows"] for seed in row["seeds"]})
+    return f"seed{'s' * (len(found) != 1)} {', '.join(map(str, found))}"
 
 
 def points(versus: dict[str, Any]) -> str:
@@ -113,8 +134,9 @@ def or_dash(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _at_budget(budget: int | float, rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
-    compared = [row for row in rows if row["budget"] == budget and row["vs_random"]]
+def _at_budget(
+    budget: int | float, compared: Sequence[dict[str, Any]], tasks: Sequence[str]
+) -> str:
     parts = []
     for found, pattern in _VERDICTS.items():
         names = [

@@ -12,6 +12,7 @@ compute capability 8.0 and 9.0.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import logging
@@ -113,7 +114,8 @@ def run(name: str, reference: Callable[..., T], *args: Any, **kwargs: Any) -> T:
             )  # fmt: skip
         _say(name, why)
         return reference(*args, **kwargs)
-    return getattr(module, name)(*args, **kwargs)
+    with _current(tensors[0].device):
+        return getattr(module, name)(*args, **kwargs)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -122,6 +124,13 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+        elif dataclasses.is_dataclass(value):
+            yield from _tensors(vars(value).values())
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current GPU, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _obstacle(mode: Mode, tensors: list[Tensor]) -> str | None:

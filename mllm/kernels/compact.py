@@ -24,12 +24,14 @@ def _gather(
     place = tl.program_id(0).to(tl.int64)
     sample, column = place // kept, place % kept
     row = tl.load(rows + sample * rb + column * rn)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # 64 bits, as everything that a stride is multiplied by: tensors may have 2**31 elements.
+    at = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     for i in tl.static_range(len(sources)):
         there = at < widths[i]
         source = sources[i] + sample * batch_strides[i] + row * row_strides[i] + at * strides[i]
         target = targets[i] + place * widths[i] + at
-        for outer in range(outers[i]):
+        for plane in range(outers[i]):
+            outer = tl.cast(plane, tl.int64)
             x = tl.load(source + outer * outer_strides[i], mask=there)
             tl.store(target + outer * batch * kept * widths[i], x, mask=there)
 

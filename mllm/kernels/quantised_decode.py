@@ -76,7 +76,8 @@ def unsupported(
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot do it."""
     held = [getattr(side, "low", side.codes) for side in (keys, values)]
-    for t in (*held, keys.codes, values.codes):
+    steps = [getattr(side, "step", side.codes) for side in (keys, values)]
+    for t in (*held, *steps, keys.codes, values.codes):
         if not t.is_contiguous():
             return f"a stride of {t.stride()}"
     return cannot(query, {t.dtype for t in held}, shape[1], _width(values))

@@ -23,6 +23,7 @@ BLOCK = 2**14  # bytes of a block of keys, at most: several have to fit into sha
 LEAST = 16  # rows, and channels, that a matrix product has at least
 GROUP = 64  # heads that share their keys, at most
 WIDTH = 256  # channels of a head, at most
+CELLS = 2**16 - 1  # samples x key heads, at most: what CUDA launches along one of its axes
 FLOATS = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -155,6 +156,8 @@ def cannot(query: Tensor, dtypes: set[torch.dtype], kv_heads: int, value_width: 
         return f"heads of {query.shape[3]} and {value_width} channels; at most {WIDTH}"
     if query.shape[1] // kv_heads > GROUP:
         return f"{query.shape[1] // kv_heads} heads share their keys; at most {GROUP}"
+    if query.shape[0] * kv_heads > CELLS:
+        return f"{query.shape[0]} samples of {kv_heads} key heads; at most {CELLS} in all"
     return None
 
 

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mllm.kernels.ragged_decode import CELLS
+
 PART = 512  # keys of a part of the first pass, unless there are very many
 PARTS = 32  # at most
 ROWS = 64  # heads x rows of a tile, at most
@@ -46,7 +48,10 @@ def _logits(
     kb, kh, kn, kd, mb, mh, mq, mk,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Scaled logits `[rows, keys]` of keys `n`; -inf where a query does not see."""
+    """Scaled logits `[rows, keys]` of keys `n`; -inf where a query does not see.
+
+    `kv`, `head` and `n` have 64 bits: tensors may have 2**31 elements.
+    """
     there = n < keys
     k = tl.load(
         key + batch * kb + kv * kh + n[None] * kn + d[:, None] * kd,
@@ -96,8 +101,9 @@ def _softmax(
     m = tl.full((BR * BG,), float("-inf"), tl.float32)
     s = tl.zeros((BR * BG,), tl.float32)
     for start in range(this * part, tl.minimum((this + 1) * part, keys), BN):
+        n = (start + tl.arange(0, BN)).to(tl.int64)
         x = _logits(
-            q, key, mask, batch, kv, head, at, real, start + tl.arange(0, BN), d,
+            q, key, mask, batch, kv, head, at, real, n, d,
             keys, width, behind, scaling, hidden, kb, kh, kn, kd, mb, mh, mq, mk,
             MASK, CAUSAL, UPCAST,
         )  # fmt: skip
@@ -125,13 +131,15 @@ def _weights(
     group = heads // kv_heads
     real = (r < count) & (g < group)
     at = tl.load(rows + batch * rb + r * rn, mask=real, other=0)
-    d, n, p = tl.arange(0, BD), block * BN + tl.arange(0, BN), tl.arange(0, BP)
+    d, p = tl.arange(0, BD), tl.arange(0, BP)
+    n = (block * BN + tl.arange(0, BN)).to(tl.int64)
     there = n < keys
     tiles, cells = tl.num_programs(1), tl.num_programs(2) * kv_heads
     line = tile * BR + tl.arange(0, BR)
     found = tl.zeros((BR, BN), tl.float32)
     blind = tl.zeros((BR,), tl.int32)
-    for kv in range(0, kv_heads):
+    for number in range(0, kv_heads):
+        kv = tl.cast(number, tl.int64)
         head = kv * group + g
         q = _queries(query, batch, head, at, real, d, width, qb, qh, qn, qd, UPCAST)
         x = _logits(
@@ -184,6 +192,8 @@ def unsupported(
         return f"heads of {query.shape[3]} channels; at most 256"
     if query.shape[1] // key.shape[1] > ROWS:
         return f"{query.shape[1] // key.shape[1]} heads share their keys; at most {ROWS}"
+    if key.shape[0] * key.shape[1] > CELLS:
+        return f"{key.shape[0]} samples of {key.shape[1]} key heads; at most {CELLS} in all"
     if mask is not None and mask.dim() == 4 and not (
         mask.dtype == torch.bool or mask.dtype.is_floating_point
     ):  # fmt: skip

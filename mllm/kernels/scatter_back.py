@@ -22,7 +22,8 @@ def _scatter(
     place = tl.program_id(0).to(tl.int64)
     sample, column = place // kept, place % kept
     row = tl.load(rows + sample * rb + column * rn)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # 64 bits, as everything that a stride is multiplied by: tensors may have 2**31 elements.
+    at = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     there = at < width
     if SOME:
         there = there & (tl.load(real + sample * eb + column * en) != 0)

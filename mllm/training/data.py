@@ -24,7 +24,7 @@ from mllm.errors import DataError
 from mllm.eval import sources
 from mllm.loading import PLACEHOLDER, chat_content, load_image
 from mllm.training.reading import read
-from mllm.training.recipe import DataPart
+from mllm.training.schema import DataPart
 from mllm.training.video import Clip, check_decoder, read_clip
 from mllm.views import with_tiles
 from mllm.yardstick import prompt

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mllm.training.data import IGNORED
-from mllm.training.recipe import DistillPart
+from mllm.training.schema import DistillPart
 from mllm.views import VIEW
 
 

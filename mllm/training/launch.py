@@ -246,7 +246,7 @@ def spawn(nproc: int, arguments: Sequence[str]) -> dict[str, Any]:
         MllmError: the error of the first process, or that a process has died.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={nproc}", "-m", "mllm.cli", "train", *arguments, "--json"]
+    command += [f"--nproc_per_node={nproc}", "-m", "mllm", "train", *arguments, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     try:

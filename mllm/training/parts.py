@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mllm.models import resolve as resolve_family
-from mllm.training.recipe import LearningRates, Recipe
+from mllm.training.recipe import Recipe
+from mllm.training.schema import LearningRates
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 NEW = "new_modules"

@@ -18,8 +18,9 @@ from mllm.errors import DataError
 from mllm.eval.files import write_json, write_text
 from mllm.eval.provenance import weights_sha256
 from mllm.loading import load_model
-from mllm.training.recipe import EvalPart, load
+from mllm.training.recipe import load
 from mllm.training.run import evaluate
+from mllm.training.schema import EvalPart
 from mllm.training.trainer import sha256_file
 from mllm.yardstick import TASKS, samples
 from mllm.yardstick.saliency import cls_attention_auc

@@ -22,7 +22,8 @@ from mllm.eval.stats import wilson
 from mllm.plan import Plan
 from mllm.training.card import write_card, write_loss_plot
 from mllm.training.launch import World, barrier, joined, on_first, refuse_stages
-from mllm.training.recipe import EvalPart, Recipe, load
+from mllm.training.recipe import Recipe, load
+from mllm.training.schema import EvalPart
 from mllm.training.stages import RECORD, plan_of, save_whole, tune
 
 BATCH = 16  # questions answered at once

@@ -28,9 +28,12 @@ def object_patches(sample: dict[str, Any]) -> np.ndarray:
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: chance that a positive outranks a negative (Mann-Whitney)."""
-    ranks = np.empty(len(scores))
-    ranks[np.argsort(scores)] = np.arange(1, len(scores) + 1)
+    """Area under the ROC curve: chance that a positive outranks a negative (Mann-Whitney).
+
+    Equal scores count half.
+    """
+    _, which, alike = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(alike) - (alike - 1) / 2)[which]
     good = int(positive.sum())
     above = ranks[positive].sum() - good * (good + 1) / 2
     return float(above / (good * (len(scores) - good)))

@@ -51,7 +51,7 @@ if (bar) {
 // Columns that sort the rows of every budget.
 const value = (row, column) => {
   const cell = row.cells[column], text = cell ? cell.dataset.v ?? cell.textContent.trim() : "";
-  const number = parseFloat(text.replace("−", "-"));
+  const number = parseFloat(text.replace("−", "-").replace(/,(?=\d{3})/g, ""));
   return Number.isNaN(number) ? text : number;
 };
 const compare = (a, b) => typeof a === typeof b

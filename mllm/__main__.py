@@ -1,0 +1,5 @@
+"""`python -m mllm`: the `mllm` command."""
+
+from mllm.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""The calls of a patched model that are open in this thread, from the outside in.
+
+Who opens one closes it in `finally`, so that neither an exception nor a KeyboardInterrupt leaves
+anything behind; they are context variables, so that threads do not meet.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mllm.compressors.base import TokenReducer
+from mllm.routers.account import Routing
+
+if TYPE_CHECKING:
+    from mllm.bound import Bound
+    from mllm.chunks import Chunks
+    from mllm.in_llm import DecoderRun
+
+
+@dataclass
+class Prompt:
+    """What generate() knows: the length of the prompt, and whether it drafts for assisted decoding.
+
+    transformers gives no pictures to a model that drafts.
+    """
+
+    patched: Bound
+    length: int | None
+    drafts: bool
+    given: dict[str, Any] | None = None  # arguments, with the ids
+    chunk: int | None = None  # rows of the prompt that the decoder reads at a time
+    views: dict[str, Any] = field(default_factory=dict)  # tiles of its pictures
+
+
+@dataclass
+class Call:
+    """What the top-level call knows and the base model is not told."""
+
+    patched: Bound
+    labels: Tensor | None
+    logits_to_keep: Any
+    routing: Routing | None = None
+    stages: dict[int, TokenReducer] = field(default_factory=dict)  # in training, by number
+    views: dict[str, Any] = field(default_factory=dict)  # tiles of its pictures
+
+
+PROMPT: ContextVar[Prompt | None] = ContextVar("mllm_prompt", default=None)
+CALL: ContextVar[Call | None] = ContextVar("mllm_call", default=None)
+FORWARD: ContextVar[DecoderRun | None] = ContextVar("mllm_forward", default=None)
+CHUNKS: ContextVar[Chunks | None] = ContextVar("mllm_chunks", default=None)
+
+
+def prompt_of(patched: Bound) -> Prompt:
+    """The call of this model's generate(), or one that knows nothing."""
+    return _own(PROMPT, patched) or Prompt(patched, None, False)
+
+
+def call_of(patched: Bound) -> Call | None:
+    """The call of this model."""
+    return _own(CALL, patched)
+
+
+def run_of(patched: Bound) -> DecoderRun | None:
+    """The forward pass of this model's base model."""
+    return _own(FORWARD, patched)
+
+
+def _own(variable: ContextVar, patched: Bound) -> Any:
+    open_now = variable.get()
+    return open_now if open_now is not None and open_now.patched is patched else None

@@ -1,5 +1,0 @@
-"""`python -m mllm.cli`."""
-
-from mllm.cli import main
-
-main()
