@@ -197,7 +197,7 @@ def main() -> None:
     found = {"n": part.limit * len(part.tasks), "methods": methods}
     publish("compression", page, found, record, given.overrides)
     made = json.loads((RESULTS / "compression.json").read_text())
-    write_text(RESULTS / "compression.svg", picture(made))
+    write_text(RESULTS.parents[1] / "docs" / "learned.svg", picture(made))
 
 
 if __name__ == "__main__":
