@@ -178,6 +178,4 @@ def test_a_point_without_memory_is_recorded(study):
 @pytest.mark.slow
 def test_the_page_is_that_of_the_result():
     script = runpy.run_path(str(ROOT / "scripts" / "make_scaling.py"))
-    if not list(script["RESULTS"].glob("scaling-*.json")):
-        pytest.skip("nothing was measured")
     script["main"](["--check"])

@@ -31,6 +31,14 @@ DeviceOption = Annotated[
     typer.Option("--device", help="cpu, cuda, cuda:1, ...; the GPU when there is one."),
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Folder with local copies of public data sets; nothing is "
+                 "fetched."),
+]  # fmt: skip
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes: on the CPU, or with a GPU each.")
+]
 
 # Typer carries its own copy of click in some releases and imports click in others.
 UsageError, ClickException = typer.BadParameter.__mro__[1:3]

@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mllm.cli._common import DeviceOption, DtypeOption, JsonOption, ModelOption, run_command
+from mllm.cli._common import (
+    DataDirOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    WorkersOption,
+    run_command,
+)
 
 
 def command(
@@ -35,13 +43,8 @@ def command(
             help="Folder for results, samples and answers; the same command goes on there.",
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with local copies of public data sets; nothing is fetched."),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes: on the CPU, or with a GPU each.")
-    ] = 1,
+    data_dir: DataDirOption = None,
+    workers: WorkersOption = 1,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder for answers that several outputs share, instead of --output."),

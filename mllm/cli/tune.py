@@ -14,10 +14,12 @@ from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
 from mllm.cli._common import (
+    DataDirOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
+    WorkersOption,
     err_console,
     run_command,
 )
@@ -101,13 +103,8 @@ def command(
         typer.Option(help="Folder with what a plan has learnt: it is searched too, by itself, "
                      "under the budgets that it was trained for."),
     ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with local copies of public data sets; nothing is fetched."),
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes: on the CPU, or with a GPU each.")
-    ] = 1,
+    data_dir: DataDirOption = None,
+    workers: WorkersOption = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     dry_run: Annotated[
