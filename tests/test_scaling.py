@@ -8,6 +8,7 @@ import re
 import runpy
 from dataclasses import asdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -83,6 +84,9 @@ def test_a_sweep_goes_on_and_makes_the_page(study, script, tmp_path):
     assert "| 96 | 1 | – | out of memory | – |" in made and made.count("tiny-llava") == 2
     assert made.index("| 48 | 1 |") < made.index("| 96 | 1 |"), "in order, whenever measured"
     assert "| 12 | 1 | 2, a look |" in made and "**Nothing in this table" in made
+    drawn = script["picture"](results)
+    assert ElementTree.fromstring(drawn).tag.endswith("svg") and "batch 1" in drawn
+    assert drawn == script["picture"](results), "the same file from the same rows"
 
 
 def planted(study, visual, pairs=30, **more):
