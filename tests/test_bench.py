@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mllm
-from mllm import flops
+from mllm import flops, shapes
 from mllm.cli import app
 from mllm.errors import DataError, PlanError
 from mllm.eval import (
@@ -309,6 +309,19 @@ def test_the_shapes_of_7b_models_are_theirs():
         }
     assert sizes["llava-1.5-7b"] == pytest.approx(7.06e9, rel=0.01)
     assert sizes["qwen2.5-vl-7b"] == pytest.approx(8.29e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "shape", [*bench_shapes.SHAPES.values(), TINY_QWEN, *shapes.SHAPES],
+    ids=lambda shape: getattr(shape, "name", shape),
+)  # fmt: skip
+def test_tokens_with_a_meaning_are_of_the_vocabulary(shape):
+    """transformers warns of others."""
+    config = bench_shapes.config_of(shape)
+    text = config.get_text_config()
+    named = {**config.to_dict(), **text.to_dict()}.items()
+    ids = {k: v for k, v in named if k[0] != "_" and k.endswith("_token_id") and type(v) is int}
+    assert not {k: v for k, v in ids.items() if not 0 <= v < text.vocab_size}
 
 
 @pytest.mark.parametrize("suite", SUITES)
