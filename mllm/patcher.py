@@ -52,7 +52,13 @@ from mllm.routers.upcycle import Upcycled
 from mllm.running import running
 from mllm.speculation import SelfSpeculation, drafting
 from mllm.tokens import Layout
-from mllm.validate import check_generation, check_plan, check_speculation, family_notes
+from mllm.validate import (
+    check_generation,
+    check_plan,
+    check_repeats,
+    check_speculation,
+    family_notes,
+)
 from mllm.vision_hooks import VisionHooks
 
 UNTRAINED = "new routers, which know nothing"
@@ -336,6 +342,8 @@ class Patched(Bound):
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         drafts, cache = bool(getattr(config, "is_assistant", False)), kwargs.get("past_key_values")
         self._carry_on(cache)
+        for kind in placeholders.brought(self, kwargs):
+            check_repeats(self.kinds[kind], config, kwargs)
         if self.family.mrope and ids is not None and cache is None:
             # Positions come from the pictures, before the prompt is read.
             placeholders.find(self, ids, kwargs, drafts)
