@@ -74,6 +74,7 @@ def timed(model: Any, inputs: Inputs) -> tuple[float, float, float]:
     return read - start, read - decoder, (end - read) / STEPS
 
 
+@bench.restoring_threads()
 def measure(
     shape: Shape, visual: int, batch: int, plan: str, pairs: int, dtype: str, device: str | None,
     threads: int | None,

@@ -144,7 +144,7 @@ def _answers(run: DecoderRun, table: TokenTable) -> Tensor:
 
 def _answer_loss(run: DecoderRun, table: TokenTable, hidden: Tensor) -> Tensor:
     """What the head would lose if `hidden`, over the rows of `table`, left the last layer."""
-    labels = run.call.labels.to(hidden.device)
+    labels = run.brought.call.labels.to(hidden.device)
     following = F.pad(labels[:, 1:], (0, 1), value=-100).gather(1, table.index)
     there = (following != -100) & table.valid & ~table.inserted
     if run.pictured is not None:

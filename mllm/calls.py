@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mllm.bound import Bound
     from mllm.chunks import Chunks
     from mllm.in_llm import DecoderRun
+    from mllm.ledger import Reduction
+    from mllm.pre_llm import Prompts
+    from mllm.tokens import Counts, Layout
 
 
 @dataclass
@@ -46,6 +49,31 @@ class Call:
     routing: Routing | None = None
     stages: dict[int, TokenReducer] = field(default_factory=dict)  # in training, by number
     views: dict[str, Any] = field(default_factory=dict)  # tiles of its pictures
+
+
+@dataclass
+class Brought:
+    """What a call of the base model brings to its decoder, complete when that starts.
+
+    Attributes:
+        mask: the attention mask that the base model was given.
+        call: the call of the model around this one, if there was one.
+        counts: rows of every sample; None where nobody has counted them.
+        marks: placeholders by kind, `image` or `video`: bool `[batch, rows]`.
+        layouts: by kind, of the pixels that the base model was given.
+        prompts: by kind, the text that pre-LLM stages read; empty if none does.
+        reductions: by kind, what the pre-LLM stages decided.
+        answering: whether all rows are tokens that generate() has appended.
+    """
+
+    mask: Any
+    call: Call | None
+    counts: Counts | None
+    marks: dict[str, Tensor] = field(default_factory=dict)
+    layouts: dict[str, list[Layout]] = field(default_factory=dict)
+    prompts: dict[str, Prompts] = field(default_factory=dict)
+    reductions: dict[str, Reduction] = field(default_factory=dict)
+    answering: bool = False
 
 
 PROMPT: ContextVar[Prompt | None] = ContextVar("mllm_prompt", default=None)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mllm import compat
+from mllm.calls import Brought
 from mllm.compressors.base import TokenReducer, TowerReducer
 from mllm.errors import PlanError
 from mllm.in_llm import DecoderRun, known_tokens
@@ -111,9 +112,9 @@ class Chunks:
         for number, stop in enumerate(self.ends):
             kwargs = self._arguments(start, stop)
             mask = kwargs.get("attention_mask")
+            counts = Counts({}, self.counts[number], [0] * len(self.counts[number]))
             run = DecoderRun(
-                whole.patched, None, None, mask, call=whole.call,
-                counts=Counts({}, self.counts[number], [0] * len(self.counts[number])),
+                whole.patched, Brought(mask, whole.brought.call, counts),
                 full=_columns(whole.full, start, stop), prompt=whole.prompt[:, start:stop],
                 images=[[] for _ in whole.images], begins=number == 0,
                 ends=stop == self.ends[-1], stay=_part(self.stay, start, stop),

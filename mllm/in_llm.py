@@ -15,6 +15,7 @@ from mllm.actions import Insert, Keep, Merge, Protect, Write
 from mllm.ask import ask, kept
 from mllm.cache import SlotTable, adopt, note_rows
 from mllm.cache.events import CacheEvents
+from mllm.calls import Brought
 from mllm.capture import Captures
 from mllm.changes import Changes
 from mllm.compressors.base import LayerMethod
@@ -25,7 +26,6 @@ from mllm.rows import Rows
 from mllm.seats import Seats
 from mllm.tokens import (
     Counts,
-    Layout,
     TokenTable,
     count_rows,
     gather_parts,
@@ -38,26 +38,19 @@ from mllm.tokens import (
 
 if TYPE_CHECKING:
     from mllm.patcher import Patched
-    from mllm.pre_llm import Prompts
 
 
 @dataclass
 class DecoderRun:
-    """State of one forward pass, from the base model's hooks to the decoder's last layer.
+    """State of one forward pass of the decoder.
 
     Attributes:
         patched: the patched model (its plan, stages and family).
+        brought: what the call of the base model brings.
         visual: bool `[batch, rows]`, placeholders of this forward; None without any.
         reduction, seats: what the pre-LLM stages decided, and of which rows; set when the decoder
             starts.
-        marks: `visual` by kind, `image` or `video`.
-        reductions: by kind, set before the decoder runs.
-        layouts: by kind, of the pixels that the base model was given.
-        mask: the attention mask that the base model was given.
-        call: the call of the model around this one, if there was one.
-        prompts: by kind, the text that pre-LLM stages read; empty if none does.
-        counts: rows of every sample, as far as the base model's hooks have counted them.
-        answering: whether all rows are tokens that generate() has appended.
+        counts: rows of every sample.
         known: bool `[batch, tokens]`, tokens of the conversation that are no padding.
         full: table of the rows as the caller gave them.
         rows: those of the current stage; `table` is theirs.
@@ -85,13 +78,10 @@ class DecoderRun:
     """
 
     patched: Patched
-    visual: Tensor | None
-    reduction: Reduction | None
-    mask: Any
-    call: Any = None
-    prompts: dict[str, Prompts] = field(default_factory=dict)
+    brought: Brought
+    visual: Tensor | None = None
+    reduction: Reduction | None = None
     counts: Counts | None = None
-    answering: bool = False
     known: Tensor | None = None
     full: TokenTable | None = None
     rows: Rows | None = None
@@ -120,9 +110,6 @@ class DecoderRun:
     seats: Seats | None = None
     itemsize: int = 0
     entered: list[int] | None = None
-    marks: dict[str, Tensor] = field(default_factory=dict)
-    reductions: dict[str, Reduction] = field(default_factory=dict)
-    layouts: dict[str, list[Layout]] = field(default_factory=dict)
     begins: bool = True
     ends: bool = True
     stay: Tensor | None = None
@@ -144,7 +131,7 @@ class DecoderRun:
         decoder, layers = self.patched.family.decoder, self.patched.layers
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         if mask is not None and self.patched.family.hybrid:
-            mask = self.mask  # the base model has made its own
+            mask = self.brought.mask  # the base model has made its own
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise PlanError(
                 "a prepared attention mask (as static caches make it) cannot follow a plan",
@@ -217,16 +204,17 @@ class DecoderRun:
             length: logical length of the prompt, where generate() told it.
             labels: `[batch, rows]`, where the caller gave them.
         """
-        if self.counts is None or mask is not self.mask:
-            self.counts = self._counted(valid, mask is None or self.answering)
+        self.counts = self.brought.counts
+        if self.counts is None or mask is not self.brought.mask:
+            self.counts = self._counted(valid, mask is None or self.brought.answering)
         self._make_table(valid)
         self.rows = Rows(self.full, self.counts.valid, self.counts.seen)
         if self.prompt is None:
             self.prompt = self._prompt_rows(length, labels)
 
     def _counted(self, valid: Tensor, unpadded: bool) -> Counts:
-        if self.marks:
-            return count_rows(self.marks, valid)
+        if self.brought.marks:
+            return count_rows(self.brought.marks, valid)
         batch, rows = valid.shape
         lengths = [rows] * batch if unpadded else valid.sum(1).tolist()
         return Counts({}, lengths, [0] * batch)
@@ -240,7 +228,8 @@ class DecoderRun:
             self.images = [[] for _ in range(valid.shape[0])]
             return
         self.visual = self.visual.to(valid.device)
-        self.seats = Seats.of(self.marks, self.visual, self.reductions, self.counts)
+        own = self.brought
+        self.seats = Seats.of(own.marks, self.visual, own.reductions, self.counts)
         self.reduction, self.images = self.seats.reduction, self.seats.images
         self.full = TokenTable.prompt(valid, self.visual, start, self.seats.layouts)
 

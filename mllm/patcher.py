@@ -23,7 +23,18 @@ from torch import Tensor, nn
 from mllm import attention, compat, hub, placeholders
 from mllm.bound import Bound
 from mllm.cache import CacheMark, KVCache, cache_bytes
-from mllm.calls import CALL, CHUNKS, FORWARD, PROMPT, Call, Prompt, call_of, prompt_of, run_of
+from mllm.calls import (
+    CALL,
+    CHUNKS,
+    FORWARD,
+    PROMPT,
+    Brought,
+    Call,
+    Prompt,
+    call_of,
+    prompt_of,
+    run_of,
+)
 from mllm.chunks import Chunks, check_chunks
 from mllm.compressors.base import TokenReducer
 from mllm.errors import DataError, NoEffectError, PlanError
@@ -41,7 +52,13 @@ from mllm.routers.upcycle import Upcycled
 from mllm.running import running
 from mllm.speculation import SelfSpeculation, drafting
 from mllm.tokens import Layout
-from mllm.validate import check_generation, check_plan, check_speculation, family_notes
+from mllm.validate import (
+    check_generation,
+    check_plan,
+    check_repeats,
+    check_speculation,
+    family_notes,
+)
 from mllm.vision_hooks import VisionHooks
 
 UNTRAINED = "new routers, which know nothing"
@@ -325,6 +342,8 @@ class Patched(Bound):
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         drafts, cache = bool(getattr(config, "is_assistant", False)), kwargs.get("past_key_values")
         self._carry_on(cache)
+        for kind in placeholders.brought(self, kwargs):
+            check_repeats(self.kinds[kind], config, kwargs)
         if self.family.mrope and ids is not None and cache is None:
             # Positions come from the pictures, before the prompt is read.
             placeholders.find(self, ids, kwargs, drafts)
@@ -445,12 +464,13 @@ class Patched(Bound):
         if marks and self.reads_prompts:
             labels = None if call is None else call.labels
             prompts = placeholders.prompts(given, marks, counts, prompt.length, labels)
-        return DecoderRun(
-            self, visual, None, mask, call=call, prompts=prompts,
-            counts=counts, answering=answering, marks=marks, layouts=layouts,
-            routing=self._new_routing(None, None) if call is None else call.routing,
+        own = Brought(
+            mask, call, counts, marks, layouts, prompts,
             reductions={k: encoders[k].mllm_reduction for k in marks if encoders.get(k)},
-        )
+            answering=answering,
+        )  # fmt: skip
+        routing = self._new_routing(None, None) if call is None else call.routing
+        return DecoderRun(self, own, visual, routing=routing)
 
     def _check_asked(self, given: dict[str, Any]) -> None:
         for name in self.family.asks:
@@ -477,7 +497,8 @@ class Patched(Bound):
         if position is not None and position.shape[-1] > rows:
             # Called by hand with a mask, Qwen-VL counts stored tokens as well.
             kwargs["position_ids"] = position[..., -rows:]
-        length, labels = prompt_of(self).length, None if run.call is None else run.call.labels
+        call, length = run.brought.call, prompt_of(self).length
+        labels = None if call is None else call.labels
         size = self._chunk_size(run, kwargs)
         if size is not None:
             return (), self._read_chunks(Chunks(run, kwargs, size, length, labels))
@@ -583,7 +604,8 @@ class Patched(Bound):
             self._records.clear()  # a new conversation
         stored, meta = cache_bytes(cache)
         rows = run.full.valid.shape[1]
-        asked = run.call.logits_to_keep if run.call is not None else 0
+        call = run.brought.call
+        asked = 0 if call is None else call.logits_to_keep
         if isinstance(asked, Tensor):  # places, or a mask of every row
             asked = asked.shape[-1]
         record = Record(

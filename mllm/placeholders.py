@@ -51,14 +51,17 @@ def find(
         drafts: whether the model drafts for assisted decoding, and is given no pictures.
 
     Raises:
-        DataError: there are others than the pictures given have.
+        DataError: there are others than the pictures given have; images and videos that have the
+            same.
     """
     families = {kind: family for kind, family in patched.kinds.items() if family is not None}
     mask, encoders = given.get("attention_mask"), given.get("mm_encoder_outputs") or {}
     plain = isinstance(mask, Tensor) and mask.dim() == 2
     marks = {kind: ids == family.image_token_id for kind, family in families.items()}
-    counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
     kinds, layouts = brought(patched, given), {}
+    if len({family.image_token_id for family in families.values()}) < len(families):
+        marks = _of_one_kind(patched, marks, kinds)
+    counts = count_rows(marks, mask[:, -ids.shape[1] :] if plain else None)
     for kind in kinds:
         if encoders.get(kind) is None:
             families[kind].check(given)
@@ -70,6 +73,22 @@ def find(
                 encoders.get(kind),
             )  # fmt: skip
     return {kind: marks[kind] for kind in kinds}, counts, layouts
+
+
+def _of_one_kind(
+    patched: Bound, marks: dict[str, Tensor], kinds: list[str]
+) -> dict[str, Tensor]:
+    """Placeholders where images and videos have the same: a call has one kind of them."""
+    if len(kinds) > 1:
+        raise DataError(
+            f"images and videos of {type(patched.model).__name__} have the same placeholders, so "
+            "that transformers cannot have both in one call",
+            argument="pixel_values_videos",
+            given=" and ".join(kinds),
+            expected="images or videos",
+        )
+    own = kinds or ["image"]
+    return {kind: x if kind in own else torch.zeros_like(x) for kind, x in marks.items()}
 
 
 def _check_counts(

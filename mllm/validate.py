@@ -24,6 +24,7 @@ from mllm.errors import PlanError
 from mllm.plan import Plan
 
 if TYPE_CHECKING:
+    from mllm.models.base import Family
     from mllm.patcher import Patched
 
 
@@ -418,6 +419,28 @@ def check_generation(config: Any, given: Mapping[str, Any]) -> None:
             given=chunk,
             expected=f"None, or no {drafted[0]}" if drafted else "None, or use_cache=True",
         )
+
+
+def check_repeats(family: Family, config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse to repeat prompts with pictures that transformers does not repeat.
+
+    Args:
+        family: of the pictures that the prompts have.
+        config, given: as for :func:`check_generation`.
+
+    Raises:
+        PlanError: beams, or several answers to a prompt.
+    """
+    for name in () if family.repeats else ("num_beams", "num_return_sequences"):
+        count = given.get(name) or getattr(config, name, None) or 1
+        if count > 1:
+            raise PlanError(
+                f"transformers cannot repeat prompts of {type(family.model).__name__} that have "
+                "videos",
+                argument=name,
+                given=count,
+                expected=f"{name}=1, or pictures",
+            )
 
 
 def check_speculation(stages: Sequence[Any]) -> None:

@@ -71,7 +71,8 @@ class VisionHooks:
         decoder_run, call, prompt = run_of(patched), call_of(patched), prompt_of(patched)
         known, prompts = None, {}
         if decoder_run is not None:
-            known, prompts = decoder_run.layouts.get(kind), decoder_run.prompts
+            brought = decoder_run.brought
+            known, prompts = brought.layouts.get(kind), brought.prompts
         elif patched.reads_prompts and prompt.given is not None:
             given = prompt.given
             marks, counts, _ = placeholders.find(patched, given["input_ids"], given, drafts=False)
@@ -90,7 +91,7 @@ class VisionHooks:
         output.pooler_output = run.after(output.pooler_output)
         output.mllm_reduction = run.reduction
         if decoder_run is not None:
-            decoder_run.reductions[kind] = run.reduction
+            decoder_run.brought.reductions[kind] = run.reduction
         return output
 
     def _add_views(

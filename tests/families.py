@@ -37,6 +37,7 @@ class Picture:
         frames: of a video, 0 for an image.
         runs: neighbouring placeholders in the prompt.
         end: whether one separator stands behind it.
+        alike: whether its frames have the placeholders of images.
     """
 
     fields: dict[str, Tensor]
@@ -45,10 +46,11 @@ class Picture:
     frames: int = 0
     runs: tuple[int, ...] = ()
     end: bool = False
+    alike: bool = False
 
     @property
     def token(self) -> int:
-        return VIDEO if self.frames else IMAGE
+        return VIDEO if self.frames and not self.alike else IMAGE
 
 
 @dataclass
@@ -159,6 +161,18 @@ def _glm4v(config: type = hf.Glm4vConfig, net: type = hf.Glm4vForConditionalGene
 
 def _glm46v():
     return _glm4v(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration)
+
+
+def _glm_video(size: int, g: torch.Generator) -> Picture:
+    """Videos alone, for a call has one kind, and one of them has a single frame."""
+    frames, height, width = [(2, 4, 6), (1, 4, 6), (3, 4, 4)][size]
+    pixels = torch.randn(frames * height * width, 3 * 2 * 14 * 14, generator=g)
+    fields = dict(
+        pixel_values_videos=pixels, video_grid_thw=torch.tensor([[frames, height, width]])
+    )
+    tokens = height * width // 4
+    runs = (tokens,) * frames
+    return Picture(fields, frames * tokens, (height // 2, width // 2), frames, runs, alike=True)
 
 
 # Square pictures: LLaVA, InternVL, Idefics3
@@ -422,6 +436,8 @@ KITS: dict[str, Kit] = {
     "qwen2_vl_video": Kit(_qwen2_vl, _qwen_video, _cat, mrope=True),
     "qwen2_5_vl_video": Kit(_qwen2_5_vl, _qwen_video, _cat, mrope=True),
     "qwen3_vl_video": Kit(_qwen3_vl, _qwen3_video, _cat, mrope=True),
+    "glm4v_video": Kit(_glm4v, _glm_video, _cat, mrope=True),
+    "glm46v_video": Kit(_glm46v, _glm_video, _cat, mrope=True),
     "llava_onevision_video": Kit(
         _llava_onevision, _onevision_video, _cat, cells=_anyres_cells,
         separators=_anyres_separators,
@@ -503,13 +519,14 @@ def collate(family: str, batch: Sequence[Sample], side: str = "left") -> dict[st
     if family == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(ids)
     if KITS[family].mrope:
-        inputs["mm_token_type_ids"] = token_types(ids)
+        inputs["mm_token_type_ids"] = token_types(family, ids)
     return inputs
 
 
-def token_types(ids: Tensor) -> Tensor:
+def token_types(family: str, ids: Tensor) -> Tensor:
     """1 for images, 2 for videos."""
-    return (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    alike = family in ("glm4v_video", "glm46v_video")
+    return (ids == IMAGE).int() * (1 + alike) + 2 * (ids == VIDEO).int()
 
 
 def pairwise(

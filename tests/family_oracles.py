@@ -406,7 +406,7 @@ def positions(family: str, sample: Sample, n: int) -> Tensor:
     fields = KITS[family].join([sample.pictures])
     position, _ = reference(family).model.get_rope_index(
         sample.ids[None],
-        mm_token_type_ids=token_types(sample.ids)[None],
+        mm_token_type_ids=token_types(family, sample.ids)[None],
         image_grid_thw=fields.get("image_grid_thw"),
         video_grid_thw=fields.get("video_grid_thw"),
         attention_mask=torch.ones_like(sample.ids)[None],

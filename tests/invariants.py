@@ -78,6 +78,8 @@ def possible(family: str, attn: str, shape: str, stage: str, way: str) -> bool:
         return False  # assisted decoding takes one sample
     if family == "paligemma" and (way == "lookup" or (way == "no_cache" and not PRECOMPUTED)):
         return False  # tokens behind the prompt would become part of its prefix
+    if way in ("beams", "returns") and family in ("glm4v_video", "glm46v_video"):
+        return False  # its videos are not repeated
     repeats = way in ("beams", "returns") and mixes(family)
     if family == "llava_onevision_many" and (shape == "several" or repeats):
         return False  # its images are alone, or two of a sample

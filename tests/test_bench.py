@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import mllm
-from mllm import flops
+from mllm import flops, shapes
 from mllm.cli import app
 from mllm.errors import DataError, PlanError
 from mllm.eval import (
     bench,
     bench_clock,
     bench_decode,
+    bench_kernels,
     bench_kv,
     bench_machine,
     bench_prompt,
@@ -48,6 +49,11 @@ TINY_QWEN = Shape(
               rope_parameters=dict(rope_type="default", mrope_section=[2, 2, 2], rope_theta=1e4)),
     visual=(20,),
 )  # fmt: skip
+SUITES = {
+    "prefill": bench.prefill, "decode": bench_decode.decode, "kv": bench_kv.kv,
+    "selection": bench_selection.selection, "train": bench_train.train,
+    "dispatch": bench_routers.dispatch,
+}  # fmt: skip
 PROMISED = {
     "plan", "batch", "visual", "text", "dtype", "backend", "pairs", "ratio", "ratio_ci", "ideal",
     "share", "peak_bytes", "status",
@@ -305,7 +311,20 @@ def test_the_shapes_of_7b_models_are_theirs():
     assert sizes["qwen2.5-vl-7b"] == pytest.approx(8.29e9, rel=0.01)
 
 
-@pytest.mark.parametrize("suite", ["prefill", "decode", "kv", "selection", "train", "dispatch"])
+@pytest.mark.parametrize(
+    "shape", [*bench_shapes.SHAPES.values(), TINY_QWEN, *shapes.SHAPES],
+    ids=lambda shape: getattr(shape, "name", shape),
+)  # fmt: skip
+def test_tokens_with_a_meaning_are_of_the_vocabulary(shape):
+    """transformers warns of others."""
+    config = bench_shapes.config_of(shape)
+    text = config.get_text_config()
+    named = {**config.to_dict(), **text.to_dict()}.items()
+    ids = {k: v for k, v in named if k[0] != "_" and k.endswith("_token_id") and type(v) is int}
+    assert not {k: v for k, v in ids.items() if not 0 <= v < text.vocab_size}
+
+
+@pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_takes_the_options_of_all(suite, monkeypatch):
     """By keyword, with one meaning and one default; another keyword is an error at once."""
     seen = []
@@ -316,12 +335,7 @@ def test_every_suite_takes_the_options_of_all(suite, monkeypatch):
 
     monkeypatch.setattr(bench, "opened", opened)
     monkeypatch.setattr(bench_train, "prepare", lambda *_: None)
-    run = {
-        "prefill": bench.prefill, "decode": bench_decode.decode, "kv": bench_kv.kv,
-        "selection": bench_selection.selection, "train": bench_train.train,
-        "dispatch": bench_routers.dispatch,
-    }[suite]  # fmt: skip
-    more = {"plans": {"moe": None}} if suite == "dispatch" else {}
+    run, more = SUITES[suite], {"plans": {"moe": None}} if suite == "dispatch" else {}
     run(model=TINY, **more)
     batch = (1, 8) if suite == "selection" else (1,)
     assert seen[0] == bench.Options(
@@ -335,6 +349,25 @@ def test_every_suite_takes_the_options_of_all(suite, monkeypatch):
     assert seen[1] == bench.Options(**given)
     with pytest.raises(TypeError, match="pair"):
         run(model=TINY, **more, pair=3)
+
+
+@pytest.mark.parametrize("suite", [*SUITES, "kernels", "routers"])
+def test_threads_are_those_of_before_even_after_an_error(suite):
+    more = {"kernels": bench_kernels.kernel_suite, "routers": bench_routers.routers}
+    plans = {"plans": {"moe": None}} if suite == "dispatch" else {}
+    before = torch.get_num_threads()
+    with pytest.raises(DataError, match="toaster"):  # is found out once threads are set
+        (SUITES | more)[suite](model=TINY, threads=before + 1, device="toaster", **plans)
+    assert torch.get_num_threads() == before
+
+
+def test_threads_are_those_asked_for_while_it_is_measured():
+    before, seen = torch.get_num_threads(), []
+    results = bench.prefill(
+        model=TINY, plans=["random:keep=4"], visual=[16], text=9, pairs=1, dtype="float32",
+        threads=before + 1, progress=lambda *_: seen.append(torch.get_num_threads()),
+    )  # fmt: skip
+    assert results["threads"] == seen[0] == before + 1 == torch.get_num_threads() + 1
 
 
 def test_lengths_are_those_of_the_models_pictures():

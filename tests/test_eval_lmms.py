@@ -12,7 +12,7 @@ pytest.importorskip("lmms_eval")
 
 import mllm  # noqa: E402
 from mllm.errors import DataError, MllmError, PlanError  # noqa: E402
-from mllm.eval.answer import costs_of, unpatched_costs  # noqa: E402
+from mllm.eval.answer import answer, costs_of, unpatched_costs  # noqa: E402
 from mllm.eval.lmms import MllmModel  # noqa: E402
 from mllm.eval.plans import make_plan, patched_with  # noqa: E402
 from mllm.loading import build_inputs  # noqa: E402
@@ -159,6 +159,23 @@ def test_what_is_drawn_does_not_depend_on_a_cache(loaded, docs, tmp_path):
     )
     assert plain == again == cached
     assert plain != [r.text for r in _ask(_model(loaded, docs), docs[:3])]
+
+
+def test_a_temperature_samples_whatever_the_task_says_beside_it(loaded, docs):
+    """As in lmms-eval's own models; by hand that is a contradiction."""
+    options = {"max_new_tokens": 6, "temperature": 1.0}
+    drawn, beside = (
+        [r.text for r in _ask(_model(loaded, docs), docs[:3], options | more)]
+        for more in ({}, {"do_sample": False})
+    )
+    assert drawn == beside != [r.text for r in _ask(_model(loaded, docs), docs[:3])]
+    inputs = build_inputs(loaded[1], [(docs[0]["images"], docs[0]["text"])])
+    with pytest.raises(DataError, match="temperature=1.0 is of sampling") as caught:
+        answer(*loaded, inputs, None, **options, do_sample=False)
+    assert caught.value.argument == "temperature"
+    greedy = [answer(*loaded, inputs, None, max_new_tokens=2, **more)[0].text
+              for more in ({}, {"do_sample": False, "temperature": 0.0})]  # fmt: skip
+    assert greedy[0] == greedy[1]
 
 
 def test_requests_with_other_options_do_not_share_a_batch(loaded, docs):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 import transformers as hf
-from families import KITS, LAYERS, PAD, VOCAB, collate, model, samples
+from families import END, KITS, LAYERS, PAD, START, VOCAB, collate, model, samples
 from family_oracles import dense
-from matrix import equal
+from matrix import PRECOMPUTED, equal
 from oracles import Cut
 from transformers.models.glm4v.modeling_glm4v import apply_rotary_pos_emb
 
@@ -70,6 +73,78 @@ def test_what_paligemma_refuses():
         net = hf.PaliGemmaForConditionalGeneration(config)
     with pytest.raises(PlanError, match="gemma2 decoder is not supported: it caps"):
         mllm.patch(net, "divprune:keep=3")
+
+
+MORE = [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", MORE)
+@pytest.mark.parametrize("family", ["glm4v", "glm46v"])
+def test_videos_of_glm_are_not_repeated(family, more):
+    """transformers counts the placeholders of videos to repeat them; frames have other ones."""
+    net = model(family)
+    inputs = collate(f"{family}_video", samples(f"{family}_video"))
+    if PRECOMPUTED:
+        with pytest.raises((RuntimeError, ValueError)):
+            net.generate(**inputs, max_new_tokens=2, **more)
+    with mllm.patch(net, "divprune:keep=3"):
+        with pytest.raises(PlanError, match="cannot repeat prompts of Glm4.*videos") as caught:
+            net.generate(**inputs, max_new_tokens=2, **more)
+        assert caught.value.argument == [*more][-1]
+        net.generate(**inputs, max_new_tokens=2)
+        net.generate(**collate(family, samples(family, "alone")), max_new_tokens=2, **more)
+
+
+@torch.no_grad()
+def test_images_and_videos_of_glm_are_told_apart_by_the_call():
+    net = model("glm4v")
+    image, video = (collate(name, samples(name, "alone")) for name in ("glm4v", "glm4v_video"))
+    with mllm.patch(net, "divprune:keep=3") as patched:
+        with pytest.raises(DataError, match="have the same placeholders") as caught:
+            net(**{**image, **video})
+        assert caught.value.argument == "pixel_values_videos"
+        seen = []
+        for inputs in (video, image, video):
+            net(**inputs)
+            seen.append(patched.ledger.as_dict()["visual_tokens"])
+            assert len(patched.ledger.kept("llm")[0]) == 3
+        assert seen == [[12], [16], [12]]
+        del video["pixel_values_videos"]
+        with pytest.raises(DataError, match="image placeholders but no pixels"):
+            net(**video)
+
+
+@pytest.mark.skipif(not PRECOMPUTED, reason="this transformers writes prompts in another place")
+@torch.no_grad()
+def test_a_prompt_of_glm_with_a_video_as_its_processor_writes_it():
+    """Times between frames, and marks around the video; the processor itself wants torchvision."""
+    (video,) = samples("glm4v_video", "alone")[0].pictures
+    processor = object.__new__(hf.Glm4vProcessor)
+    processor.image_token, processor.image_token_id = "<|image|>", tiny.IMAGE
+    processor.video_start_id, processor.video_end_id = 3, 4
+    processor.video_processor = SimpleNamespace(merge_size=2)
+    told = SimpleNamespace(fps=2.0, timestamps=[0.0, 0.5, 1.0, 1.5])
+    text = processor.replace_video_token(video.fields | {"video_metadata": [told]}, 0)
+    ids = {"<|begin_of_image|>": START, "<|image|>": tiny.IMAGE, "<|end_of_image|>": END,
+           "0": 20, "1": 21}  # fmt: skip
+    frames = [ids[word] for word in re.findall(r"<.*?>|\d+", text)]
+    assert frames.count(tiny.IMAGE) == video.tokens and frames[-1] == 21
+    row = [1, 12, 3, *frames, 4, 15, 16]
+    inputs = {
+        "input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row)).long(),
+        "mm_token_type_ids": torch.tensor(processor.create_mm_token_type_ids([row])),
+        **video.fields,
+    }  # fmt: skip
+    net, options = model("glm4v"), dict(max_new_tokens=4, do_sample=False)
+    plain, answer = net(**inputs).logits, net.generate(**inputs, **options)
+    with mllm.patch(net, "divprune:keep=1.0:positions=original") as patched:
+        assert torch.equal(net(**inputs).logits, plain)
+        assert torch.equal(net.generate(**inputs, **options), answer)
+        assert patched.ledger.grid[0] == [(2, 3), (2, 3)]
+    with mllm.patch(net, "divprune:keep=3") as patched:
+        assert (net(**inputs).logits[0, -1] - plain[0, -1]).abs().max() > 1e-3
+        assert patched.ledger.as_dict()["kept_llm"] == [3]
 
 
 @torch.no_grad()

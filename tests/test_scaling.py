@@ -140,7 +140,7 @@ def test_pairs_may_differ_and_few_are_a_look(study, script, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("plan", "fastv:layer=2:keep=0.5"), ("dtype", "bfloat16"), ("device", "another"),
-     ("threads", 99), ("torch", "2.6.0"), ("transformers", "5.17.0")],
+     ("threads", 99), ("torch", "2.6.0"), ("transformers", "5.0.0")],
 )  # fmt: skip
 def test_an_output_of_other_conditions_is_refused(study, tmp_path, name, value):
     output = kept(study, tmp_path, planted(study, 144))

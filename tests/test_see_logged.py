@@ -221,15 +221,20 @@ def test_equal_runs_are_said_to_be_equal():
 
 def test_what_differs_is_listed_and_what_cannot_be_compared_is_not():
     first, second = runs()
+    for one in first:  # from before chat templates were told
+        one["about"] |= {"processor_sha256": "0" * 64}
     second.append(cell("new", 64, "color", [1] * 600))
     for one in second:
         one["about"] |= {"dtype": "bfloat16", "versions": {"mllm": "1"}}
+        one["about"] |= {"processor_sha256": "1" * 64, "template_sha256": "2" * 64}
         one["flops"] = 2e9
         if one["task"] == "ocr":
             one["data"] = "scenes 9"
     made = compare.build(first, second, ("old", "new"))
     differs = {name: (a, b) for name, a, b in made["differs"]}
     assert differs["dtype"] == ("float32", "bfloat16") and differs["mllm"] == ("0", "1")
+    assert differs["processor"] == ("0" * 12, "1" * 12)
+    assert not {"chat template", "template_sha256", "processor_sha256"} & differs.keys()
     assert made["tasks"] == ["color"] and "scenes 9" in made["apart"]["ocr"]
     assert made["only"] == [("new", "new at 64")]
     assert "Prefill FLOPs: new has 2.00 times what old has." in made["words"]

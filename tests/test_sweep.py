@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,6 +326,67 @@ def test_another_model_is_refused(loaded, tmp_path):
     with pytest.raises(DataError, match="another model.*another --output"):
         _run(other, path)
     assert path.read_text() == before
+
+
+SETTINGS = {
+    "config": ("model.config", "vision_feature_layer", -1),
+    "generation config": ("model.generation_config", "repetition_penalty", 1.5),
+    "processor": ("processor.image_processor", "image_mean", [0.1, 0.2, 0.3]),
+    "chat template": ("processor", "chat_template", "{{ messages }}"),
+}
+
+
+def _edit(monkeypatch, loaded, called):
+    """As if a file of the model's folder had been edited before it was loaded."""
+    where, name, value = SETTINGS[called]
+    owner = operator.attrgetter(where)(SimpleNamespace(model=loaded[0], processor=loaded[1]))
+    assert getattr(owner, name) != value
+    monkeypatch.setattr(owner, name, value)
+
+
+@pytest.mark.parametrize("called", SETTINGS)
+def test_these_weights_with_other_settings_are_another_model(loaded, tmp_path, monkeypatch, called):
+    path = tmp_path / "s.jsonl"
+    first = _run(loaded, path, tasks=["color"])
+    before = path.read_text()
+    _edit(monkeypatch, loaded, called)
+    with pytest.raises(DataError, match=f"another {called}; give another --output") as caught:
+        _run(loaded, path, tasks=["color"])
+    assert caught.value.argument == "output" and path.read_text() == before
+    monkeypatch.undo()
+    assert _run(loaded, path, tasks=["color"]) == first
+
+
+def test_settings_are_compared_where_they_can_be(loaded, tmp_path, monkeypatch, ran):
+    """Not with older cells, which do not tell theirs, nor with those of another release."""
+    path = tmp_path / "s.jsonl"
+    whole = _run(loaded, path, tasks=["color"])
+    for number, cell in enumerate(whole):
+        about = {k: v for k, v in cell["about"].items() if k not in cells.SETTINGS}
+        if number % 2:
+            versions = about["versions"] | {"transformers": "5.0.0"}
+            about |= dict.fromkeys(cells.SETTINGS, "0" * 64) | {"versions": versions}
+        cell["about"] = about
+    path.write_text("".join(json.dumps(cell) + "\n" for cell in whole))
+    ran.clear()
+    _edit(monkeypatch, loaded, "processor")
+    assert _run(loaded, path, tasks=["color"]) == whole and not ran
+
+
+@pytest.mark.parametrize("name", ["zoo", "kv"])
+def test_no_published_cell_of_the_embedded_model_is_asked_again(name):
+    asked = sweep_file.combine(sweep_file.read(f"benchmarks/sweeps/{name}.yaml"), {})
+    model, processor = load_model(device="cpu")
+    entries, _ = sweep.grid(
+        model, asked.methods[:3], asked.budgets, seeds_of=asked.seeds_of,
+        kv_budgets=asked.kv_budgets,
+    )  # fmt: skip
+    questioning = sweep.Questioning(n=asked.n, timings=0, protocol=asked.protocol)
+    about = describe_run(model, processor)
+    assert cells.SETTINGS.keys() <= about.keys()
+    tasks = sweep.chosen_tasks(asked.tasks)
+    done, todo = sweep.split_cells(entries, tasks, asked.output, about, questioning)
+    assert len(done) > len(entries) > 5 and len(todo) == 8 and not any(todo.values())
 
 
 @pytest.mark.parametrize(

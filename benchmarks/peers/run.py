@@ -85,6 +85,7 @@ def ours(peer: Peer, plan: str, options: argparse.Namespace, shape: bench_shapes
     return results | {"ours": row}
 
 
+@bench.restoring_threads()
 def answers(*, plan: str, visual: int, new: int, **given: Any) -> Row:
     """Whole answers of `new` tokens, with the plan and without."""
     model, pairs = given.pop("model"), given["pairs"]

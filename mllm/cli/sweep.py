@@ -211,7 +211,7 @@ def _sweep(grid: Path | None, flags: dict[str, Any], dry_run: bool) -> dict[str,
         loaded = load()
         if any(isinstance(entry.budget, int) for entry in entries):
             sweep.check_tokens(*loaded, tasks[0], asked)
-        about = describe_run(loaded[0])
+        about = describe_run(*loaded)
         _, todo = sweep.split_cells(entries, tasks, output, about, asked)
     if damaged:
         lines, theirs = ("line", "its cell is") if damaged == 1 else ("lines", "their cells are")

@@ -97,7 +97,8 @@ def answer(
         stops: strings that end an answer; they are cut off.
         protocol: see above; but for `prompt`, rows without padding whose text behind the last
             picture is equally long.
-        **options: further arguments of `generate` (see `GENERATE_KEYS`); greedy without any.
+        **options: further arguments of `generate` (see `GENERATE_KEYS`); greedy without any. A
+            temperature above 0 samples.
 
     Returns:
         One answer per row, in order.
@@ -105,8 +106,10 @@ def answer(
     Raises:
         PlanError: another protocol than `prompt` for a plan that does not only work on the cache;
             `again` for one whose steps choose what they attend to.
-        DataError: rows that such a protocol cannot have in one batch.
+        DataError: rows that such a protocol cannot have in one batch; a temperature above 0 beside
+            `do_sample=False`.
     """
+    chosen = _generate_options(options)
     inputs = inputs.to(model.device)
     rows, prompt_length = inputs["input_ids"].shape
     watch = _Watch(processor.tokenizer, prompt_length, stops)
@@ -117,7 +120,7 @@ def answer(
             inputs, before = _read(model, inputs, patched, protocol)
         output = model.generate(
             **inputs,
-            **_generate_options(options),
+            **chosen,
             max_new_tokens=max_new_tokens,
             stopping_criteria=StoppingCriteriaList([watch]),
             pad_token_id=processor.tokenizer.pad_token_id,
@@ -237,6 +240,13 @@ def _kv_bytes(model: Any, tokens: list[int]) -> int:
 def _generate_options(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments for `generate`: greedy unless sampling or a temperature was asked for."""
     chosen = {k: v for k, v in options.items() if k in GENERATE_KEYS and v is not None}
+    if chosen.get("temperature") and chosen.get("do_sample") is False:
+        raise DataError(
+            f"temperature={chosen['temperature']} is of sampling, and do_sample=False is greedy",
+            argument="temperature",
+            given=chosen["temperature"],
+            expected="temperature=0, or do_sample=True",
+        )
     sample = chosen.pop("do_sample", None) or bool(chosen.get("temperature"))
     if sample and chosen.get("temperature") == 0:
         sample = False

@@ -12,7 +12,7 @@ import functools
 import gc
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,7 +86,7 @@ class Options:
         device: torch device; None for the GPU when there is one.
         sdpa: the only kernel that torch's sdpa may use: flash, efficient, math or cudnn; None
             leaves torch's choice. A kernel that cannot run is torch's error.
-        threads: CPU threads; None leaves torch's choice.
+        threads: CPU threads while it is measured; None leaves torch's choice.
         progress: called after each pair.
         on_row: called with the results so far after each row, so that a long run can be saved.
     """
@@ -111,6 +111,18 @@ class Options:
             self.on_row(results)
 
 
+@contextlib.contextmanager
+def restoring_threads() -> Iterator[None]:
+    """While open, or around a decorated function, torch's number of threads may be set."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+@restoring_threads()
 def prefill(
     *,
     model: str | Shape = BENCH_CPU,
@@ -292,6 +304,8 @@ def opened(
 
 def checked(asked: Options) -> str:
     """The device, once arguments are known to be good and threads are set.
+
+    Suites give torch its number of threads back: :func:`restoring_threads`.
 
     Raises:
         DataError: an argument that cannot be used.

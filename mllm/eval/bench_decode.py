@@ -28,6 +28,7 @@ from mllm.models import resolve
 PLANS = {"fastv:layer=2:keep=0.25": 0.85, "visionzip:keep=64": 0.85, "snapkv:budget=0.25": 0.85}
 
 
+@bench.restoring_threads()
 def decode(
     *,
     model: str | Shape = BENCH_CPU,

@@ -60,6 +60,7 @@ class Work:
     served: Callable[[], Any] | None = None
 
 
+@bench.restoring_threads()
 def kernel_suite(
     *,
     model: str | Shape = BENCH_CPU,

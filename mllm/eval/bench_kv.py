@@ -36,6 +36,7 @@ PAYLOAD = 0.02  # how far the payload may be from budget x slot size
 SCORER = 0.10  # of the prefill, for scorers that look at a window of queries
 
 
+@bench.restoring_threads()
 def kv(
     *,
     model: str | Shape = BENCH_CPU,

@@ -90,6 +90,7 @@ def _experts(plan: str) -> bool:
     return any(stage.info.stage == "experts" for stage in Plan.of(plan).stages)
 
 
+@bench.restoring_threads()
 def dispatch(
     *,
     model: str | Shape,

@@ -48,6 +48,7 @@ TARGET = 0.05  # of what is saved, for methods that score by attention
 BASELINES = 5  # rounds in which the unpatched model runs too
 
 
+@bench.restoring_threads()
 def selection(
     *,
     model: str | Shape = BENCH_CPU,

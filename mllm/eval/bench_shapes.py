@@ -52,9 +52,11 @@ class Shape:
                 text_config=LlamaConfig(**self.text),
                 image_token_id=last,
             )
+        # The family's own are behind the end of a small vocabulary; a bench needs neither.
+        ends = {"bos_token_id": None, "eos_token_id": None}
         return Qwen2_5_VLConfig(
             vision_config=self.vision,
-            text_config=self.text,
+            text_config=ends | self.text,
             image_token_id=last,
             video_token_id=last - 1,
             vision_start_token_id=last - 2,

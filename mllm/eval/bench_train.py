@@ -29,6 +29,7 @@ METHODS = ("full", "lora")
 IGNORED = -100
 
 
+@bench.restoring_threads()
 def train(
     *,
     model: str | Shape = BENCH_CPU,

@@ -23,6 +23,11 @@ except ImportError:  # Windows has no such locks: there, a file is not guarded
 
 SCHEMA = 1
 _FIELDS = frozenset({"method", "budget", "task", "n", "outcomes", "about"})
+#: Facts of a model beside its weights, and what they are called.
+SETTINGS = {
+    "config_sha256": "config", "generation_sha256": "generation config",
+    "processor_sha256": "processor", "template_sha256": "chat template",
+}  # fmt: skip
 Identity = tuple[str, int, str, str, str, str]
 
 
@@ -122,11 +127,16 @@ def foreign(
 def check_model(
     cells: Iterable[dict[str, Any]], about: dict[str, Any], path: str | os.PathLike
 ) -> None:
-    """Refuse to mix models: all cells must be of the weights in `about`.
+    """Refuse to mix models: all cells must be of the weights and the settings in `about`.
+
+    Cells that do not tell their settings, as older ones, are taken for cells of this model, and so
+    are those of another release of transformers, which tells the same settings in other words.
 
     Raises:
-        DataError: a cell is of other weights, or of the same ones in another dtype.
+        DataError: a cell is of other weights, of the same ones in another dtype, or of another
+            config, generation config, processor or chat template.
     """
+    release = about["versions"].get("transformers")
     for cell in cells:
         theirs = cell["about"]
         if theirs["weights_sha256"] != about["weights_sha256"]:
@@ -138,6 +148,17 @@ def check_model(
                 given=path,
                 expected="another --output",
             )
+        if theirs.get("versions", {}).get("transformers") != release:
+            continue
+        for name, called in SETTINGS.items():
+            if theirs.get(name, about[name]) != about[name]:
+                raise DataError(
+                    f"{path} holds results of another model: of these weights with another "
+                    f"{called}; give another --output, or the {called} of that file",
+                    argument="output",
+                    given=path,
+                    expected="another --output",
+                )
 
 
 class ResultsFile:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mllm.errors import DataError
 from mllm.eval import logged, stats, table
+from mllm.eval.cells import SETTINGS
 from mllm.eval.gallery import Found, in_turn
 from mllm.eval.plots import bar
 from mllm.eval.report import Flip, opened, templates
@@ -284,14 +285,17 @@ def _cost(entry: table.Entry, tasks: Sequence[str], name: str) -> float | None:
 
 def _differs(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """How the runs were made, where they differ."""
+    told = first["about"].keys() & second["about"].keys() & SETTINGS.keys()
 
     def flat(cell: dict[str, Any]) -> dict[str, Any]:
         about = dict(cell["about"])
+        settings = {name: about.pop(name, "")[:12] for name in SETTINGS}
         versions = about.pop("versions", {})
         named = {"questions per task": cell["n"], "seed": cell["seed"]}
         named["protocol"] = cell.get("protocol", "prompt")
         named["weights"] = about.pop("weights_sha256")[:12]
         named["commit"] = (about.pop("commit", None) or "unknown")[:12]
+        named |= {SETTINGS[name]: settings[name] for name in settings if name in told}
         return named | about | versions
 
     a, b = flat(first), flat(second)

@@ -235,6 +235,8 @@ class MllmModel(lmms):
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
         stops = options.get("until") or []
         kept = {k: v for k, v in options.items() if k not in ("until", "max_new_tokens")}
+        if kept.get("temperature") and kept.get("do_sample") is False:
+            del kept["do_sample"]  # MM-Vet and others say so and are sampled, by lmms-eval's models
         return Prompt(
             *render(self.engine.processor, messages),
             {

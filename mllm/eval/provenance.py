@@ -54,15 +54,24 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def describe_run(model: nn.Module) -> dict[str, Any]:
-    """The part of a run record that holds for every plan: model, device, software."""
+def describe_run(model: nn.Module, processor: Any = None) -> dict[str, Any]:
+    """The part of a run record that holds for every plan: model, device, software.
+
+    Args:
+        model: as it is loaded.
+        processor: where one is given, hashes of its settings, and of the model's, are there too.
+    """
     import torch
 
     from mllm import compat
 
     parameter = next(model.parameters())
+    told = {}
+    if processor is not None:
+        told = _settings(model, processor) | {"template_sha256": _sha256(processor.chat_template)}
     return {
         "weights_sha256": weights_sha256(model),
+        **told,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "backend": compat.attention_name(model),
         "device": str(parameter.device),
@@ -82,23 +91,33 @@ def describe_model(
         model, processor: as `mllm.load_model` gives them.
         about: of :func:`describe_run`.
     """
-    from mllm import compat
-
-    settings = getattr(processor, "image_processor", None)
-    settings = settings.to_dict() if settings is not None else {}
-    tokens = len(processor.tokenizer)
-    text = json.dumps([settings, tokens], sort_keys=True, default=str)
     return {
         "name": str(name),
         "class": type(model).__name__,
-        "config_sha256": compat.config_sha256(model),
-        "generation_sha256": compat.generation_sha256(model),
-        "processor_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        **_settings(model, processor),
         "weights_sha256": about["weights_sha256"],
         "dtype": about["dtype"],
         "backend": about["backend"],
         "device": model.device.type,
     }
+
+
+def _settings(model: nn.Module, processor: Any) -> dict[str, str]:
+    """What answers depend on beside weights and prompts."""
+    from mllm import compat
+
+    settings = getattr(processor, "image_processor", None)
+    settings = settings.to_dict() if settings is not None else {}
+    return {
+        "config_sha256": compat.config_sha256(model),
+        "generation_sha256": compat.generation_sha256(model),
+        "processor_sha256": _sha256([settings, len(processor.tokenizer)]),
+    }
+
+
+def _sha256(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _git(folder: Path, *words: str) -> str:

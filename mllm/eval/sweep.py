@@ -263,7 +263,7 @@ def run(
     from mllm.eval import workers as processes
 
     asked = Questioning(n, split, style, batch_size, timings, protocol)
-    about = describe_run(model)
+    about = describe_run(model, processor)
     with cells.ResultsFile(output) as file:
         done, todo = split_cells(entries, tasks, output, about, asked)
         for task in tasks:
@@ -333,7 +333,7 @@ def evaluate(
     on_start: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[str, Entry, dict[str, Any]]]:
     """Run the entries of each task: yields task, entry, and the cell without its comparisons."""
-    about = describe_run(model)
+    about = describe_run(model, processor)
     shared = SharedTower(model)
     for task, entries in jobs:
         drawn = draw(task, asked)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from mllm import strict_yaml
 from mllm.errors import DataError, MllmError, PlanError
 from mllm.eval.plans import budgets_slots, check_protocol, on_cache
 from mllm.plan import Plan
@@ -133,17 +132,13 @@ def read(path: str | Path) -> dict[str, Any]:
             given=path,
             expected="a YAML file as in examples/sweep.yaml",
         ) from error
-    try:
-        written = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise MllmError(
-            f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}",
-            argument="grid",
-            given=path,
-            expected="a YAML file as in examples/sweep.yaml",
-        ) from error
+
+    def wrong(why: str) -> MllmError:
+        return MllmError(
+            why, argument="grid", given=path, expected="a YAML file as in examples/sweep.yaml"
+        )
+
+    written = strict_yaml.parse(text, str(path), wrong)
     return _checked(written, str(path))
 
 
@@ -276,17 +271,3 @@ def _check_seeded(name: str, methods: tuple[str, ...]) -> None:
             given=name,
             expected=expected,
         )
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)

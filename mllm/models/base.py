@@ -75,6 +75,8 @@ class Family:
         carried: attributes of `base` that belong to a conversation; the engine keeps them on its
             cache.
         needs: tensors that pictures come as, and the dimensions that each may have.
+        repeats: whether transformers repeats such pictures with their prompts, for beams or several
+            answers.
     """
 
     prefix = 0
@@ -90,6 +92,7 @@ class Family:
     first_cut = 0
     carried: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[dict[str, tuple[int, ...]]] = {"pixel_values": (4,)}
+    repeats = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

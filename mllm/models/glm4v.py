@@ -14,9 +14,11 @@ class Glm4V(Qwen2VL):
 
     neighbours = True
 
-    def of_videos(self) -> None:
-        # Frames have the placeholders of images, so that nothing tells a prompt's kinds apart.
-        return None
+    def of_videos(self) -> Qwen2VL:
+        own = super().of_videos()
+        own.image_token_id = self.image_token_id  # frames have the placeholders of images
+        own.repeats = False  # transformers looks for those of videos
+        return own
 
     def branch(self, layer: int, branch: str) -> nn.Module:
         block = self.layers[layer]

@@ -6,7 +6,6 @@ import copy
 import difflib
 import hashlib
 import json
-import re
 import typing
 from collections.abc import Sequence
 from importlib.resources import files
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, PrivateAttr, ValidationError
 
+from mllm import strict_yaml
 from mllm.errors import MllmError, RecipeError
 from mllm.training.checks import check, unknown_key
 from mllm.training.schema import (
@@ -112,29 +112,6 @@ class Recipe(Strict):
         return yaml.safe_dump(self._written, sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-3 as a number (YAML 1.2) and refuses a key given twice."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # a list or a mapping as a key, which SafeLoader refuses
-            if key.value in seen and key.value != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def shipped() -> dict[str, Path]:
     """Name -> path of every recipe in the package."""
     folder = Path(str(files("mllm") / "training" / "recipes"))
@@ -168,29 +145,21 @@ def resolve(source: str | Path) -> Path:
 
 
 def parse(text: str, name: str = "recipe") -> Any:
-    """YAML to plain objects.
+    """YAML to plain objects: :func:`mllm.strict_yaml.parse`.
 
     Raises:
         RecipeError: broken YAML; the message gives the line.
     """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown line"
-        raise RecipeError(
-            f"{name} is not valid YAML: {where}: {error.problem}",
+
+    def wrong(why: str) -> RecipeError:
+        return RecipeError(
+            why,
             argument="recipe",
             given=name,
             expected="YAML as in the shipped recipes (mllm recipes show tiny-llava)",
-        ) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"{name} is not valid YAML: {str(error).splitlines()[0]}",
-            argument="recipe",
-            given=name,
-            expected="a text file in UTF-8",
-        ) from error
+        )
+
+    return strict_yaml.parse(text, name, wrong)
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), tiny: bool = False) -> Recipe:
