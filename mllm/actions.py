@@ -81,7 +81,8 @@ class Resize:
 class Protect:
     """Rows that no stage may drop or evict from now on: bool `[images, tokens]`/`[batch, rows]`.
 
-    They count towards the budget of later stages, and may exceed it.
+    They count towards the budget of later stages in the LLM, and may exceed it; before the LLM they
+    come on top of it.
     """
 
     rows: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mllm import compat
+from mllm import attention, compat
 from mllm.compressors.base import LayerContext, LayerMethod
 from mllm.errors import PlanError
 from mllm.routers.base import NAME, active
@@ -54,7 +55,8 @@ def ask(
             given=True,
             expected="False",
         )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and stage.differentiable), kept():
+    learning = torch.is_grad_enabled() and stage.differentiable
+    with torch.set_grad_enabled(learning), kept(), precisely(stage, run.full.valid.device):
         actions = stage.act(ctx)
     run.selection_flops += ctx.flops
     run.notes += ctx.remarks
@@ -134,6 +136,11 @@ def kept() -> Any:
     transformers 5.17 checkpoints a layer with its hooks, but nothing of a plan is computed again.
     """
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def precisely(stage: Any, device: torch.device) -> Any:
+    """While open, a stage chooses as without autocast; what it has learnt runs under autocast."""
+    return contextlib.nullcontext() if stage.info.trained else attention.exact(device)
 
 
 def _answers(run: DecoderRun, table: TokenTable) -> Tensor:

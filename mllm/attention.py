@@ -81,6 +81,14 @@ def change() -> Change | None:
     return _CHANGE.get()
 
 
+def exact(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """While open, products of fp32 tensors are fp32: autocast would score in half precision."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
 class _WasRead(Exception):
     """Ends a call that was made for its taps."""
 
@@ -129,7 +137,7 @@ def _served(base: str) -> Callable:
             else:
                 return layer.attend(query, attention_mask, scaling).transpose(1, 2), None
         for tap in readers:
-            with torch.no_grad():
+            with torch.no_grad(), exact(query.device):
                 tap(query, key, attention_mask, kwargs.get("scaling"), value)
         if only is not None:
             raise _WasRead

@@ -54,6 +54,7 @@ class Bound:
         folder: of the adapter that the plan came in; None is none.
         plan: the plan, with layers fixed for the model's depth.
         plan_notes: for every ledger.
+        written: the stages that were asked for, presets as themselves.
         mergers, reducers: stages in the tower, and behind it up to the decoder; `before` is both.
         pruners, compressors, experts: stages in the decoder, on its cache, and in place of FFNs.
         signals: what pruners read; see :func:`mllm.capture.declared`.
@@ -101,6 +102,7 @@ class Bound:
     def _fix(self, requested: Plan) -> None:
         """Fix the layers of the plan's stages for the depth of this model."""
         depth, stages, self.plan_notes = len(self.layers), [], []
+        self.written = requested.written
         for stage in [applied(stage, self.model) for stage in requested.stages]:
             fixed = stage
             if isinstance(stage, LayerMethod):

@@ -220,7 +220,8 @@ class Captures:
             return pick(prompt & (behind <= signal.window))
         stage = self.patched.plan.stages[number]
         ctx = context(self.run, number, stage, signal.layer, table, known=True)
-        return pick(signal.rows(ctx) & table.valid)
+        with attention.exact(table.valid.device):
+            return pick(signal.rows(ctx) & table.valid)
 
     def read(
         self, number: int, stage: LayerMethod, here: int, table: TokenTable, known: bool = False

@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -419,6 +420,13 @@ def projecting(
 
 
 def _around(projection: nn.Module, before: Callable, after: Callable) -> list[Any]:
+    """Hooks for calls of this thread alone: another may be running the same module."""
+    thread = threading.get_ident()
+
+    def own(hook: Callable) -> Callable:
+        return lambda *given: hook(*given) if threading.get_ident() == thread else None
+
     return [
-        projection.register_forward_pre_hook(before), projection.register_forward_hook(after)
-    ]  # fmt: skip
+        projection.register_forward_pre_hook(own(before)),
+        projection.register_forward_hook(own(after)),
+    ]

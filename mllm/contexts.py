@@ -168,7 +168,8 @@ class LayerContext(Context):
             `n_entered` are the same as ints.
         logical: int64 `[batch, rows]`, index in the uncompressed sequence.
         index: int64 `[batch, rows]`, row of this forward's own input.
-        size: float32 `[batch, rows]`, how many original tokens a row stands for.
+        size: float32 `[batch, rows]`, how many of the tokens that entered the decoder a row stands
+            for.
         state: dict of the stage's own, empty at the start of every forward.
     """
 

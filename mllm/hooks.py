@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -73,14 +73,15 @@ class Hooks:
     def _touch(self, module: nn.Module) -> None:
         if module not in self._touched:
             self._touched.add(module)
-            self._note(module, "__deepcopy__", functools.partial(self._plain_copy, module))
+            # Not `__deepcopy__`: a wrapper that has none (PEFT's) would take it for its own.
+            self._note(module, "__reduce_ex__", functools.partial(self._plain, module))
 
     def _note(self, module: nn.Module, name: str, value: Any) -> None:
         self._attributes.append((module, name, module.__dict__.get(name, _MISSING)))
         setattr(module, name, value)
 
-    def _plain_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """What `copy.deepcopy` makes of a module: an ordinary one."""
+    def _plain(self, module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        """What `copy.deepcopy` and `pickle` make a copy of: an ordinary module."""
         state = dict(module.__dict__)
         for owner, name, before in reversed(self._attributes):
             if owner is module and before is _MISSING:
@@ -93,9 +94,7 @@ class Hooks:
         for name in _KINDS:
             hooks = [(i, hook) for i, hook in state[name].items() if i not in own]
             state[name] = type(state[name])(hooks)
-        plain = memo[id(module)] = type(module).__new__(type(module))
-        plain.__setstate__(copy.deepcopy(state, memo))
-        return plain
+        return copyreg.__newobj__, (type(module),), state
 
     def remove(self) -> None:
         """Take everything out."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm import compat, masks
-from mllm.actions import Insert, Keep, Merge, Protect, Write
-from mllm.ask import ask, kept
+from mllm.acting import act, inserted
+from mllm.ask import kept
 from mllm.cache import SlotTable, adopt, note_rows
 from mllm.cache.events import CacheEvents
 from mllm.calls import Brought
@@ -142,6 +142,8 @@ class DecoderRun:
         cache = kwargs.get("past_key_values")
         if cache is None and compat.uses_cache(decoder, kwargs.get("use_cache")):
             cache = kwargs["past_key_values"] = compat.dynamic_cache(decoder)
+        if cache is None and mask is None and (self.patched.cuts or self.patched.before):
+            masks.refuse_packed(kwargs.get("position_ids"))
         self.past = [0] * len(layers)
         if cache is not None:
             adopt(cache, self.patched.windows, self.patched.new_mark())
@@ -482,7 +484,7 @@ class DecoderRun:
             if shift is not None:
                 position = position - shift
         if self.visual is not None:
-            keep, counts, moves, inserts = self._act(layer, stages)
+            keep, counts, moves, inserts = act(self, layer, stages)
             for move in moves:
                 hidden = self._move(layer, hidden, move)
             if cut:
@@ -491,7 +493,8 @@ class DecoderRun:
                 self.rows, hidden, index = before.leave(keep, counts, hidden)
                 self.moves[layer].append(lambda x: gather_rows(x, index))
                 for insert in inserts:
-                    hidden = self._insert(layer, insert, hidden, before)
+                    self.rows, move = inserted(self, insert, hidden, before)
+                    hidden = self._move(layer, hidden, move)
                 if compact:
                     position, valid = self.rows.position, self.table.valid
                     moved = renumber(position, valid, valid)
@@ -502,7 +505,7 @@ class DecoderRun:
         else:
             self.rows = replace(self.rows, position=position)
             here = [(n, s) for n, s in self.deciding if layer in s.at()]
-            for move in self._act(layer, here)[2] if here else ():
+            for move in act(self, layer, here)[2] if here else ():
                 hidden = self._move(layer, hidden, move)
         if cut:
             self.compacted |= compact
@@ -517,82 +520,6 @@ class DecoderRun:
         """Do something to the hidden states that enter a layer, and remember it."""
         self.moves[layer].append(move)
         return move(hidden)
-
-    def _act(
-        self, layer: int, stages: list[tuple[int, LayerMethod]]
-    ) -> tuple[Tensor, list[int] | None, list[Callable[[Tensor], Tensor]], list[Insert]]:
-        """Ask the stages of a layer.
-
-        Returns:
-            Rows that stay, how many of them are visual (where that is known), changes of hidden
-            states, and new rows.
-        """
-        table = self.table
-        counts = None if self.visual is None or self.seats.spaced else self.rows.seen
-        keep, writes, inserts = table.valid.clone(), [], []
-        for number, stage in stages:
-            for action in ask(self, number, stage, layer, keep, counts):
-                if isinstance(action, Keep):
-                    counts = None if self.seats.spaced else action.counts
-                    keep &= ~table.visual | table.newline | action.mask
-                elif isinstance(action, Merge):
-                    self._merge(action.into)
-                elif isinstance(action, Write):
-                    writes.append(action)
-                elif isinstance(action, Insert):
-                    inserts.append(action)
-                elif isinstance(action, Protect):
-                    self._protect(action.rows)
-                else:
-                    self.changes.add(number, action, table)
-        if self.protected is not None:
-            keep, counts = keep | self.protected_of(table), None
-        visual = table.visual & ~table.newline & keep
-        moves = []
-        for write in writes:
-            rows = visual if write.rows is None else write.rows & table.valid
-            if self.pictured is not None:
-                rows = rows & self.pictured[:, None]
-            moves.append(
-                lambda x, rows=rows, values=write.values: torch.where(
-                    rows[..., None], values.to(x.dtype), x
-                )
-            )
-        return keep, counts, moves, inserts
-
-    def _merge(self, into: Tensor) -> None:
-        """Book what tokens stand for when others go into them."""
-        table = self.table
-        own = torch.arange(into.shape[1], device=into.device)
-        goes = table.visual & table.valid & (into >= 0) & (into != own)
-        size = table.size.masked_fill(goes, 0)
-        size = size.scatter_add(1, into.clamp(min=0), table.size.masked_fill(~goes, 0))
-        self.rows = replace(self.rows, table=replace(table, size=size))
-
-    def _protect(self, rows: Tensor) -> None:
-        """Protect rows of the current table."""
-        full = torch.zeros_like(self.full.valid)
-        rows = (rows & self.table.valid & ~self.table.inserted).long()
-        full = full.long().scatter_add(1, self.table.index, rows) > 0
-        self.protected = full if self.protected is None else self.protected | full
-
-    def _insert(self, layer: int, insert: Insert, hidden: Tensor, before: Rows) -> Tensor:
-        """Put new rows behind others; returns the hidden states with them.
-
-        Args:
-            layer: index of the layer.
-            insert: the action.
-            hidden: `[batch, rows, width]`.
-            before: the rows as the action saw them, before some left.
-        """
-        values = insert.rows.to(hidden)
-        values = values.expand(len(hidden), *values.shape[-2:])
-        after = insert.after if self.pictured is None else insert.after.where(self.pictured, -1)
-        after = after[:, None].expand(-1, values.shape[1])
-        self.rows, order = self.rows.insert(before, after, self.full.valid.shape[1])
-        return self._move(
-            layer, hidden, lambda x: gather_rows(torch.cat([x, values.to(x)], 1), order)
-        )
 
     def remember(self) -> None:
         """Keep which samples of the conversation have had images."""
@@ -614,7 +541,7 @@ class DecoderRun:
         if depth in self.patched.acts:
             self.captures.hidden(depth, "layer", hidden)
             stages = [(n, s) for n, s in self.patched.pruners if depth in s.at()]
-            self._act(depth, stages)
+            act(self, depth, stages)
         self.changes.finish()
         self.selection_flops += self.captures.flops
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mllm import compat
 from mllm.cache import SlotTable, refuse_flash
+from mllm.errors import DataError
 
 if TYPE_CHECKING:
     from mllm.in_llm import DecoderRun
@@ -31,6 +32,30 @@ def of_layer(run: DecoderRun, layer: int, hidden: Tensor, mask: Tensor | None) -
     if valid is not None and valid.dim() == 3:
         return _in_order(run, layer, mask)
     return compat.causal_mask(run.patched.family.text_config, hidden, valid, run.cache, layer)
+
+
+def refuse_packed(position: Tensor | None) -> None:
+    """Refuse several sequences in one row, told apart by positions that begin anew.
+
+    Without a mask and a cache transformers keeps them apart; the masks behind a cut would not.
+
+    Args:
+        position: ids that the decoder was given without a mask: `[batch, rows]`, or several axes of
+            them, of which the first of four is that of text.
+
+    Raises:
+        DataError: they begin anew.
+    """
+    if position is None or (position.dim() == 3 and len(position) != 4):
+        return
+    text = position if position.dim() == 2 else position[0]
+    if bool((text.diff(dim=-1) < 0).any()):
+        raise DataError(
+            "positions begin anew within a row: a plan takes a row for one sequence",
+            argument="position_ids",
+            given="packed sequences",
+            expected="a row and an attention mask for each sequence",
+        )
 
 
 def slot_valid(run: DecoderRun, layer: int) -> Tensor | None:

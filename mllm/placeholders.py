@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mllm.errors import DataError
-from mllm.pre_llm import Prompts
 from mllm.tokens import Counts, Layout, count_rows, split_images, supervised
+from mllm.vision_signals import Prompts
 
 if TYPE_CHECKING:
     from mllm.bound import Bound

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,79 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mllm import attention
-from mllm.capture import pick
+from mllm.ask import precisely
 from mllm.compressors.base import (
-    BlockFeatures,
     Context,
     Features,
     Grid,
-    Joint,
     Keep,
     Merge,
     Pool,
     Protect,
     Resize,
-    TextEmbeds,
     TokenReducer,
     Unprojected,
-    VisionAttention,
-    VisionKeys,
     Write,
 )
 from mllm.compressors.elastic import linear_flops
 from mllm.errors import DataError, PlanError
 from mllm.ledger import Reduction
 from mllm.routers.base import NAME, active
-from mllm.signals import Compared, Text
-from mllm.tokens import (
-    Layout,
-    choose_rows,
-    gather_rows,
-    on_device,
-    places_of,
-    scatter_back,
-    split_images,
-)
+from mllm.tokens import Layout, choose_rows, gather_rows, on_device, places_of, scatter_back
 from mllm.tower import TowerRun
+from mllm.vision_signals import Group, Prompts, VisionSignals
 
 if TYPE_CHECKING:
     from mllm.models.base import Family
     from mllm.patcher import Patched
-
-
-@dataclass
-class Group:
-    """Images with the same layout, so that methods work on all of them at once.
-
-    Attributes:
-        layout: their layout.
-        images: their ordinals in the call.
-        at: int64 `[n, cells]`, their tokens that are no separators, among all tokens.
-    """
-
-    layout: Layout
-    images: list[int]
-    at: Tensor
-
-
-@dataclass
-class Prompts:
-    """The prompts that the images of a call stand in.
-
-    Attributes:
-        ids: int64 `[batch, rows]`.
-        text: bool `[batch, rows]`, text of the prompt: nothing supervised, no candidates.
-        visual: bool `[batch, rows]`, placeholders.
-        counts: placeholders of these images, of each sample.
-        most: text tokens of the sample that has most, or more.
-    """
-
-    ids: Tensor
-    text: Tensor
-    visual: Tensor
-    counts: list[int]
-    most: int
 
 
 class VisionRun:
@@ -104,7 +55,7 @@ class VisionRun:
         stages: Mapping[int, TokenReducer] | None = None,
     ) -> None:
         self.patched, self.family, self.inputs = patched, family, inputs
-        self.prompts, self.stages = prompts, stages or {}  # by number, in training
+        self.stages = stages or {}  # by number, in training
         pixels = inputs[family.pixels]
         if layouts is None:
             family.check(inputs)
@@ -128,19 +79,13 @@ class VisionRun:
         if any(s.site in ("decoder", "cache") and s.draws for s in patched.plan.stages):
             self.reduction.bits = self._bits(range(len(layouts)))
         self.groups = self._groups(pixels)
-        self.pieces: dict[Any, list[Tensor]] = {}
-        self.costs: dict[Any, list[tuple[int, float]]] = {}
-        self.signals: dict[Any, Tensor] = {}
-        self.texts: dict[TextEmbeds, Text] = {}
-        self.unprojected: Tensor | None = None
-        self.blocks: dict[int, Tensor] = {}  # what tower blocks have made
-        self.compared: tuple[Tensor, Tensor, Tensor] | None = None
         self.cls: Tensor | None = None
         self.resized: list[tuple[int, int]] = []
         self.rows: Tensor | None = None
         self.tower: TowerRun | None = None
         if patched.mergers:  # of families with one grid for all images
             self.tower = TowerRun(patched, len(layouts), layouts[0].grids[0], pixels.device)
+        self.signals = VisionSignals(patched, family, self.reduction, prompts, self.tower)
 
     def _groups(self, like: Tensor) -> list[Group]:
         members: dict[Layout, list[int]] = {}
@@ -159,142 +104,6 @@ class VisionRun:
     def _at(self, site: str) -> list[tuple[int, TokenReducer]]:
         stages = [(n, self.stages.get(n, s)) for n, s in self.patched.reducers]
         return [(n, s) for n, s in stages if self.patched.site(s) == site]
-
-    # Signals of the tower
-
-    def taps(self) -> dict[nn.Module, list[Any]]:
-        """Taps for the declared signals of the tower."""
-        found: dict[nn.Module, list[Any]] = {}
-        read = [signal for _, stage in self.patched.reducers for signal in stage.reads().values()]
-        for signal in dict.fromkeys(read):  # what two stages read is read once
-            if isinstance(signal, VisionAttention | VisionKeys):
-                module = self.family.block_attention(self.family.block(signal.block))
-                found.setdefault(module, []).append(functools.partial(self._tap, signal))
-        for module, taps in ({} if self.tower is None else self.tower.taps()).items():
-            found.setdefault(module, []).extend(taps)
-        return found
-
-    def _tap(
-        self, signal: Any, query: Tensor, key: Tensor, mask: Any, scaling: Any, *_: Any
-    ) -> None:
-        """One attention call of the tower: a stack of pictures, or one picture or window."""
-        prefix, tokens = self.family.prefix, key.shape[2]
-        rows = 0
-        if signal.heads == "joint":  # one head of the full width
-            query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
-            scaling = None
-        if isinstance(signal, VisionKeys):
-            value = key.mean(1)
-        elif signal.query == "cls" and not prefix:
-            raise PlanError(
-                "the tower has no [CLS]", argument="query", given="cls", expected="received"
-            )
-        else:
-            heads = "mean" if signal.heads == "mean" else "sum"
-            if prefix and signal.query != "received":
-                first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
-                value = attention.row_scores(
-                    query, key, first, mask, scaling, causal=False, heads=heads
-                )[:, 0]
-                rows = 1
-            else:
-                scores = attention.received_attention(query, key, mask, scaling)
-                value, rows = attention.reduce_heads(scores, heads), tokens
-        value = value[:, prefix:]
-        if self.tower is not None:
-            value = self.tower.spread(value)
-        self.pieces.setdefault(signal, []).append(value.flatten(0, 1))
-        cost, patches = 2.0 * rows * tokens * query.shape[1] * query.shape[3], value.shape[1]
-        own = [self.family.patches(layout) for layout in self.reduction.layouts]
-        if sum(own) != patches:  # all pictures in one call, or one of several calls
-            own = [patches] * query.shape[0]
-        self.costs.setdefault(signal, []).extend((n, cost * n / patches) for n in own)
-
-    def _signal(self, signal: Any, method: str) -> Tensor:
-        """A signal of the tower per visual token: `[tokens, ...]`."""
-        if signal not in self.signals:
-            layouts = self.reduction.layouts
-            pieces = attention.captured(self.pieces, signal, method)
-            self.signals[signal] = self.family.to_rows(torch.cat(pieces), layouts)
-            costs = iter(self.costs.pop(signal))
-            for image, layout in enumerate(layouts):
-                left = self.family.patches(layout)
-                while left > 0:
-                    patches, flops = next(costs)
-                    self.reduction.selection_flops[image] += flops
-                    left -= patches
-        return self.signals[signal]
-
-    def _of_tower(self, signal: Unprojected | BlockFeatures) -> Tensor:
-        """Features before the projector per visual token: `[tokens, width]`."""
-        if signal not in self.signals:
-            family, layouts = self.family, self.reduction.layouts
-            if isinstance(signal, Unprojected):
-                found = family.unprojected(self.unprojected, layouts)
-            else:
-                made = [self.blocks[family.block(block)] for block in signal.blocks]
-                patches = torch.cat([x[..., family.prefix :, :] for x in made], -1)
-                found = family.to_rows(patches.flatten(0, -2), layouts)
-            self.signals[signal] = found.to(self.unprojected.dtype)  # resized in fp32
-        return self.signals[signal]
-
-    def _question(self, which: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of text of each prompt, which of them there are, and their ids: `[batch, text]`."""
-        prompts = self.prompts
-        if prompts is None:
-            raise DataError(
-                f"{method} reads the question, and these pictures came without a prompt",
-                argument="input_ids",
-                given=None,
-                expected="the model's forward or generate(), with input_ids",
-            )
-        text = prompts.text
-        if which == "question":
-            text = text & (prompts.visual.long().cumsum(1) > 0)
-        rows = pick(text, prompts.most)
-        there, rows = rows >= 0, rows.clamp(min=0)
-        return rows, there, prompts.ids.gather(1, rows).masked_fill(~there, 0)
-
-    def _owners(self, group: Group) -> Tensor:
-        """The prompt of each image of a group: int64 `[images]`."""
-        owner: dict[int, int] = {}
-        for sample, own in enumerate(split_images(self.prompts.counts, self.reduction.sizes)):
-            for image in own:  # beams share images
-                owner.setdefault(image, sample)
-        return on_device(torch.tensor([owner[image] for image in group.images]), group.at)
-
-    def _text(self, signal: TextEmbeds, group: Group, method: str) -> Text:
-        """The text around each image of a group."""
-        if signal not in self.texts:
-            rows, there, ids = self._question(signal.which, method)
-            words = self.patched.family.model.get_input_embeddings()
-            self.texts[signal] = Text(words(ids), there, rows)
-        whole, at = self.texts[signal], self._owners(group)
-        return Text(whole.embeds[at], whole.valid[at], whole.rows[at])
-
-    def _joint(self, group: Group, method: str) -> Compared:
-        """The images of a group, and the text behind them, in CLIP's joint space."""
-        if self.compared is None:
-            space, layouts = self.patched.space, self.reduction.layouts
-            _, there, ids = self._question("question", method)
-            ids = [
-                row[:n] for row, n in zip(ids.tolist(), there.sum(1).tolist(), strict=True)
-            ]
-            patches = space.patches(self.unprojected.detach().flatten(0, 1))
-            text, valid = space.texts(ids)
-            self.compared = self.family.to_rows(patches, layouts), text, valid
-            width, dim = self.unprojected.shape[-1], text.shape[2]
-            for image, layout in enumerate(layouts):
-                cost = 2.0 * self.family.patches(layout) * width * dim
-                self.reduction.selection_flops[image] += cost
-            for sample, own in enumerate(
-                split_images(self.prompts.counts, self.reduction.sizes)
-            ):
-                for image in own:
-                    cost = space.word_flops * len(ids[sample]) / len(own)
-                    self.reduction.selection_flops[image] += cost
-        (patches, text, valid), at = self.compared, self._owners(group)
-        return Compared(patches[group.at], text[at], valid[at])
 
     # Stages
 
@@ -317,31 +126,9 @@ class VisionRun:
         """Actions of a stage for a group; features are `[images, cells, width]`."""
         if not group.layout.plain:
             check_grids(stage)
-        signals: dict[str, Any] = {}
-        for name, signal in stage.reads().items():
-            if isinstance(signal, Features):
-                signals[name] = features
-                if signal.cls and self.cls is not None:
-                    signals["cls"] = self.cls
-            elif isinstance(signal, Grid):
-                signals[name] = group.layout.places.cells()
-            elif isinstance(signal, TextEmbeds):
-                signals[name] = self._text(signal, group, stage.info.name)
-            elif isinstance(signal, Joint):
-                signals[name] = self._joint(group, stage.info.name)
-            elif isinstance(signal, Unprojected | BlockFeatures):
-                signals[name] = self._of_tower(signal)[group.at]
-            else:
-                signals[name] = self._signal(signal, stage.info.name)[group.at]
-        counts = [self.reduction.counts[i] for i in group.images]
-        ctx = Context(
-            stage, signals, grid=group.layout.grids[0] if group.layout.plain else None,
-            valid=self.reduction.keep[group.at], counts=None if None in counts else counts,
-            seeds=functools.partial(self._seeds, number, group),
-            route=functools.partial(_route, self.patched, number, booked := []),
-            project=functools.partial(_project, self.family.projector, booked),
-        )
-        actions = stage.reduce(ctx)
+        with precisely(stage, group.at.device):
+            ctx, booked = self._context(number, stage, group, features)
+            actions = stage.reduce(ctx)
         ctx.book(sum(booked))
         self.reduction.ran.add(number)
         self.reduction.notes += ctx.remarks
@@ -350,16 +137,36 @@ class VisionRun:
             self.reduction.selection_flops[image] += cost
         return actions
 
+    def _context(
+        self, number: int, stage: TokenReducer, group: Group, features: Tensor | None
+    ) -> tuple[Context, list[float]]:
+        """What a stage is given for a group, and where its trained parts book their cost."""
+        signals: dict[str, Any] = {}
+        for name, signal in stage.reads().items():
+            if isinstance(signal, Features):
+                signals[name] = features
+                if signal.cls and self.cls is not None:
+                    signals["cls"] = self.cls
+            elif isinstance(signal, Grid):
+                signals[name] = group.layout.places.cells()
+            else:
+                signals[name] = self.signals.read(signal, group, stage.info.name)
+        counts = [self.reduction.counts[i] for i in group.images]
+        ctx = Context(
+            stage, signals, grid=group.layout.grids[0] if group.layout.plain else None,
+            valid=self.reduction.keep[group.at], counts=None if None in counts else counts,
+            seeds=functools.partial(self._seeds, number, group),
+            route=functools.partial(_route, self.patched, number, booked := []),
+            project=functools.partial(_project, self.family.projector, booked),
+        )
+        return ctx, booked
+
     def _apply(self, actions: list[Any], group: Group, features: Tensor) -> Tensor:
         """Book the actions of a stage; returns the group's features, still of full length."""
         reduction, at = self.reduction, group.at
         for action in actions:
             if isinstance(action, Keep):
-                keep = reduction.keep[at]
-                dropped = keep & ~action.mask
-                reduction.into[at] = reduction.into[at].masked_fill(dropped, -1)
-                reduction.keep[at] = keep & action.mask
-                self._count(group, action.counts)
+                self._keep(action, group)
             elif isinstance(action, Merge):
                 token = on_device(group.layout.places.cell, at)
                 into = token[action.into.clamp(min=0)].masked_fill(action.into < 0, -1)
@@ -387,6 +194,21 @@ class VisionRun:
                     expected="Keep, Merge, Write, Pool, Protect",
                 )
         return features
+
+    def _keep(self, action: Keep, group: Group) -> None:
+        """Let tokens go, but no protected ones."""
+        reduction, at = self.reduction, group.at
+        keep, mask, counts = reduction.keep[at], action.mask, action.counts
+        if reduction.protected is not None:
+            mask, counts = mask | reduction.protected[at], None
+        dropped = keep & ~mask
+        # What was merged into a token goes with it; an image begins with a cell.
+        gone = torch.zeros(len(at), group.layout.tokens, dtype=torch.bool, device=at.device)
+        gone = gone.scatter(1, at - at[:, :1], dropped)
+        into = reduction.into[at]
+        reduction.into[at] = into.masked_fill((into >= 0) & gone.gather(1, into.clamp(min=0)), -1)
+        reduction.keep[at] = keep & mask
+        self._count(group, counts)
 
     def _count(self, group: Group, counts: Sequence[int] | None) -> None:
         for image, n in zip(group.images, counts or [None] * len(group.images), strict=True):
@@ -467,7 +289,7 @@ class VisionRun:
                 gradient.
         """
         flat = sum(layout.cells for layout in self.reduction.layouts)
-        count = len(self.unprojected) if nothing.dim() == 3 else flat
+        count = len(self.signals.unprojected) if nothing.dim() == 3 else flat
         return nothing.new_zeros(count, *nothing.shape[1:]) + 0.0 * nothing.sum()
 
     def after_projector(self, projected: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -103,14 +103,23 @@ class Places:
         return _cells(self)
 
 
-@lru_cache(maxsize=256)
+def remembered(make: Callable) -> Callable:
+    """`lru_cache` for tensors that are made of a layout alone.
+
+    They are ordinary ones whoever asks first: those of inference mode could not be saved for the
+    gradient of a training that comes later.
+    """
+    return lru_cache(maxsize=256)(torch.inference_mode(False)(make))
+
+
+@remembered
 def _cells(places: Places) -> Places:
     columns = ("newline", "tile", "frame", "row", "col", "line", "part")
     own = {name: getattr(places, name)[places.cell] for name in columns}
     return Places(**own, cell=places.cell, parts=places.parts, tiles=places.tiles)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def _places(layout: Layout) -> Places:
     parts, line = [], 0  # newline, tile, frame, row, col, line: int64 [6, tokens] each
     for grid, (height, width) in enumerate(layout.grids):
@@ -254,7 +263,7 @@ class TokenTable:
         tile, frame: int32 ordinals within the image, -1 for text.
         row, col: float32 place in the image's grid, -1 for text.
         line: int32, in images with separators: what the row's separator separates.
-        size: float32, how many original tokens the row stands for.
+        size: float32, how many of the tokens that entered the decoder the row stands for.
         logical: int64 index in the uncompressed sequence.
         index: int64 row of the forward's own input that this row came from.
     """

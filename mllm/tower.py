@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mllm import attention
 from mllm.compressors.base import TowerContext, merge_rows
 from mllm.errors import PlanError
 from mllm.tokens import along
@@ -90,7 +91,7 @@ class TowerRun:
             stage, self._keys.pop(number), x, block=number, depth=self.depth,
             grid=self.grid, prefix=prefix, size=self.size,
         )  # fmt: skip
-        with torch.no_grad():
+        with torch.no_grad(), attention.exact(x.device):
             into = stage.merge(ctx).into
         self.flops += ctx.flops
         self.ran.add(stage_number)

@@ -15,6 +15,7 @@ from mllm.compressors.base import (
     Hidden,
     Joint,
     TokenReducer,
+    Unprojected,
     Unreduced,
     Views,
     VisionAttention,
@@ -38,16 +39,33 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
     Raises:
         PlanError: says what would work.
     """
-    family, plan = patched.family, patched.plan
     compat.warn_if_untested()
-    if "mllm_patched" in family.base.__dict__:
+    _check_model(patched)
+    _check_before(patched)
+    _check_layers(patched)
+    _check_tower(patched)
+    _check_small(patched)
+    _check_beside(patched)
+    _check_writers(patched)
+    _check_lowrank(patched)
+    _check_storage(patched)
+    for stage in patched.plan.stages:
+        _check_fit(patched, stage)
+    _check_budgets(patched)
+    _check_windows(patched)
+    _check_backends(patched, unvalidated)
+
+
+def _check_model(patched: Patched) -> None:
+    """Refuse a model that has a plan, or whose ranks would choose differently."""
+    if "mllm_patched" in patched.family.base.__dict__:
         raise PlanError(
             "the model is already patched",
             argument="model",
             given=type(patched.model).__name__,
             expected="one plan with all stages, or remove() first",
         )
-    ranks = compat.tensor_parallel(family.model)
+    ranks = compat.tensor_parallel(patched.family.model)
     if ranks > 1:
         raise PlanError(
             f"the model's heads are spread over {ranks} ranks, which would choose differently",
@@ -55,6 +73,11 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=f"tensor parallel over {ranks} ranks",
             expected="one device, device_map, or data parallel",
         )
+
+
+def _check_before(patched: Patched) -> None:
+    """Refuse pre-LLM stages in an order in which they cannot run, or that disagree."""
+    plan = patched.plan
     order = ("pixels", "pre_projector", "post_projector")
     sites = [order.index(patched.site(s)) for _, s in patched.reducers]
     if sites != sorted(sites):
@@ -80,7 +103,11 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=", ".join(f"{s.info.name}={patched.positions(s)}" for _, s in patched.before),
             expected="one choice for all pre-LLM stages",
         )
-    depth = len(patched.layers)
+
+
+def _check_layers(patched: Patched) -> None:
+    """Refuse layers that the model does not have, and signals of layers that have not run."""
+    family, depth = patched.family, len(patched.layers)
     for _, stage in patched.pruners:
         moves = bool(MOVES_ROWS & set(stage.actions))
         first = max(stage.first_layer, family.first_cut if moves else 0)
@@ -102,24 +129,22 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
         entering = isinstance(signal, Hidden) and signal.of == "layer"
         if not 0 <= signal.layer < here + (entering or reads_before(signal)):
             raise PlanError(
-                f"{plan.stages[number].info.name} acts before layer {here} and cannot read "
-                f"{type(signal).__name__} of layer {signal.layer}",
+                f"{patched.plan.stages[number].info.name} acts before layer {here} and cannot "
+                f"read {type(signal).__name__} of layer {signal.layer}",
                 argument="layer",
                 given=signal.layer,
                 expected="a layer that has run",
             )
-    _check_tower(patched)
-    _check_beside(patched)
-    _check_writers(patched)
-    _check_lowrank(patched)
-    _check_storage(patched)
-    grid = family.native_grid()
-    for stage in plan.stages:
-        _check_fit(patched, stage)
+
+
+def _check_budgets(patched: Patched) -> None:
+    """Refuse more tokens than an image has, where that is known; a preset by its own number."""
+    grid = patched.family.native_grid()
+    for stage in patched.written if grid else ():
         budgets = getattr(stage, "keep", None)
         budgets = budgets if isinstance(budgets, tuple) else (budgets,)
         keep = max((k for k in budgets if isinstance(k, int)), default=0)
-        if grid and keep > grid[0] * grid[1] and not stage.info.trained:
+        if keep > grid[0] * grid[1] and not stage.info.trained:
             raise PlanError(
                 f"{stage.info.name}: keep={keep} is more than the {grid[0] * grid[1]} visual "
                 "tokens of an image",
@@ -127,6 +152,11 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 given=keep,
                 expected=f"1 <= keep <= {grid[0] * grid[1]}",
             )
+
+
+def _check_windows(patched: Patched) -> None:
+    """Refuse decoder layers that see less than everything, where no mask can follow."""
+    family = patched.family
     config = family.text_config
     kinds = getattr(config, "layer_types", None)
     if kinds is None and getattr(config, "sliding_window", None):
@@ -149,7 +179,12 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
             given=attend,
             expected="sdpa or eager",
         )
-    tapped = patched.tapped()
+
+
+def _check_backends(patched: Patched, unvalidated: bool) -> None:
+    """Refuse attention implementations that cannot do or read what the plan asks for."""
+    family = patched.family
+    attend = compat.attention_name(family.attention(0))
     for _, stage in patched.pruners:
         if {"LogitBias", "Insert"} & set(stage.actions) and "flash" in attend:
             raise PlanError(
@@ -168,6 +203,7 @@ def check_plan(patched: Patched, unvalidated: bool) -> None:
                 given="each" if chosen else attend,
                 expected=("heads=shared, or " if chosen else "") + "sdpa or eager",
             )
+    tapped = patched.tapped()
     flash = [m for m in tapped if "flash" in compat.attention_name(m)]
     other = [m for m in tapped if compat.attention_name(m) not in compat.SERVED]
     if family.packed:  # flash attention gets all pictures of a packed tower in one call
@@ -191,8 +227,9 @@ def _check_tower(patched: Patched) -> None:
         others = [
             s
             for _, s in patched.reducers
-            if s.replaces or s.projects or patched.site(s) == "pre_projector"
+            if s.replaces or s.projects or s.first or patched.site(s) == "pre_projector"
         ]
+        behind = bool(others) and patched.site(others[0]) == "post_projector"
         blocks = stage.blocks(family.block(None) + 1) if len(family.blocks) else []
         backends = {compat.attention_name(family.block_attention(block)) for block in blocks}
         if not len(family.blocks):
@@ -211,8 +248,24 @@ def _check_tower(patched: Patched) -> None:
             f"{stage.info.name} cannot merge in the tower: {reason}",
             argument="plan",
             given=patched.plan.spec,
-            expected="a stage behind the projector",
+            expected="a stage behind the projector" + (" that chooses tokens" if behind else ""),
         )
+
+
+def _check_small(patched: Patched) -> None:
+    """Refuse stages that read the tower behind one that gives it smaller pictures."""
+    shrinks = [s for _, s in patched.reducers if patched.site(s) == "pixels"]
+    inside = VisionAttention | VisionKeys | Unprojected | BlockFeatures | Joint
+    for _, stage in patched.before if shrinks else ():
+        reads = any(isinstance(signal, inside) for signal in stage.reads().values())
+        if reads or patched.site(stage) in ("tower", "pre_projector"):
+            raise PlanError(
+                f"{stage.info.name} works on the patches of the tower, and {shrinks[0].info.name} "
+                "leaves it fewer of them",
+                argument="plan",
+                given=patched.plan.spec,
+                expected="stages that read features behind the projector, or work in the LLM",
+            )
 
 
 def _check_beside(patched: Patched) -> None:
@@ -329,6 +382,7 @@ def _check_fit(patched: Patched, stage: Any) -> None:
                 given=stage.info.name,
                 expected="a method that reads features, or works in the LLM",
             )
+        _check_blocks(stage, signal, len(family.blocks) if inside else 0)
         if isinstance(signal, VisionAttention) and signal.query == "cls" and not family.prefix:
             raise PlanError(
                 f"{stage.info.name} reads the attention of [CLS], and the tower of {name} has none",
@@ -376,6 +430,19 @@ def _check_fit(patched: Patched, stage: Any) -> None:
                 argument="plan",
                 given=stage.info.name,
                 expected="a method that chooses tokens",
+            )
+
+
+def _check_blocks(stage: Any, signal: Any, depth: int) -> None:
+    """Refuse tower blocks outside of a tower of `depth` blocks; they would be counted around it."""
+    named = getattr(signal, "blocks", None) or (getattr(signal, "block", None),)
+    for block in named if depth else ():
+        if isinstance(block, int) and not -depth <= block < depth:
+            raise PlanError(
+                f"{stage.info.name} reads block {block} of a tower that has {depth}",
+                argument="block",
+                given=block,
+                expected=f"{-depth} <= block < {depth}",
             )
 
 

@@ -82,7 +82,7 @@ class VisionHooks:
         inputs.update(run.pixels())
         token = _VISION.set(run)
         try:
-            with attention.taps(run.taps()):
+            with attention.taps(run.signals.taps()):
                 output = original(**inputs)
         finally:
             _VISION.reset(token)
@@ -108,7 +108,7 @@ class VisionHooks:
     def _projector_pre(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if (run := _VISION.get()) is None:
             return None
-        run.unprojected = args[0]
+        run.signals.unprojected = args[0]
         if self.patched.replaces:
             return self.family.no_tokens(args), kwargs
         if self.patched.early:
@@ -125,7 +125,7 @@ class VisionHooks:
 
     def _block_post(self, block: int, module: nn.Module, args: tuple, output: Any) -> None:
         if (run := _VISION.get()) is not None:
-            run.blocks[block] = output[0] if isinstance(output, tuple) else output
+            run.signals.blocks[block] = output[0] if isinstance(output, tuple) else output
 
     def _block(self, block: int, original: Any, args: tuple, kwargs: dict) -> Any:
         """What runs instead of a tower block's forward, where tokens may merge."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -203,6 +204,27 @@ def test_two_models_of_one_config(spec):
     assert torch.equal(one(**inputs).logits, plain_one)
 
 
+@pytest.mark.parametrize("spec", ["pyramiddrop:layers=1/2/3", "pmod"])
+@torch.no_grad()
+def test_a_copy_of_a_peft_model_is_one(spec):
+    """PEFT's wrappers ask the model within for what they have not; it must not copy itself."""
+    peft = pytest.importorskip("peft")
+    inputs = tiny.collate(tiny.samples(side=SIDE))
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(fresh(), lora)
+    plain = model(**inputs).logits
+    with mllm.patch(model, spec):
+        mine = model(**inputs).logits
+        twin, inner = copy.deepcopy(model), copy.deepcopy(model.base_model)
+    for copied, of in ((twin, model), (inner, model.base_model)):
+        assert [type(m) for m in copied.modules()] == [type(m) for m in of.modules()]
+        assert not {id(p) for p in copied.parameters()} & {id(p) for p in of.parameters()}
+        assert torch.equal(copied(**inputs).logits, plain)
+    with mllm.patch(twin, spec):
+        assert torch.equal(twin(**inputs).logits, mine)
+
+
 @torch.no_grad()
 def test_removal_in_any_order():
     cfg = tiny.config(side=SIDE)
@@ -254,6 +276,32 @@ def test_two_threads(spec):
         for t in threads:
             t.join()
     assert not problems
+
+
+@torch.no_grad()
+def test_a_thread_does_not_see_what_another_reads():
+    """While one thread projects only the query that PyramidDrop reads, another runs that layer."""
+    model = fresh()
+    inputs, other = (tiny.collate(tiny.samples(side=SIDE, seed=s)) for s in (1, 2))
+    attention = model.model.language_model.layers[2].self_attn
+    found = []
+
+    def work():
+        with torch.no_grad():
+            found.append(model(**other).logits)
+
+    def meanwhile(*_):
+        if attention.q_proj._forward_hooks and not found and threading.active_count() == before:
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+
+    with mllm.patch(model, "pyramiddrop:layers=2:keep=0.5"):
+        alone, before = model(**other).logits, threading.active_count()
+        handle = attention.k_proj.register_forward_hook(meanwhile)
+        model(**inputs)
+        handle.remove()
+    assert torch.equal(found[0], alone)
 
 
 @torch.no_grad()

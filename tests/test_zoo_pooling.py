@@ -14,6 +14,7 @@ from zoo import FAMILIES, check_family, context
 import mllm
 from mllm.compressors import AdaptivePool, GGeM, PLLaVA, Pyramid
 from mllm.compressors.pooling import seats, shares, stacks
+from mllm.compressors.sanity import grid_within
 from mllm.errors import PlanError
 from mllm.tokens import Layout
 
@@ -193,3 +194,12 @@ def test_the_sequence_of_a_pyramid():
 def test_bad_sizes(make):
     with pytest.raises(PlanError):
         make()
+
+
+@pytest.mark.parametrize("grid", [(6, 8), (40, 3), (3, 40), (9, 1), (1, 9)], ids=str)
+def test_a_grid_is_within_its_budget(grid):
+    """Of a tall picture too, at a budget of a few tokens."""
+    for budget in range(1, grid[0] * grid[1] + 1):
+        rows, cols = grid_within(budget, grid)
+        assert 1 <= rows <= grid[0] and 1 <= cols <= grid[1] and rows * cols <= budget
+    assert grid_within(grid[0] * grid[1], grid) == grid

@@ -17,6 +17,7 @@ from families import KITS, Sample, collate, model, samples
 from family_oracles import as_tokens, base_name, dense, features, reference, seen
 from matrix import equal
 from torch import Tensor
+from zoo import context
 
 import mllm
 from mllm.compressors import FasterVLM, HiRED, VScan, VScanVision
@@ -415,3 +416,28 @@ def test_budgets_of_one_and_of_all(name, keep):
                 cells += [at + i for i in KITS[family].cells(picture)]
                 at += picture.tokens
             assert len(set(kept[b].tolist()) & set(cells)) == keep * len(sample.pictures)
+
+
+@pytest.mark.parametrize("merge, want", [("sum", 150.0), ("mean", 300.0 * 287 / 575)])
+@torch.no_grad()
+def test_visionzip_merges_many_tokens_in_half_precision(merge, want):
+    """The sum of 574 members is more than fp16 can hold, their mean is not."""
+    x = torch.zeros(1, 576, 4, dtype=torch.float16)
+    x[:, 289:] = 300.0
+    stage = get_method("visionzip")(keep=2, dominant=0.5, cls=False, merge=merge)
+    keep, _, write = stage.reduce(
+        context(stage, features=x, keys=torch.ones_like(x), attention=-torch.arange(576.0)[None])
+    )
+    assert keep.mask.nonzero()[:, 1].tolist() == [0, 1]
+    assert torch.allclose(write.values[0, 1].float(), torch.full((4,), want), rtol=0.01)
+
+
+@torch.no_grad()
+def test_vscan_above_two_thirds_of_a_picture():
+    """The first stage leaves everything, and the second what the average asks for at most."""
+    net = model("llava")
+    with mllm.patch(net, "vscan:keep=12:window=2:layer=2") as patched:
+        net(**collate("llava", samples("llava", "alone")))
+        assert [len(patched.ledger.kept(i)[0]) for i in range(4)] == [16, 16, 6, 6]
+    with pytest.raises(PlanError, match="vscan: keep=17 is more than the 16 visual tokens"):
+        mllm.patch(net, "vscan:keep=17")

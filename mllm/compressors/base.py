@@ -55,7 +55,7 @@ from mllm.signals import (
     VisionAttention,
     VisionKeys,
 )
-from mllm.tokens import Places, on_device
+from mllm.tokens import Places, on_device, remembered
 
 __all__ = [
     "Attend",
@@ -113,6 +113,7 @@ __all__ = [
     "merge_rows",
     "on_device",
     "register",
+    "remembered",
     "resolve",
     "top_k",
     "top_k_each",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from mllm.compressors.base import (
     fill_up,
     on_device,
     register,
+    remembered,
     resolve,
     top_k,
     top_k_each,
@@ -89,7 +89,7 @@ class HiRED(TokenReducer):
         return [Keep(fill_up(keep, score, valid, budget), ctx.at_most(budget))]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def regions(places: Places) -> tuple[Tensor, int]:
     """The tile that shows the place of each patch of the base view, int64 `[tokens]`.
 

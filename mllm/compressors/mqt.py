@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -19,6 +18,7 @@ from mllm.compressors.base import (
     TokenReducer,
     Unprojected,
     register,
+    remembered,
     resolve,
 )
 from mllm.compressors.elastic import (
@@ -33,7 +33,7 @@ from mllm.compressors.pooling import placed, shares, stacks
 from mllm.errors import PlanError
 
 
-@lru_cache(maxsize=32)
+@remembered
 def sincos(width: int, side: int) -> Tensor:
     """Sines and cosines of column, then of row, of a square: fp32 `[side**2, width]`."""
     wave = 10_000 ** -(torch.arange(width // 4) / (width // 4))

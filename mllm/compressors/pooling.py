@@ -22,6 +22,7 @@ from mllm.compressors.base import (
     TokenReducer,
     Write,
     register,
+    remembered,
     resolve,
 )
 from mllm.compressors.sanity import grid_within
@@ -64,7 +65,7 @@ def shares(budget: int, parts: Sequence[int]) -> list[int]:
     return given
 
 
-@lru_cache(maxsize=256)
+@remembered
 def seats(size: Size, levels: tuple[Size, ...]) -> tuple[Tensor, Tensor]:
     """Tokens that pooled ones stand at, and where each token goes.
 

@@ -28,7 +28,7 @@ from mllm.compressors.base import (
 
 def grid_within(budget: int, grid: tuple[int, int]) -> tuple[int, int]:
     """The largest (rows, cols) of the picture's shape with at most `budget` cells."""
-    rows = max(1, min(grid[0], int((budget * grid[0] / grid[1]) ** 0.5 + 1e-9)))
+    rows = max(1, min(grid[0], budget, int((budget * grid[0] / grid[1]) ** 0.5 + 1e-9)))
     return rows, max(1, min(grid[1], budget // rows))
 
 

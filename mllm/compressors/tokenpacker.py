@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from mllm.compressors.base import (
     Positions,
     Unprojected,
     register,
+    remembered,
 )
 from mllm.compressors.elastic import Attention, check_heads, linear_flops, mlp, start
 from mllm.compressors.pooling import PoolingWithin, Size
@@ -25,7 +25,7 @@ from mllm.compressors.pooling import PoolingWithin, Size
 LEVELS = (11 / 24, 15 / 24, 21 / 24, 22 / 24)
 
 
-@lru_cache(maxsize=64)
+@remembered
 def regions(size: Size, coarse: Size) -> tuple[Tensor, Tensor | None]:
     """Tokens of a grid that each cell of a coarser one covers, as adaptive pooling has them.
 

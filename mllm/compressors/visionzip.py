@@ -36,7 +36,8 @@ class VisionZip(TokenReducer):
     Works on the features before the projector. As in the official code, [CLS] is itself one of
     the dominant tokens; it takes the row of the first token that goes. The sequence is [CLS],
     dominant tokens in grid order, contextual tokens. A tower without [CLS] is scored by the
-    attention that a token receives, and has no [CLS] token to keep.
+    attention that a token receives, and has no [CLS] token to keep. Under anyres all tiles of an
+    image compete, where the authors' code takes each by itself.
 
     Args:
         keep: visual tokens per image, [CLS] included.
@@ -129,12 +130,15 @@ class VisionZip(TokenReducer):
     def _merged(self, x: Tensor, targets: Tensor, members: Tensor, receiver: Tensor) -> Tensor:
         """Features with every target replaced by its contextual token (differentiable)."""
         wide = members[..., None].expand(-1, -1, x.shape[2])
-        total = torch.zeros_like(x).scatter_add(
-            1, receiver[..., None].expand_as(wide), x.gather(1, wide)
+        # In fp32: fp16 cannot hold the sum of many members.
+        total = torch.zeros_like(x, dtype=torch.float32).scatter_add(
+            1, receiver[..., None].expand_as(wide), x.gather(1, wide).float()
         )
-        count = torch.zeros_like(x[..., 0]).scatter_add(
-            1, receiver, torch.ones_like(receiver, dtype=x.dtype)
+        count = torch.zeros_like(total[..., 0]).scatter_add(
+            1, receiver, torch.ones_like(receiver, dtype=total.dtype)
         )[..., None]
         if self.merge == "mean":
-            return torch.where(count > 0, (x + total) / (1 + count), x)
-        return torch.where(count > 0, x + total / count.clamp(min=1), x)
+            merged = (x + total) / (1 + count)
+        else:
+            merged = x + total / count.clamp(min=1)
+        return torch.where(count > 0, merged, x).to(x.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from mllm.compressors.base import (
     merge_rows,
     on_device,
     register,
+    remembered,
     resolve,
     top_k_each,
 )
@@ -119,7 +119,7 @@ class VScanVision(TokenReducer):
         return [*actions, Merge(into), Write(merge_rows(x, into))]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def windows(places: Places, side: int) -> tuple[Tensor, Tensor]:
     """The window of each token of a picture, int64 `[tokens]`, and the tile of each window."""
     key = places.part

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from mllm import flops
 from mllm.errors import DataError
 from mllm.models.base import Family, shrink, widest
-from mllm.tokens import Layout
+from mllm.tokens import Layout, remembered
 
 
 class Qwen2VL(Family):
@@ -180,7 +179,7 @@ class Qwen25VL(Qwen2VL):
         )
 
 
-@functools.lru_cache(maxsize=256)
+@remembered
 def _windows(layout: Layout, side: int) -> tuple[Tensor, list[int]]:
     """Tokens of one image in the order of windows of `side` x `side`; the tokens of each."""
     windows, count = [], 0
