@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mllm.chunks import Chunks
     from mllm.in_llm import DecoderRun
     from mllm.ledger import Reduction
-    from mllm.pre_llm import Prompts
     from mllm.tokens import Counts, Layout
+    from mllm.vision_signals import Prompts
 
 
 @dataclass
