@@ -114,6 +114,8 @@ def calibrate(
     from mllm import __version__, patch
 
     stage = fittable(method)
+    if isinstance(batches, Mapping):  # one batch, as the processor gives it
+        batches = [batches]
     family, seen, digest = resolve(model), [], _Digest()
     cached = isinstance(stage, CacheCompressor)
     recorder = (_CacheRecorder if cached else _Recorder).make(stage)

@@ -7,20 +7,21 @@ import copy
 import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from mllm.errors import MllmError
+from mllm.errors import DataError, MllmError
 
 #: Oldest and newest release of transformers that the tests pass on.
 TESTED = ("5.17", "5.23")
@@ -40,6 +41,7 @@ try:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.video_processing_utils import BaseVideoProcessor
 
     _taken = inspect.signature(create_causal_mask).parameters
     if missing := {"inputs_embeds", "past_key_values", "layer_idx"} - set(_taken):
@@ -65,6 +67,7 @@ __all__ = [
     "TESTED",
     "arguments",
     "as_eager",
+    "asks_plainly",
     "attention_name",
     "base_attention",
     "best_resolution",
@@ -81,7 +84,9 @@ __all__ = [
     "one_more",
     "padding",
     "part",
+    "pictures",
     "prefill",
+    "processor",
     "reentrant",
     "register_attention",
     "report_targets",
@@ -218,6 +223,85 @@ def visual_tokens(processor: Any, sizes: list[tuple[int, int]]) -> list[int] | N
     except (AttributeError, KeyError, TypeError):  # not written, or not for this image processor
         return None
     return list(counted["num_image_tokens"])
+
+
+class _NoVideos:
+    """In the place of a processor's part for videos."""
+
+    num_frames = fps = None  # SmolVLM's template asks for them first
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        raise DataError(
+            "this model's processor reads videos by torchvision, which is not installed; pictures "
+            "work without it",
+            argument="videos",
+            given="a video",
+            expected="pip install torchvision, the build that fits torch",
+        )
+
+
+def processor(path: str) -> Any:
+    """The processor of a model; where torchvision is missing, without its part for videos.
+
+    Raises:
+        OSError, ValueError, ImportError: as `AutoProcessor.from_pretrained` does.
+    """
+    try:
+        return transformers.AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError):
+        if importlib.util.find_spec("torchvision") is not None:
+            raise
+        config = transformers.AutoConfig.from_pretrained(path)
+        kind = transformers.PROCESSOR_MAPPING.get(type(config), None)
+        if kind is None or "video_processor" not in kind.get_attributes():
+            raise
+    made = _for_pictures(kind).from_pretrained(path)
+    made.for_videos, _ = BaseVideoProcessor.get_video_processor_dict(path)
+    return made
+
+
+@functools.cache
+def _for_pictures(kind: type) -> type:
+    """A class of processors that is read without its part for videos."""
+
+    class Pictures(kind):
+        video_processor = _NoVideos()
+        for_videos: dict[str, Any] = {}
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **options: Any) -> list[Any]:
+            # Behind the image processor and the tokenizer, it stands third in all of them.
+            return [*super()._get_arguments_from_pretrained(*args, **options), None]
+
+        def to_dict(self) -> dict[str, Any]:
+            # Where torchvision is, the folder that this is saved to takes videos again.
+            return super().to_dict() | {"video_processor": self.for_videos}
+
+    Pictures.__name__ = Pictures.__qualname__ = kind.__name__  # saved with the processor
+    return Pictures
+
+
+#: Processors that count pictures by prompt, and would take a row of them for those of one prompt.
+_BY_PROMPT = ("Gemma3Processor", "SmolVLMProcessor")
+
+
+def pictures(processor: Any, images: Sequence[Sequence[Any]]) -> list[Any] | None:
+    """The pictures of each prompt as a processor takes those of a batch; None for none at all."""
+    if not any(images):
+        return None
+    if type(processor).__name__ in _BY_PROMPT:
+        return [list(own) for own in images]
+    return [image for own in images for image in own]
+
+
+def asks_plainly(processor: Any) -> bool:
+    """Whether prompts are pictures and bare text: the model has no chat template by design."""
+    plain = type(processor).__name__ == "PaliGemmaProcessor"
+    return plain and not getattr(processor, "chat_template", None)
 
 
 def uses_cache(decoder: nn.Module, asked: bool | None) -> bool:

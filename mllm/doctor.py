@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mllm.errors import DataError
+from mllm.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,7 +147,7 @@ def skeleton(path: str | os.PathLike, dtype: str | None = None) -> nn.Module:
         config = AutoConfig.from_pretrained(model_path(path))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read the configuration of {path}: {str(error).splitlines()[0]}",
+            f"cannot read the configuration of {path}: {first_line(error)}",
             argument="model",
             given=path,
             expected="a folder with config.json, a hub name, or 'tiny-llava'",

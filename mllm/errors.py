@@ -63,5 +63,11 @@ def unusable(argument: str, given: Any, done: str, expected: str) -> DataError:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line: the first that is not blank, or else its name."""
+    lines = filter(None, map(str.strip, str(error).splitlines()))
+    return next(lines, type(error).__name__)
+
+
 class CacheMismatchError(MllmError):
     """A KV cache that does not belong to this model, plan or moment."""

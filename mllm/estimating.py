@@ -80,7 +80,7 @@ def run(
     if dtype not in DTYPES:
         raise _unfit("dtype", dtype, " or ".join(DTYPES))
     at = hardware if isinstance(hardware, Hardware) else device(hardware)
-    given = None if plan is None else Plan.of(plan)
+    given = None if plan is None or plan in ("none", "unpatched") else Plan.of(plan)
     name, net = _opened(model, dtype)
     family = resolve(net)
     images, size = _pictures(family, images, size, visual)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mllm import flops
+from mllm.errors import DataError
 from mllm.tokens import Layout, TokenTable
 
 
@@ -205,9 +206,20 @@ class Ledger:
 
         Returns:
             Indices among the sample's visual tokens, in prompt order, on the CPU.
+
+        Raises:
+            DataError: there is no such layer.
         """
         if self._record is None:
             return []
+        depth = len(self._tables)
+        if layer != "llm" and layer not in range(-depth, depth):
+            raise DataError(
+                f"{layer!r} is no decoder layer: they are 0 to {depth - 1}",
+                argument="layer",
+                given=layer,
+                expected=f"0 to {depth - 1}, or 'llm'",
+            )
         table = self._tables[0 if layer == "llm" else layer]
         there = table.visual & (table.valid if layer == "llm" else self._enters(layer))
         ordinal = (self._record.full.visual.long().cumsum(1) - 1).gather(1, table.index)

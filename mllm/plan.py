@@ -87,9 +87,14 @@ def get_method(name: str) -> type:
     known = _load_methods()
     if name not in known:
         close = ", ".join(difflib.get_close_matches(name, known, 3, 0.5))
-        expected = close or "a name that `mllm methods` lists"
+        expected = close or f"a name that `mllm methods` lists, or a folder with {PLAN_FILE}"
+        if name in ("none", "unpatched"):  # `mllm eval` alone has a row for it
+            close, expected = "", "a method; the model as it is needs no plan"
+        elif name and os.path.exists(name):  # a file, or a folder of something else
+            close, expected = "", f"text, or a folder with {PLAN_FILE}, which {name} is not"
         raise PlanError(
-            f"unknown method {name!r}; " + (f"did you mean: {close}?" if close else expected),
+            f"unknown method {name!r}; "
+            + (f"did you mean: {close}?" if close else f"expected {expected}"),
             argument="method",
             given=name,
             expected=expected,
@@ -303,9 +308,10 @@ class Plan:
         self.written = list(stages)
         self.seed = seed
         for stage in self.written:
-            if not hasattr(stage, "info"):
+            if isinstance(stage, type) or not hasattr(stage, "info"):
+                what = f"the class {stage.__name__}" if isinstance(stage, type) else repr(stage)
                 raise PlanError(
-                    f"a plan is made of method instances, not {type(stage).__name__}",
+                    f"a plan is made of method instances, not {what}",
                     argument="plan",
                     given=stage,
                     expected="for example VisionZip(keep=64) or 'visionzip:keep=64'",
@@ -322,8 +328,10 @@ class Plan:
         if isinstance(plan, Plan):
             return plan
         if isinstance(plan, str | os.PathLike):
-            if (Path(plan) / PLAN_FILE).is_file():
-                return cls.from_pretrained(plan)
+            path = Path(plan)
+            folder = path.parent if path.name == PLAN_FILE else path
+            if os.path.isfile(folder / PLAN_FILE):  # False for a text that no path can be
+                return cls.from_pretrained(folder)
             return cls.from_spec(str(plan))
         return cls(plan if isinstance(plan, list | tuple) else [plan])
 

@@ -24,7 +24,6 @@ PUBLIC = {
     "AutoConfig",
     "AutoModel",
     "AutoModelForImageTextToText",
-    "AutoProcessor",
     "BitsAndBytesConfig",
     "Blip2QFormerConfig",
     "CLIPVisionConfig",

@@ -18,7 +18,7 @@ from mllm.cli import _common
 # Summaries stand here, so that `mllm --help` imports no command (and no torch).
 SUMMARIES = {
     "demo": "The whole job on the embedded model: table and report.",
-    "methods": "List the methods: stage, what they read, parameters, paper.",
+    "methods": "List the methods, or explain some.",
     "doctor": "Say what works with a model, and why the rest does not.",
     "estimate": "Say what a plan will cost, without weights.",
     "run": "Answer one question with and without a plan, side by side.",

@@ -20,7 +20,7 @@ from mllm.eval import files
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 ModelOption = Annotated[
     str,
-    typer.Option("--model", help="Folder or name of a Hugging Face LLaVA; tiny-llava is embedded."),
+    typer.Option("--model", help="Folder or hub name of a model; tiny-llava is embedded."),
 ]
 PlanOption = Annotated[
     str,
@@ -30,7 +30,9 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:1, ...; the GPU when there is one."),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+]
 DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Folder with local copies of public data sets; nothing is "

@@ -143,9 +143,9 @@ def _clip(images: list[Path], frames: int) -> Any:
 def _show(data: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(f"unpatched  {data['visual_tokens']:>5} visual tokens  ", end="")
-    console.print(data["unpatched_answer"], markup=False)
+    console.print(" ".join(data["unpatched_answer"].split()), markup=False)
     console.print(f"patched    {data['kept_llm']:>5} into the LLM   ", end="")
-    console.print(data["answer"], markup=False)
+    console.print(" ".join(data["answer"].split()), markup=False)
     console.print(f"{data['visual_avg']:.1f} visual tokens per decoder layer on average")
     for row in data["budgets"] if len(data["budgets"]) > 1 else ():
         console.print(

@@ -26,7 +26,7 @@ def command(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or name of a Hugging Face LLaVA.", show_default="tiny-llava"),
+        typer.Option(help="Folder or hub name of a model.", show_default="tiny-llava"),
     ] = None,
     plans: Annotated[
         str | None,
@@ -114,7 +114,8 @@ def command(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="auto, float32 or bfloat16.", show_default="auto")
+        str | None,
+        typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU when there is one.")

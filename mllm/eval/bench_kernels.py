@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mllm import attention, flops, kernels, tokens
 from mllm.cache import Packed
 from mllm.cache.quantised import Quantised
-from mllm.errors import DataError, MllmError
+from mllm.errors import DataError, MllmError, first_line
 from mllm.eval import bench
 from mllm.eval.bench_clock import clock_of, peak_of
 from mllm.eval.bench_machine import machine, reached
@@ -151,7 +151,7 @@ def _text_config(model: str | Shape) -> Any:
             config = AutoConfig.from_pretrained(model_path(model))
         except (OSError, ValueError) as error:
             raise DataError(
-                f"cannot read the configuration of {model}: {str(error).splitlines()[0]}",
+                f"cannot read the configuration of {model}: {first_line(error)}",
                 argument="model", given=model, expected="a shape, or a folder with config.json",
             ) from error  # fmt: skip
     return config.get_text_config()

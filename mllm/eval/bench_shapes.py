@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm.errors import DataError, unusable
+from mllm.errors import DataError, first_line, unusable
 from mllm.estimating import prompt
 from mllm.loading import load_model
 from mllm.models import resolve
@@ -175,7 +175,7 @@ def config_of(name: str | Shape) -> Any | None:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read the configuration {name}: {str(error).splitlines()[0]}",
+            f"cannot read the configuration {name}: {first_line(error)}",
             argument="model",
             given=name,
             expected="a config.json that transformers can read",

@@ -30,7 +30,7 @@ from mllm.eval import files, overlay, seen
 from mllm.eval.answer import answer
 from mllm.eval.plans import make_plan
 from mllm.eval.report import templates
-from mllm.loading import PLACEHOLDER, build_inputs
+from mllm.loading import PLACEHOLDER, build_inputs, chat_text
 from mllm.patch import patch
 from mllm.plan import Plan
 from mllm.signals import AttentionRows, ColumnMass, VisionAttention
@@ -302,9 +302,7 @@ def _inputs(
     if not frames or not token or getattr(processor, "video_processor", None) is None:
         return build_inputs(processor, [(list(images or frames), question)])
     content = [{"type": "video"}, {"type": "text", "text": question.replace(PLACEHOLDER, "")}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
+    text = chat_text(processor, [{"role": "user", "content": content}])
     if metadata is None:
         numbers = list(range(len(frames)))
         metadata = {"total_num_frames": len(frames), "fps": None, "frames_indices": numbers,

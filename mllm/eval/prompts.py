@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from mllm import compat
 from mllm.errors import DataError
 from mllm.eval.answer import answer
-from mllm.loading import load_image
+from mllm.loading import chat_text, load_image, process
 from mllm.views import with_tiles
 
 #: A padded batch has no prompt that is shorter than its longest by more than this share.
@@ -97,8 +97,7 @@ def render(processor: Any, messages: Sequence[dict[str, Any]]) -> tuple[str, lis
                     expected="text and images",
                 )
         plain.append({"role": message["role"], "content": parts})
-    text = processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    return text, images
+    return chat_text(processor, plain), images
 
 
 def ask(
@@ -182,12 +181,7 @@ def answer_batch(
     """
     images = [image for prompt in prompts for image in prompt.images]
     started = time.perf_counter()
-    inputs = processor(
-        images=images or None,
-        text=[prompt.text for prompt in prompts],
-        padding=True,
-        return_tensors="pt",
-    )
+    inputs = process(processor, [p.text for p in prompts], [p.images for p in prompts])
     grid = None if patched is None else patched.tiles
     inputs = with_tiles(inputs, processor, images, grid).to(dtype=model.dtype)
     if prompts[0].continuation is not None:

@@ -115,6 +115,8 @@ def find_tasks(
     ours = manager.all_tasks
     for name in names:
         near = difflib.get_close_matches(name, ours, 3, 0.8)
+        if f"yardstick_{name}" in ours:  # as sweeps call it
+            near = [f"yardstick_{name}"]
         if near and name not in ours:  # a slip of ours: no need to read two thousand files
             raise _no_task(name, near)
     if set(names) <= set(ours):

@@ -418,7 +418,8 @@ def chosen_tasks(names: Sequence[str]) -> list[str]:
     Raises:
         MllmError: an unknown task, or the embedded model has none that are admitted.
     """
-    tasks = [task for name in names for task in sources.expand(name)]
+    bare = [name.removeprefix("yardstick_") for name in names]  # as `mllm eval` calls them
+    tasks = [task for name in bare for task in sources.expand(name)]
     if not tasks:
         raise MllmError(
             "the embedded model has no admitted tasks; name some with --tasks",

@@ -59,7 +59,7 @@ class Chosen:
         others = [name for name in names if name not in ours]
         found, public = [], {}
         if ours or not others:
-            found = sweep.chosen_tasks([name.removeprefix("yardstick_") for name in ours])
+            found = sweep.chosen_tasks(ours)
         if others:
             runner.need_lmms_eval()
             from mllm.eval import tuning_public

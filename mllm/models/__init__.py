@@ -6,6 +6,7 @@ One short file per family. An adapter says where things are; it never computes.
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Any
 
 from mllm.errors import PlanError
@@ -93,6 +94,14 @@ def resolve(model: Any) -> Family:
     Raises:
         PlanError: the model's family is not supported.
     """
+    if isinstance(model, str | os.PathLike):
+        raise PlanError(
+            f"{model} is a name, and a loaded model is patched: "
+            f"model, processor = mllm.load_model({str(model)!r})",
+            argument="model",
+            given=model,
+            expected="what mllm.load_model or from_pretrained returns",
+        )
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, whole = getattr(inner, "config", None), hasattr(inner, "get_decoder")
     return family_of(config, type(inner).__name__, whole)(inner)

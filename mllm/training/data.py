@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from mllm.errors import DataError
 from mllm.eval import sources
-from mllm.loading import PLACEHOLDER, chat_content, load_image
+from mllm.loading import PLACEHOLDER, chat_content, chat_text, load_image, process
 from mllm.training.reading import read
 from mllm.training.schema import DataPart
 from mllm.training.video import Clip, check_decoder, read_clip
@@ -496,12 +496,11 @@ class Collator:
             items = [_as_pictures(item) for item in items]
         texts, learnt = zip(*(self._render(item["messages"]) for item in items), strict=True)
         images = [image for item in items for image in item["images"]]
-        batch = self.processor(
-            text=list(texts),
-            images=images or None,
-            padding=True,
+        batch = process(
+            self.processor,
+            list(texts),
+            [item["images"] for item in items],
             padding_side="right",
-            return_tensors="pt",
             **self._clips([clip for item in items for clip in item.get("videos", ())]),
         )
         batch = with_tiles(batch, self.processor, images, self.tiles)
@@ -542,12 +541,11 @@ class Collator:
 
     def _render(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the character spans of the answers."""
-        render = self.processor.apply_chat_template
         spans = []
         text = ""
         for i, message in enumerate(messages):
-            before = render(messages[:i], add_generation_prompt=True) if i else ""
-            text = render(messages[: i + 1])
+            before = chat_text(self.processor, messages[:i]) if i else ""
+            text = chat_text(self.processor, messages[: i + 1], generate=False)
             if message["role"] == "assistant":
                 if not text.startswith(before):
                     raise DataError(

@@ -14,7 +14,7 @@ from transformers import set_seed
 import mllm
 from mllm import compat
 from mllm.errors import DataError, RecipeError
-from mllm.loading import load_model
+from mllm.loading import load_model, load_processor
 from mllm.plan import Plan
 from mllm.routers import adapter as adapters
 from mllm.routers import stats
@@ -98,7 +98,7 @@ def _load(recipe: Recipe, device: str) -> tuple[Any, Any]:
         return parts.with_tower(recipe, *load_model(path, dtype=dtype, device=device))
     check_four_bits()
     from peft import prepare_model_for_kbit_training
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     four = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -108,7 +108,7 @@ def _load(recipe: Recipe, device: str) -> tuple[Any, Any]:
     )
     again = bool(recipe.train.get("gradient_checkpointing"))
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=again)
-    return base, AutoProcessor.from_pretrained(path)
+    return base, load_processor(path)
 
 
 class FinetuneTrainer(CheckpointTrainer):

@@ -20,7 +20,7 @@ import mllm
 from mllm.compat import report_targets
 from mllm.doctor import skeleton
 from mllm.errors import DataError, RecipeError
-from mllm.loading import model_path
+from mllm.loading import load_processor, model_path
 from mllm.plan import Plan
 from mllm.pre_llm import check_grids
 from mllm.routers.experts import STACKS
@@ -369,19 +369,9 @@ def small_like(path: str) -> nn.Module:
 
 def rehearse(recipe: Recipe, data: Conversations) -> dict[str, Any]:
     """One optimizer step of a small random model on the recipe's own data, plan and method."""
-    from transformers import AutoProcessor
-
     from mllm.training.finetune import finetune
 
-    try:
-        processor = AutoProcessor.from_pretrained(model_path(recipe.model.path))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot read the processor of {recipe.model.path}: {str(error).splitlines()[0]}",
-            argument="model.path",
-            given=recipe.model.path,
-            expected="a folder written by save_pretrained, a hub name, or 'tiny-llava'",
-        ) from error
+    processor = load_processor(recipe.model.path)
     torch.manual_seed(0)
     model = small_like(recipe.model.path)
     model, processor = parts.with_tower(recipe, model, processor, weights=False)

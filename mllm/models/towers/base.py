@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from mllm import compat
 from mllm.compat import BaseModelOutputWithPooling
-from mllm.errors import DataError, PlanError
+from mllm.errors import DataError, PlanError, first_line
 from mllm.models.base import shrink
 
 #: Words of a question that towers read, the last ones.
@@ -400,7 +400,7 @@ def _read(source: Any, weights: bool) -> tuple[dict[str, Any], nn.Module | None]
                 model = AutoModel.from_pretrained(source, config=config)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"cannot read an encoder from {source}: {str(error).splitlines()[0]}",
+                f"cannot read an encoder from {source}: {first_line(error)}",
                 argument="encoders",
                 given=source,
                 expected="a folder with a vision encoder, or a hub name",
