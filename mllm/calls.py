@@ -100,3 +100,20 @@ def run_of(patched: Bound) -> DecoderRun | None:
 def _own(variable: ContextVar, patched: Bound) -> Any:
     open_now = variable.get()
     return open_now if open_now is not None and open_now.patched is patched else None
+
+
+def unread(ids: Tensor, mask: Tensor | None, cache: Any) -> tuple[Tensor, int]:
+    """Of what generate() is given the ids that are not stored, and the prompt's logical length.
+
+    A later turn may come with the whole conversation, or alone: transformers tells by the mask,
+    which is always of the whole.
+
+    Args:
+        ids: int64 `[batch, tokens]`.
+        mask: `[batch, tokens]`; None is as many as the ids.
+        cache: `past_key_values`, or None.
+    """
+    past, rows = 0 if cache is None else cache.get_seq_length(), ids.shape[1]
+    if past and mask is not None and mask.shape[1] != rows:
+        return ids, past + rows
+    return ids[:, past if past < rows else 0 :], rows

@@ -205,7 +205,7 @@ class Captures:
             answering: whether the rows are behind the prompt; then all of them are meant.
         """
         if answering:
-            return pick(table.valid)
+            return pick(table.valid, table.valid.shape[1])
         prompt = self.run.prompt_of(table)
         if signal.rows == "last":
             return prompt.long().cumsum(1).argmax(1, keepdim=True)

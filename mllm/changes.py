@@ -27,6 +27,7 @@ from mllm.actions import (
 from mllm.ask import route
 from mllm.attention import rotate
 from mllm.cache import KVCache, SlotTable
+from mllm.cache.adoption import tell_compressed
 from mllm.errors import PlanError
 from mllm.tokens import TokenTable, along, choose_rows, gather_rows, locate, scatter_back
 
@@ -320,7 +321,8 @@ class Changes:
         if inside.bias or inside.turns:
             inside.queries = inside.keys = run.attention_table.logical
             inside.there = run.attention_table.valid
-            if run.cache is not None and run.past[layer]:
+            nobody = "past_key_values" in inside.given
+            if run.cache is not None and run.past[layer] and not nobody:
                 if run.held[layer].headwise:
                     raise PlanError(
                         f"heads of layer {layer} hold different tokens, which a bias cannot tell",
@@ -390,7 +392,9 @@ class Changes:
         new = new.first(0) if nobody else new
         held, seen = run.held[layer], run.past_logical + run.full.valid.shape[1]
         table = new if held is None else held.cat(new)
-        run.cache.layers[layer].note(table, run.full.valid.shape[1], seen)
+        dropped = narrow.rows.inserted or narrow.rows.lengths != run.counts.valid
+        run.cache.layers[layer].note(table, run.full.valid.shape[1], seen, dropped)
+        tell_compressed(run.cache)
 
     def set_aside(self, layer: int) -> None:
         """The attention of a layer has run: store what took no part, if an action says so."""

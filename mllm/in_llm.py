@@ -293,7 +293,7 @@ class DecoderRun:
                 moved = renumber(position, keep, table.valid, order)
                 if first is not None:
                     delta = moved_left(position, moved, table.valid)
-                    first.shifts["llm"] = delta if shift is None else shift + delta
+                    first.shift("llm", delta if shift is None else shift + delta)
                 position = moved
             if self.stay is None:
                 kept = self.reduction.kept
@@ -347,7 +347,8 @@ class DecoderRun:
         later = [cut for cut in self.patched.cuts if cut > layer]
         stop = later[0] if later else len(self.patched.layers)
         advance, intact = self.full.valid.shape[1], self.events.certain
-        rows, dropped = self.rows, self.rows.lengths != self.counts.valid
+        rows = self.rows
+        dropped = rows.inserted or rows.lengths != self.counts.valid
         note_rows(
             self.cache, range(layer, stop), rows.table, rows.place, rows.padded, advance, intact,
             dropped,
@@ -501,7 +502,7 @@ class DecoderRun:
                     self.rows = replace(self.rows, position=moved)
                     if cached is not None:
                         delta = moved_left(position, moved, valid)
-                        cached.shifts[kind] = delta if shift is None else shift + delta
+                        cached.shift(kind, delta if shift is None else shift + delta)
         else:
             self.rows = replace(self.rows, position=position)
             here = [(n, s) for n, s in self.deciding if layer in s.at()]

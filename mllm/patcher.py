@@ -34,6 +34,7 @@ from mllm.calls import (
     call_of,
     prompt_of,
     run_of,
+    unread,
 )
 from mllm.chunks import Chunks, check_chunks
 from mllm.compressors.base import TokenReducer
@@ -347,10 +348,10 @@ class Patched(Bound):
         if self.family.mrope and ids is not None and cache is None:
             # Positions come from the pictures, before the prompt is read.
             placeholders.find(self, ids, kwargs, drafts)
-        given, length = None, None if ids is None else ids.shape[1]
-        if ids is not None:  # what is stored has been read
-            past = 0 if cache is None else cache.get_seq_length()
-            given = {**kwargs, "input_ids": ids[:, past if past < length else 0 :]}
+        given = length = None
+        if ids is not None:
+            ids, length = unread(ids, kwargs.get("attention_mask"), cache)
+            given = {**kwargs, "input_ids": ids}
         token = PROMPT.set(Prompt(self, length, drafts, given, chunk, views))
         try:
             return generate(*args, **kwargs)

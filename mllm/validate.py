@@ -312,8 +312,17 @@ def _check_writers(patched: Patched) -> None:
 
 
 def _check_storage(patched: Patched) -> None:
-    """Refuse tokens that would be stored in two forms, or be chosen behind that."""
+    """Refuse what would be kept twice, stored in two forms, or chosen behind that."""
     stages = [stage for _, stage in patched.compressors]
+    names = [stage.info.name for stage in stages]
+    for stage in stages:
+        if stage.keeps and names.count(stage.info.name) > 1:
+            raise PlanError(
+                f"{stage.info.name} is there twice, and one would take what the other keeps",
+                argument="plan",
+                given=patched.plan.spec,
+                expected=f"{stage.info.name} once",
+            )
     forms = [stage for stage in stages if stage.stores]
     if len(forms) > 1:
         raise PlanError(

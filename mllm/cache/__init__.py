@@ -13,8 +13,9 @@ Events, by which the engine calls a method, are in :mod:`mllm.compressors.base`
 from mllm.cache.adoption import CacheMark, adopt, cache_bytes, note_rows
 from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import SlotLayer
+from mllm.cache.looking import CacheView, SlotView
 from mllm.cache.lowrank import Fit, LowRank
-from mllm.cache.ops import KVCache, SlotView, Snapshot, refuse_flash
+from mllm.cache.ops import KVCache, Snapshot, refuse_flash
 from mllm.cache.prefix import load_prefix, save_prefix
 from mllm.cache.quantised import Quantised
 from mllm.cache.segments import Dense, Offloaded, Packed, Segment
@@ -22,6 +23,7 @@ from mllm.cache.slots import SlotTable
 
 __all__ = [
     "CacheMark",
+    "CacheView",
     "Dense",
     "Fit",
     "KVCache",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from mllm.actions import Attend
+from mllm.actions import Attend, BranchGate
 from mllm.cache.layer import SlotLayer
 from mllm.cache.slots import SlotTable
 from mllm.compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -23,7 +25,8 @@ class CacheMark:
         config_sha256, plan_sha256: of the model and of the plan that fill it.
         unverified: tokens that are certain, if the newest forward also held candidates of
             assisted decoding.
-        carried: attributes of the base model that belong to the conversation.
+        carried: attributes of the base model that belong to the conversation, of every sample, or
+            of every prompt whose beams they are: `[batch, ...]`.
         state: what methods remember about the conversation.
         lasting: by stage number, actions that hold for the conversation.
         pictured: bool `[batch]`, samples that have had images, where methods ask; None is all.
@@ -37,12 +40,45 @@ class CacheMark:
     lasting: dict[int, list[Any]] = field(default_factory=dict)
     pictured: Tensor | None = None
 
+    def copy(self) -> CacheMark:
+        """The mark for a snapshot: only `state` is changed in place."""
+        return replace(self, state=dict(self.state))
+
+    def rows(self, change: Callable[[Tensor], Tensor], batch: int) -> None:
+        """What is known of samples goes through `change`, as their slots do.
+
+        Args:
+            change: of the batch axis, the first.
+            batch: samples before.
+
+        Raises:
+            CacheMismatchError: actions that last speak of single samples.
+        """
+        if any(_of_samples(placed) for own in self.lasting.values() for placed in own):
+            raise CacheMismatchError(
+                "actions that last for the conversation know its samples by their order",
+                argument="past_key_values",
+                given="gates or biases of single samples",
+                expected="a plan without, or the samples as they are",
+            )
+        carried = self.carried.items()
+        self.carried = {k: change(x.repeat_interleave(batch // len(x), 0)) for k, x in carried}
+        if self.pictured is not None:
+            self.pictured = change(self.pictured)
+
+
+def _of_samples(placed: Any) -> bool:
+    """Whether an action that lasts says something else of one sample than of another."""
+    action = placed.action
+    number = isinstance(action, BranchGate) and not isinstance(action.scale, Tensor)
+    return not number or placed.on is not None
+
 
 def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
     """Turn the caller's DynamicCache, in place, into one with :class:`SlotLayer` layers.
 
     Args:
-        cache: an empty cache, or one adopted before.
+        cache: an empty cache, or one adopted before. Empty, it begins anew, whatever it has held.
         windows: per decoder layer the window that it sees, None is everything.
         mark: the model and plan in use.
 
@@ -51,12 +87,15 @@ def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
         CacheMismatchError: another model or plan filled it, or none did, or a forward broke off.
     """
     _check_foreign(cache)
-    if cache.layers and all(type(layer) is SlotLayer for layer in cache.layers):
+    own = bool(cache.layers) and all(type(layer) is SlotLayer for layer in cache.layers)
+    if own and cache.get_seq_length():
         _check_mark(cache, mark, len(windows))
         _check_alike(cache)
+        for layer in cache.layers:
+            layer.unannounce()
         return
     kinds = [DynamicLayer if w is None else DynamicSlidingWindowLayer for w in windows]
-    plain = type(cache) is DynamicCache and all(
+    plain = own or type(cache) is DynamicCache and all(
         type(layer) is kind for layer, kind in zip(cache.layers, kinds, strict=False)
     )
     if not plain or getattr(cache, "offloading", False):
@@ -68,14 +107,19 @@ def adopt(cache: Cache, windows: list[int | None], mark: CacheMark) -> None:
             given=type(cache).__name__,
             expected="a DynamicCache (no static, quantised, sliding or offloaded cache)",
         )
-    missing = [None] * (len(windows) - len(cache.layers))
     layers = [
         SlotLayer(window, getattr(old, "record_past", False))
-        for old, window in zip([*cache.layers, *missing], windows, strict=True)
+        for old, window in itertools.zip_longest(cache.layers[: len(windows)], windows)
     ]
     cache.layers = layers
     cache.layer_class_to_replicate = None
     cache.mllm = mark
+
+
+def check_whole(cache: Cache) -> None:
+    """CacheMismatchError where an unpatched model has added tokens, or a forward has broken off."""
+    _check_foreign(cache)
+    _check_alike(cache)
 
 
 def _check_foreign(cache: Cache) -> None:
@@ -105,9 +149,6 @@ def _check_alike(cache: Cache) -> None:
 
 def _check_mark(cache: Cache, mark: CacheMark, depth: int) -> None:
     held = cache.mllm
-    if not cache.get_seq_length():
-        cache.mllm = mark
-        return
     if held.config_sha256 != mark.config_sha256 or len(cache.layers) != depth:
         what = "model"
     elif held.plan_sha256 != mark.plan_sha256:
@@ -145,12 +186,17 @@ def note_rows(
         dropped: some token gets none.
     """
     new = SlotTable.of(table, position, padded)
-    if table.valid.shape[1] == advance and not padded:  # no row has left
+    if table.valid.shape[1] == advance and not (padded or dropped):
         seen = cache.layers[layers[0]].seen
         new.know(list(range(seen, seen + advance)))
     for layer in (cache.layers[i] for i in layers):
         slots = new if layer.table is None else layer.table.cat(new)
         layer.note(slots, advance, intact, dropped)
+    tell_compressed(cache)
+
+
+def tell_compressed(cache: Cache) -> None:
+    """Let all layers know if any is compressed: an unpatched model has to stop at the first."""
     if any(layer.compressed for layer in cache.layers):
         for layer in cache.layers:
             layer.planned = True

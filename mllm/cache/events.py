@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mllm import ask, attention
 from mllm.cache.ops import KVCache
+from mllm.cache.slots import SlotTable
 from mllm.compressors.base import CacheEvent
 from mllm.signals import AttentionRows, ColumnMass
 
@@ -95,6 +96,8 @@ class CacheEvents:
         cost = 2.0 * chosen.shape[1] * query.shape[1] * key.shape[2] * query.shape[3]
         self.costs.append(cost)
         held = run.held[signal.layer]
+        if key.shape[2] == query.shape[2]:
+            held = None  # nobody takes part in this attention, nor sees what is stored
         each = "none" if held is not None and held.headwise else signal.heads
         if isinstance(signal, ColumnMass):
             x, seen = attention.column_mass(query, key, chosen, mask, scaling, heads=each)
@@ -108,14 +111,19 @@ class CacheEvents:
                 x = attention.reduce_heads(attention.row_logits(*given), each)
             real = (chosen >= 0)[..., None]
             x.masked_fill_(~(real[:, None] if x.dim() == 4 else real), 0)
-        x = self._by_token(x, signal.layer)
+        x = self._by_token(x, held)
         if each != signal.heads:
             x = attention.reduce_heads(x, signal.heads)
         self._signals[slot] = x[..., : self.certain]
 
-    def _by_token(self, x: Tensor, layer: int) -> Tensor:
-        """Values per slot, `[batch, ..., slots]`, by logical index; heads come second if apart."""
-        table, held = self.run.attention_table, self.run.held[layer]
+    def _by_token(self, x: Tensor, held: SlotTable | None) -> Tensor:
+        """Values per slot, `[batch, ..., slots]`, by logical index; heads come second if apart.
+
+        Args:
+            x: of stored slots and of the rows.
+            held: what stored slots stand for; None is none.
+        """
+        table = self.run.attention_table
         length = self.run.past_logical + self.run.full.valid.shape[1]
         at = table.logical.masked_fill(~table.valid | table.inserted, length)
         if held is not None:

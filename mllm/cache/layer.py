@@ -87,6 +87,7 @@ class SlotLayer(DynamicLayer):
         self.compressed = self.planned = self.foreign = self.journals = self.served = False
         self._added = 0
         self._noted: tuple[SlotTable, int, int | None] | None = None
+        self._shifting: dict[str, Tensor] = {}
         self._journal: list[tuple[int, LayerState]] = []
 
     @property
@@ -127,6 +128,14 @@ class SlotLayer(DynamicLayer):
         self.compressed |= dropped
         self._noted = table, advance, intact if dropped else None
 
+    def shift(self, kind: str, delta: Tensor) -> None:
+        """Say what an entry of `shifts` will be from the next `update` on."""
+        self._shifting[kind] = delta
+
+    def unannounce(self) -> None:
+        """Take back what a forward pass has said that broke off before it stored anything."""
+        self._noted, self._shifting = None, {}
+
     def activate_past_recording(self) -> None:
         """Forget nothing, so that `crop` can go back (assisted decoding)."""
         self.record_past = True
@@ -161,8 +170,9 @@ class SlotLayer(DynamicLayer):
             table, advance, intact = self._noted
         asks = self.served and self._noted is not None and new == 1
         self._append(key_states, value_states)
-        self.table, self._noted = table, None
-        self._added = new
+        self.table, self._added = table, new
+        self.shifts |= self._shifting
+        self.unannounce()
         self.seen += advance
         if intact is not None:
             self.intact = max(self.intact, intact)
@@ -187,20 +197,18 @@ class SlotLayer(DynamicLayer):
         if "aside" not in old.columns:
             old = old.with_columns(aside=torch.zeros_like(old.valid))
         self._append(keys, values)
-        self.table = old.cat(new.with_columns(aside=torch.ones_like(new.valid)))
-        self.compressed, self.intact = True, self.seen - hidden
+        both = old.cat(new.with_columns(aside=torch.ones_like(new.valid)))
+        columns = both.columns
         if hidden:
             place = torch.arange(self.slots, device=keys.device)
             first, moved = old.slots - hidden, place[old.slots :]
             order = torch.cat([place[:first], moved, place[first : old.slots]])
-            self.table = SlotTable(
-                {n: t[..., order] for n, t in self.table.columns.items()},
-                self.table.padded,
-                self.table.ordered,
-            )
+            columns = {n: t[..., order] for n, t in columns.items()}
             last, start = self.segments[-1], self.slots - self.segments[-1].slots
             own = (order[start:] - start).expand(len(keys), -1)
-            self.segments[-1] = last.take(own, self.table.valid[..., start:])
+            self.segments[-1] = last.take(own, columns["valid"][..., start:])
+        self.table = SlotTable(columns, both.padded, ordered=False)
+        self.compressed, self.intact = True, self.seen - hidden
 
     @property
     def selects(self) -> bool:
@@ -474,7 +482,7 @@ class SlotLayer(DynamicLayer):
         segments = [segment.held() for segment in self.segments]
         return LayerState(
             segments, self.table, self.seen, self.intact, self.compressed, dict(self.shifts),
-            dict(self.samples),
+            _copies(self.samples),
         )  # fmt: skip
 
     def restore(self, state: LayerState) -> None:
@@ -482,8 +490,8 @@ class SlotLayer(DynamicLayer):
         self.segments = [segment.held() for segment in state.segments]
         self.table, self.seen, self.intact = state.table, state.seen, state.intact
         self.compressed, self.shifts = state.compressed, dict(state.shifts)
-        self.samples = dict(state.samples)
-        self._noted, self._journal = None, []
+        self.samples, self._journal = _copies(state.samples), []
+        self.unannounce()
 
     def get_seq_length(self, *args) -> int:
         return self.seen
@@ -563,3 +571,8 @@ class SlotLayer(DynamicLayer):
         self.shifts = {name: change(shift) for name, shift in self.shifts.items()}
         self.samples = {name: change(value) for name, value in self.samples.items()}
         self._journal = []
+
+
+def _copies(samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of samples that may be changed in place."""
+    return {name: value.clone() for name, value in samples.items()}

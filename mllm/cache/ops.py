@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mllm import compat
-from mllm.cache.adoption import cache_bytes
+from mllm.cache.adoption import CacheMark, tell_compressed
 from mllm.cache.landmarks import landmarked
 from mllm.cache.layer import LayerState, Make, SlotLayer
+from mllm.cache.looking import CacheView, Layers
 from mllm.cache.lowrank import Fit, Rank, factored
-from mllm.cache.rotary import Rotary
 from mllm.cache.segments import Offloaded, Part, Segment, _headwise
 from mllm.cache.slots import SlotTable
 from mllm.errors import CacheMismatchError, PlanError
@@ -23,200 +23,23 @@ from mllm.errors import CacheMismatchError, PlanError
 if TYPE_CHECKING:
     from mllm.models.base import Family
 
-Layers = int | Iterable[int] | None
-
-
-@dataclass(frozen=True)
-class SlotView:
-    """One layer as a padded rectangle. Cells that are not `valid` hold anything.
-
-    Attributes:
-        keys: `[batch, kv_heads, slots, head_dim]`, after rotary embedding. Not to be written.
-        values: `[batch, kv_heads, slots, value_dim]`. Not to be written.
-        valid: bool `[batch, kv_heads, slots]`.
-        visual: bool, the same shape.
-        logical: int64, the same shape: index in the uncompressed sequence.
-        position: int64 `[1 or 3, batch, kv_heads, slots]`, what the keys were rotated by.
-        columns: further columns that methods added, `[batch, kv_heads, slots]` each.
-    """
-
-    keys: Tensor | None
-    values: Tensor | None
-    valid: Tensor
-    visual: Tensor
-    logical: Tensor
-    position: Tensor
-    columns: dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Snapshot:
     """A cache as it was: made by :meth:`KVCache.snapshot`."""
 
     layers: list[LayerState]
-    state: dict[str, Any]
+    mark: CacheMark
 
 
-class KVCache:
-    """Operations on the cache of a patched model.
+class KVCache(CacheView):
+    """Operations on the cache of a patched model, beside those of :class:`CacheView`.
 
     Made by :meth:`mllm.patcher.Patched.kv`; a :class:`~mllm.compressors.base.CacheCompressor` gets
     one with every event. Tokens are named by logical index: their place in the sequence as if
     nothing had ever been dropped, padding included. `layers` is one 0-based layer, several, or None
     for all of them. Nothing here changes the logical length except `crop` and `rollback`.
-
-    Args:
-        cache: a cache that the patched model has filled or adopted.
-        family: the model's adapter.
-        ran: layers that have run in the current forward; None is all.
-        length: tokens that are certain; None is all. Candidates of assisted decoding behind them
-            are neither shown nor evicted.
-        alike: of every layer a value that is the same where layers store the same tokens under
-            this plan, whatever the batch; None tells nothing apart but windows.
-
-    Raises:
-        CacheMismatchError: a cache that no patched model has used.
     """
-
-    def __init__(
-        self, cache: Any, family: Family, ran: int | None = None, length: int | None = None,
-        alike: Sequence[Any] | None = None,
-    ) -> None:  # fmt: skip
-        layers = getattr(cache, "layers", ())
-        if not layers or not all(type(layer) is SlotLayer for layer in layers):
-            raise CacheMismatchError(
-                "only a cache that a patched model has used can be worked on",
-                argument="past_key_values",
-                given=type(cache).__name__,
-                expected="past_key_values of a forward or generate() under the patch",
-            )
-        self.cache, self._family = cache, family
-        self._ran, self._certain = len(layers) if ran is None else ran, length
-        self._alike = [layer.window for layer in layers] if alike is None else alike
-
-    @property
-    def length(self) -> int:
-        """Logical length: tokens seen."""
-        seen = self.cache.get_seq_length()
-        return seen if self._certain is None else min(seen, self._certain)
-
-    @property
-    def _hidden(self) -> int:
-        """Newest slots of every layer that are candidates."""
-        return self.cache.get_seq_length() - self.length
-
-    @property
-    def depth(self) -> int:
-        """Number of layers."""
-        return len(self.cache.layers)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """For what a method remembers about this conversation; follows snapshots, not batches."""
-        return self.cache.mllm.state
-
-    @property
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes held: (keys and values, everything else)."""
-        return cache_bytes(self.cache)
-
-    def _chosen(self, layers: Layers) -> list[SlotLayer]:
-        if layers is None:
-            layers = range(self._ran)
-        numbers = [layers] if isinstance(layers, int) else list(layers)
-        if wrong := [i for i in numbers if not 0 <= i < self._ran]:
-            raise CacheMismatchError(
-                f"layer {wrong[0]} has not run in this forward"
-                if wrong[0] in range(self.depth)
-                else f"there is no layer {wrong[0]}",
-                argument="layers",
-                given=wrong[0],
-                expected=f"0 <= layer < {self._ran}",
-            )
-        return [layer for layer in map(self.cache.layers.__getitem__, numbers) if layer.segments]
-
-    # Looking
-
-    def view(self, layer: int, contents: bool = True) -> SlotView:
-        """What a layer stores, as a padded rectangle.
-
-        Keys and values are zero-copy while all heads and samples hold equally many slots: they are
-        good until the cache changes. Slots need not be in the order of tokens; see :meth:`settle`.
-
-        Args:
-            layer: where.
-            contents: False leaves keys and values out (None, as where nothing is stored).
-        """
-        stored = self.cache.layers[layer]
-        shown = stored.slots - self._hidden
-        columns = {
-            name: _headwise(t, stored.heads)[..., :shown]
-            for name, t in stored.table.columns.items()
-        }
-        positions = [t for name, t in columns.items() if name.startswith("position")]
-        named = {name: columns.pop(name) for name in ("valid", "visual", "logical")}
-        rest = {name: t for name, t in columns.items() if not name.startswith("position")}
-        return SlotView(
-            keys=stored.keys[:, :, :shown] if contents and stored.segments else None,
-            values=stored.values[:, :, :shown] if contents and stored.segments else None,
-            position=torch.stack(positions),
-            columns=rest,
-            **named,
-        )
-
-    def annotate(self, layer: int, **columns: Tensor) -> None:
-        """Add or replace columns of a layer: `[batch, kv_heads, slots]` or `[batch, slots]` each.
-
-        They follow every operation; tokens that come get zero.
-        """
-        (stored,) = self._chosen(layer)
-        batch, slots = stored.table.valid.shape[0], stored.slots - self._hidden
-        for name, column in columns.items():
-            given = tuple(column.shape)
-            if name in _OWN or given not in ((batch, slots), (batch, stored.heads, slots)):
-                raise CacheMismatchError(
-                    f"{name} is no column for this layer",
-                    argument=name,
-                    given=given,
-                    expected=f"another name than {', '.join(_OWN)}, one value per slot",
-                )
-        table = stored.table
-        columns = {n: F.pad(t, (0, self._hidden)) for n, t in columns.items()}
-        if any(t.dim() == 3 for t in columns.values()) or table.headwise:
-            heads = stored.heads
-            table = SlotTable(
-                {n: _headwise(t, heads) for n, t in table.columns.items()},
-                table.padded,
-                table.ordered,
-            )
-            columns = {n: _headwise(t, heads) for n, t in columns.items()}
-        stored.table = table.with_columns(**columns)
-
-    def holds(self, layer: int) -> bool:
-        """Whether a layer stores anything; a plan may leave an attention out."""
-        return bool(self.cache.layers[layer].segments)
-
-    def window(self, layer: int) -> int | None:
-        """Tokens that a new one sees of a layer, itself included; None is all.
-
-        What lies further back may still be stored, and is of no use.
-        """
-        return self.cache.layers[layer].window
-
-    def apart(self, layer: int) -> bool:
-        """Whether heads of a layer hold different tokens."""
-        return self.cache.layers[layer].table.headwise
-
-    def same(self, layer: int) -> Any:
-        """A key that layers have in common which hold the same tokens; not all such layers do."""
-        return self.cache.layers[layer].table, self.cache.layers[layer].window
-
-    def samples(self, layer: int) -> dict[str, Tensor]:
-        """What methods keep of every sample at a layer, `[batch, ...]` each.
-
-        It follows snapshots, files, and batches that are reordered. Change it in place.
-        """
-        return self.cache.layers[layer].samples
 
     # Changing what is stored
 
@@ -261,7 +84,7 @@ class KVCache:
             if stays[table].dim() == 3:
                 refuse_flash(self._family)
             layer.retain(stays[table], self._certain, shared)
-        self._mark()
+        tell_compressed(self.cache)
 
     def _stays(
         self, layer: SlotLayer, tokens: Tensor, wanted: bool, heads: list[int] | None
@@ -284,7 +107,8 @@ class KVCache:
             logical = logical if heads is None else logical[:, heads]
         if tokens.dtype != torch.bool:
             marks = logical.new_zeros(*tokens.shape[:-1], self.length + 1, dtype=torch.bool)
-            tokens = marks.scatter(-1, tokens.masked_fill(tokens < 0, self.length), True)
+            nothing = (tokens < 0) | (tokens > self.length)
+            tokens = marks.scatter(-1, tokens.masked_fill(nothing, self.length), True)
             tokens = tokens[..., :-1]
         named = tokens.gather(-1, logical.clamp(max=tokens.shape[-1] - 1))
         named = named & (logical < tokens.shape[-1])
@@ -320,7 +144,7 @@ class KVCache:
                 refuse_flash(self._family)
             stays = F.pad(stays, (0, self._hidden), value=True) if self._hidden else stays
             layer.retain(stays, self._certain, shared)
-        self._mark()
+        tell_compressed(self.cache)
 
     def settle(self, layers: Layers = None) -> None:
         """Bring stored tokens into their order; a step that lets one go puts the new one there.
@@ -381,7 +205,7 @@ class KVCache:
             stays = receiver == logical
             stays, new = (stays, new) if apart else (stays[:, 0], new[:, 0])
             layer.exchange(keys, values, new, stays, self._certain, shared)
-        self._mark()
+        tell_compressed(self.cache)
 
     def _per_slot(self, tokens: Tensor, logical: Tensor, otherwise: Tensor) -> Tensor:
         """Values by logical index, `[batch, (heads,) length]`, as one per slot."""
@@ -433,7 +257,7 @@ class KVCache:
                 layer.settle(shared)
             plain = layer.segments[-1]
             if tokens is None and blocks is None:
-                self._convert_all_but(layer, make, leave)
+                layer.compressed |= self._convert_all_but(layer, make, leave)
                 continue
             if not plain.grows or plain.slots - self._hidden < (blocks or 1):
                 continue
@@ -443,8 +267,7 @@ class KVCache:
             if chosen[key].dim() == 3:
                 refuse_flash(self._family)
             layer.convert(chosen[key], make, self._certain, shared)
-        if chosen:
-            self._mark()
+        tell_compressed(self.cache)
 
     def _which(self, layer: SlotLayer, tokens: Tensor | None, blocks: int | None) -> Tensor:
         """Slots that are converted: bool `[batch, slots]`, with heads where they differ."""
@@ -460,15 +283,17 @@ class KVCache:
         rank = seen.long().cumsum(-1)
         return seen & (rank <= rank[..., -1:] // blocks * blocks)
 
-    def _convert_all_but(self, layer: SlotLayer, make: Make, leave: int) -> None:
+    def _convert_all_but(self, layer: SlotLayer, make: Make, leave: int) -> bool:
+        """Convert all plain slots but the newest, in their order; whether there were any."""
         if (span := _plain(layer, leave)) is None:
-            return
+            return False
         layer.remember(self._certain)
         plain, (start, stop) = layer.segments[-1], span
         valid = _headwise(layer.table.valid, layer.heads)[..., start:stop]
         old = plain.first(stop - start)
         rest = [plain.last(leave)] if leave else []
         layer.segments = [*layer.segments[:-1], make(old.keys(), old.values(), valid), *rest]
+        return True
 
     def lowrank(self, layers: Layers, keys: Rank, values: Rank) -> list[Fit]:
         """Store tokens in low-rank factors, the left one shared by layers.
@@ -508,11 +333,12 @@ class KVCache:
         return fits
 
     def _exchange(self, layer: int, segment: Segment, fit: Fit) -> None:
-        """Put a segment of factors where the same tokens are stored plainly."""
-        self.convert(layer, lambda k, v, valid: segment)
+        """Put a segment of factors where the same tokens are stored plainly, and settled."""
+        stored = self.cache.layers[layer]
+        self._convert_all_but(stored, lambda k, v, valid: segment, self._hidden)
         if (fit.keys, fit.values) != fit.full:  # or an unpatched model may go on
-            self.cache.layers[layer].compressed = True
-            self._mark()
+            stored.compressed = True
+            tell_compressed(self.cache)
 
     def landmarks(
         self, layers: Layers, *, rank: Rank, size: int, local: int, outliers: int,
@@ -558,62 +384,55 @@ class KVCache:
             layers, leave: as in :meth:`convert`.
             part: what moves.
         """
-        self.convert(layers, lambda k, v, valid: Offloaded.of(k, v, part), leave)
+        self.settle(layers)
+        for layer in self._chosen(layers):
+            self._convert_all_but(
+                layer, lambda k, v, valid: Offloaded.of(k, v, part), leave + self._hidden
+            )
 
     # The whole cache
 
     def snapshot(self) -> Snapshot:
         """The cache as it is now; costs no memory until something is evicted."""
-        return Snapshot([layer.state() for layer in self.cache.layers], dict(self.state))
+        return Snapshot([layer.state() for layer in self.cache.layers], self.cache.mllm.copy())
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Be what the cache was; a snapshot can be used several times."""
         for layer, state in zip(self.cache.layers, snapshot.layers, strict=True):
             layer.restore(state)
-        self.cache.mllm.state = dict(snapshot.state)
+        self.cache.mllm = snapshot.mark.copy()
 
     def crop(self, length: int) -> None:
-        """Forget all tokens from logical index `length` on."""
-        self.cache.crop(length - self.length)
+        """Forget all tokens from logical index `length` on, candidates too."""
+        if length < 0:
+            raise CacheMismatchError(
+                "a cache cannot be cropped to less than nothing", argument="length",
+                given=length, expected="tokens that stay, from 0",
+            )  # fmt: skip
+        if (over := self.cache.get_seq_length() - length) > 0:
+            self.cache.crop(-over)
 
     def reorder(self, index: Tensor) -> None:
         """Samples in another order, with repetition: int64 `[batch]`."""
+        index = index.clone()  # layers share what they do by it, and the caller may write to it
+        self._rows(lambda t: t.index_select(0, index.to(t.device)))
         self.cache.reorder_cache(index)
 
     def select(self, index: Tensor) -> None:
         """Only some samples: int64 `[n]`."""
+        index = index.clone()
+        self._rows(lambda t: t[index.to(t.device)])
         self.cache.batch_select_indices(index)
 
     def repeat(self, times: int) -> None:
         """Every sample `times` times, copies side by side."""
+        self._rows(lambda t: t.repeat_interleave(times, 0))
         self.cache.batch_repeat_interleave(times)
 
-    # Rotary embedding
-
-    def rotary(self, layer: int) -> Rotary:
-        """The rotary embedding of a layer, for segments that turn keys themselves."""
-        return Rotary(self._family, layer)
-
-    def rotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
-        """Rotate keys by the model's own rotary module.
-
-        Args:
-            layer: 0-based layer; layers may rotate differently.
-            k: `[batch, kv_heads, slots, head_dim]`.
-            position: int64 `[1 or 3, batch, slots]` or `[1 or 3, batch, kv_heads, slots]`.
-        """
-        return self.rotary(layer).rotate(k, position)
-
-    def unrotate(self, layer: int, k: Tensor, position: Tensor) -> Tensor:
-        """Undo :meth:`rotate`: keys as they were before rotary embedding."""
-        return self.rotary(layer).unrotate(k, position)
-
-    def _mark(self) -> None:
-        for layer in self.cache.layers:
-            layer.planned = True
-
-
-_OWN = ("valid", "visual", "logical", "position0", "position1", "position2")
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """What the cache knows of samples beside its layers goes through `change`."""
+        batches = [len(x.table.valid) for x in self.cache.layers if x.table is not None]
+        self.cache.mllm.rows(change, batches[0] if batches else 1)
 
 
 def refuse_flash(family: Family) -> None:

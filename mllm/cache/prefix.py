@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm import compat
-from mllm.cache.adoption import CacheMark
+from mllm.cache.adoption import CacheMark, check_whole
 from mllm.cache.landmarks import Landmarked
 from mllm.cache.layer import SlotLayer
 from mllm.cache.lowrank import LowRank, Shared
@@ -47,8 +47,9 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
         The folder.
 
     Raises:
-        CacheMismatchError: a cache that no patched model has filled, or whose plan goes on doing
-            something that is not in it.
+        CacheMismatchError: a cache that no patched model has filled, to which an unpatched one has
+            added, in which a forward pass broke off, or whose plan goes on doing something that is
+            not in it.
     """
     mark = getattr(cache, "mllm", None)
     if mark is None or not cache.get_seq_length():
@@ -58,6 +59,7 @@ def save_prefix(cache: Any, folder: str | os.PathLike) -> Path:
             given=type(cache).__name__,
             expected="past_key_values of a forward or generate() under the patch",
         )
+    check_whole(cache)
     if any(cache.mllm.lasting.values()) or mark.pictured is not None:
         raise CacheMismatchError(
             "a plan whose actions last for the conversation cannot be saved with its cache",

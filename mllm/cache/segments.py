@@ -121,7 +121,8 @@ class _Buffer:
         """Put new rows at `at`; returns a larger buffer of the rows from `start` where needed."""
         new = keys.shape[axis]
         capacity = self.keys.shape[axis]
-        tracked = torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad)
+        parts = keys, values, self.keys, self.values
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in parts)
         if at + new <= capacity and at >= self.fixed and not tracked and self.ours:
             self.keys.narrow(axis, at, new).copy_(keys)
             self.values.narrow(axis, at, new).copy_(values)

@@ -493,6 +493,7 @@ class CacheCompressor(_Method):
         selects: whether one new token may attend to some of what is stored; see
             :class:`mllm.cache.segments.Selecting`.
         exact: whether it stores its budget, and not more or less where the input asks for it.
+        keeps: whether it keeps something of a conversation under its name, which a plan has once.
     """
 
     site = "cache"
@@ -507,6 +508,7 @@ class CacheCompressor(_Method):
     lowrank: ClassVar[bool] = False
     selects: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    keeps: ClassVar[bool] = False
 
     def fits(self, head_dim: int) -> None:
         """PlanError where a model's heads, of so many channels, cannot be stored so."""

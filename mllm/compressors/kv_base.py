@@ -107,6 +107,10 @@ class KVMethod(CacheCompressor):
         return self.heads == "each"
 
     @property
+    def keeps(self) -> bool:
+        return self.two_pass or self._holds or self.adds or self.sums or self.tokens == "visual"
+
+    @property
     def watches(self) -> bool:
         return self._holds and self.remembers
 
@@ -178,7 +182,9 @@ class KVMethod(CacheCompressor):
         for index, *others in groups.values():
             known = event.cache.samples(index)
             score = None if blind else self.step(event, index)
-            layer = self._see(event, index, score, *(known[x] for x in self._kept_samples()))
+            apart = self.headwise or event.cache.apart(index)
+            kept = (known[x] for x in self._kept_samples())
+            layer = self._see(event, index, score, *kept, apart)
             layer.others = others
             self.trim(event, layer, known[self._name("total")])
 
@@ -213,10 +219,11 @@ class KVMethod(CacheCompressor):
 
     def _cut(self, event: CacheEvent, found: dict[int, tuple[Tensor, Tensor | None]]) -> None:
         layers = []
+        apart = self.headwise or any(event.cache.apart(index) for index in found)
         for index, (score, weight) in found.items():
             event.cache.settle(index)  # among equal scores the earlier token stays
             many = self._many(event, index)
-            layer = self._see(event, index, score, many, self._limit(many))
+            layer = self._see(event, index, score, many, self._limit(many), apart)
             layer.weight = weight
             layers.append(layer)
         if not layers:
@@ -247,28 +254,30 @@ class KVMethod(CacheCompressor):
         return (many.double() * self.budget).round().long().clamp(min=1)
 
     def _see(
-        self, event: CacheEvent, index: int, score: Tensor | None, many: Tensor, limit: Tensor
-    ) -> Layer:
+        self, event: CacheEvent, index: int, score: Tensor | None, many: Tensor, limit: Tensor,
+        apart: bool,
+    ) -> Layer:  # fmt: skip
+        """A layer as it is now; `apart` says whether each of its heads is looked at."""
         view = event.cache.view(index, contents=False)
         heads = view.logical.shape[1]
-        alike = not self.headwise and not event.cache.apart(index)
-        logical, stored, visual = (
-            t[:, :1] if alike else t for t in (view.logical, view.valid, view.visual)
-        )
+
+        def own(x: Tensor) -> Tensor:
+            return x if apart else x[:, :1]
+
+        logical, stored, visual = map(own, (view.logical, view.valid, view.visual))
         if (window := event.cache.window(index)) is not None:
             stored = stored & (logical > event.cache.length - window)
         guarded = self._guarded(event, limit)
         guarded = guarded[:, None].expand(-1, logical.shape[1], -1).gather(-1, logical)
+        pinned = view.columns.get("pinned")
         if event.protected is not None:
             named = torch.zeros_like(event.valid)
             named[:, event.start :] = event.protected
-            pinned = named[:, None].expand(-1, heads, -1).gather(-1, view.logical)
-            pinned = pinned | view.columns.get("pinned", False)
+            now = named[:, None].expand(-1, heads, -1).gather(-1, view.logical)
+            pinned = now if pinned is None else now | pinned
             event.cache.annotate(index, pinned=pinned if event.cache.apart(index) else pinned[:, 0])
-            guarded = guarded | (pinned[:, :1] if alike else pinned)
-        elif "pinned" in view.columns:
-            pinned = view.columns["pinned"].bool()
-            guarded = guarded | (pinned[:, :1] if alike else pinned)
+        if pinned is not None:
+            guarded = guarded | own(pinned)
         counted = stored & visual if self.tokens == "visual" else stored
         points = torch.zeros(logical.shape, device=logical.device)
         if score is not None:
@@ -277,7 +286,7 @@ class KVMethod(CacheCompressor):
         before = view.columns.get(self._name("score"))
         again = self.adds or event.phase != "prefill" or (self.sums and not event.begins)
         if before is not None and again:
-            points = points + (before[:, :1] if alike else before)
+            points = points + own(before)
         layer = Layer(
             index, event.cache.depth, logical, stored, visual, counted & ~guarded, points,
             limit[:, None].expand(logical.shape[:2]), many, limit,

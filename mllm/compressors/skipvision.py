@@ -57,6 +57,7 @@ class SkipVision(CacheCompressor):
 
     def _stay(self, event: CacheEvent) -> Tensor:
         """Visual rows that stay: bool `[batch, rows]`."""
+        there = event.visual & event.entered[0][1]  # stages before the LLM took others away
         many = event.visual.sum(1)
         if isinstance(self.budget, int):
             count = many.clamp(max=self.budget)
@@ -64,9 +65,9 @@ class SkipVision(CacheCompressor):
             count = (many.double() * self.budget).round().long().clamp(min=1)
         if self.rule == "top":
             score = event.cache.state.pop("skipvision")[:, event.start :]
-            stay = top_k(score, event.visual, count)
+            stay = top_k(score, there, count)
         else:
-            place = event.visual.long().cumsum(1) - 1
-            # Every so many places this passes a multiple of `many`, `count` times in all.
-            stay = place * count[:, None] % many.clamp(min=1)[:, None] < count[:, None]
+            place, left = there.long().cumsum(1) - 1, there.sum(1, keepdim=True).clamp(min=1)
+            # Every so many places this passes a multiple of `left`, `count` times in all.
+            stay = there & (place * count[:, None] % left < count[:, None])
         return stay if event.protected is None else stay | event.protected
