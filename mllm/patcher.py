@@ -79,11 +79,14 @@ class Patched(Bound):
             no decode step.
         learnt: forwards that the model has learnt from, by which stages draw. Set it when training
             goes on after a stop, and they draw what they would have drawn; recipes do.
+        answers: what the answers' loss is multiplied by before auxiliary losses join it;
+            distillation leaves it a share.
         prefill_chunk_size: rows that the decoder reads at a time where the model is called by hand,
             as `generate(prefill_chunk_size=...)` says for a call of its own; None is all.
     """
 
     learnt: int = 0
+    answers: float = 1.0
     prefill_chunk_size: int | None = None
 
     def __init__(
@@ -383,7 +386,7 @@ class Patched(Bound):
                 CALL.reset(token)
             if nested or routing is None or not routing.learns:
                 return output
-            losses.append(routing.total(output[0]))
+            losses.append(routing.total(output[0] * self.answers))
         loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         if isinstance(output, tuple):
             return (loss, *output[1:])

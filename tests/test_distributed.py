@@ -179,6 +179,42 @@ def test_offload_checkpointing_and_whole_modules_change_nothing(small, tmp_path)
         assert torch.allclose(got, want, atol=1e-4, rtol=0), variants[i]
 
 
+def mixed(folder):
+    """Three conversations about a picture, and three without: with seed 6 each step has both."""
+    from PIL import Image
+
+    Image.new("RGB", (60, 40), "red").save(folder / "a.png")
+    entries = []
+    for i, (question, answer) in enumerate([("is it red?", "yes"), ("what is X7?", "a word")] * 3):
+        content = [{"type": "image", "image": "a.png"}] * (i % 2)
+        content.append({"type": "text", "text": f"{i} {question}"})
+        turns = [("user", content), ("assistant", [{"type": "text", "text": answer}])]
+        entries.append({"messages": [{"role": who, "content": said} for who, said in turns]})
+    path = folder / "mixed.json"
+    path.write_text(json.dumps(entries))
+    return [{"path": str(path), "format": "messages"}]
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [None, pytest.param(3, marks=needs_deepspeed)]
+    + [pytest.param(n, marks=(needs_deepspeed, pytest.mark.slow)) for n in (1, 2)],
+)
+def test_text_alone_in_one_of_two_processes(zero, small, tmp_path):
+    """Processes meet at what only pictures use: without one, others would wait, or be refused."""
+    train = {"gradient_checkpointing": True} if zero is None else {}
+    cases = [("one", None, 2, {}), ("two", zero, 1, train)]
+    one, two = (
+        written(small, tmp_path / name, zero=stage, batch=batch, seed=6, **more)
+        | {"data": mixed(tmp_path)}
+        for name, stage, batch, more in cases
+    )
+    run_in(2, [two], tmp_path)
+    run(validate(one))
+    want, got = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert torch.allclose(got, want, atol=1e-4, rtol=0)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 def test_half_precision_learns_the_same(small, tmp_path, alone):

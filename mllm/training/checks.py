@@ -20,6 +20,21 @@ if TYPE_CHECKING:
 # Keys of `train` that TrainingArguments takes at any value, and fails with later.
 COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 ABOVE_ZERO = ("learning_rate", "logging_steps", "save_steps")
+NEVER = "nothing is evaluated during training"
+# Keys of `train` that would not do what they say: the value at which they do nothing, why, and what
+# would work.
+REFUSED = {
+    "eval_strategy": ("no", NEVER, "eval, which scores tasks at the end"),
+    "do_eval": (False, NEVER, "eval, which scores tasks at the end"),
+    "load_best_model_at_end": (False, NEVER, "false"),
+    "label_smoothing_factor": (
+        0,
+        "transformers then takes the labels from the model, without which a plan looks at answers, "
+        "and compares each with its own row for most multimodal models",
+        "0",
+    ),
+    "train_sampling_strategy": ("random", "the order is the recipe's", "sampling.group_by"),
+}
 
 
 def check(recipe: Recipe) -> None:
@@ -73,6 +88,10 @@ def _check_train(recipe: Recipe) -> None:
                 )
             if key not in known:
                 raise unknown_key(f"{where}.{key}", known)
+            if key in REFUSED and part[key] != REFUSED[key][0]:
+                why, expected = REFUSED[key][1:]
+                message = f"{where}.{key}={part[key]!r}: {why}"
+                _refuse(message, f"{where}.{key}", part[key], expected)
             _check_train_value(f"{where}.{key}", key, part[key])
         steps = part.get("max_steps", -1)
         if steps <= 0 and not (epochs := part.get("num_train_epochs", 3)) > 0:
@@ -240,6 +259,17 @@ def _check_method_keys(recipe: Recipe) -> None:
 def _check_distill(recipe: Recipe) -> None:
     if recipe.method.distill is None:
         return
+    from mllm.plan import Plan
+
+    for stage in Plan.of(recipe.plan).stages if recipe.plan else ():
+        if getattr(stage, "train", None) == "sum":
+            _refuse(
+                f"{stage.info.name} answers from every budget in a step, and a teacher would be "
+                "heard by the last alone",
+                "method.distill",
+                "train=sum",
+                f"plan: {stage.info.name}:train=draw",
+            )
     if recipe.plan is None:
         _refuse(
             "without a plan, the model and its teacher are the same: nothing to distil",

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -463,6 +464,14 @@ def _as_pictures(item: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages, "images": found}
 
 
+def _blank() -> dict[str, Any]:
+    """A conversation about a black picture."""
+    said = {"user": [{"type": "image"}, {"type": "text", "text": "?"}],
+            "assistant": [{"type": "text", "text": "."}]}  # fmt: skip
+    messages = [{"role": role, "content": content} for role, content in said.items()]
+    return {"messages": messages, "images": [Image.new("RGB", (224, 224))], "videos": []}
+
+
 class Collator:
     """Batches conversations; labels stand only on the answers (and the end token after them).
 
@@ -472,9 +481,12 @@ class Collator:
 
     Attributes:
         tiles: rows and columns of tiles that pictures come with (:mod:`mllm.views`); None is none.
+        pictured: whether a batch of text alone gets one more row, a black picture with nothing to
+            learn: where processes wait for each other at a tower, all of them have to use it.
     """
 
     tiles: tuple[int, int] | None = None
+    pictured: bool = False
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -491,7 +503,9 @@ class Collator:
             DataError: the processor writes words around what stands behind an answer, so that the
                 tokens of answers cannot be found.
         """
-        tokenizer = self.processor.tokenizer
+        tokenizer, count = self.processor.tokenizer, len(items)
+        if self.pictured and not any(item["images"] or item.get("videos") for item in items):
+            items = [*items, _blank()]
         if not self._videos:
             items = [_as_pictures(item) for item in items]
         texts, learnt = zip(*(self._render(item["messages"]) for item in items), strict=True)
@@ -511,8 +525,10 @@ class Collator:
             tokens = torch.tensor(plain["input_ids"])
             answer = torch.tensor(
                 [
-                    any(begin < high and end > low for low, high in spans)
-                    for begin, end in plain["offset_mapping"]
+                    # One that ends behind an answer is not its: in LLaVA-1.5's template " USER"
+                    # begins with the answer's last space.
+                    any(low < end <= high for low, high in spans)
+                    for _, end in plain["offset_mapping"]
                 ]
             )
             words = ~torch.isin(tokens, self._holes)
@@ -529,6 +545,7 @@ class Collator:
                     expected="conversations that show everything before the first answer",
                 )
             labels[row, places[answer]] = given[places[answer]]
+        labels[count:] = IGNORED
         return {**batch, "labels": labels}
 
     def _clips(self, clips: list[Clip]) -> dict[str, Any]:
@@ -541,21 +558,23 @@ class Collator:
 
     def _render(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the character spans of the answers."""
-        spans = []
-        text = ""
+        grown, spans = [], []
         for i, message in enumerate(messages):
-            before = chat_text(self.processor, messages[:i]) if i else ""
-            text = chat_text(self.processor, messages[: i + 1], generate=False)
             if message["role"] == "assistant":
-                if not text.startswith(before):
-                    raise DataError(
-                        "the chat template rewrites earlier turns, so answers cannot be found",
-                        argument="model.path",
-                        expected="a processor whose chat template only appends",
-                    )
-                spans.append((len(before), len(text)))
+                before = chat_text(self.processor, messages[:i]) if i else ""
+                grown += [before, chat_text(self.processor, messages[: i + 1], generate=False)]
+                spans.append((len(before), len(grown[-1])))
+        answered = messages[-1]["role"] == "assistant"
+        text = grown[-1] if answered else chat_text(self.processor, messages, generate=False)
+        if not all(text.startswith(earlier) for earlier in grown):
+            raise DataError(
+                "the chat template rewrites earlier turns, so answers cannot be found",
+                argument="model.path",
+                expected="a processor whose chat template only appends, or one answer in each "
+                "conversation",
+            )
         end = self.processor.tokenizer.eos_token or ""
-        if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(end):
+        if answered and not text.rstrip().endswith(end):
             text += end
             spans[-1] = (spans[-1][0], len(text))
         return text, spans

@@ -27,20 +27,26 @@ class Teacher:
     def __init__(self, model: nn.Module) -> None:
         shared = [*model.parameters(), *model.buffers()]
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+        self._kept: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     def part_from(self, student: nn.Module) -> None:
         """Copy the weights that the student trains; call before the first step."""
         learnt = {id(p) for p in student.parameters() if p.requires_grad}
         own: dict[int, nn.Parameter] = {}
+        self._kept.clear()
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in learnt:
                     kept = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                     module._parameters[name] = own.setdefault(id(parameter), kept)
+                    self._kept.append((module._parameters[name], parameter))
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], states: bool) -> Any:
         """Output with `logits`, and `hidden_states` where `states` asks for them."""
+        # DeepSpeed narrows the student's weights, and so those that both have.
+        for kept, learnt in self._kept:
+            kept.data = kept.data.to(learnt.dtype)
         dtype = next(self.model.parameters()).dtype
         given = {
             key: value.to(dtype)

@@ -186,7 +186,14 @@ class FinetuneTrainer(CheckpointTrainer):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         lengths, kinds = data.sizes if group else (None, None)
-        return Order(len(data), seed, batch, lengths, kinds if group == "modality" else None)
+        kinds = kinds if group == "modality" else None
+        self._order = Order(len(data), seed, batch, lengths, kinds)
+        return self._order
+
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        # Where several processes skip what a stopped run has seen, no loader hands the epoch on.
+        self._order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.patched is not None:  # a step begins, perhaps the first one after a stop
@@ -212,9 +219,12 @@ class FinetuneTrainer(CheckpointTrainer):
             self._distilled[2] + 1,
         ]
         # The Trainer averages gradients over processes, and `items` counts those of all.
-        scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
+        counted = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        scale = self.accelerator.num_processes if counted else 1
         taught = scale * (soft + part.hidden_weight * hidden)
-        loss = (1 - part.weight) * loss + part.weight * taught
+        # Auxiliary losses of a plan are beside both, and the plan has made the answers' share.
+        joined = any(stage.info.trained for stage in self.patched.plan.stages)
+        loss = (1 if joined else 1 - part.weight) * loss + part.weight * taught
         return (loss, said) if return_outputs else loss
 
     def training_step(self, *args, **kwargs):
@@ -306,17 +316,30 @@ def finetune(
     checkpoint = _checkpoint(folder, resume)
     kept = recipe.model.feature_cache
     features = FeatureCache(base, kept) if kept else None
+    seats = parts.seats(model, before)
+    zero = recipe.parallel.zero
+    if zero and arguments.world_size > 1 and (zero == 3 or seats - {"language_model"}):
+        trainer.data_collator.pictured = True  # processes wait for each other at the tower
     with (
         _patched(base, recipe) as patched,
         features.at_work() if features else nullcontext(),
     ):
-        trainer.meter = Meter(base, patched, _frozen(model, before, lora), features)
+        experts = patched is not None and bool(patched.experts)
+        frozen = lora or not (experts or "language_model" in seats), "vision_tower" not in seats
+        trainer.meter = Meter(base, patched, frozen, features)
         trainer.patched = patched
         if patched is not None:
             trainer.data_collator.tiles = patched.tiles
+            if teacher is not None:
+                patched.answers = 1 - recipe.method.distill.weight
         if loaded is None:
             _go_on(recipe, patched)
+        # Autocast computes in half precision; DeepSpeed keeps fp32 weights of its own.
+        mixed = (arguments.bf16 or arguments.fp16) and recipe.parallel.zero is None
+        widened = parts.widen(model) if mixed else []
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        for parameter, dtype in widened:
+            parameter.data = parameter.data.to(dtype)
         if patched is not None and patched.routers is not None and not stop.stopped:
             _keep_routers(recipe, trainer, patched, folder / ROUTERS)
     if stop.stopped:
@@ -331,15 +354,6 @@ def _patched(base: Any, recipe: Recipe) -> Any:
     if recipe.parallel.ep_size > 1:
         return mllm.upcycle(base, recipe.plan, ep_size=recipe.parallel.ep_size)
     return mllm.patch(base, recipe.plan)
-
-
-def _frozen(model: Any, before: dict[str, str], lora: bool) -> tuple[bool, bool]:
-    """Whether the decoder's own weights, and the tower with all in it, are frozen."""
-    seats = {
-        parts.seat(name, before) if part == parts.NEW else part
-        for name, _, part in parts.trained(model, before)
-    }
-    return lora or "language_model" not in seats, "vision_tower" not in seats
 
 
 def _keep_routers(recipe: Recipe, trainer: FinetuneTrainer, patched: Any, folder: Path) -> None:

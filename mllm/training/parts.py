@@ -123,6 +123,31 @@ def seat(name: str, before: dict[str, str]) -> str:
     return "language_model"
 
 
+def seats(model: nn.Module, before: dict[str, str]) -> set[str]:
+    """The parts in which something is trained, new or not.
+
+    Args:
+        model: perhaps wrapped by PEFT.
+        before: what `parts` said of the model before it was wrapped.
+    """
+    found = trained(model, before)
+    return {seat(name, before) if part == NEW else part for name, _, part in found}
+
+
+def widen(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
+    """Make what is trained fp32, in which small steps are not rounded away.
+
+    Returns:
+        What was half precision, and which.
+    """
+    found = []
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            found.append((parameter, parameter.dtype))
+            parameter.data = parameter.data.float()
+    return found
+
+
 def groups(
     model: nn.Module,
     before: dict[str, str],

@@ -46,9 +46,9 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
 
     Raises:
         RecipeError: DeepSpeed, bitsandbytes or what `report_to` names is missing; a layer that the
-            decoder has not; a learning rate for what is not trained; processes that cannot
-            share the experts evenly; weights, gradients and
-            optimizer alone are more than the memory at hand.
+            decoder has not; a learning rate for what is not trained; adapters in what is frozen;
+            samples that fill no batch; processes that cannot share the experts evenly; weights,
+            gradients and optimizer alone are more than the memory at hand.
         DataError: a plan, and no picture in the data.
         PlanError: the plan cannot work on the model, or on the videos in the data.
     """
@@ -76,6 +76,7 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
         totals[before[name]] += parameter.numel()
     config = model.config
     wrapped = wrap_lora(model, recipe) if recipe.with_lora else model
+    _check_frozen(recipe, parts.seats(wrapped, before))
     with mllm.patch(model, recipe.plan) if recipe.plan else nullcontext() as patched:
         found = list(parts.trained(wrapped, before))
         # Elsewhere frames are pictures.
@@ -84,8 +85,8 @@ def check(recipe: Recipe, data: Conversations, here: World) -> dict[str, Any]:
             for _, stage in patched.reducers:
                 check_grids(stage)
         if recipe.model.feature_cache:
-            seats = [parts.seat(n, before) if part == parts.NEW else part for n, _, part in found]
-            check_features(recipe, model, patched, "vision_tower" in seats)
+            tower_learns = "vision_tower" in parts.seats(wrapped, before)
+            check_features(recipe, model, patched, tower_learns)
         experts, away = _experts(recipe, patched, here)
         rates = _rates(recipe, found, before)
     learnt = {part: 0 for part in (*parts.PARTS, parts.NEW)}
@@ -159,6 +160,18 @@ def _check_reports(recipe: Recipe) -> None:
             )
 
 
+def _check_frozen(recipe: Recipe, seats: set[str]) -> None:
+    for part in sorted(seats):
+        if getattr(recipe.model, f"freeze_{part}"):
+            raise RecipeError(
+                f"model.freeze_{part} is true, and method trains something in it",
+                argument=f"model.freeze_{part}",
+                given=True,
+                expected="false, or target_modules, modules_to_save and dense_ffn without that "
+                "part (exclude_modules leaves modules out)",
+            )
+
+
 def _check_layers(recipe: Recipe, layers: int) -> None:
     for layer in recipe.method.distill.layers if recipe.method.distill else ():
         if not -layers <= layer < layers:
@@ -205,6 +218,16 @@ def _batch(recipe: Recipe, samples: int, here: World) -> dict[str, int]:
     per_device = train.get("per_device_train_batch_size", 8)
     accumulation = train.get("gradient_accumulation_steps", 1)
     loaded = math.ceil(samples / (per_device * here.size))
+    if train.get("dataloader_drop_last"):
+        loaded = samples // (per_device * here.size)
+        if not loaded:
+            raise RecipeError(
+                f"train.dataloader_drop_last leaves nothing to train on: {samples} samples do not "
+                f"fill a batch of {per_device} in each of {here.size} processes",
+                argument="train.dataloader_drop_last",
+                given=True,
+                expected="false, or a smaller per_device_train_batch_size",
+            )
     per_epoch = max(1, math.ceil(loaded / accumulation))
     steps = train.get("max_steps", -1)
     if steps <= 0:
@@ -239,15 +262,18 @@ def _memory(
     part, zero = recipe.parallel, recipe.parallel.zero or 0
     half = recipe.train.get("bf16") or recipe.train.get("fp16")
     stored = {"auto": config.dtype or torch.float32}.get(recipe.model.dtype, recipe.model.dtype)
-    size = BYTES[str(stored).removeprefix("torch.")]
+    size = own = BYTES[str(stored).removeprefix("torch.")]
     if part.zero is not None and half:
-        size = 2  # DeepSpeed computes in half precision, and keeps fp32 weights for its optimizer
+        size = own = 2  # DeepSpeed computes so, and keeps fp32 weights for its optimizer
+    elif half:
+        own = 4  # of what is trained
     count, new = sum(totals.values()), sum(learnt.values())
     share = here.size
     weights = 0.55 if recipe.method.load_in_4bit else size
     weights *= (count - away) / (share if zero == 3 else 1)
-    gradients = size * (new / share if zero >= 2 else new - away)
-    states = 12 if part.zero is not None and half else 2 * size
+    weights += (own - size) * (new - away)
+    gradients = own * (new / share if zero >= 2 else new - away)
+    states = 12 if part.zero is not None and half else 2 * own
     optimizer = states * (new / share if zero >= 1 else new - away)
     if recipe.method.distill:
         weights += size * new

@@ -64,7 +64,11 @@ def check_sealed(folder: Path) -> str | None:
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, complete or not."""
     found = [p for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -85,6 +89,7 @@ class StopOnSigterm(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self._previous: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._previous = signal.signal(signal.SIGTERM, self._handle)
@@ -98,7 +103,13 @@ class StopOnSigterm(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._previous)
+        self.restore()
+
+    def restore(self) -> None:
+        """Let SIGTERM do what it did before."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
 
 
 class MetricsFile(TrainerCallback):
@@ -165,11 +176,14 @@ def training_arguments(
         # A loss that is not a number stops the run; it is not to look like the last good one.
         "logging_nan_inf_filter": False,
     }
+    if not (train.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"):
+        # Text alone uses no tower, and a picture not all of its layers.
+        defaults["ddp_find_unused_parameters"] = True
     if deepspeed is not None:
         # DeepSpeed's own optimizers are compiled when they are first used.
         defaults |= {"deepspeed": deepspeed, "optim": "adamw_torch"}
     try:
-        return TrainingArguments(output_dir=str(folder), **defaults | train)
+        arguments = TrainingArguments(output_dir=str(folder), **defaults | train)
     except (TypeError, ValueError) as error:
         raise RecipeError(
             f"train: {error}",
@@ -177,6 +191,9 @@ def training_arguments(
             given=train,
             expected="values that transformers.TrainingArguments takes",
         ) from error
+    # One process has one GPU: DataParallel would copy the model without what is hooked into it.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 class CheckpointTrainer(Trainer):
@@ -187,6 +204,29 @@ class CheckpointTrainer(Trainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
+
+    def train(self, resume_from_checkpoint=None, **kwargs) -> Any:
+        if resume_from_checkpoint and self.args.save_only_model:
+            raise RecipeError(
+                f"{resume_from_checkpoint} has weights alone, and a run that went on from it would "
+                "be another",
+                argument="train.save_only_model",
+                given=True,
+                expected="a run without save_only_model",
+            )
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:  # callbacks do not hear of errors
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSigterm):
+                    callback.restore()
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # A run that was stopped behind its last step would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -215,8 +255,9 @@ class CheckpointTrainer(Trainer):
             os.replace(staging / name, home / name)
             staging.rmdir()
             limit = self.args.save_total_limit
-            if limit:
-                for old in checkpoints(home)[:-limit]:
+            if limit:  # later ones are of the run before, perhaps not whole
+                mine = [p for p in checkpoints(home) if _step(p) <= self.state.global_step]
+                for old in mine[:-limit]:
                     shutil.rmtree(old)
         barrier()
 
