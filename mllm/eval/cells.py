@@ -129,14 +129,12 @@ def check_model(
 ) -> None:
     """Refuse to mix models: all cells must be of the weights and the settings in `about`.
 
-    Cells that do not tell their settings, as older ones, are taken for cells of this model, and so
-    are those of another release of transformers, which tells the same settings in other words.
+    Cells that do not tell their settings, as older ones, are taken for cells of this model.
 
     Raises:
         DataError: a cell is of other weights, of the same ones in another dtype, or of another
             config, generation config, processor or chat template.
     """
-    release = about["versions"].get("transformers")
     for cell in cells:
         theirs = cell["about"]
         if theirs["weights_sha256"] != about["weights_sha256"]:
@@ -148,8 +146,6 @@ def check_model(
                 given=path,
                 expected="another --output",
             )
-        if theirs.get("versions", {}).get("transformers") != release:
-            continue
         for name, called in SETTINGS.items():
             if theirs.get(name, about[name]) != about[name]:
                 raise DataError(
