@@ -39,7 +39,12 @@ def drawn(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Im
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
     folder = save(request.param, tmp_path_factory.mktemp(request.param))
-    return folder, *mllm.load_model(folder, dtype="float32")
+    try:
+        return folder, *mllm.load_model(folder, dtype="float32")
+    except DataError as error:
+        if "image processor class" not in str(error):
+            raise
+        pytest.skip("this transformers reads its pictures by torchvision alone")
 
 
 ASKED = [

@@ -96,11 +96,11 @@ def resolve(model: Any) -> Family:
     """
     if isinstance(model, str | os.PathLike):
         raise PlanError(
-            f"{model} is a name, and a loaded model is patched: "
+            f"{str(model)!r} is a {type(model).__name__}, and a loaded model is wanted: "
             f"model, processor = mllm.load_model({str(model)!r})",
             argument="model",
             given=model,
-            expected="what mllm.load_model or from_pretrained returns",
+            expected="a loaded model of type " + ", ".join(families()),
         )
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, whole = getattr(inner, "config", None), hasattr(inner, "get_decoder")
