@@ -54,6 +54,7 @@ def test_rows_have_the_promised_fields():
         assert row["claim"] == "time" and row["target_share"] == 0.85
 
 
+@pytest.mark.slow
 def test_every_cache_method_is_measured():
     """Uniform or ragged: the payload is the budget's, but where a docstring says otherwise."""
     rows = kv(**OPTIONS, length=[120], batch=(2,), unequal=True, budgets=["0.25"])["rows"]

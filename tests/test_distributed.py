@@ -197,8 +197,8 @@ def mixed(folder):
 
 @pytest.mark.parametrize(
     "zero",
-    [None, pytest.param(3, marks=needs_deepspeed)]
-    + [pytest.param(n, marks=(needs_deepspeed, pytest.mark.slow)) for n in (1, 2)],
+    [pytest.param(None, marks=pytest.mark.slow)]
+    + [pytest.param(n, marks=(needs_deepspeed, pytest.mark.slow)) for n in (1, 2, 3)],
 )
 def test_text_alone_in_one_of_two_processes(zero, small, tmp_path):
     """Processes meet at what only pictures use: without one, others would wait, or be refused."""
@@ -348,7 +348,7 @@ def uninterrupted(small, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("seed", "method"),
-    [(0, "full"), (1, "lora")]
+    [(1, "lora"), pytest.param(0, "full", marks=pytest.mark.slow)]
     + [pytest.param(s, "full" if s % 2 else "lora", marks=pytest.mark.slow) for s in range(2, 20)],
 )
 def test_killed_and_resumed_is_never_interrupted(seed, method, uninterrupted, tmp_path):

@@ -61,7 +61,10 @@ def test_the_verdicts_are_those_of_patch(family):
                 mllm.patch(net, [method(**method.identity)])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(x, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, x in enumerate(FAMILIES)],
+)
 @torch.no_grad()
 def test_what_it_promises_runs(family):
     net = families.model(family)
@@ -252,6 +255,7 @@ def test_a_text_model_is_bad_input(tmp_path, cli):
     not transformers.__version__.startswith(f"{compat.TESTED[1]}."),
     reason="made with the newest tested transformers",
 )
+@pytest.mark.slow
 def test_the_document_is_up_to_date():
     script = runpy.run_path(str(ROOT / "scripts" / "make_models_doc.py"))
     assert script["document"]() == script["TARGET"].read_text(), (

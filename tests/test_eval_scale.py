@@ -146,6 +146,7 @@ def _lines(count, rng, path, alive):
     time.sleep(rng.random() * 0.1)  # anywhere in the batch that follows
 
 
+@pytest.mark.slow
 def test_killed_twice_the_command_goes_on(folder, loaded, whole, tmp_path):
     rng = random.Random(0)
     for count in (3, 9):
@@ -391,6 +392,7 @@ def test_the_shape_is_the_prompts_true_length(loaded, monkeypatch, tells):
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_files(folder, loaded, whole, tmp_path, monkeypatch):
     # Forked for once: the children need not import everything again.
     context = multiprocessing.get_context("fork")

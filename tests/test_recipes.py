@@ -572,6 +572,7 @@ def test_small_models_of_other_families_take_a_step(tmp_path):
     assert torch.isfinite(out.loss)
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_the_command(small, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_for(small, tmp_path / "run").to_yaml())

@@ -153,7 +153,7 @@ def test_what_cannot_be_streamed_is_refused(small, tmp_path):
             recipe_for(small, tmp_path, data=[part])
 
 
-@pytest.mark.parametrize("group_by", [None, "length"])
+@pytest.mark.parametrize("group_by", [pytest.param(None, marks=pytest.mark.slow), "length"])
 def test_a_streamed_run_ends_with_the_same_weights(group_by, small, tmp_path):
     """With workers, and when it is resumed in the middle."""
     path = written(tmp_path, "jsonl", rows(9))

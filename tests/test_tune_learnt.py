@@ -190,6 +190,7 @@ def pooled(folder):
         yield evaluator
 
 
+@pytest.mark.slow
 def test_workers_answer_as_one_process_does(pooled, folder, flex, tmp_path):
     loaded = load_model(str(folder), device="cpu")
     alone = tuning_model.ModelEvaluator(*loaded, ASKED, "plain", 2)
