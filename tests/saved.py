@@ -19,6 +19,20 @@ LETTERS = " \n?.,:<>_-|/" + string.ascii_letters + string.digits
 _SIZE = {"height": 112, "width": 112}
 _NORM = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
+
+
+def _tiled(name: str) -> tuple[dict[str, str], str, dict[str, Any], dict[str, Any]]:
+    """SmolVLM is Idefics3 by another name."""
+    return (
+        {"image_token": "<image>", "video_token": "<video>",
+         "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
+        "<image>",
+        {"processor_class": f"{name}Processor", "image_seq_len": 16},
+        {"image_processor_type": f"{name}ImageProcessor", "size": {"longest_edge": 224},
+         "max_image_size": {"longest_edge": 112}},
+    )  # fmt: skip
+
+
 #: By family: what tokens 5 to 8 are called, how a template shows a picture, and the settings of
 #: processor and image processor.
 KINDS: dict[str, tuple[dict[str, str], str, dict[str, Any], dict[str, Any]]] = {
@@ -38,22 +52,8 @@ KINDS: dict[str, tuple[dict[str, str], str, dict[str, Any], dict[str, Any]]] = {
         {"image_processor_type": "GotOcr2ImageProcessor", "size": _SIZE, "crop_to_patches": True,
          "min_patches": 1, "max_patches": 3},
     ),
-    "idefics3": (
-        {"image_token": "<image>", "video_token": "<video>",
-         "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
-        "<image>",
-        {"processor_class": "Idefics3Processor", "image_seq_len": 16},
-        {"image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 224},
-         "max_image_size": {"longest_edge": 112}},
-    ),
-    "smolvlm": (
-        {"image_token": "<image>", "video_token": "<video>",
-         "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
-        "<image>",
-        {"processor_class": "SmolVLMProcessor", "image_seq_len": 16},
-        {"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 224},
-         "max_image_size": {"longest_edge": 112}},
-    ),
+    "idefics3": _tiled("Idefics3"),
+    "smolvlm": _tiled("SmolVLM"),
     "gemma3": (
         {"image_token": "<image_soft_token>", "video_token": "<video>",
          "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from saved import KINDS, save
 from typer.testing import CliRunner
@@ -42,7 +43,8 @@ def loaded(request, tmp_path_factory):
     try:
         return folder, *mllm.load_model(folder, dtype="float32")
     except DataError as error:
-        if "image processor class" not in str(error):
+        newest = transformers.__version__.startswith(f"{compat.TESTED[1]}.")
+        if newest or "image processor class" not in str(error):
             raise
         pytest.skip("this transformers reads its pictures by torchvision alone")
 
